@@ -1,0 +1,215 @@
+#include "array.h"
+
+#include <new>
+#include <stdexcept>
+
+namespace lstm_ext {
+namespace {
+
+std::string text_of(dlpack::DataType dtype) {
+  std::string name = "a type unknown to lstm_ext";
+  if (dtype.code == dlpack::kBfloat) name = "bfloat";
+  if (dtype.code == dlpack::kFloat) name = "float";
+  if (dtype.code == dlpack::kInt) name = "int";
+  if (dtype.code == dlpack::kUInt) name = "uint";
+  if (dtype.code == dlpack::kBool) return "bool";
+  return name + std::to_string(dtype.bits);
+}
+
+dlpack::DataType dlpack_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32: return {dlpack::kFloat, 32, 1};
+    case Dtype::kFloat64: return {dlpack::kFloat, 64, 1};
+    case Dtype::kBFloat16: return {dlpack::kBfloat, 16, 1};
+    case Dtype::kFloat16: return {dlpack::kFloat, 16, 1};
+  }
+  throw std::logic_error("dlpack_of: no such dtype");
+}
+
+bool same(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+
+const dlpack::ExchangeApi* api_of_type(PyTypeObject* type) {
+  py::object capsule =
+      py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none() || !PyCapsule_CheckExact(capsule.ptr())) return nullptr;
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr()));
+  if (!pointer) throw py::error_already_set();
+  auto header = static_cast<const dlpack::ExchangeHeader*>(pointer);
+  while (header && header->version.major != dlpack::kMajorVersion) header = header->previous;
+  return reinterpret_cast<const dlpack::ExchangeApi*>(header);
+}
+
+// Tensors and parameters are two types that come again and again; they are never freed (a reference is
+// kept), so that an address stands for its type.
+const dlpack::ExchangeApi* api_of(py::handle object) {
+  struct Entry {
+    PyTypeObject* type;
+    const dlpack::ExchangeApi* api;
+  };
+  constexpr int kEntries = 8;
+  static Entry cache[kEntries];
+  static int used = 0;
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  for (int n = 0; n < used; ++n) {
+    if (cache[n].type == type) return cache[n].api;
+  }
+  const dlpack::ExchangeApi* api = api_of_type(type);
+  if (api && used < kEntries) {
+    Py_INCREF(type);
+    cache[used++] = {type, api};
+  }
+  return api;
+}
+
+void report_allocation(void*, const char* kind, const char* message) {
+  const bool memory = std::string(kind) == "MemoryError";
+  PyErr_SetString(memory ? PyExc_MemoryError : PyExc_RuntimeError, message);
+}
+
+}  // namespace
+
+std::string text_of(const Shape& shape) {
+  std::string text = "[";
+  for (size_t n = 0; n < shape.size(); ++n) text += (n ? ", " : "") + std::to_string(shape[n]);
+  return text + "]";
+}
+
+Array::Array(py::handle object, const char* name) : name_(name) {
+  if (object.is_none()) return;
+  there_ = true;
+  api_ = api_of(object);
+  const auto view = [&](py::handle source) { api_ ? view_tensor(source) : view_ndarray(source); };
+  view(object);
+  if (usable_as_it_lies()) return;
+  if (api_) {
+    copy_ = object.attr("contiguous")();
+  } else {
+    const py::object native = object.attr("dtype").attr("newbyteorder")("=");
+    copy_ = py::module_::import("numpy").attr("array")(object, native, py::arg("order") = "C");
+  }
+  view(copy_);
+}
+
+void Array::view_tensor(py::handle object) {
+  dlpack::Tensor tensor;
+  if (!api_->view_of_object) throw py::type_error(std::string(name_) + ": its framework lends no tensor views");
+  if (api_->view_of_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  if (tensor.device.type != dlpack::kCpu && tensor.device.type != dlpack::kCudaHost) {
+    throw std::runtime_error(std::string(name_) + ": expected a tensor on the CPU, got one on another device");
+  }
+  if (tensor.ndim > kMaxDims) {
+    throw std::runtime_error(std::string(name_) + ": expected at most 4 dimensions, got " +
+                             std::to_string(tensor.ndim));
+  }
+  ndim_ = tensor.ndim;
+  int64_t count = 1;
+  for (int dim = 0; dim < ndim_; ++dim) {
+    shape_[dim] = tensor.shape[dim];
+    stride_[dim] = tensor.strides[dim];
+    count *= shape_[dim];
+  }
+  if (!tensor.data && count > 0) {
+    throw py::type_error(std::string(name_) + ": expected a tensor with memory, got one without (fake or meta)");
+  }
+  data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  dtype_ = tensor.dtype;
+}
+
+void Array::view_ndarray(py::handle object) {
+  if (!py::isinstance<py::array>(object)) {
+    throw py::type_error(std::string(name_) + ": expected a torch.Tensor or a numpy.ndarray, got " +
+                         std::string(py::str(py::type::of(object).attr("__name__"))));
+  }
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  if (array.ndim() > kMaxDims) {
+    throw py::value_error(std::string(name_) + ": expected at most 4 dimensions, got " + std::to_string(array.ndim()));
+  }
+  const int64_t item = array.itemsize();
+  ndim_ = static_cast<int>(array.ndim());
+  bool whole_strides = true;
+  for (int dim = 0; dim < ndim_; ++dim) {
+    shape_[dim] = array.shape(dim);
+    stride_[dim] = item ? array.strides(dim) / item : 0;
+    whole_strides = whole_strides && (item == 0 || array.strides(dim) % item == 0 || shape_[dim] < 2);
+  }
+  data_ = const_cast<void*>(array.data());
+  const char kind = array.dtype().kind();
+  const uint8_t code = kind == 'f'   ? dlpack::kFloat
+                       : kind == 'i' ? dlpack::kInt
+                       : kind == 'u' ? dlpack::kUInt
+                       : kind == 'b' ? dlpack::kBool
+                                     : 255;
+  dtype_ = {code, static_cast<uint8_t>(item * 8), 1};
+  const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
+  if (!native || !whole_strides) stride_[ndim_ ? ndim_ - 1 : 0] = 0;  // not usable as it lies
+}
+
+bool Array::usable_as_it_lies() const {
+  const bool aligned = reinterpret_cast<uintptr_t>(data_) % (dtype_.bits < 8 ? 1 : dtype_.bits / 8) == 0;
+  if (ndim_ == 0) return aligned;
+  return aligned && (stride_[ndim_ - 1] == 1 || (shape_[ndim_ - 1] < 2 && stride_[ndim_ - 1] != 0));
+}
+
+void Array::expect_dims(int ndim) const {
+  if (ndim_ != ndim) {
+    throw std::runtime_error(std::string(name_) + ": expected " + std::to_string(ndim) + " dimensions, got shape " +
+                             text_of(shape()));
+  }
+}
+
+void Array::expect_shape(std::initializer_list<int64_t> expected) const {
+  const bool equal = ndim_ == static_cast<int>(expected.size()) && std::equal(expected.begin(), expected.end(), shape_);
+  if (!equal) {
+    throw std::runtime_error(std::string(name_) + ": expected shape " + text_of(Shape(expected)) + ", got " +
+                             text_of(shape()));
+  }
+}
+
+void Array::refuse_dtype(const std::string& expected) const {
+  throw py::type_error(std::string(name_) + ": expected dtype " + expected + ", got " + text_of(dtype_));
+}
+
+Dtype Array::float_dtype() const {
+  for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    if (same(dtype_, dlpack_of(dtype))) return dtype;
+  }
+  refuse_dtype("float32, float64, bfloat16 or float16");
+}
+
+void Array::expect_dtype(Dtype dtype) const {
+  if (!same(dtype_, dlpack_of(dtype))) refuse_dtype(text_of(dlpack_of(dtype)));
+}
+
+void Array::expect_int64() const {
+  if (!same(dtype_, {dlpack::kInt, 64, 1})) refuse_dtype("int64");
+}
+
+void Array::expect_bool() const {
+  if (dtype_.code != dlpack::kBool) refuse_dtype("bool");
+}
+
+Output Allocator::empty(Dtype dtype, const Shape& shape) const {
+  Output output;
+  if (!api_) {
+    const char* name = dtype == Dtype::kFloat64 ? "float64" : dtype == Dtype::kFloat16 ? "float16" : "float32";
+    py::array array(py::dtype(name), shape);
+    output.data = array.mutable_data();
+    output.object = std::move(array);
+    return output;
+  }
+  Shape sizes = shape;
+  dlpack::Tensor prototype{
+      nullptr, {dlpack::kCpu, 0}, static_cast<int32_t>(sizes.size()), dlpack_of(dtype), sizes.data(), nullptr, 0};
+  dlpack::ManagedTensor* managed = nullptr;
+  if (api_->allocate(&prototype, &managed, nullptr, report_allocation) != 0) {
+    if (!PyErr_Occurred()) throw std::bad_alloc();
+    throw py::error_already_set();
+  }
+  output.data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  void* object = nullptr;
+  if (api_->object_from_managed(managed, &object) != 0) throw py::error_already_set();
+  output.object = py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  return output;
+}
+
+}  // namespace lstm_ext

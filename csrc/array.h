@@ -1,0 +1,81 @@
+// Arrays of a framework as plain views: torch tensors by the DLPack exchange API, NumPy arrays by pybind11.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "dlpack_abi.h"
+#include "params.h"
+
+namespace lstm_ext {
+
+namespace py = pybind11;
+
+using Shape = std::vector<int64_t>;
+std::string text_of(const Shape& shape);
+
+class Array {
+ public:
+  static constexpr int kMaxDims = 4;
+
+  Array() = default;
+  // Borrows the memory of `object`; a copy is made (and kept here) only where the columns of the last
+  // dimension are not adjacent or an element is not aligned. None gives an array that is not there.
+  // Throws TypeError for anything but a CPU tensor or an ndarray.
+  Array(py::handle object, const char* name);
+
+  explicit operator bool() const { return there_; }
+  const void* data() const { return data_; }
+  int ndim() const { return ndim_; }
+  int64_t size(int dim) const { return shape_[dim]; }
+  int64_t stride(int dim) const { return stride_[dim]; }
+  Shape shape() const { return Shape(shape_, shape_ + ndim_); }
+  Matrix matrix() const { return {data_, ndim_ > 1 ? stride_[ndim_ - 2] : 0}; }
+
+  // Each throws, naming the array, what was expected and what came.
+  void expect_dims(int ndim) const;
+  void expect_shape(std::initializer_list<int64_t> shape) const;
+  void expect_dtype(Dtype dtype) const;
+  Dtype float_dtype() const;
+  void expect_int64() const;
+  void expect_bool() const;
+
+  dlpack::DataType dtype() const { return dtype_; }
+  const dlpack::ExchangeApi* api() const { return api_; }
+
+ private:
+  void view_tensor(py::handle object);
+  void view_ndarray(py::handle object);
+  bool usable_as_it_lies() const;
+  [[noreturn]] void refuse_dtype(const std::string& expected) const;
+
+  const char* name_ = "";
+  bool there_ = false;
+  void* data_ = nullptr;
+  int ndim_ = 0;
+  int64_t shape_[kMaxDims] = {}, stride_[kMaxDims] = {};
+  dlpack::DataType dtype_ = {};
+  const dlpack::ExchangeApi* api_ = nullptr;  // null: NumPy
+  py::object copy_;
+};
+
+// A new array of the framework that an input came from.
+struct Output {
+  py::object object = py::none();
+  void* data = nullptr;
+};
+
+class Allocator {
+ public:
+  explicit Allocator(const Array& like) : api_(like.api()) {}
+  Output empty(Dtype dtype, const Shape& shape) const;
+
+ private:
+  const dlpack::ExchangeApi* api_;
+};
+
+}  // namespace lstm_ext

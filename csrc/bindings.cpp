@@ -1,0 +1,19 @@
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"
+#include "ops/ops.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of lstm_ext. Arguments are documented in csrc/ops/ops.h and lstm_ext/_C.pyi.";
+  m.def("layer_forward", &lstm_ext::ops::layer_forward, "x"_a, "h0"_a, "c0"_a, "weights"_a, "lengths"_a, "resets"_a,
+        "batch_sizes"_a, "directions"_a, "batch_first"_a, "save"_a, "num_threads"_a);
+  m.def("layer_backward", &lstm_ext::ops::layer_backward, "dy"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "x"_a, "h0"_a, "c0"_a,
+        "weights"_a, "y"_a, "cells"_a, "gates"_a, "lengths"_a, "resets"_a, "batch_sizes"_a, "directions"_a,
+        "batch_first"_a, "needs"_a, "num_threads"_a);
+  m.def("cell_forward", &lstm_ext::ops::cell_forward, "x"_a, "h"_a, "c"_a, "w_ih"_a, "w_hh"_a, "b_ih"_a, "b_hh"_a,
+        "num_threads"_a);
+  m.def("build_info", &lstm_ext::build_info);
+}

@@ -1,0 +1,48 @@
+#include "build_info.h"
+
+#include "cpu/kernels.h"
+#if defined(LSTM_EXT_WITH_CUDA)
+#include "cuda/device.h"
+#endif
+
+namespace lstm_ext {
+
+pybind11::dict build_info() {
+  namespace py = pybind11;
+  py::dict info;
+  info["version"] = LSTM_EXT_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  py::list available;
+  for (auto level = cpu::available_kernels(); *level; ++level) available.append((*level)->level);
+  info["simd_built"] = py::make_tuple("baseline"
+#if defined(LSTM_EXT_HAVE_AVX2)
+                                      ,
+                                      "avx2"
+#endif
+#if defined(LSTM_EXT_HAVE_AVX512)
+                                      ,
+                                      "avx512"
+#endif
+  );
+  info["simd_available"] = py::tuple(available);
+  info["simd"] = cpu::kernels().level;
+#if defined(LSTM_EXT_WITH_CUDA)
+  const cuda::DeviceReport report = cuda::device_report();
+  info["cuda"] = true;
+  info["cuda_archs"] = LSTM_EXT_CUDA_ARCHS;
+  info["cudart"] = report.runtime_version;
+  info["cuda_reason"] = report.reason;
+  info["gpus"] = py::cast(report.names);
+#else
+  info["cuda"] = false;
+  info["cuda_reason"] = "this build of lstm_ext has no CUDA part";
+#endif
+  info["cuda_kernels"] = false;
+  return info;
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,69 @@
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace lstm_ext::cpu {
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+#if defined(LSTM_EXT_HAVE_AVX2)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+#endif
+#if defined(LSTM_EXT_HAVE_AVX512)
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+namespace {
+
+struct Available {
+  const Kernels* levels[4] = {};
+  int count = 0;
+
+  Available() {
+    levels[count++] = &baseline::kKernels;
+#if defined(LSTM_EXT_HAVE_AVX2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels[count++] = &avx2::kKernels;
+#endif
+#if defined(LSTM_EXT_HAVE_AVX512)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+      levels[count++] = &avx512::kKernels;
+    }
+#endif
+  }
+};
+
+const Available& available() {
+  static const Available instance;
+  return instance;
+}
+
+const Kernels& pick() {
+  const Available& all = available();
+  const char* wanted = std::getenv("LSTM_EXT_SIMD");
+  if (!wanted || !*wanted) return *all.levels[all.count - 1];
+  std::string names;
+  for (int n = 0; n < all.count; ++n) {
+    if (std::string(wanted) == all.levels[n]->level) return *all.levels[n];
+    names += (n ? ", " : "") + std::string(all.levels[n]->level);
+  }
+  throw std::runtime_error("LSTM_EXT_SIMD: expected one of " + names + " on this machine, got '" + wanted + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& picked = pick();
+  return picked;
+}
+
+const Kernels* const* available_kernels() { return available().levels; }
+
+}  // namespace lstm_ext::cpu

@@ -1,0 +1,104 @@
+// Compiled once for each SIMD level (LSTM_EXT_SIMD_LEVEL names it), always from this one source.
+#include "kernels.h"
+
+#include <new>
+
+#include "backward.h"
+#include "forward.h"
+
+namespace lstm_ext::cpu {
+namespace LSTM_EXT_SIMD_LEVEL {
+namespace {
+
+// Calls f with a value of the storage type that `dtype` stands for.
+template <class F>
+void with_storage(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kFloat64: return f(double{});
+    case Dtype::kBFloat16: return f(BFloat16{});
+    case Dtype::kFloat16: return f(Float16{});
+  }
+}
+
+// Waking a second thread costs some microseconds, and waiting for each other at every step some tenths of
+// one: below these amounts of work one thread is faster.
+constexpr double kLeastFlops = 4e5, kLeastFlopsPerStep = 1e5;
+
+int threads_worth_having(int threads, const SequenceShape& shape, int directions) {
+  const double step =
+      8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P);
+  if (step * static_cast<double>(shape.T) < kLeastFlops) return 1;
+  const Team all{0, threads / directions, nullptr};
+  if (threads > directions && !Share(all, shape.B, kTileRows).by_rows && step < kLeastFlopsPerStep) {
+    return directions;
+  }
+  return threads;
+}
+
+template <class S>
+struct ForwardCall {
+  Forward<S>* direction[2];
+  int directions;
+  Barrier barrier[2];
+
+  // Two directions divide the threads where there are two or more: neither waits for the other.
+  static void body(void* context, int rank, int size) {
+    auto& call = *static_cast<ForwardCall*>(context);
+    if (call.directions == 2 && size > 1) {
+      const int half = size / 2;
+      const int n = rank >= half;
+      call.direction[n]->run({rank - n * half, n ? size - half : half, &call.barrier[n]});
+    } else {
+      for (int n = 0; n < call.directions; ++n) call.direction[n]->run({rank, size, &call.barrier[0]});
+    }
+  }
+};
+
+template <class S>
+struct BackwardCall {
+  Backward<S>* direction[2];
+  int directions;
+  Barrier barrier;
+
+  // One after the other: the second adds to the first one's dx.
+  static void body(void* context, int rank, int size) {
+    auto& call = *static_cast<BackwardCall*>(context);
+    for (int n = 0; n < call.directions; ++n) call.direction[n]->run({rank, size, &call.barrier});
+  }
+};
+
+void layer_forward(const LayerForward& layer) {
+  with_storage(layer.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    Arena arena;
+    const Steps steps(layer.shape, layer.masks, arena);
+    ForwardCall<S> call{{}, layer.num_directions, {}};
+    for (int n = 0; n < layer.num_directions; ++n) {
+      call.direction[n] = new (arena.get<Forward<S>>(1)) Forward<S>(layer, layer.direction[n], steps, arena);
+    }
+    run_team(threads_worth_having(layer.num_threads, layer.shape, layer.num_directions), ForwardCall<S>::body, &call);
+  });
+}
+
+void layer_backward(const LayerBackward& layer) {
+  with_storage(layer.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const int threads = threads_worth_having(layer.num_threads, layer.shape, 1);
+    Arena arena;
+    const Steps steps(layer.shape, layer.masks, arena);
+    BackwardCall<S> call{{}, layer.num_directions, {}};
+    for (int n = 0; n < layer.num_directions; ++n) {
+      call.direction[n] = new (arena.get<Backward<S>>(1)) Backward<S>(layer, layer.direction[n], steps, n > 0, arena);
+    }
+    run_team(threads, BackwardCall<S>::body, &call);
+  });
+}
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels{LSTM_EXT_STRINGIFY(LSTM_EXT_SIMD_LEVEL), layer_forward, layer_backward};
+
+}  // namespace LSTM_EXT_SIMD_LEVEL
+}  // namespace lstm_ext::cpu

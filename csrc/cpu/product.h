@@ -1,0 +1,192 @@
+// The one matrix product of the CPU backend: a tile of up to kTileRows rows by four vectors.
+//
+// The four vectors are the four gates of one vector of units where gates are computed, and four
+// neighbouring vectors of columns elsewhere. A *panel* holds the other factor as [K][4][lanes]. Every
+// element of a result is one chain of fused multiply-adds in the order of k, whatever the height of the
+// tile that computed it, so that results do not depend on how rows were dealt out to threads.
+#pragma once
+
+#include "simd.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
+
+template <class C>
+inline constexpr int kPanelWidth = 4 * kLanes<C>;
+
+LSTM_EXT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <int rows, class C>
+LSTM_EXT_INLINE void multiply_panel_rows(const C* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
+  constexpr int L = kLanes<C>;
+  Vec<C> sum[rows][4];
+  const C* row[rows];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) {
+    row[m] = a[m];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) sum[m][g] = load(tile + (m * 4 + g) * L);
+  }
+  int64_t at = 0;
+  do {
+    const Vec<C> w[4] = {load(panel), load(panel + L), load(panel + 2 * L), load(panel + 3 * L)};
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+      const Vec<C> value = broadcast(row[m][at]);
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) sum[m][g] += value * w[g];
+    }
+    panel += 4 * L;
+    at += k_stride;
+  } while (--K > 0);
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) store(tile + (m * 4 + g) * L, sum[m][g]);
+  }
+}
+
+// tile[m] += sum over k of a[m][k * k_stride] * panel[k];  tile is [rows][4][lanes], contiguous
+template <class C, int most = kTileRows>
+void multiply_panel(int rows, const C* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
+  if constexpr (most > 1) {
+    if (rows < most) return multiply_panel<C, most - 1>(rows, a, k_stride, K, panel, tile);
+  }
+  if (K > 0) multiply_panel_rows<most>(a, k_stride, K, panel, tile);
+}
+
+// Which rows of a [rows, K] matrix make up vector g of panel p.
+struct GateRows {  // of a gate matrix [4H, K]
+  int64_t H;
+  template <class C>
+  int64_t panels() const {
+    return ceil_div(H, kLanes<C>);
+  }
+  template <class C>
+  int64_t first(int64_t p, int g) const {
+    return g * H + p * kLanes<C>;
+  }
+  template <class C>
+  int64_t count(int64_t p, int) const {
+    return H - p * kLanes<C>;
+  }
+};
+
+struct PlainRows {  // of a matrix [N, K]
+  int64_t N;
+  template <class C>
+  int64_t panels() const {
+    return ceil_div(N, kPanelWidth<C>);
+  }
+  template <class C>
+  int64_t first(int64_t p, int g) const {
+    return p * kPanelWidth<C> + g * kLanes<C>;
+  }
+  template <class C>
+  int64_t count(int64_t p, int g) const {
+    return N - first<C>(p, g);
+  }
+};
+
+// Transposes rows first .. first + count of `source` into vector g of a panel; missing rows are zero.
+template <class S, class C = Compute<S>>
+void pack_vector(const S* source, int64_t row_stride, int64_t count, int64_t K, int g, C* panel) {
+  constexpr int L = kLanes<C>;
+  for (int64_t k = 0; k < K; k += L) {
+    Vec<C> block[L];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < L; ++lane) {
+      block[lane] = lane < count ? load_up_to(source + lane * row_stride + k, K - k) : Vec<C>{};
+    }
+    transpose<C>(block);
+    for (int j = 0; j < L && k + j < K; ++j) store(panel + ((k + j) * 4 + g) * L, block[j]);
+  }
+}
+
+// A weight matrix [rows, K] whose rows become columns of the product: packed into panels, or read where it
+// lies when there are too few rows to multiply for packing to pay.
+template <class S, class Rows>
+class Weights {
+ public:
+  using C = Compute<S>;
+  static constexpr int L = kLanes<C>;
+
+  // Reading in place costs a horizontal sum per result; packing costs about as much as one product row
+  // for each vector of lanes (measured; the break-even is flat).
+  static bool in_place_pays(int64_t rows_to_multiply, int64_t K) { return rows_to_multiply * 6 < K; }
+
+  Weights() = default;
+  Weights(const void* data, int64_t row_stride, Rows rows, int64_t K, C* panels)
+      : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
+
+  static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * K * kPanelWidth<C>; }
+
+  int64_t panels() const { return rows_.template panels<C>(); }
+
+  void pack(int64_t p) const {
+    if (!panels_) return;
+    for (int g = 0; g < 4; ++g) {
+      pack_vector(row(p, g), row_stride_, rows_.template count<C>(p, g), K_, g, panel(p));
+    }
+  }
+
+  // tile[m] += a[m] times panel p, over columns k0 .. k1
+  void multiply(int rows, const C* const* a, int64_t p, int64_t k0, int64_t k1, C* tile) const {
+    if (panels_) {
+      multiply_panel(rows, a, 1, k1 - k0, panel(p) + k0 * kPanelWidth<C>, tile);
+    } else {
+      for (int g = 0; g < 4; ++g) multiply_in_place(rows, a, p, g, k0, k1, tile);
+    }
+  }
+
+ private:
+  const S* row(int64_t p, int g) const { return data_ + rows_.template first<C>(p, g) * row_stride_; }
+  C* panel(int64_t p) const { return panels_ + p * K_ * kPanelWidth<C>; }
+
+  // Vectors run along k, one sum per unit; lane n of the result is unit n.
+  void multiply_in_place(int rows, const C* const* a, int64_t p, int g, int64_t k0, int64_t k1, C* tile) const {
+    const int64_t count = rows_.template count<C>(p, g);
+    if (count <= 0) return;
+    const S* unit[L];
+    for (int lane = 0; lane < L; ++lane) {
+      // lanes beyond the last unit repeat it: their results are never stored
+      unit[lane] = row(p, g) + (lane < count ? lane : count - 1) * row_stride_ + k0;
+    }
+    const int64_t K = k1 - k0, full = K / L * L;
+    for (int m = 0; m < rows; ++m) {
+      Vec<C> sum[L] = {};
+      for (int64_t k = 0; k < full; k += L) {
+        const Vec<C> value = load(a[m] + k);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < L; ++lane) sum[lane] += value * load(unit[lane] + k);
+      }
+      if (full < K) {
+        const int rest = static_cast<int>(K - full);
+        const Vec<C> value = load_some(a[m] + full, rest);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < L; ++lane) sum[lane] += value * load_some(unit[lane] + full, rest);
+      }
+      C* to = tile + (m * 4 + g) * L;
+      store(to, load(to) + sum_rows<C>(sum));
+    }
+  }
+
+  const S* data_ = nullptr;
+  int64_t row_stride_ = 0;
+  Rows rows_ = {};
+  int64_t K_ = 0;
+  C* panels_ = nullptr;
+};
+
+// A matrix [K, N] whose columns stay columns, packed into panels. Row k is rows[k], null for zeros.
+template <class S, class C = Compute<S>>
+void pack_columns(const S* const* rows, int64_t K, int64_t N, int64_t p, C* panel) {
+  constexpr int L = kLanes<C>;
+  for (int64_t k = 0; k < K; ++k) {
+    for (int g = 0; g < 4; ++g, panel += L) {
+      const int64_t column = p * kPanelWidth<C> + g * L;
+      store(panel, rows[k] && column < N ? load_up_to(rows[k] + column, N - column) : Vec<C>{});
+    }
+  }
+}
+
+}  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

@@ -1,0 +1,253 @@
+// One SIMD vector, as wide as the level this translation unit is compiled for, on compiler vector
+// types: the arithmetic operators, comparisons and `mask ? a : b` work lane by lane.
+//
+// Everything that a kernel instantiates lives in the namespace of its level, so that the linker can
+// never replace baseline code by a copy that was compiled for a wider one.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef LSTM_EXT_SIMD_LEVEL  // the build names it; this is for editors
+#define LSTM_EXT_SIMD_LEVEL baseline
+#endif
+
+#define LSTM_EXT_INLINE __attribute__((always_inline)) inline
+#define LSTM_EXT_STRINGIFY_NOW(name) #name
+#define LSTM_EXT_STRINGIFY(name) LSTM_EXT_STRINGIFY_NOW(name)
+
+namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
+
+#if defined(__AVX512F__)
+inline constexpr int kVecBytes = 64;
+inline constexpr int kTileRows = 6;  // 24 accumulators, 4 weights, 1 broadcast of 32 registers
+#elif defined(__AVX__)
+inline constexpr int kVecBytes = 32;
+inline constexpr int kTileRows = 3;  // 12 accumulators of 16 registers
+#elif defined(__aarch64__)
+inline constexpr int kVecBytes = 16;
+inline constexpr int kTileRows = 6;
+#else
+inline constexpr int kVecBytes = 16;
+inline constexpr int kTileRows = 3;
+#endif
+
+// Storage-only types: 16 bits of memory, float in registers.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct ComputeOf {
+  using Type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using Type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::Type;
+
+template <class C>
+struct VecOf {
+  typedef C Type __attribute__((vector_size(kVecBytes)));
+};
+template <class C>
+using Vec = typename VecOf<C>::Type;
+
+template <class C>
+inline constexpr int kLanes = kVecBytes / sizeof(C);
+
+template <class To, class From>
+LSTM_EXT_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class C>
+LSTM_EXT_INLINE Vec<C> broadcast(C value) {
+  return value - Vec<C>{};
+}
+
+// ---- 16-bit floats, in registers -------------------------------------------------------------
+
+using U32 = Vec<uint32_t>;
+struct U16 {
+  typedef uint16_t Type __attribute__((vector_size(kVecBytes / 2)));
+};
+
+LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, BFloat16) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(raw, U32) << 16);
+}
+
+LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, Float16) {
+  const U32 bits = __builtin_convertvector(raw, U32);
+  const U32 magnitude = (bits & 0x7fff) << 13;
+  // Multiplying by 2^112 moves the exponent and normalises subnormal numbers in one go.
+  const U32 scaled = bit_cast<U32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const U32 special = magnitude >= (0x7c00u << 13) ? U32{} + 0x7f800000u : U32{};
+  return bit_cast<Vec<float>>(scaled | special | ((bits & 0x8000) << 16));
+}
+
+// Both round to nearest, ties to even, and keep NaN a quiet NaN.
+LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, BFloat16) {
+  const U32 bits = bit_cast<U32>(value);
+  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32 quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000u ? quiet : rounded, U16::Type);
+}
+
+LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, Float16) {
+  const U32 bits = bit_cast<U32>(value);
+  const U32 magnitude = bits & 0x7fffffff;
+  const U32 normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  // Below 2^-14: adding 0.5 lets the adder round to the 2^-24 grid of the subnormal numbers.
+  const U32 subnormal = bit_cast<U32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  U32 half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? U32{} + 0x7c00u : half;  // 65520 and above
+  half = magnitude > 0x7f800000u ? ((magnitude >> 13) & 0x3ff) | 0x7e00u : half;
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), U16::Type);
+}
+
+// ---- memory --------------------------------------------------------------------------------------
+
+template <class C>
+  requires(sizeof(C) > 2)
+LSTM_EXT_INLINE Vec<C> load(const C* from) {
+  Vec<C> value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <class Half>
+  requires(sizeof(Half) == 2)
+LSTM_EXT_INLINE Vec<float> load(const Half* from) {
+  U16::Type raw;
+  __builtin_memcpy(&raw, from, sizeof(raw));
+  return widen(raw, Half{});
+}
+
+template <class C>
+  requires(sizeof(C) > 2)
+LSTM_EXT_INLINE void store(C* to, Vec<C> value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+template <class Half>
+  requires(sizeof(Half) == 2)
+LSTM_EXT_INLINE void store(Half* to, Vec<float> value) {
+  const U16::Type raw = narrow(value, Half{});
+  __builtin_memcpy(to, &raw, sizeof(raw));
+}
+
+#if defined(__AVX512F__)
+LSTM_EXT_INLINE Vec<float> load_some(const float* from, int count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+}
+LSTM_EXT_INLINE Vec<double> load_some(const double* from, int count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
+}
+LSTM_EXT_INLINE void store_some(float* to, Vec<float> value, int count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), value);
+}
+LSTM_EXT_INLINE void store_some(double* to, Vec<double> value, int count) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), value);
+}
+#endif
+
+// The first `count` < lanes elements; the other lanes are zero, and memory behind them is not touched.
+template <class S>
+LSTM_EXT_INLINE Vec<Compute<S>> load_some(const S* from, int count) {
+  S some[kLanes<Compute<S>>] = {};
+  for (int lane = 0; lane < count; ++lane) some[lane] = from[lane];
+  return load(some);
+}
+
+template <class S>
+LSTM_EXT_INLINE void store_some(S* to, Vec<Compute<S>> value, int count) {
+  S some[kLanes<Compute<S>>];
+  store(some, value);
+  for (int lane = 0; lane < count; ++lane) to[lane] = some[lane];
+}
+
+template <class S>
+LSTM_EXT_INLINE Vec<Compute<S>> load_up_to(const S* from, int64_t count) {
+  return count >= kLanes<Compute<S>> ? load(from) : load_some(from, static_cast<int>(count));
+}
+
+template <class S>
+LSTM_EXT_INLINE void store_up_to(S* to, Vec<Compute<S>> value, int64_t count) {
+  if (count >= kLanes<Compute<S>>) {
+    store(to, value);
+  } else {
+    store_some(to, value, static_cast<int>(count));
+  }
+}
+
+// What a value is after a trip through storage: h is rounded at each step, as one cell call would.
+template <class S>
+LSTM_EXT_INLINE Vec<Compute<S>> rounded_to(Vec<Compute<S>> value) {
+  if constexpr (sizeof(S) == 2) return widen(narrow(value, S{}), S{});
+  return value;
+}
+
+// ---- shuffles ------------------------------------------------------------------------------------
+
+template <class V, int... lane>
+LSTM_EXT_INLINE V even_lanes(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (2 * lane)...);
+}
+template <class V, int... lane>
+LSTM_EXT_INLINE V odd_lanes(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (2 * lane + 1)...);
+}
+// offset 0 interleaves the lower halves of a and b, offset lanes/2 the upper ones
+template <int offset, class V, int... lane>
+LSTM_EXT_INLINE V interleave(V a, V b, std::integer_sequence<int, lane...>) {
+  constexpr int kCount = sizeof...(lane);
+  return __builtin_shufflevector(a, b, (lane % 2 * kCount + offset + lane / 2)...);
+}
+
+// Lane n of the result is the sum of all lanes of rows[n].
+template <class C>
+LSTM_EXT_INLINE Vec<C> sum_rows(Vec<C> (&rows)[kLanes<C>]) {
+  constexpr std::make_integer_sequence<int, kLanes<C>> kAll;
+#pragma GCC unroll 8
+  for (int count = kLanes<C>; count > 1; count /= 2) {
+#pragma GCC unroll 16
+    for (int n = 0; n < count / 2; ++n) {
+      const Vec<C> a = rows[2 * n], b = rows[2 * n + 1];
+      rows[n] = even_lanes(a, b, kAll) + odd_lanes(a, b, kAll);
+    }
+  }
+  return rows[0];
+}
+
+template <class C>
+LSTM_EXT_INLINE void transpose(Vec<C> (&rows)[kLanes<C>]) {
+  constexpr int kHalf = kLanes<C> / 2;
+  constexpr std::make_integer_sequence<int, kLanes<C>> kAll;
+#pragma GCC unroll 8
+  for (int round = 1; round < kLanes<C>; round *= 2) {
+    Vec<C> next[kLanes<C>];
+#pragma GCC unroll 16
+    for (int n = 0; n < kHalf; ++n) {
+      next[2 * n] = interleave<0>(rows[n], rows[n + kHalf], kAll);
+      next[2 * n + 1] = interleave<kHalf>(rows[n], rows[n + kHalf], kAll);
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes<C>; ++n) rows[n] = next[n];
+  }
+}
+
+}  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

@@ -1,0 +1,190 @@
+#include "team.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <climits>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+namespace lstm_ext::cpu {
+namespace {
+
+constexpr int kSpins = 4000;  // some ten microseconds, longer than the steps of a small layer
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+template <class Ready>
+bool spin_until(const Ready& ready) {
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (ready()) return true;
+    relax();
+  }
+  return ready();
+}
+
+// Workers sleep on a condition variable between calls. The pool is never destroyed: at exit its sleeping
+// threads end with the process.
+class Pool {
+ public:
+  void run(int threads, void (*body)(void*, int, int), void* context) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    const int size = owner ? 1 + grow(threads - 1) : 1;
+    if (size == 1) return body(context, 0, 1);
+
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      body_ = body;
+      context_ = context;
+      size_ = size;
+      running_.store(size - 1, std::memory_order_relaxed);
+      call_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    body(context, 0, size);
+    const auto done = [&] { return running_.load(std::memory_order_acquire) == 0; };
+    if (!spin_until(done)) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      finished_.wait(lock, done);
+    }
+  }
+
+ private:
+  // Makes sure that `wanted` workers exist, as far as the system allows; returns how many may be used.
+  int grow(int wanted) {
+    while (workers_ < wanted) {
+      try {
+        const int rank = workers_ + 1;
+        std::thread([this, rank, seen = call_.load()] { work(rank, seen); }).detach();
+      } catch (const std::system_error&) {
+        break;
+      }
+      ++workers_;
+    }
+    return workers_ < wanted ? workers_ : wanted;
+  }
+
+  void work(int rank, unsigned seen) {
+    for (;;) {
+      const auto called = [&] { return call_.load(std::memory_order_acquire) != seen; };
+      if (!spin_until(called)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, called);
+      }
+      // The number of a call and its size are read together: a worker outside the team of one call may be
+      // so late that the next has begun. A member cannot be late, since its call waits for it.
+      int size;
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        seen = call_.load(std::memory_order_relaxed);
+        size = size_;
+      }
+      if (rank >= size) continue;
+      body_(context_, rank, size);
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        finished_.notify_one();
+      }
+    }
+  }
+
+  std::mutex owner_;  // held by the call that uses the pool
+  std::mutex mutex_;  // for sleeping
+  std::condition_variable wake_, finished_;
+  std::atomic<unsigned> call_{0};
+  std::atomic<int> running_{0};
+  int size_ = 0;
+  int workers_ = 0;
+  void (*body_)(void*, int, int) = nullptr;
+  void* context_ = nullptr;
+};
+
+Pool* pool = nullptr;
+
+// A forked child inherits no worker, and perhaps a locked mutex: it starts with a new pool.
+void renew_pool() { pool = new Pool; }
+
+Pool& the_pool() {
+  static const bool ready = [] {
+    renew_pool();
+    pthread_atfork(nullptr, nullptr, renew_pool);
+    return true;
+  }();
+  (void)ready;
+  return *pool;
+}
+
+}  // namespace
+
+void Barrier::wait(int size) {
+  const int phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    phase_.notify_all();
+    return;
+  }
+  const auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
+  if (!spin_until(passed)) {
+    while (!passed()) phase_.wait(phase, std::memory_order_acquire);
+  }
+}
+
+void run_team(int threads, void (*body)(void*, int, int), void* context) {
+  if (threads <= 1) return body(context, 0, 1);
+  the_pool().run(threads, body, context);
+}
+
+int default_threads() {
+  if (const char* text = std::getenv("OMP_NUM_THREADS")) {
+    const long value = std::strtol(text, nullptr, 10);
+    if (value >= 1 && value <= INT_MAX) return static_cast<int>(value);
+  }
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  const unsigned count = std::thread::hardware_concurrency();
+  return count ? static_cast<int>(count) : 1;
+}
+
+struct Arena::Block {
+  Block* next;
+};
+
+Arena::~Arena() {
+  while (blocks_) {
+    Block* next = blocks_->next;
+    std::free(blocks_);
+    blocks_ = next;
+  }
+}
+
+void* Arena::allocate(size_t bytes) {
+  constexpr size_t kAlign = 64;
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
+  bytes = (bytes + kAlign - 1) / kAlign * kAlign;
+  if (bytes <= sizeof(local_) - used_) {
+    void* memory = local_ + used_;
+    used_ += bytes;
+    return memory;
+  }
+  void* memory = std::aligned_alloc(kAlign, kAlign + bytes);
+  if (!memory) throw std::bad_alloc();
+  Block* block = static_cast<Block*>(memory);
+  block->next = blocks_;
+  blocks_ = block;
+  return static_cast<unsigned char*>(memory) + kAlign;
+}
+
+}  // namespace lstm_ext::cpu

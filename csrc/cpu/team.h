@@ -1,0 +1,59 @@
+// The threads of one kernel call, the memory it borrows, and the pool they come from.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace lstm_ext::cpu {
+
+// `size` members wait for each other; reusable. Spins a little, then sleeps.
+class Barrier {
+ public:
+  void wait(int size);
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<int> phase_{0};
+};
+
+struct Team {
+  int rank, size;
+  Barrier* barrier;
+
+  void sync() const {
+    if (size > 1) barrier->wait(size);
+  }
+};
+
+// Runs body(context, rank, size) on up to `threads` threads, the caller being rank 0, and returns when all
+// are done. `size` is 1 when another call has the pool, or when the system gives no more threads.
+void run_team(int threads, void (*body)(void* context, int rank, int size), void* context);
+
+// The number of threads to use where the caller names none: OMP_NUM_THREADS, or the usable processors.
+int default_threads();
+
+// Scratch memory for one call, freed at its end. Small requests come from a block within the object.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena();
+
+  // Uninitialised and aligned to 64 bytes. Throws std::bad_alloc.
+  template <class T>
+  T* get(int64_t count) {
+    return static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)));
+  }
+
+ private:
+  struct Block;
+  void* allocate(size_t bytes);
+
+  alignas(64) unsigned char local_[16384];
+  size_t used_ = 0;
+  Block* blocks_ = nullptr;
+};
+
+}  // namespace lstm_ext::cpu

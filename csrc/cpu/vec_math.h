@@ -1,0 +1,89 @@
+// exp and tanh of a SIMD vector, good to about 2 ulp over the whole range, NaN and infinities included.
+#pragma once
+
+#include "simd.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
+
+template <class C>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  using Int = int32_t;
+  static constexpr int kMantissaBits = 23, kExponentBias = 127;
+  static constexpr int kTerms = 7;            // remainder below 2^-26
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
+  static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr float kLowest = -104.f, kHighest = 89.f;  // exp is 0 below, infinite above
+  static constexpr float kTanhIsOne = -20.f;                 // exp(-20) is below half an ulp of 1
+};
+
+template <>
+struct ExpConstants<double> {
+  using Int = int64_t;
+  static constexpr int kMantissaBits = 52, kExponentBias = 1023;
+  static constexpr int kTerms = 13;  // remainder below 2^-56
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLn2High = 0x1.62e42fefa3800p-1, kLn2Low = 0x1.ef35793c76730p-45;
+  static constexpr double kLowest = -746., kHighest = 710.;
+  static constexpr double kTanhIsOne = -40.;
+};
+
+template <class C>
+struct VecMath {
+  using Value = Vec<C>;
+  using K = ExpConstants<C>;
+  using Int = Vec<typename K::Int>;
+
+  // x = n ln2 + r with |r| <= ln2 / 2; m1 = exp(r) - 1 by its series
+  struct Reduced {
+    Int n;
+    Value m1;
+  };
+
+  static LSTM_EXT_INLINE Reduced reduce(Value x) {
+    const Value shifted = x * C(1.4426950408889634) + K::kRound;
+    const Value n = shifted - K::kRound;
+    const Value r = (x - n * K::kLn2High) - n * K::kLn2Low;
+    Value series = broadcast(C(1) / factorial(K::kTerms));
+#pragma GCC unroll 16
+    for (int term = K::kTerms - 1; term >= 2; --term) {
+      series = series * r + C(1) / factorial(term);
+    }
+    return {bit_cast<Int>(shifted) - bit_cast<Int>(broadcast(K::kRound)), series * (r * r) + r};
+  }
+
+  static LSTM_EXT_INLINE Value exp(Value x) {
+    x = x < K::kLowest ? broadcast(K::kLowest) : x;  // written so that NaN stays NaN
+    x = x > K::kHighest ? broadcast(K::kHighest) : x;
+    const Reduced reduced = reduce(x);
+    // in two factors, since 2^n alone may leave the exponent range where the result does not
+    const Int half = reduced.n >> 1;
+    return (1 + reduced.m1) * power_of_two(half) * power_of_two(reduced.n - half);
+  }
+
+  // -m / (2 + m) with m = exp(-2|x|) - 1: no cancellation near 0, no overflow
+  static LSTM_EXT_INLINE Value tanh(Value x) {
+    const Int sign = bit_cast<Int>(x) & bit_cast<Int>(broadcast(C(-0.)));
+    Value twice = -2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign);
+    twice = twice < 2 * K::kTanhIsOne ? broadcast(2 * K::kTanhIsOne) : twice;
+    const Reduced reduced = reduce(twice);
+    const Value scale = power_of_two(reduced.n);
+    const Value m = scale * reduced.m1 + (scale - 1);
+    return bit_cast<Value>(bit_cast<Int>(-m / (2 + m)) | sign);
+  }
+
+ private:
+  static constexpr C factorial(int n) {
+    C product = 1;
+    for (int factor = 2; factor <= n; ++factor) product *= factor;
+    return product;
+  }
+
+  static LSTM_EXT_INLINE Value power_of_two(Int n) {
+    return bit_cast<Value>((n + K::kExponentBias) << K::kMantissaBits);
+  }
+};
+
+}  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

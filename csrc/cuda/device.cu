@@ -1,0 +1,35 @@
+#include "device.h"
+
+#include <cuda_runtime_api.h>
+
+namespace lstm_ext::cuda {
+namespace {
+
+std::string failure(const char* call, cudaError_t error) {
+  (void)cudaGetLastError();  // a failed query must not surface in somebody else's next check
+  return std::string(call) + ": " + cudaGetErrorString(error);
+}
+
+}  // namespace
+
+DeviceReport device_report() {
+  DeviceReport report{{}, "", CUDART_VERSION};
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    report.reason = failure("cudaGetDeviceCount", error);
+    return report;
+  }
+  for (int device = 0; device < count; ++device) {
+    cudaDeviceProp properties;
+    if (const cudaError_t error = cudaGetDeviceProperties(&properties, device); error != cudaSuccess) {
+      report.reason = failure("cudaGetDeviceProperties", error);
+      return report;
+    }
+    report.names.push_back(std::string(properties.name) + " (sm_" +
+                           std::to_string(properties.major * 10 + properties.minor) + ")");
+  }
+  if (count == 0) report.reason = "the CUDA driver reports no device";
+  return report;
+}
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,18 @@
+// The GPUs of this machine as the CUDA runtime in this module sees them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace lstm_ext::cuda {
+
+struct DeviceReport {
+  std::vector<std::string> names;  // "name (sm_90)"
+  std::string reason;              // why there are none; empty if there are some
+  int runtime_version;             // as cudaRuntimeGetVersion gives it: 13000 for 13.0
+};
+
+// Never throws for want of a driver or a device.
+DeviceReport device_report();
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,64 @@
+// The mathematics of one LSTM unit, stated once for every backend.
+//
+// `Math` says what a number is and how to take its exp and tanh: a SIMD vector on the CPU
+// (cpu/vec_math.h), a scalar on the GPU. Everything here is element-wise.
+#pragma once
+
+#if defined(__CUDACC__)
+#define LSTM_EXT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define LSTM_EXT_HOST_DEVICE __attribute__((always_inline)) inline
+#endif
+
+namespace lstm_ext {
+
+template <class V>
+struct GateValues {
+  V i, f, g, o;
+};
+
+template <class V>
+struct CellStep {
+  GateValues<V> gates;  // activated
+  V c, h;               // h before a projection
+};
+
+template <class V>
+struct CellStepGrad {
+  GateValues<V> d_pre;  // with respect to the gates before their activation
+  V d_c_prev;
+};
+
+template <class Math, class V = typename Math::Value>
+LSTM_EXT_HOST_DEVICE V sigmoid(V x) {
+  return 1 / (1 + Math::exp(-x));
+}
+
+template <class V>
+LSTM_EXT_HOST_DEVICE V d_sigmoid(V sigmoid_output) {
+  return sigmoid_output * (1 - sigmoid_output);
+}
+
+template <class V>
+LSTM_EXT_HOST_DEVICE V d_tanh(V tanh_output) {
+  return 1 - tanh_output * tanh_output;
+}
+
+// c = f c_prev + i g,  h = o tanh(c)
+template <class Math, class V = typename Math::Value>
+LSTM_EXT_HOST_DEVICE CellStep<V> cell_forward(const GateValues<V>& pre, V c_prev) {
+  const GateValues<V> gates{sigmoid<Math>(pre.i), sigmoid<Math>(pre.f), Math::tanh(pre.g), sigmoid<Math>(pre.o)};
+  const V c = gates.f * c_prev + gates.i * gates.g;
+  return {gates, c, gates.o * Math::tanh(c)};
+}
+
+// d_c is what later steps and a caller of c want; what arrives through h is added here.
+template <class V>
+LSTM_EXT_HOST_DEVICE CellStepGrad<V> cell_backward(const GateValues<V>& gates, V c_prev, V tanh_c, V d_h, V d_c) {
+  const V d_c_total = d_c + d_h * gates.o * d_tanh(tanh_c);
+  return {{d_c_total * gates.g * d_sigmoid(gates.i), d_c_total * c_prev * d_sigmoid(gates.f),
+           d_c_total * gates.i * d_tanh(gates.g), d_h * tanh_c * d_sigmoid(gates.o)},
+          d_c_total * gates.f};
+}
+
+}  // namespace lstm_ext

@@ -1,0 +1,102 @@
+// What a kernel is told: plain structs, no framework. Strides count elements. A pointer marked "may be
+// null" stands for zeros on input and for "not wanted" on output. No output may alias an input.
+#pragma once
+
+#include <cstdint>
+
+namespace lstm_ext {
+
+enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Where the row of time t and batch entry b starts. Packed sequences hold only the valid rows:
+// those of time t start at row packed_offset[t].
+struct RowMap {
+  int64_t t_stride, b_stride;
+  const int64_t* packed_offset;  // [T], may be null: padded
+
+  int64_t at(int64_t t, int64_t b) const {
+    return (packed_offset ? packed_offset[t] * b_stride : t * t_stride) + b * b_stride;
+  }
+};
+
+struct Matrix {
+  const void* data;
+  int64_t row_stride;  // columns are contiguous
+};
+
+struct SequenceShape {
+  int64_t T, B, I, H;
+  int64_t P;       // width of h: H without a projection
+  bool projected;  // w_hr is given
+};
+
+// Which rows exist, and where the state is forgotten.
+struct Masks {
+  const int64_t* lengths;  // [B], each 0..T, may be null: all T
+  const uint8_t* resets;   // 0 or 1 at resets[t * reset_t_stride + b * reset_b_stride], may be null
+  int64_t reset_t_stride, reset_b_stride;
+};
+
+struct LayerWeights {
+  Matrix w_ih;              // [4H, I]
+  Matrix w_hh;              // [4H, P]
+  const void *b_ih, *b_hh;  // [4H], both may be null
+  Matrix w_hr;              // [P, H], data may be null
+};
+
+struct InitialState {
+  Matrix h0, c0;  // [B, P], [B, H]; data may be null
+};
+
+struct ForwardDirection {
+  bool reverse;
+  LayerWeights weights;
+  InitialState state;
+  void* y;      // rows by LayerForward::y_map
+  void* h_n;    // [B, P], may be null
+  void* c_n;    // [B, H]
+  void* cells;  // rows by cells_map, float or double, may be null
+  void* gates;  // rows by gates_map, activated i f g o, may be null
+};
+
+struct LayerForward {
+  Dtype dtype;
+  SequenceShape shape;
+  Masks masks;
+  const void* x;
+  RowMap x_map, y_map, cells_map, gates_map;
+  int num_directions;
+  ForwardDirection direction[2];
+  int num_threads;
+};
+
+struct WeightGrads {         // contiguous
+  void *w_ih, *w_hh;         // [4H, I], [4H, P]; null together: no weight gradient is wanted
+  void *b_ih, *b_hh, *w_hr;  // may be null
+};
+
+struct BackwardDirection {
+  bool reverse;
+  LayerWeights weights;
+  InitialState state;
+  const void *y, *cells, *gates;  // what the forward pass left
+  const void* dy;                 // rows by dy_map, may be null
+  const void* d_cells;            // rows by d_cells_map, float or double, may be null
+  Matrix dh_n, dc_n;              // [B, P], [B, H]; data may be null
+  void *dh0, *dc0;                // [B, P], [B, H], contiguous, may be null
+  WeightGrads grads;
+};
+
+struct LayerBackward {
+  Dtype dtype;
+  SequenceShape shape;
+  Masks masks;
+  const void* x;
+  void* dx;  // rows by dx_map, may be null
+  RowMap x_map, dx_map, y_map, dy_map, cells_map, d_cells_map, gates_map;
+  int num_directions;
+  BackwardDirection direction[2];
+  int num_threads;
+};
+
+}  // namespace lstm_ext

@@ -1,0 +1,60 @@
+"""The compiled module. Arrays are CPU torch tensors or NumPy arrays, one kind in a call; outputs are of that kind.
+
+dtypes float32, float64, bfloat16, float16. Raises TypeError (dtype, not an array), RuntimeError (shape) and
+ValueError (range) naming the argument, what was expected and what came. `num_threads` 0 takes OMP_NUM_THREADS or the
+usable processors. The interface of a layer is described in `lstm_ext.reference`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+class BuildInfo(TypedDict, total=False):
+    version: str
+    compiler: str
+    simd_built: tuple[str, ...]
+    simd_available: tuple[str, ...]
+    simd: str
+    cuda: bool
+    cuda_archs: str
+    cudart: int
+    cuda_reason: str
+    cuda_kernels: bool
+    gpus: list[str]
+
+def layer_forward(
+    x: Any,
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Any],
+    lengths: Any,
+    resets: Any,
+    batch_sizes: Any,
+    directions: int,
+    batch_first: bool,
+    save: int,
+    num_threads: int,
+) -> tuple[Any, Any, Any, Any, Any]: ...
+def layer_backward(
+    dy: Any,
+    dh_n: Any,
+    dc_n: Any,
+    dcells: Any,
+    x: Any,
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Any],
+    y: Any,
+    cells: Any,
+    gates: Any,
+    lengths: Any,
+    resets: Any,
+    batch_sizes: Any,
+    directions: int,
+    batch_first: bool,
+    needs: int,
+    num_threads: int,
+) -> tuple[Any, Any, Any, list[Any] | None]: ...
+def cell_forward(
+    x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, num_threads: int
+) -> tuple[Any, Any]: ...
+def build_info() -> BuildInfo: ...

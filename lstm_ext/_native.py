@@ -1,0 +1,33 @@
+"""The only importer of the compiled module: the module, or why there is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["C", "reason"]
+
+
+def _recorded_reason() -> str:
+    """Why the installation left the compiled module out, if it did."""
+    try:
+        record = json.loads(Path(__file__).with_name("_build_info.json").read_text(encoding="utf-8"))
+    except OSError:
+        return ""
+    return "" if record["native"] else str(record["reason"])
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, _recorded_reason() or f"lstm_ext._C cannot be imported: {error}"
+    try:
+        _C.build_info()
+    except RuntimeError as error:  # LSTM_EXT_SIMD names a level that this machine lacks
+        return None, str(error)
+    return _C, ""
+
+
+C, reason = _load()
