@@ -70,9 +70,10 @@ struct LayerForward {
   int num_threads;
 };
 
-struct WeightGrads {         // contiguous
-  void *w_ih, *w_hh;         // [4H, I], [4H, P]; null together: no weight gradient is wanted
-  void *b_ih, *b_hh, *w_hr;  // may be null
+struct WeightGrads {  // contiguous
+  bool wanted;
+  void *w_ih, *w_hh;         // [4H, I], [4H, P]
+  void *b_ih, *b_hh, *w_hr;  // [4H], [4H], [P, H]; null where the layer has none
 };
 
 struct BackwardDirection {

@@ -42,7 +42,7 @@ class Backward {
     if (layer_.dx) w_ih_ = arena.get<C>(column_panels(I) * 4 * H * kWidth);
     const int64_t widest = I > P ? (I > H ? I : H) : (P > H ? P : H);
     source_rows_ = arena.get<const S*>(4 * H > chunk_rows_ ? 4 * H : chunk_rows_);
-    if (d_.grads.w_ih) {
+    if (d_.grads.wanted) {
       columns_ = arena.get<C>(column_panels(widest) * chunk_rows_ * kWidth);
       dw_ih_ = sums_for(d_.grads.w_ih, 4 * H * I, arena);
       dw_hh_ = sums_for(d_.grads.w_hh, 4 * H * P, arena);
@@ -78,7 +78,7 @@ class Backward {
     pack_matrix(share, d_.weights.w_hh, 4 * H, P, w_hh_);
     if (projected) pack_matrix(share, d_.weights.w_hr, P, H, w_hr_);
     if (layer_.dx) pack_matrix(share, d_.weights.w_ih, 4 * H, I, w_ih_);
-    if (d_.grads.w_ih) {
+    if (d_.grads.wanted) {
       zero_part(share, dw_ih_, 4 * H * I);
       zero_part(share, dw_hh_, 4 * H * P);
       if (db_) zero_part(share, db_, 4 * H);
@@ -124,7 +124,7 @@ class Backward {
     share.team.sync();
     share.for_part(steps_.active(s0),
                    [&](int64_t slot) { copy_row(dgates_ + slot * 4 * shape_.H, later_dgates_ + slot * 4 * shape_.H); });
-    if (d_.grads.w_ih) add_weight_grads(share, rows);
+    if (d_.grads.wanted) add_weight_grads(share, rows);
     if (layer_.dx) input_grads(share, rows);
     share.team.sync();
   }
@@ -376,7 +376,7 @@ class Backward {
       });
     }
     share.for_part(B, [&](int64_t slot) { finish_row(slot); });
-    if (!d_.grads.w_ih) return;
+    if (!d_.grads.wanted) return;
     convert_part(share, dw_ih_, 4 * H * I, d_.grads.w_ih);
     convert_part(share, dw_hh_, 4 * H * P, d_.grads.w_hh);
     if (projected) convert_part(share, dw_hr_, P * H, d_.grads.w_hr);

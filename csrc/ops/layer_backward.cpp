@@ -55,7 +55,7 @@ py::tuple layer_backward(py::handle dy_, py::handle dh_n_, py::handle dc_n_, py:
   for (int n = 0; n < D; ++n) {
     const auto grad_of = [&](const Array& weight) {
       Output grad = weight ? wanted(kNeedWeights, weight.shape()) : Output{};
-      if (grad.data || !grad.object.is_none()) dweights.append(grad.object);
+      if (!grad.object.is_none()) dweights.append(grad.object);
       return grad;
     };
     const DirectionArrays& of = args.direction[n];
@@ -95,7 +95,12 @@ py::tuple layer_backward(py::handle dy_, py::handle dh_n_, py::handle dc_n_, py:
     to.dc_n = matrix_at(dc_n, n, args.dtype);
     to.dh0 = at(dh0, n * B * P, args.dtype);
     to.dc0 = at(dc0, n * B * H, args.dtype);
-    to.grads = {dw[n].w_ih.data, dw[n].w_hh.data, dw[n].b_ih.data, dw[n].b_hh.data, dw[n].w_hr.data};
+    to.grads = {(needs & kNeedWeights) != 0,
+                dw[n].w_ih.data,
+                dw[n].w_hh.data,
+                dw[n].b_ih.data,
+                dw[n].b_hh.data,
+                dw[n].w_hr.data};
   }
 
   {

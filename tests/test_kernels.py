@@ -1,0 +1,322 @@
+"""The compiled CPU kernels against the float64 oracle, and against themselves bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lstm_ext import _native, reference
+from lstm_ext.reference import BOTH, FORWARD, REVERSE
+
+from .cases import CASES, Case, Inputs, make_inputs, run_layer
+from .tolerances import assert_all_close, assert_close, assert_identical
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+C: Any = _native.C
+pytestmark = pytest.mark.skipif(C is None, reason=f"no compiled kernels: {_native.reason}")
+
+needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
+FRAMEWORKS = [
+    *(pytest.param("numpy", dtype, id=f"numpy-{dtype}") for dtype in ("float32", "float64", "float16")),
+    *(
+        pytest.param("torch", dtype, id=f"torch-{dtype}", marks=needs_torch)
+        for dtype in ("float32", "float64", "bfloat16", "float16")
+    ),
+]
+# One case for each way through a layer, small enough to be run under every SIMD level.
+MASKED_CASE = Case(9, 7, 5, 33, lengths="with_zero", resets=True, directions=BOTH, batch_first=True)
+PROJECTED_CASE = Case(6, 5, 9, 65, P=31, lengths="with_zero", resets=True, directions=BOTH)
+PACKED_CASE = Case(6, 9, 17, 33, P=7, packed=True, directions=BOTH)
+WIDE_CASE = Case(4, 24, 20, 300, directions=BOTH)
+COMPACT_CASES = [Case(1, 1, 1, 1), Case(2, 3, 129, 257), MASKED_CASE, PROJECTED_CASE, PACKED_CASE, WIDE_CASE]
+
+
+def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
+    return run_layer(reference, inputs.map(lambda a: a.astype(np.float64)))
+
+
+def in_framework(inputs: Inputs, framework: str, dtype: str) -> Inputs:
+    return inputs.to_torch(dtype) if framework == "torch" else inputs
+
+
+@pytest.mark.parametrize(("framework", "dtype"), FRAMEWORKS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case, framework: str, dtype: str) -> None:
+    inputs = make_inputs(case, dtype)
+    actual = run_layer(C, in_framework(inputs, framework, dtype), 1)
+    kind, half = (np.ndarray if framework == "numpy" else torch.Tensor), dtype.endswith("float16")
+    for name, array in (actual[0] | actual[1]).items():
+        assert isinstance(array, kind), name
+        expected_dtype = "float32" if half and name == "cells" else dtype
+        assert str(array.dtype).removeprefix("torch.") == expected_dtype, name
+    assert_all_close(actual, run_oracle(inputs), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_threads_and_runs_agree_bit_for_bit(case: Case, dtype: str) -> None:
+    inputs = make_inputs(case, dtype)
+    expected = run_layer(C, inputs, 1)
+    for num_threads in (1, 2, 3, 0):
+        for actual, same in zip(run_layer(C, inputs, num_threads), expected, strict=True):
+            assert_identical(actual, same)
+
+
+def batch_axes(case: Case) -> dict[str, int]:
+    """Where the batch is in each array that has one."""
+    sequence = 0 if case.batch_first else 1
+    sequences = dict.fromkeys(("x", "y", "dx", "dy", "resets"), sequence)
+    states = dict.fromkeys(("h0", "c0", "h_n", "c_n", "dh_n", "dc_n", "dh0", "dc0"), 1)
+    return sequences | states | {"cells": 2, "gates": 2, "dcells": 2, "lengths": 0}
+
+
+def select_rows(inputs: Inputs, rows: np.ndarray) -> Inputs:
+    """The batch made of these rows, in this order."""
+    names = ("x", "dy", "resets", "h0", "c0", "dh_n", "dc_n", "dcells", "lengths")
+    present = [name for name in names if getattr(inputs, name) is not None]
+    axes = batch_axes(inputs.case)
+    return replace(inputs, **{name: np.take(getattr(inputs, name), rows, axes[name]) for name in present})
+
+
+def rows_of(results: tuple[dict[str, Any], dict[str, Any]], case: Case, rows: Any) -> dict[str, Any]:
+    """The part of outputs and gradients that belongs to these rows."""
+    arrays, axes = results[0] | results[1], batch_axes(case)
+    return {name: np.take(array, rows, axes[name]) for name, array in arrays.items() if name in axes}
+
+
+ROW_CASES = [Case(3, 31, 63, 127), MASKED_CASE, PROJECTED_CASE, WIDE_CASE, Case(3, 9, 4, 8, directions=REVERSE)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", ROW_CASES, ids=str)
+def test_rows_move_with_their_results(case: Case, dtype: str) -> None:
+    inputs, order = make_inputs(case, dtype), np.random.default_rng(1).permutation(case.B)
+    permuted = run_layer(C, select_rows(inputs, order), 2)
+    assert_identical(rows_of(permuted, case, range(case.B)), rows_of(run_layer(C, inputs, 2), case, order))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", ROW_CASES, ids=str)
+def test_rows_do_not_see_their_neighbours(case: Case, dtype: str) -> None:
+    inputs, others = make_inputs(case, dtype), make_inputs(case, dtype, seed=1)
+    kept = np.arange(0, case.B, 2)
+    mixed = replace(
+        inputs,
+        **{
+            name: mix_rows(getattr(inputs, name), getattr(others, name), kept, axis)
+            for name, axis in batch_axes(case).items()
+            if getattr(inputs, name, None) is not None
+        },
+    )
+    assert_identical(rows_of(run_layer(C, mixed, 2), case, kept), rows_of(run_layer(C, inputs, 2), case, kept))
+
+
+def mix_rows(ours: np.ndarray, theirs: np.ndarray, kept: np.ndarray, axis: int) -> np.ndarray:
+    """`ours` in the rows `kept` of the axis, `theirs` in the others."""
+    mixed = np.moveaxis(theirs.copy(), axis, 0)
+    mixed[kept] = np.moveaxis(ours, axis, 0)[kept]
+    return np.moveaxis(mixed, 0, axis)
+
+
+@pytest.mark.parametrize("save", [0, 1])
+@pytest.mark.parametrize("case", COMPACT_CASES, ids=str)
+def test_save_changes_no_output(case: Case, save: int) -> None:
+    inputs = make_inputs(case, "float32")
+    full, outputs = (C.layer_forward(*inputs.forward_args(s), 1) for s in (2, save))
+    assert [a is None for a in outputs] == [False, False, False, save < 1, save < 2]
+    for output, expected in zip(outputs, full, strict=True):
+        if output is not None:
+            np.testing.assert_array_equal(output, expected)
+
+
+@pytest.mark.parametrize("needs", range(16))
+@pytest.mark.parametrize("case", [PROJECTED_CASE, PACKED_CASE], ids=str)
+def test_needs_change_no_gradient(case: Case, needs: int) -> None:
+    inputs = make_inputs(case, "float32")
+    y, _, _, cells, gates = C.layer_forward(*inputs.forward_args(), 1)
+    full, some = (C.layer_backward(*inputs.backward_args(y, cells, gates, n), 1) for n in (15, needs))
+    assert [a is not None for a in some] == [bool(needs & bit) for bit in (1, 2, 4, 8)]
+    for gradient, expected in zip(some, full, strict=True):
+        if gradient is not None:
+            np.testing.assert_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("missing", [("dy",), ("dh_n",), ("dc_n",), ("dcells",), ("dy", "dh_n", "dc_n", "dcells")])
+def test_missing_gradients_are_zeros(missing: tuple[str, ...]) -> None:
+    inputs = make_inputs(MASKED_CASE, "float32")
+    _, none = run_layer(C, replace(inputs, **dict.fromkeys(missing)), 1)
+    zeros = replace(inputs, **{name: np.zeros_like(getattr(inputs, name)) for name in missing})
+    assert_identical(none, run_layer(C, zeros, 1)[1])
+
+
+@pytest.mark.parametrize(("framework", "dtype"), FRAMEWORKS)
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 32, 32), (3, 5, 13), (17, 65, 67), (33, 7, 129), (0, 3, 5)], ids=str)
+def test_cell_matches_the_oracle(
+    sizes: tuple[int, int, int], bias: bool, state: bool, framework: str, dtype: str
+) -> None:
+    case = Case(1, *sizes, bias=bias, state=state)
+    inputs = make_inputs(case, dtype)
+
+    def cell_args(inputs: Inputs) -> list[Any]:
+        h, c = (inputs.h0[0], inputs.c0[0]) if state else (None, None)
+        return [inputs.x[0], h, c, *inputs.weights[:2], *(inputs.weights[2:] if bias else (None, None))]
+
+    actual = C.cell_forward(*cell_args(in_framework(inputs, framework, dtype)), 1)
+    expected = reference.cell_forward(*cell_args(inputs.map(lambda a: a.astype(np.float64))))
+    for name, ours, theirs in zip("hc", actual, expected, strict=True):
+        assert_close(ours, theirs, dtype, terms=case.output_terms, name=name)
+
+
+@pytest.mark.parametrize("directions", [FORWARD, REVERSE])
+def test_nan_and_infinity_arrive_where_they_must(directions: int) -> None:
+    case = Case(5, 4, 3, 17, directions=directions)
+    inputs = make_inputs(case, "float32")
+    inputs.x[2, 1, 0], inputs.x[2, 2, 1], inputs.x[3, 3] = np.nan, np.inf, 1e30
+    names = ("y", "h_n", "c_n", "cells", "gates")
+    actual = C.layer_forward(*inputs.forward_args(), 1)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        expected = reference.layer_forward(*inputs.map(lambda a: a.astype(np.float64)).forward_args())
+    assert np.isnan(expected[0]).any()
+    for name, ours, theirs in zip(names, actual, expected, strict=True):
+        assert_close(ours, theirs, "float32", terms=case.output_terms, name=name)
+
+
+def test_saturated_gates_are_exact() -> None:
+    case = Case(4, 3, 2, 19)
+    inputs = make_inputs(case, "float32")
+    actual = run_layer(C, replace(inputs, x=np.sign(inputs.x) * np.float32(1e6)), 1)
+    i, f, _, o = np.split(actual[0]["gates"], 4, axis=-1)
+    assert np.isin([i, f, o], [0, 1]).mean() > 0.9
+    assert_all_close(actual, run_oracle(replace(inputs, x=np.sign(inputs.x) * np.float32(1e6))), case, "float32")
+
+
+NUMPY_LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "fortran": np.asfortranarray,
+    "negative strides": lambda a: np.flip(np.flip(a).copy()),
+    "every second": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "misaligned": lambda a: np.frombuffer(b"\0" + a.tobytes(), np.uint8)[1:].view(a.dtype).reshape(a.shape),
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+}
+
+
+@pytest.mark.parametrize("layout", NUMPY_LAYOUTS)
+@pytest.mark.parametrize("case", [MASKED_CASE, PACKED_CASE], ids=str)
+def test_numpy_layout_does_not_matter(case: Case, layout: str) -> None:
+    def convert(a: np.ndarray) -> np.ndarray:
+        a = NUMPY_LAYOUTS[layout](a)
+        a.flags.writeable = False
+        return a
+
+    inputs = make_inputs(case, "float32")
+    strange = inputs.map(convert).map_masks(convert)
+    for actual, expected in zip(run_layer(C, strange, 1), run_layer(C, inputs, 1), strict=True):
+        assert_identical(actual, expected)
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [MASKED_CASE, PACKED_CASE], ids=str)
+def test_torch_layout_does_not_matter(case: Case, dtype: str) -> None:
+    def every_second(a: Any) -> Any:
+        return a.repeat_interleave(2, dim=-1)[..., ::2]
+
+    def transposed(a: Any) -> Any:
+        return a.transpose(0, -1).contiguous().transpose(0, -1)
+
+    inputs = make_inputs(case, dtype).to_torch(dtype)
+    expected = run_layer(C, inputs, 1)
+    for convert in (every_second, transposed):
+        strange = inputs.map(convert).map_masks(convert)
+        for actual, same in zip(run_layer(C, strange, 1), expected, strict=True):
+            assert_identical(actual, same)
+
+
+@pytest.mark.parametrize("case", COMPACT_CASES, ids=str)
+def test_inputs_stay_as_they_were(case: Case) -> None:
+    inputs, before = make_inputs(case, "float32"), make_inputs(case, "float32")
+    run_layer(C, inputs, 2)
+    for name in ("x", "h0", "c0", "lengths", "resets", "batch_sizes", "dy", "dh_n", "dc_n", "dcells", "weights"):
+        np.testing.assert_equal(getattr(inputs, name), getattr(before, name), err_msg=name)
+
+
+@st.composite
+def any_inputs(draw: st.DrawFn) -> Inputs:
+    """A layer of any kind and small size with lengths and resets of its own."""
+    size = st.integers(1, 20)
+    T, B, H = draw(st.integers(1, 6)), draw(st.integers(0, 9)), draw(size)
+    packed = B > 0 and draw(st.booleans())
+    case = Case(
+        T,
+        B,
+        draw(size),
+        H,
+        P=draw(st.integers(0, H - 1)),
+        bias=draw(st.booleans()),
+        directions=draw(st.sampled_from([FORWARD, REVERSE, BOTH])),
+        batch_first=not packed and draw(st.booleans()),
+        packed=packed,
+        state=draw(st.booleans()),
+    )
+    inputs = make_inputs(case, draw(st.sampled_from(["float32", "float64"])), seed=draw(st.integers(0, 99)))
+    if packed:
+        return inputs
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
+        inputs = replace(inputs, lengths=np.array(lengths, np.int64))
+    if draw(st.booleans()):
+        resets = draw(st.lists(st.booleans(), min_size=T * B, max_size=T * B))
+        inputs = replace(inputs, resets=np.array(resets, bool).reshape((B, T) if case.batch_first else (T, B)))
+    return inputs
+
+
+@settings(deadline=None, max_examples=200)
+@given(any_inputs())
+def test_any_shape_matches_the_oracle(inputs: Inputs) -> None:
+    dtype = str(inputs.x.dtype)
+    assert_all_close(run_layer(C, inputs, 2), run_oracle(inputs), inputs.case, dtype, gradient_magnitude=3.0)
+
+
+# SIMD levels: one process each, since the level is picked when the module is loaded ----------------------------------
+
+FORCED_LEVEL = os.environ.get("LSTM_EXT_SIMD")
+
+
+@pytest.mark.skipif(FORCED_LEVEL is None, reason="LSTM_EXT_SIMD forces no level")
+def test_forced_simd_level_is_picked() -> None:
+    assert C.build_info()["simd"] == FORCED_LEVEL
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("case", COMPACT_CASES, ids=str)
+def test_simd_level_matches_the_oracle(case: Case, dtype: str) -> None:
+    inputs = make_inputs(case, dtype, seed=2)
+    assert_all_close(run_layer(C, inputs, 2), run_oracle(inputs), case, dtype)
+
+
+@pytest.mark.skipif(FORCED_LEVEL is not None, reason="this is the run of one level")
+@pytest.mark.parametrize("level", C.build_info()["simd_available"] if C else [])
+def test_every_simd_level(level: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "simd_level", __file__]
+    environment = os.environ | {"LSTM_EXT_SIMD": level}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    expected = 1 + 3 * len(COMPACT_CASES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{expected} passed" in done.stdout, done.stdout
