@@ -77,21 +77,21 @@ void layer_forward(const LayerForward& layer) {
     for (int n = 0; n < layer.num_directions; ++n) {
       call.direction[n] = new (arena.get<Forward<S>>(1)) Forward<S>(layer, layer.direction[n], steps, arena);
     }
-    run_team(threads_worth_having(layer.num_threads, layer.shape, layer.num_directions), ForwardCall<S>::body, &call);
+    run_team(layer.num_threads, threads_worth_having(layer.num_threads, layer.shape, layer.num_directions),
+             ForwardCall<S>::body, &call);
   });
 }
 
 void layer_backward(const LayerBackward& layer) {
   with_storage(layer.dtype, [&](auto storage) {
     using S = decltype(storage);
-    const int threads = threads_worth_having(layer.num_threads, layer.shape, 1);
     Arena arena;
     const Steps steps(layer.shape, layer.masks, arena);
     BackwardCall<S> call{{}, layer.num_directions, {}};
     for (int n = 0; n < layer.num_directions; ++n) {
       call.direction[n] = new (arena.get<Backward<S>>(1)) Backward<S>(layer, layer.direction[n], steps, n > 0, arena);
     }
-    run_team(threads, BackwardCall<S>::body, &call);
+    run_team(layer.num_threads, threads_worth_having(layer.num_threads, layer.shape, 1), BackwardCall<S>::body, &call);
   });
 }
 

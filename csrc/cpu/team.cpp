@@ -1,5 +1,6 @@
 #include "team.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -111,18 +112,43 @@ class Pool {
 
 Pool* pool = nullptr;
 
-// A forked child inherits no worker, and perhaps a locked mutex: it starts with a new pool.
-void renew_pool() { pool = new Pool; }
+// The entry points of an OpenMP runtime with the interface of GNU's, which LLVM's and Intel's have too.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+};
+
+OpenMp openmp;
+
+// A forked child inherits no thread, and perhaps a locked mutex: it starts with a new pool of its own.
+void start_over() {
+  pool = new Pool;
+  openmp = {};
+}
 
 Pool& the_pool() {
   static const bool ready = [] {
-    renew_pool();
-    pthread_atfork(nullptr, nullptr, renew_pool);
+    pool = new Pool;
+    pthread_atfork(nullptr, nullptr, start_over);
     return true;
   }();
   (void)ready;
   return *pool;
 }
+
+struct Region {
+  void (*body)(void*, int, int);
+  void* context;
+  int size;
+
+  static void enter(void* self) {
+    const Region& region = *static_cast<Region*>(self);
+    const int rank = openmp.thread_num(), given = openmp.num_threads();
+    const int size = given < region.size ? given : region.size;
+    if (rank < size) region.body(region.context, rank, size);
+  }
+};
 
 }  // namespace
 
@@ -140,9 +166,25 @@ void Barrier::wait(int size) {
   }
 }
 
-void run_team(int threads, void (*body)(void*, int, int), void* context) {
-  if (threads <= 1) return body(context, 0, 1);
-  the_pool().run(threads, body, context);
+void run_team(int threads, int size, void (*body)(void*, int, int), void* context) {
+  if (size <= 1) return body(context, 0, 1);
+  if (!openmp.parallel) return the_pool().run(size, body, context);
+  // All threads enter, since an OpenMP team that is made smaller ends the threads it loses.
+  Region region{body, context, size};
+  openmp.parallel(Region::enter, &region, static_cast<unsigned>(threads), 0);
+}
+
+bool share_openmp_threads(const char* library) {
+  the_pool();  // from here on a fork starts over
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  if (!handle) return false;
+  OpenMp found;  // by the library or by what it depends on; the handle stays open, as the functions stay in use
+  found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(handle, "GOMP_parallel"));
+  found.thread_num = reinterpret_cast<decltype(found.thread_num)>(dlsym(handle, "omp_get_thread_num"));
+  found.num_threads = reinterpret_cast<decltype(found.num_threads)>(dlsym(handle, "omp_get_num_threads"));
+  if (!found.parallel || !found.thread_num || !found.num_threads) return false;
+  openmp = found;
+  return true;
 }
 
 int default_threads() {

@@ -26,9 +26,15 @@ struct Team {
   }
 };
 
-// Runs body(context, rank, size) on up to `threads` threads, the caller being rank 0, and returns when all
-// are done. `size` is 1 when another call has the pool, or when the system gives no more threads.
-void run_team(int threads, void (*body)(void* context, int rank, int size), void* context);
+// Runs body(context, rank, size) on `size` of the `threads` threads that the caller may use, the calling
+// thread being rank 0, and returns when all are done. The body may be told of a smaller size: of 1 when
+// another call has the pool, or when the system gives no more threads.
+void run_team(int threads, int size, void (*body)(void* context, int rank, int size), void* context);
+
+// From now on teams are made of the OpenMP threads that the loaded library of this name uses, if it uses
+// any: two pools would take the processors from each other, since OpenMP's threads spin when they wait.
+// Returns whether it does.
+bool share_openmp_threads(const char* library);
 
 // The number of threads to use where the caller names none: OMP_NUM_THREADS, or the usable processors.
 int default_threads();
