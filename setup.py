@@ -1,0 +1,249 @@
+"""Builds `lstm_ext._C` with CMake and Ninja; everything else about the package is in pyproject.toml.
+
+Environment:
+    LSTM_EXT_BUILD        auto (default), python (no native module), cpu, or cuda (CPU and CUDA)
+    LSTM_EXT_CUDA_ARCHS   CUDA architectures, such as "90a;100" (default: those of the GPUs present)
+    CXX, CUDACXX          the compilers
+    CMAKE_ARGS            further arguments for CMake, such as -DLSTM_EXT_SANITIZE=address,undefined
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from itertools import takewhile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+MODES = ("auto", "python", "cpu", "cuda")
+ALL_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
+OLDEST_ARCH = 75
+
+
+class BuildError(Exception):
+    """The native module cannot be built; the text says why, in one line."""
+
+
+def build_mode() -> str:
+    mode = os.environ.get("LSTM_EXT_BUILD") or "auto"
+    if mode not in MODES:
+        raise SystemExit(f"lstm_ext: LSTM_EXT_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+MODE = build_mode()
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------
+
+
+def find_nvcc() -> str | None:
+    """The nvcc of CUDACXX, PATH or CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *([f"{home}/bin"] if home else [])])
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc", path=path)
+
+
+def arch_number(arch: str) -> int:
+    return int(arch.rstrip("af"))
+
+
+def named_archs() -> list[str]:
+    """Those in LSTM_EXT_CUDA_ARCHS; [] where it is not set."""
+    text = os.environ.get("LSTM_EXT_CUDA_ARCHS", "")
+    archs = [arch for arch in re.split(r"[;,\s]+", text) if arch]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch) or arch_number(arch) < OLDEST_ARCH:
+            raise SystemExit(
+                f"lstm_ext: LSTM_EXT_CUDA_ARCHS: expected architectures from {OLDEST_ARCH} on, such as '90a;100', "
+                f"got {arch!r} in {text!r}"
+            )
+    return archs
+
+
+def present_archs() -> list[str]:
+    """Those of this machine's GPUs that the kernels support; [] where the driver shows none."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    numbers = {int(line.replace(".", "")) for line in lines}
+    # Hopper's own instructions need the "a"; later GPUs run the kernels of their plain architecture.
+    return ["90a" if number == 90 else str(number) for number in sorted(numbers) if number >= OLDEST_ARCH]
+
+
+def supported_archs(nvcc: str) -> list[str]:
+    """Those of ALL_ARCHS that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return [arch for arch in ALL_ARCHS if f"compute_{arch_number(arch)}" in listed.split()]
+
+
+def cmake_archs(archs: list[str]) -> str:
+    """Machine code for each, and PTX for the last one whose PTX later GPUs can run (not an "a" or "f")."""
+    portable = [arch for arch in archs if arch.isdigit()]
+    return ";".join(arch if portable and arch == portable[-1] else f"{arch}-real" for arch in archs)
+
+
+def plan_cuda() -> tuple[list[str], str]:
+    """CMake's arguments for CUDA and "", or [] and why CUDA is not built."""
+    if MODE == "cpu":
+        return [], "built with LSTM_EXT_BUILD=cpu"
+    archs = named_archs()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        reason = "nvcc not found: install the CUDA toolkit and put nvcc on PATH, or set CUDACXX or CUDA_HOME"
+        if MODE == "cuda":
+            raise SystemExit(f"lstm_ext: LSTM_EXT_BUILD=cuda: {reason}")
+        return [], reason
+    archs = archs or present_archs()
+    if not archs:
+        if MODE == "auto":
+            return [], "no GPU found and LSTM_EXT_CUDA_ARCHS not set"
+        archs = supported_archs(nvcc)
+    return [
+        "-DLSTM_EXT_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={cmake_archs(archs)}",
+    ], ""
+
+
+# ---- CMake -----------------------------------------------------------------------------------------------
+
+
+def find_tool(name: str) -> str:
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    tool = shutil.which(name, path=path)
+    if tool is None:
+        raise BuildError(f"{name} not found: it is a build requirement (pip install {name})")
+    return tool
+
+
+def first_error(output: list[str]) -> str:
+    """The first error of a compiler or CMake in its output, in one line."""
+    for n, line in enumerate(output):
+        if line.startswith("CMake Error"):
+            text = takewhile(lambda after: not after or after.startswith(" "), output[n + 1 :])
+            return " ".join(" ".join(text).split())
+        if re.search(r"\berror\b", line, re.IGNORECASE):
+            return line
+    return output[-1] if output else "no output"
+
+
+def run(command: list[str]) -> None:
+    """Runs it and passes its output on; raises BuildError with its first error if it fails."""
+    print("+", shlex.join(command), flush=True)
+    output = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            output.append(line.rstrip())
+    if process.returncode != 0:
+        raise BuildError(first_error(output))
+
+
+def build_native(target: Path, version: str, cuda: list[str]) -> None:
+    """Compiles the native module to the file `target`."""
+    import pybind11
+
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    # Objects are kept, but what an earlier build found (its compilers, an isolated build's tools) is not.
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for found in build.glob("CMakeFiles/[0-9]*"):
+        shutil.rmtree(found)
+    configure = [
+        *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+        f"-DLSTM_EXT_VERSION={version}",
+        *cuda,
+    ]
+    run(configure + shlex.split(os.environ.get("CMAKE_ARGS", "")))
+    run([cmake, "--build", str(build)])
+
+
+# ---- setuptools ------------------------------------------------------------------------------------------
+
+
+def record(package: Path, version: str, reason: str, cuda_reason: str) -> None:
+    """Keeps beside the modules in `package` what was not built and why, for lstm_ext/_native.py to repeat."""
+    if reason:
+        for stale in package.glob("_C*.so"):
+            stale.unlink()
+    info = {
+        "version": version,
+        "mode": MODE,
+        "native": not reason,
+        "reason": reason,
+        "cuda": not cuda_reason,
+        "cuda_reason": cuda_reason,
+    }
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def announce(text: str) -> None:
+    print(f"lstm_ext: {text} (LSTM_EXT_BUILD={MODE})", file=sys.stderr, flush=True)
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        super().run()
+        if MODE == "python":
+            announce("building no native module")
+            package = ROOT / "lstm_ext" if self.editable_mode else Path(self.build_lib) / "lstm_ext"
+            reason = "built with LSTM_EXT_BUILD=python"
+            record(package, self.distribution.get_version(), reason, reason)
+
+
+class BuildExt(build_ext):
+    reason = cuda_reason = ""
+
+    def run(self) -> None:
+        super().run()
+        package = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
+        record(package, self.distribution.get_version(), self.reason, self.cuda_reason)
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cuda, self.cuda_reason = plan_cuda()
+        if cuda:
+            announce(f"building the CPU kernels, and the CUDA kernels for {cuda[-1].partition('=')[2]}")
+        else:
+            announce(f"building the CPU kernels; no CUDA kernels: {self.cuda_reason}")
+        version = self.distribution.get_version()
+        try:
+            try:
+                build_native(target, version, cuda)
+            except BuildError as error:
+                if MODE != "auto" or not cuda:
+                    raise
+                self.cuda_reason = f"the CUDA build failed: {error}"
+                announce(f"{self.cuda_reason}; building the CPU kernels alone")
+                build_native(target, version, [])
+        except BuildError as error:
+            if MODE != "auto":
+                raise SystemExit(f"lstm_ext: LSTM_EXT_BUILD={MODE}: {error}") from None
+            self.reason = self.cuda_reason = f"the native build failed: {error}"
+            announce(f"{self.reason}; installing without native kernels, the NumPy backend remains")
+
+
+setup(
+    # Optional, as far as setuptools needs to know: with LSTM_EXT_BUILD=auto the file may be missing.
+    ext_modules=[] if MODE == "python" else [Extension("lstm_ext._C", sources=[], optional=MODE == "auto")],
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+)
