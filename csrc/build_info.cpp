@@ -1,5 +1,7 @@
 #include "build_info.h"
 
+#include <pybind11/stl.h>
+
 #include "cpu/kernels.h"
 #if defined(LSTM_EXT_WITH_CUDA)
 #include "cuda/device.h"

@@ -97,7 +97,7 @@ class Backward {
   static void zero_part(const Share& share, C* sums, int64_t count) {
     const int64_t first = count * share.team.rank / share.team.size;
     const int64_t last = count * (share.team.rank + 1) / share.team.size;
-    __builtin_memset(sums + first, 0, static_cast<size_t>(last - first) * sizeof(C));
+    if (last > first) __builtin_memset(sums + first, 0, static_cast<size_t>(last - first) * sizeof(C));
   }
 
   // ---- a chunk: the recurrence, then the products over all of its rows ---------------------------

@@ -153,20 +153,34 @@ class Weights {
     }
     const int64_t K = k1 - k0, full = K / L * L;
     for (int m = 0; m < rows; ++m) {
-      Vec<C> sum[L] = {};
-      for (int64_t k = 0; k < full; k += L) {
-        const Vec<C> value = load(a[m] + k);
+      Vec<C> sum[L];
 #pragma GCC unroll 16
-        for (int lane = 0; lane < L; ++lane) sum[lane] += value * load(unit[lane] + k);
-      }
-      if (full < K) {
-        const int rest = static_cast<int>(K - full);
-        const Vec<C> value = load_some(a[m] + full, rest);
-#pragma GCC unroll 16
-        for (int lane = 0; lane < L; ++lane) sum[lane] += value * load_some(unit[lane] + full, rest);
-      }
+      for (int lane = 0; lane < L; lane += kStreams) multiply_streams(a[m], unit + lane, K, full, sum + lane);
       C* to = tile + (m * 4 + g) * L;
       store(to, load(to) + sum_rows<C>(sum));
+    }
+  }
+
+  // As many rows at once as the hardware's prefetchers follow well.
+  static constexpr int kStreams = L < 8 ? L : 8;
+
+  static LSTM_EXT_INLINE void multiply_streams(const C* a, const S* const* unit, int64_t K, int64_t full, Vec<C>* sum) {
+    const S* row[kStreams];
+#pragma GCC unroll 16
+    for (int n = 0; n < kStreams; ++n) {
+      row[n] = unit[n];
+      sum[n] = Vec<C>{};
+    }
+    for (int64_t k = 0; k < full; k += L) {
+      const Vec<C> value = load(a + k);
+#pragma GCC unroll 16
+      for (int n = 0; n < kStreams; ++n) sum[n] += value * load(row[n] + k);
+    }
+    if (full < K) {
+      const int rest = static_cast<int>(K - full);
+      const Vec<C> value = load_some(a + full, rest);
+#pragma GCC unroll 16
+      for (int n = 0; n < kStreams; ++n) sum[n] += value * load_some(row[n] + full, rest);
     }
   }
 

@@ -15,7 +15,7 @@
 namespace lstm_ext::cpu {
 namespace {
 
-constexpr int kSpins = 4000;  // some ten microseconds, longer than the steps of a small layer
+constexpr int kSpins = 1000;  // some twenty microseconds, longer than the steps of a small layer
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -200,6 +200,26 @@ int default_threads() {
   return count ? static_cast<int>(count) : 1;
 }
 
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+struct KeptScratch {
+  unsigned char* memory = nullptr;
+  size_t size = 0;
+
+  ~KeptScratch() { std::free(memory); }
+  void resize(size_t bytes) {
+    std::free(memory);
+    memory = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, bytes));
+    size = memory ? bytes : 0;
+  }
+};
+
+thread_local KeptScratch kept_scratch;
+
+}  // namespace
+
 struct Arena::Block {
   Block* next;
 };
@@ -210,23 +230,21 @@ Arena::~Arena() {
     std::free(blocks_);
     blocks_ = next;
   }
+  if (used_ > kept_scratch.size && used_ <= kKeptScratchBytes) kept_scratch.resize(used_);
 }
 
 void* Arena::allocate(size_t bytes) {
-  constexpr size_t kAlign = 64;
   if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
-  bytes = (bytes + kAlign - 1) / kAlign * kAlign;
-  if (bytes <= sizeof(local_) - used_) {
-    void* memory = local_ + used_;
-    used_ += bytes;
-    return memory;
-  }
-  void* memory = std::aligned_alloc(kAlign, kAlign + bytes);
+  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t start = used_;
+  used_ += bytes;
+  if (used_ <= kept_scratch.size) return kept_scratch.memory + start;
+  void* memory = std::aligned_alloc(kAlignment, kAlignment + bytes);
   if (!memory) throw std::bad_alloc();
   Block* block = static_cast<Block*>(memory);
   block->next = blocks_;
   blocks_ = block;
-  return static_cast<unsigned char*>(memory) + kAlign;
+  return static_cast<unsigned char*>(memory) + kAlignment;
 }
 
 }  // namespace lstm_ext::cpu

@@ -39,7 +39,14 @@ bool share_openmp_threads(const char* library);
 // The number of threads to use where the caller names none: OMP_NUM_THREADS, or the usable processors.
 int default_threads();
 
-// Scratch memory for one call, freed at its end. Small requests come from a block within the object.
+// Scratch memory for one call on this thread. The thread keeps what a call needed, up to kKeptScratchBytes, for
+// the next one: fresh memory from the system costs more than small kernels do.
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr size_t kKeptScratchBytes = 0;  // each array is then a block of its own, watched at its ends
+#else
+inline constexpr size_t kKeptScratchBytes = size_t{64} << 20;
+#endif
+
 class Arena {
  public:
   Arena() = default;
@@ -57,9 +64,8 @@ class Arena {
   struct Block;
   void* allocate(size_t bytes);
 
-  alignas(64) unsigned char local_[16384];
-  size_t used_ = 0;
-  Block* blocks_ = nullptr;
+  size_t used_ = 0;          // in all
+  Block* blocks_ = nullptr;  // what the kept memory could not hold
 };
 
 }  // namespace lstm_ext::cpu

@@ -1,0 +1,315 @@
+"""The arms: each runs a case on the same weights and inputs, or says why it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import lstm_ext
+
+from .cases import Case, usable_cores
+from .oracle import SLACK, Array, Inputs, Named, by_layer
+
+Call = Callable[[], Any]
+
+
+class Arm(ABC):
+    """One implementation. `prepare` does once what a user does once; the call it returns is what is timed."""
+
+    name: str
+    slack = SLACK
+    modes = frozenset({"cell", "inference"})
+    dtypes = frozenset({"float32"})
+
+    def missing(self) -> str:
+        """Why the arm cannot run here at all; "" if it can."""
+        return "" if importlib.util.find_spec(self.name) else "not installed"
+
+    def version(self) -> str:
+        return version(self.name)
+
+    def refusal(self, case: Case) -> str:
+        """Why the arm does not run the case; "" if it does."""
+        if case.device != "cpu":
+            return f"not set up for {case.device}"
+        if case.mode not in self.modes:
+            return f"no {case.mode}"
+        return "" if case.dtype in self.dtypes else f"no {case.dtype}"
+
+    @abstractmethod
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        """The call to be timed."""
+
+    @abstractmethod
+    def named(self, case: Case, inputs: Inputs, result: Any) -> Named:
+        """What the call returned, with the names and shapes of `oracle.answers`."""
+
+
+class Torch(Arm):
+    """`torch.nn.LSTM` and `torch.nn.LSTMCell`."""
+
+    name = "torch"
+    modules: Any = torch.nn
+
+    def refusal(self, case: Case) -> str:
+        return ""
+
+    def _load(self, kind: Any, case: Case, inputs: Inputs, **options: Any) -> torch.nn.Module:
+        dtype = getattr(torch, case.dtype)
+        module: torch.nn.Module = kind(case.I, case.H, device=case.device, dtype=dtype, **options)
+        with torch.no_grad():
+            for parameter, weight in zip(module.parameters(), inputs.weights, strict=True):
+                parameter.copy_(torch.from_numpy(weight))
+        return module
+
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        def tensor(a: Array) -> torch.Tensor:
+            return torch.from_numpy(a).to(case.device, getattr(torch, case.dtype))
+
+        x, state = tensor(inputs.x), (tensor(inputs.h0), tensor(inputs.c0))
+        if case.mode == "cell":
+            cell = self._load(self.modules.LSTMCell, case, inputs)
+            return partial(cell, x[0], (state[0][0], state[1][0]))
+        options = {"num_layers": case.layers, "bidirectional": case.directions == 2, "proj_size": case.P}
+        lstm: Any = self._load(self.modules.LSTM, case, inputs, **options)
+        if case.mode == "training":
+            dy, leaves = tensor(inputs.dy), [x.requires_grad_(), *lstm.parameters()]
+
+            def train() -> Any:
+                y, state_n = lstm(x, state)
+                return y, state_n, torch.autograd.grad(y, leaves, dy)
+
+            return train
+        if case.mode == "compiled":
+            lstm = torch.compile(lstm)
+        if inputs.lengths is not None:
+            return partial(lstm, pack_padded_sequence(x, torch.from_numpy(inputs.lengths)), state)
+        return partial(lstm, x, state)
+
+    def named(self, case: Case, inputs: Inputs, result: Any) -> Named:
+        if case.mode == "cell":
+            h, c = result
+            return {"y": h[None], "h_n": h[None], "c_n": c[None]}
+        y, (h_n, c_n), *gradients = result
+        named = {"y": y if inputs.lengths is None else y.data, "h_n": h_n, "c_n": c_n}
+        for dx, *dweights in gradients:
+            named |= {"dx": dx} | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
+        return named
+
+
+class LstmExt(Torch):
+    """`lstm_ext.LSTM` and `lstm_ext.LSTMCell`, on the compiled kernels."""
+
+    name = "lstm_ext"
+    slack = 1
+    modules = lstm_ext
+
+    def missing(self) -> str:
+        return ""
+
+    def version(self) -> str:
+        return lstm_ext.__version__
+
+    def refusal(self, case: Case) -> str:
+        backend = lstm_ext.backends()[case.device]
+        return "" if backend.available else backend.reason
+
+
+ONNX_GATES = [0, 3, 1, 2]  # i, o, f, c of our i, f, g, o
+
+
+def onnx_weights(weights: list[Array], directions: int) -> dict[str, Array]:
+    """W [D, 4H, I], R [D, 4H, H] and B [D, 8H] of a layer."""
+
+    def reorder(a: Array) -> Array:
+        return a.reshape(4, -1, *a.shape[1:])[ONNX_GATES].reshape(a.shape)
+
+    w_ih, w_hh, b_ih, b_hh = (np.stack([reorder(a) for a in weights[n::4]]) for n in range(4))
+    assert len(w_ih) == directions
+    return {"W": w_ih, "R": w_hh, "B": np.concatenate([b_ih, b_hh], axis=1)}
+
+
+class Onnx(Arm):
+    """A runtime of ONNX models; the model has static shapes, its states and lengths are inputs."""
+
+    modes = frozenset({"cell", "inference", "packed"})
+
+    def missing(self) -> str:
+        return super().missing() or ("" if importlib.util.find_spec("onnx") else "onnx is not installed")
+
+    def refusal(self, case: Case) -> str:
+        return super().refusal(case) or ("the operator has no projection" if case.P else "")
+
+    def feed(self, case: Case, inputs: Inputs) -> dict[str, Array]:
+        """The model's inputs by name."""
+        feed, D = {"x": inputs.x}, case.directions
+        for n in range(case.layers):
+            feed |= {f"h0_{n}": inputs.h0[n * D : (n + 1) * D], f"c0_{n}": inputs.c0[n * D : (n + 1) * D]}
+        if inputs.lengths is not None:
+            feed["lengths"] = inputs.lengths.astype(np.int32)
+        return feed
+
+    def model(self, case: Case, inputs: Inputs) -> bytes:
+        """One LSTM node a layer: inputs as in `feed`, outputs y [T, B, D*H], then h_n, c_n [D, B, H] of each layer."""
+        from onnx import TensorProto, helper, numpy_helper
+
+        info = helper.make_tensor_value_info
+        feed = self.feed(case, inputs)
+        T, B, D, H = case.T, case.B, case.directions, case.H
+        constants = {"direction_axis": np.array([1])} if D == 1 else {"joined": np.array([T, B, D * H])}
+        nodes, outputs, x = [], [], "x"
+        for n, weights in enumerate(by_layer(inputs.weights, case.layers)):
+            arrays = onnx_weights(weights, D)
+            constants |= {f"{name}_{n}": array for name, array in arrays.items()}
+            sources = [x, *(f"{name}_{n}" for name in arrays), "lengths" * ("lengths" in feed), f"h0_{n}", f"c0_{n}"]
+            results, x = [f"directions_{n}", f"h_n_{n}", f"c_n_{n}"], f"y_{n}"
+            direction = "bidirectional" if D == 2 else "forward"
+            nodes.append(helper.make_node("LSTM", sources, results, hidden_size=H, direction=direction))
+            if D == 1:
+                nodes.append(helper.make_node("Squeeze", [results[0], "direction_axis"], [x]))
+            else:
+                nodes.append(helper.make_node("Transpose", [results[0]], [f"rows_{n}"], perm=[0, 2, 1, 3]))
+                nodes.append(helper.make_node("Reshape", [f"rows_{n}", "joined"], [x]))
+            outputs += [(name, (D, B, H)) for name in results[1:]]
+        outputs.insert(0, (x, (T, B, D * H)))
+        graph = helper.make_graph(
+            nodes,
+            "lstm",
+            [info(k, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape) for k, array in feed.items()],
+            [info(name, TensorProto.FLOAT, shape) for name, shape in outputs],
+            [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        )
+        opset = helper.make_opsetid("", 17)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        return bytes(model.SerializeToString())
+
+    def arrays(self, result: Any) -> list[Array]:
+        """The outputs, in the order of the model's."""
+        return list(result)
+
+    def named(self, case: Case, inputs: Inputs, result: Any) -> Named:
+        y, *states = self.arrays(result)
+        return {"y": y if inputs.lengths is None else y[inputs.valid]} | {
+            name: np.concatenate(states[n::2]) for n, name in enumerate(("h_n", "c_n"))
+        }
+
+
+class OnnxRuntime(Onnx):
+    """ONNX Runtime's CPU provider."""
+
+    name = "onnxruntime"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = case.threads
+        options.inter_op_num_threads = 1
+        model = self.model(case, inputs)
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return partial(session.run, None, self.feed(case, inputs))
+
+
+class OpenVino(Onnx):
+    """OpenVINO's CPU device, set for latency, in float32 arithmetic."""
+
+    name = "openvino"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        import openvino
+
+        core = openvino.Core()
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": case.threads,
+            "NUM_STREAMS": 1,
+        }
+        request = core.compile_model(core.read_model(self.model(case, inputs)), "CPU", options).create_infer_request()
+        return partial(request.infer, self.feed(case, inputs), share_inputs=True, share_outputs=True)
+
+    def arrays(self, result: Any) -> list[Array]:
+        return list(result.to_tuple())
+
+
+class Jax(Arm):
+    """`jax.jit` of a scan over the steps, the input projection before it."""
+
+    name = "jax"
+    modes = frozenset({"cell", "inference", "training"})
+
+    def __init__(self) -> None:
+        self._threads = 0
+
+    def refusal(self, case: Case) -> str:
+        return super().refusal(case) or ("no projection" if case.P else "")
+
+    def _use_threads(self, threads: int) -> None:
+        """A new pool of as many threads as this process may use cores while it is made: JAX has no setting for it."""
+        import jax
+        from jax.extend.backend import clear_backends
+
+        if threads == self._threads:
+            return
+        clear_backends()
+        cores = usable_cores()
+        os.sched_setaffinity(0, cores[:threads])
+        jax.devices()
+        os.sched_setaffinity(0, cores)
+        self._threads = threads
+
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        self._use_threads(case.threads)
+        import jax
+        import jax.numpy as jnp
+
+        def direction(x: Any, h: Any, c: Any, weights: Any, reverse: bool) -> Any:
+            w_ih, w_hh, b_ih, b_hh = weights
+
+            def step(state: Any, gates: Any) -> Any:
+                h, c = state
+                i, f, g, o = jnp.split(gates + h @ w_hh.T, 4, axis=-1)
+                c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+                h = jax.nn.sigmoid(o) * jnp.tanh(c)
+                return (h, c), h
+
+            return jax.lax.scan(step, (h, c), x @ w_ih.T + b_ih + b_hh, reverse=reverse)
+
+        def forward(x: Any, weights: Any, h0: Any, c0: Any) -> Any:
+            states: list[Any] = []
+            for layer in by_layer(weights, case.layers):
+                ys = []
+                for d in range(case.directions):
+                    n, own = len(states), layer[4 * d : 4 * d + 4]
+                    state, y = direction(x, h0[n], c0[n], own, d == 1)
+                    states.append(state)
+                    ys.append(y)
+                x = jnp.concatenate(ys, axis=-1)
+            return x, *map(jnp.stack, zip(*states, strict=True))
+
+        def train(x: Any, weights: Any, h0: Any, c0: Any, dy: Any) -> Any:
+            (y, *state), pull = jax.vjp(lambda x, weights: forward(x, weights, h0, c0), x, weights)
+            return y, *state, *pull((dy, *map(jnp.zeros_like, state)))
+
+        arguments = [inputs.x, inputs.weights, inputs.h0, inputs.c0]
+        if case.mode == "training":
+            arguments.append(inputs.dy)
+        call = partial(jax.jit(train if case.mode == "training" else forward), *jax.device_put(arguments))
+        return lambda: jax.block_until_ready(call())
+
+    def named(self, case: Case, inputs: Inputs, result: Any) -> Named:
+        named = dict(zip(("y", "h_n", "c_n", "dx"), result, strict=False))
+        dweights = result[4] if case.mode == "training" else []
+        return named | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
+
+
+ARMS: dict[str, Arm] = {arm.name: arm for arm in (LstmExt(), Torch(), OnnxRuntime(), OpenVino(), Jax())}

@@ -1,0 +1,146 @@
+"""What is timed: one row of the benchmark, the suites of rows, and the presets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+MODES = ("cell", "inference", "training", "packed", "compiled")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: T steps of a batch of B sequences, inputs I wide, H units in each layer and direction.
+
+    P = 0 is no projection; `directions` is 1 or 2; `busy` is how many cores other processes keep busy meanwhile.
+    Modes: `cell` is one step of an LSTMCell; `inference` and `training` (forward and backward) are calls of an LSTM,
+    with a PackedSequence in `packed`, through torch.compile in `compiled`.
+    """
+
+    suite: str
+    mode: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    P: int = 0
+    layers: int = 1
+    directions: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    busy: int = 0
+
+    @property
+    def width(self) -> int:
+        """The width of h."""
+        return self.P or self.H
+
+    @property
+    def layer_inputs(self) -> list[int]:
+        """The width of each layer's input."""
+        return [self.I, *[self.directions * self.width] * (self.layers - 1)]
+
+    @property
+    def step_flops(self) -> float:
+        """Floating-point operations in the matrix products of one forward step of the whole batch."""
+        recurrent = self.layers * (8 * self.H * self.width + 2 * self.H * self.P)
+        return self.B * self.directions * (8 * self.H * sum(self.layer_inputs) + recurrent)
+
+    def __str__(self) -> str:
+        text = f"{self.mode} T{self.T} B{self.B} I{self.I} H{self.H}"
+        options = {f"P{self.P}": self.P, f"layers{self.layers}": self.layers > 1, "both": self.directions == 2}
+        options |= {self.dtype: self.dtype != "float32", f"busy{self.busy}": self.busy}
+        return " ".join([text, *(name for name, present in options.items() if present), f"threads{self.threads}"])
+
+
+def grid(suite: str, mode: str, **axes: Any) -> list[Case]:
+    """The product of the axes, each a value or a list of values; I is as H where it is not given."""
+    values = {name: axis if isinstance(axis, (list, tuple)) else [axis] for name, axis in axes.items()}
+    rows = [dict(zip(values, row, strict=True)) for row in product(*values.values())]
+    return [Case(suite, mode, **{"I": row["H"], **row}) for row in rows]
+
+
+# Widths on either side of the multiples of vector widths and tiles.
+CLIFFS = [31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 255, 256, 257]
+
+# Named after the work in targets.py that they measure.
+SUITES: dict[str, list[Case]] = {
+    "tiny": grid("tiny", "inference", T=1, B=[1, 2], H=[8, 17, 32, 64, 96]),
+    "batch1": grid("batch1", "inference", B=1, T=[28, 100], H=[16, 32, 64, 100, 128, 200]),
+    "batch1_wide": grid("batch1_wide", "inference", B=1, T=50, H=[512, 700, 1024]),
+    "batches": grid("batches", "inference", T=50, B=[4, 8, 16, 32, 64, 128], H=[64, 100, 128, 200, 256, 300]),
+    "batches_wide": grid("batches_wide", "inference", T=20, B=[48, 96, 128], H=[320, 512, 768]),
+    "training": grid("training", "training", T=20, B=[1, 4, 16, 64, 128], H=[64, 128, 256, 512]),
+    "cell": grid("cell", "cell", T=1, B=[1, 2, 4, 8], H=[32, 64, 128, 256, 512]),
+    "packed": grid("packed", "packed", T=50, B=[8, 32], H=[64, 256]),
+    "projection": [
+        *grid("projection", "inference", T=50, B=[1, 16], H=128, P=64),
+        *grid("projection", "inference", T=50, B=[1, 16], H=256, P=100),
+    ],
+    "float64": grid("float64", "inference", T=50, B=[1, 16], H=[64, 256], dtype="float64"),
+    "bidirectional": grid("bidirectional", "inference", T=50, B=[1, 16], H=[64, 256], directions=2),
+    "layers": grid("layers", "inference", T=50, B=[1, 16], H=[64, 256], layers=2),
+    "bfloat16": [
+        *grid("bfloat16", "inference", T=50, B=1, H=[512, 1024], dtype="bfloat16"),
+        *grid("bfloat16", "inference", T=50, B=[4, 32], H=[64, 256], dtype="bfloat16"),
+    ],
+    "busy": grid("busy", "inference", T=50, B=[1, 16], H=[64, 256], busy=[0, 1]),
+    "cliff": grid("cliff", "inference", T=20, B=[1, 16], I=64, H=CLIFFS),
+    "compiled": grid("compiled", "compiled", T=20, B=[1, 16], H=128),
+}
+
+QUICK = [
+    *grid("tiny", "inference", T=1, B=1, H=32),
+    *grid("batch1", "inference", B=1, T=100, H=128),
+    *grid("batch1_wide", "inference", B=1, T=50, H=512),
+    *grid("batches", "inference", T=50, B=[4, 32], H=[64, 256]),
+    *grid("batches_wide", "inference", T=20, B=64, H=320),
+    *grid("training", "training", T=20, B=[1, 32], H=[64, 256]),
+    *grid("cell", "cell", T=1, B=1, H=64),
+    *grid("packed", "packed", T=50, B=8, H=64),
+    *grid("bidirectional", "inference", T=50, B=1, H=64, directions=2),
+    *grid("bfloat16", "inference", T=50, B=1, H=512, dtype="bfloat16"),
+]
+
+PRESETS = {"quick": QUICK, "full": [case for suite in SUITES.values() for case in suite]}
+AXES = ("dtype", "B", "T", "I", "H", "P", "layers", "directions", "mode", "busy", "suite")
+
+
+def usable_cores() -> list[int]:
+    """The processors this process may run on."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def select(preset: str, axes: Mapping[str, Sequence[Any]]) -> list[Case]:
+    """The rows of a preset whose values are all among those given for an axis."""
+    return [case for case in PRESETS[preset] if all(getattr(case, name) in axis for name, axis in axes.items())]
+
+
+def custom(axes: Mapping[str, Sequence[Any]]) -> list[Case]:
+    """The grid of the axes given, in order; an axis left out has one value, I that of H.
+
+    A cell has one step, layer and direction, and no projection, whatever is asked for.
+    """
+    defaults: dict[str, Sequence[Any]] = {"mode": ["inference"], "B": [1], "T": [50], "H": [128]}
+    values = {name: list(dict.fromkeys(axis)) for name, axis in (defaults | dict(axes)).items() if name != "suite"}
+    cases = [case for mode in values.pop("mode") for case in grid("custom", mode, **values)]
+    cell: dict[str, Any] = {"T": 1, "P": 0, "layers": 1, "directions": 1}
+    return list(dict.fromkeys(replace(case, **cell) if case.mode == "cell" else case for case in cases))
+
+
+def on(cases: Iterable[Case], device: str, threads: Sequence[int]) -> Iterator[Case]:
+    """Each case with each thread count (once on a GPU), next to each other."""
+    for case in cases:
+        for count in threads if device == "cpu" else threads[:1]:
+            if count > case.busy:  # with a core to itself, the neighbour disturbs nobody
+                yield replace(case, device=device, threads=count)
+
+
+def case_from(row: Mapping[str, Any]) -> Case:
+    """The case of a row of a JSON file."""
+    return Case(**{field.name: row[field.name] for field in fields(Case)})

@@ -1,0 +1,132 @@
+"""What this machine can do at most, and the floor under each row's time that follows from it.
+
+The floor of a step of one layer is
+
+    max(bytes of the recurrent weights a core reads / bandwidth of the cache level that holds them, their flops / peak)
+    + max(bytes of W / T / the same bandwidth, flops of the input projection / peak)
+    + flops of gate math / peak
+    + a barrier, where threads must exchange h
+
+n threads share the units (each reads 1/n of the weights, and a barrier ends each step, unless directions or layers give
+every thread its own) or the rows of the batch (each reads all weights, no barrier): the faster counts. Training adds
+the backward pass: the recurrent term and the barrier again (dh), gate math again, and at peak the products dR, dW, dx.
+
+Peak is the fused multiply-adds of the row's dtype in vector registers (bfloat16: its dot product where the machine has
+one; otherwise half types compute in float32). Left out: reading x, writing y and what the backward pass keeps, all that
+happens once a call, and matrix units (AMX). What a core's cache keeps from one step to the next is in it
+only as the level: a kernel that walks its weights forth and back can get below the floor at batch 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from .cases import Case, usable_cores
+
+Ceilings = dict[str, Any]
+
+SOURCE = Path(__file__).with_name("ceilings.cpp")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+# 3 sigmoids and 2 tanhs a unit, each about 11 multiply-adds for the exponential and a division worth 10.
+GATE_FLOPS = 2 * 5 * 21
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def cpu_list_length(text: str) -> int:
+    """How many processors "0-3,8" names."""
+    spans = [list(map(int, span.split("-"))) for span in text.split(",")]
+    return sum(span[-1] - span[0] + 1 for span in spans)
+
+
+def cache_levels() -> list[tuple[str, int, int]]:
+    """Name, bytes and number of sharing processors of each data cache, as the system tells them."""
+    levels = []
+    for index in sorted(CACHES.glob("index*")):
+        level, kind, size, shared = (
+            (index / name).read_text().strip() for name in ("level", "type", "size", "shared_cpu_list")
+        )
+        if kind != "Instruction":
+            levels.append((f"L{level}", 1024 * int(size.removesuffix("K")), cpu_list_length(shared)))
+    return levels
+
+
+def measure(threads: Iterable[int]) -> tuple[Ceilings, str]:
+    """The ceilings for each number of threads, by its text; or nothing, and why.
+
+    Each is {"fma_gflops": {dtype: of all threads}, "barrier_us", "levels": [{"name", "bytes": a thread's share (None
+    for memory), "read_gbs": of each thread}]}.
+    """
+    compiler = next((name for name in (os.environ.get("CXX", ""), "g++", "clang++") if which(name)), None)
+    if compiler is None:
+        return {}, "no C++ compiler (g++, clang++ or CXX)"
+    caches = cache_levels()
+    if not caches:
+        return {}, f"no cache sizes under {CACHES}"
+    ceilings: Ceilings = {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "ceilings")
+        command = [compiler, "-std=c++17", "-O3", "-march=native", "-pthread", str(SOURCE), "-o", program]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode:
+            return {}, f"{compiler} failed: {built.stderr.strip().splitlines()[-1]}"
+        for count in threads:
+            running = min(count, len(usable_cores()))
+            shares = [size // min(count, sharing) for _, size, sharing in caches]
+            buffers = [share // 2 for share in shares] + [4 * shares[-1]]
+            output = subprocess.run([program, str(running), *map(str, buffers)], capture_output=True, check=True).stdout
+            measured = json.loads(output)
+            names, sizes = [name for name, _, _ in caches] + ["memory"], [*shares, None]
+            levels = zip(names, sizes, measured.pop("read_gbs"), strict=True)
+            measured["levels"] = [{"name": n, "bytes": size, "read_gbs": gbs} for n, size, gbs in levels]
+            ceilings[str(count)] = measured
+    return ceilings, ""
+
+
+def read_us(ceilings: Ceilings, weights: float, volume: float) -> float:
+    """µs for a thread to read `volume` bytes of weights that take `weights` bytes in all."""
+    level = next(level for level in ceilings["levels"] if level["bytes"] is None or weights <= level["bytes"])
+    return float(volume / (1e3 * level["read_gbs"]))
+
+
+def layer_step_us(case: Case, width: int, threads: int, ceilings: Ceilings, active: float) -> float:
+    """The floor of a step of one layer with inputs `width` wide, for so many threads."""
+    training, rows, D, item = case.mode == "training", active * case.B, case.directions, ITEM_BYTES[case.dtype]
+    peaks = ceilings["fma_gflops"]
+    peak: float = 1e3 * peaks.get(case.dtype, peaks["float32"])  # flops per µs
+    recurrent_weights, input_weights = D * (4 * case.H * case.width + case.P * case.H), D * 4 * case.H * width
+    recurrent_flops, input_flops = 2 * rows * recurrent_weights, 2 * rows * input_weights
+
+    def products(parts: int, barrier: float) -> float:
+        """Where each thread reads one of so many parts of the weights."""
+        held, volume = item * recurrent_weights / parts, item * input_weights / case.T / parts
+        recurrent: float = max(read_us(ceilings, held, held), recurrent_flops / peak) + barrier
+        return (1 + training) * recurrent + max(read_us(ceilings, held, volume), input_flops / peak)
+
+    apart = D * case.layers >= threads
+    step = products(threads, 0.0 if apart else ceilings["barrier_us"])
+    if threads <= case.B:
+        step = min(step, products(1, 0.0))
+    at_peak = (1 + training) * GATE_FLOPS * rows * D * case.H + training * (recurrent_flops + 2 * input_flops)
+    return step + at_peak / peak
+
+
+def floor_us(case: Case, ceilings: Ceilings, active: float = 1.0) -> float | None:
+    """The least time of the call [µs] where the share `active` of all B * T steps is taken; None without ceilings.
+
+    A case may leave threads idle, so the floor of one thread counts as well.
+    """
+    counts = {1, case.threads}
+    if case.device != "cpu" or not all(str(count) in ceilings for count in counts):
+        return None
+    return case.T * min(
+        sum(layer_step_us(case, width, count, ceilings[str(count)], active) for width in case.layer_inputs)
+        for count in counts
+    )

@@ -1,0 +1,155 @@
+"""Random inputs for a case, the right answers in float64, and the check of an arm's answers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lstm_ext import reference
+
+from .cases import Case
+
+
+def _of_tests(name: str) -> ModuleType:
+    """A module of this source tree's tests, under a package name that is nobody else's."""
+    package = "lstm_ext_tests"
+    if package not in sys.modules:
+        spec = importlib.util.spec_from_file_location(package, Path(__file__).parents[2] / "tests" / "__init__.py")
+        assert spec is not None
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{package}.{name}")
+
+
+# One table of tolerances for tests and benchmarks.
+assert_close = _of_tests("tolerances").assert_close
+round_to = _of_tests("cases").round_to
+
+Array = npt.NDArray[Any]
+Named = dict[str, Any]
+
+# What the tests allow ours, times this for the others: they approximate tanh more roughly, or round gates and cells to
+# the half types. A wrong gate order or state is still orders of magnitude off.
+SLACK = 8
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of one call, float64 or float32, each number one that the case's dtype can hold.
+
+    x [T, B, I]; h0 [L*D, B, P], c0 [L*D, B, H]; weights as `torch.nn.LSTM` orders its parameters;
+    lengths [B], descending from T, if packed, else None; dy [T, B, D*P], the gradient of y in training.
+    """
+
+    x: Array
+    h0: Array
+    c0: Array
+    weights: list[Array]
+    lengths: Array | None
+    dy: Array
+
+    @property
+    def batch_sizes(self) -> Array | None:
+        """How many rows are active at each step [T], or None."""
+        return None if self.lengths is None else (np.arange(len(self.x))[:, None] < self.lengths).sum(axis=1)
+
+    @property
+    def valid(self) -> Array:
+        """Whether a row is active at a step [T, B]."""
+        T, B, _ = self.x.shape
+        return np.arange(T)[:, None] < (np.full(B, T) if self.lengths is None else self.lengths)
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Random inputs: x, states and dy normal, weights in the range of torch's initial ones, lengths from T/4 to T."""
+    rng = np.random.default_rng(seed)
+    bound, states = case.H**-0.5, case.layers * case.directions
+
+    def normal(*shape: int) -> Array:
+        return round_to(rng.standard_normal(shape), case.dtype)
+
+    weights = []
+    for width in case.layer_inputs:
+        shapes = [(4 * case.H, width), (4 * case.H, case.width), (4 * case.H,), (4 * case.H,)]
+        shapes += [(case.P, case.H)] if case.P else []
+        for shape in shapes * case.directions:
+            weights.append(round_to(rng.uniform(-bound, bound, shape), case.dtype))
+    lengths = None
+    if case.mode == "packed":
+        drawn = rng.integers((case.T + 3) // 4, case.T + 1, case.B - 1)
+        lengths = np.sort(np.append(drawn, case.T))[::-1].copy()
+    return Inputs(
+        normal(case.T, case.B, case.I),
+        normal(states, case.B, case.width),
+        normal(states, case.B, case.H),
+        weights,
+        lengths,
+        normal(case.T, case.B, case.directions * case.width),
+    )
+
+
+def by_layer(weights: list[Array], layers: int) -> list[list[Array]]:
+    """The flat list in one part for each layer."""
+    size = len(weights) // layers
+    return [weights[n * size : (n + 1) * size] for n in range(layers)]
+
+
+def answers(case: Case, inputs: Inputs) -> Named:
+    """Outputs by name, and in training the gradients of x and the weights, all from the float64 reference."""
+    D, L = case.directions, case.layers
+    directions = reference.BOTH if D == 2 else reference.FORWARD
+    masks: tuple[Any, ...] = (None, None, inputs.batch_sizes, directions, False)
+    weights = by_layer([w.astype(np.float64) for w in inputs.weights], L)
+    h0, c0 = inputs.h0.astype(np.float64), inputs.c0.astype(np.float64)
+    y = (inputs.x if inputs.lengths is None else inputs.x[inputs.valid]).astype(np.float64)
+
+    calls = []
+    for n in range(L):
+        arguments: tuple[Any, ...] = (y, h0[n * D : (n + 1) * D], c0[n * D : (n + 1) * D], weights[n])
+        calls.append((arguments, reference.layer_forward(*arguments, *masks, 2 * (case.mode == "training"))))
+        y = calls[-1][1][0]
+    named = {
+        "y": y,
+        "h_n": np.concatenate([outputs[1] for _, outputs in calls]),
+        "c_n": np.concatenate([outputs[2] for _, outputs in calls]),
+    }
+    if case.mode != "training":
+        return named
+    gradient: Array | None = inputs.dy.astype(np.float64)
+    dweights: list[Array] = []
+    needs = reference.NEEDS_X | reference.NEEDS_WEIGHTS
+    for arguments, (y, _, _, cells, gates) in reversed(calls):
+        saved: tuple[Any, ...] = (y, cells, gates)
+        gradient, _, _, own = reference.layer_backward(gradient, None, None, None, *arguments, *saved, *masks, needs)
+        dweights = [*(own or []), *dweights]
+    return named | {"dx": gradient} | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
+
+
+@lru_cache(maxsize=1)
+def _problem(case: Case) -> tuple[Inputs, Named]:
+    inputs = make_inputs(case)
+    return inputs, answers(case, inputs)
+
+
+def problem(case: Case) -> tuple[Inputs, Named]:
+    """Inputs and right answers; those of the last case are kept, for the same work on another number of threads."""
+    return _problem(replace(case, threads=1, busy=0, device="cpu"))
+
+
+def check(case: Case, actual: Named, expected: Named, slack: float) -> None:
+    """AssertionError where an array is further off than `slack` times what the tests allow, or is missing."""
+    output_terms = max(case.layer_inputs) + case.width + case.P
+    gradient_terms = max(4 * case.H, case.T * case.B, output_terms)
+    for name, array in expected.items():
+        assert name in actual, f"{name}: missing"
+        terms = case.layers * (gradient_terms if name.startswith("d") else output_terms)
+        magnitude = slack * max(1.0, float(np.abs(array).max(initial=0)))
+        assert_close(actual[name], array, case.dtype, terms=terms, magnitude=magnitude, name=name)

@@ -1,0 +1,136 @@
+"""Tables for a person to read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .rows import BASE, OURS, Row, geomean
+from .targets import evaluate
+
+LONG_TEXTS = ("work", "at its least")
+TEXTS = ("device", "dtype", "mode", "arm", "verdict", *LONG_TEXTS)
+CASE_COLUMNS = ("device", "dtype", "mode", "T", "B", "I", "H", "P", "layers", "directions", "busy", "threads")
+
+
+def make_console() -> Console:
+    """Wide enough for the tables where the output is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def new_table(title: str, *names: str) -> Table:
+    """Columns of numbers, but for TEXTS; where the terminal is narrow, the long texts give way."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name not in LONG_TEXTS)
+    return table
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, "–" for none."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
+
+
+def coloured(text: str, good: bool) -> str:
+    return f"[{'green' if good else 'red'}]{text}[/]"
+
+
+def case_columns(rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """What all rows have in common, as text, and the names of the axes on which they differ."""
+    values = {name: {getattr(row.case, name) for row in rows} for name in CASE_COLUMNS}
+    shown = [name for name in CASE_COLUMNS if len(values[name]) > 1]
+    unremarkable = {"P": {0}, "busy": {0}, "layers": {1}, "directions": {1}}
+    constant = [
+        f"{name} {next(iter(values[name]))}"
+        for name in CASE_COLUMNS
+        if name not in shown and values[name] != unremarkable.get(name)
+    ]
+    return ", ".join(constant), shown
+
+
+def case_cells(row: Row, shown: Iterable[str]) -> list[str]:
+    return [str(getattr(row.case, name)) for name in shown]
+
+
+def results(rows: Sequence[Row]) -> Table:
+    """Times by arm, what a step takes of ours, torch's time over ours, and the floor over ours."""
+    title, shown = case_columns(rows)
+    arms = list(dict.fromkeys(arm for row in rows for arm in (*row.us, *row.errors)))
+    title += f"\nµs of each arm, µs/step of {OURS}, ratio = {BASE} / {OURS}, floor / {OURS}"
+    table = new_table(title, *shown, *arms, "µs/step", "ratio", "floor")
+    ordered = sorted(rows, key=lambda row: row.case.mode)
+    for n, row in enumerate(ordered):
+        ratio, share = row.ratio, row.floor_share
+        times = ["[red]error[/]" if arm in row.errors else number(row.us.get(arm)) for arm in arms]
+        last_of_mode = n + 1 == len(ordered) or ordered[n + 1].case.mode != row.case.mode
+        table.add_row(
+            *case_cells(row, shown),
+            *times,
+            number(row.us[OURS] / row.case.T if OURS in row.us else None),
+            "–" if ratio is None else coloured(f"{ratio:.2f}", ratio >= 1),
+            "–" if share is None else f"{share:.0%}",
+            end_section=last_of_mode,
+        )
+    return table
+
+
+def geomeans(rows: Iterable[Row]) -> Table:
+    """Each arm's time over ours, as a geometric mean over the rows that have both."""
+    names = ("mode", "threads", "arm", "rows", "geomean", "least")
+    table = new_table(f"Times over those of {OURS}", *names)
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for row in (row for row in rows if not row.case.busy):
+        for arm, us in row.us.items():
+            if arm != OURS and OURS in row.us:
+                for mode, threads in ((row.case.mode, str(row.case.threads)), ("all", "all")):
+                    groups.setdefault((mode, threads, arm), []).append(us / row.us[OURS])
+    for key, ratios in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
+        mean, least = geomean(ratios), min(ratios)
+        table.add_row(*key, str(len(ratios)), coloured(f"{mean:.2f}", mean >= 1), coloured(f"{least:.2f}", least >= 1))
+    return table
+
+
+def targets(rows: Iterable[Row]) -> Table | None:
+    """What is required of the suites, and what their rows reached; None if no row says anything about it."""
+    names = ("work", "rows", "geomean", "required", "least", "required", "stretch", "met", "at its least")
+    table = new_table(f"Targets ({BASE} / {OURS} unless said)", *names)
+    outcomes = evaluate(rows)
+    for outcome in outcomes:
+        target, (row, least) = outcome.target, outcome.worst
+        figures = [f"{outcome.mean:.2f}", number(target.mean), f"{least:.2f}", number(target.minimum)]
+        met = coloured("yes" if outcome.met else "no", outcome.met)
+        count = str(len(outcome.figures))
+        table.add_row(target.work, count, *figures, number(target.stretch), met, str(row.case))
+    return table if outcomes else None
+
+
+def ceilings(measured: dict[str, Any]) -> Table:
+    """What the machine can do."""
+    first = next(iter(measured.values()))
+    speeds = [f"{dtype} GFLOP/s" for dtype in first["fma_gflops"]]
+    bandwidths = [f"{level['name']} GB/s" for level in first["levels"]]
+    title = "Ceilings of this machine (bandwidths of each thread)"
+    table = new_table(title, "threads", *speeds, *bandwidths, "barrier µs")
+    for threads, own in measured.items():
+        figures = [*own["fma_gflops"].values(), *(level["read_gbs"] for level in own["levels"])]
+        table.add_row(threads, *map(number, figures), number(own["barrier_us"] or None))
+    return table
+
+
+def notes(console: Console, rows: Iterable[Row]) -> None:
+    """What was left out and why, and what was wrong."""
+    rows = list(rows)
+    skipped = Counter((arm, reason) for row in rows for arm, reason in row.skipped.items())
+    for (arm, reason), count in skipped.items():
+        console.print(f"{arm} left out of {count} of {len(rows)} rows: {reason}", style="dim", markup=False)
+    for row in rows:
+        if row.error:
+            console.print(f"{row.case}: {row.error}", style="red", markup=False)

@@ -1,0 +1,71 @@
+"""The rows of a result, and the JSON file that keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from .cases import Case, case_from
+
+OURS, BASE = "lstm_ext", "torch"
+
+
+@dataclass
+class Row:
+    """The times of a case: median and interquartile range [µs] by arm, of the arms that ran and were right."""
+
+    case: Case
+    us: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
+    floor_us: float | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as long as ours torch takes."""
+        return self.us[BASE] / self.us[OURS] if {OURS, BASE} <= self.us.keys() else None
+
+    @property
+    def floor_share(self) -> float | None:
+        """The floor as a share of our time."""
+        return self.floor_us / self.us[OURS] if self.floor_us is not None and OURS in self.us else None
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, arm by arm."""
+        return "; ".join(f"{arm}: {text}" for arm, text in self.errors.items()) or None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self.case),
+            "us": self.us,
+            "spread": self.spread,
+            "ratio": self.ratio,
+            "floor_us": self.floor_us,
+            "error": self.error,
+            "errors": self.errors,
+            "skipped": self.skipped,
+        }
+
+
+def save(path: Path, meta: dict[str, Any], rows: Iterable[Row]) -> None:
+    """One line a row, so that two files can be compared by eye."""
+    lines = ",\n".join("  " + json.dumps(row.to_json()) for row in rows)
+    path.write_text(f'{{\n"meta": {json.dumps(meta, indent=2)},\n"rows": [\n{lines}\n]\n}}\n')
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """(meta, rows) of a file that `save` wrote."""
+    content = json.loads(path.read_text())
+    names = ("us", "spread", "floor_us", "errors", "skipped")
+    return content["meta"], [Row(case_from(row), **{name: row[name] for name in names}) for row in content["rows"]]
+
+
+def geomean(values: Iterable[float]) -> float:
+    logs = [log(value) for value in values]
+    return exp(sum(logs) / len(logs))

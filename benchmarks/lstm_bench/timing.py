@@ -1,0 +1,95 @@
+"""Times several calls against each other: short blocks in turn, A B A B, so that what drifts hits all alike."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Measurement, Timer
+
+from .cases import Case, usable_cores
+
+Call = Callable[[], Any]
+
+ROUNDS, MIN_ROUNDS = 5, 3
+PATIENCE = 10  # fewer rounds do where they take this many times as long as planned
+SETTLE = 0.005  # s between blocks: after a parallel region the threads of OpenMP and of ONNX Runtime spin for a while
+
+
+def time_cpu(calls: Mapping[str, Call], threads: int, seconds: float) -> dict[str, tuple[float, float]]:
+    """Median and interquartile range of each call [µs]; each is measured for `seconds` in all.
+
+    A block begins with calls that do not count (the timer finds out how many to time at once).
+    """
+    blocks: dict[str, list[Measurement]] = {name: [] for name in calls}
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
+    end = time.perf_counter() + PATIENCE * seconds * len(calls)
+    for done in range(ROUNDS):
+        if done >= MIN_ROUNDS and time.perf_counter() > end:
+            break
+        for name, timer in timers.items():
+            time.sleep(SETTLE)
+            blocks[name].append(timer.blocked_autorange(min_run_time=seconds / ROUNDS))
+    merged = {name: Measurement.merge(measured)[0] for name, measured in blocks.items()}
+    return {name: (1e6 * m.median, 1e6 * m.iqr) for name, m in merged.items()}
+
+
+def time_cuda(calls: Mapping[str, Call], seconds: float) -> dict[str, tuple[float, float]]:
+    """As `time_cpu`, by events on the current stream around each call."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            call()
+            torch.cuda.synchronize()
+            end = time.perf_counter() + seconds / ROUNDS
+            events: list[list[torch.cuda.Event]] = []
+            while not events or time.perf_counter() < end:
+                pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                pair[0].record()
+                call()
+                pair[1].record()
+                pair[1].synchronize()
+                events.append(pair)
+            samples[name] += [1e3 * start.elapsed_time(stop) for start, stop in events]
+    quartiles = {name: np.percentile(values, [25, 50, 75]) for name, values in samples.items()}
+    return {name: (float(q[1]), float(q[2] - q[0])) for name, q in quartiles.items()}
+
+
+# For as long as its parent lives.
+SPIN = """
+import os, sys
+parent, core = map(int, sys.argv[1:])
+os.sched_setaffinity(0, [core])
+print("spinning", flush=True)
+while os.getppid() == parent: pass
+"""
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Keeps the first `count` cores busy with another process each."""
+    command = [sys.executable, "-c", SPIN, str(os.getpid())]
+    cores = usable_cores()[:count]
+    processes = [subprocess.Popen([*command, str(core)], stdout=subprocess.PIPE) for core in cores]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure(case: Case, calls: Mapping[str, Call], seconds: float) -> dict[str, tuple[float, float]]:
+    """Median and interquartile range [µs] of the calls of a case."""
+    with neighbours(case.busy):
+        return time_cuda(calls, seconds) if case.device == "cuda" else time_cpu(calls, case.threads, seconds)

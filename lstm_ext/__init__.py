@@ -1,0 +1,49 @@
+"""Fused LSTM layers and cells for PyTorch and NumPy, as drop-ins for `torch.nn.LSTM` and `torch.nn.LSTMCell`.
+
+The functions work on NumPy arrays and torch tensors alike; the modules need torch, imported at their first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .backend import backends, build_info, use_backend
+from .functional import lstm, lstm_cell
+
+if TYPE_CHECKING:
+    from .nn import LSTM, BasicLSTMCell, LSTMCell, replace_lstm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LSTM",
+    "BasicLSTMCell",
+    "LSTMCell",
+    "backends",
+    "build_info",
+    "lstm",
+    "lstm_cell",
+    "replace_lstm",
+    "use_backend",
+]
+
+_NEED_TORCH = frozenset({"LSTM", "BasicLSTMCell", "LSTMCell", "replace_lstm"})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import nn
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"lstm_ext.{name} needs PyTorch (torch>=2.11); lstm_ext.lstm works on NumPy arrays"
+        ) from error
+    globals().update({each: getattr(nn, each) for each in _NEED_TORCH})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,502 @@
+"""The modules: drop-ins for `torch.nn.LSTM` and `torch.nn.LSTMCell`, TensorFlow's `BasicLSTMCell`, and the swap."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.parameter import Parameter, UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .backend import warn_once
+from .reference import BOTH, FORWARD
+
+_ops = functional.torch_ops()
+
+State = tuple[Tensor, Tensor]
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+class LSTM(RNNBase):
+    """`torch.nn.LSTM` with fused kernels: the same arguments, parameters, `state_dict`, results and errors.
+
+    L layers, D directions (2 if bidirectional), H = hidden_size, P = proj_size or H, I = input_size.
+
+    Args:
+        input_size: I, the width of the input.
+        hidden_size: H, the number of units.
+        num_layers: L.
+        bias: whether the layers have `bias_ih_l*` and `bias_hh_l*`.
+        batch_first: sequences are [B, T, …] instead of [T, B, …].
+        dropout: probability of an output between two layers to be zeroed in training.
+        bidirectional: whether a second set of weights walks backward in time.
+        proj_size: P, the width of a projection of h; 0 is none.
+        device, dtype: of the parameters.
+
+    Shape:
+        - input: [T, B, I]; [B, T, I] if batch_first; [T, I]; or a PackedSequence.
+        - hx: None (zeros) or (h_0 [L*D, B, P], c_0 [L*D, B, H]); without B if the input is.
+        - lengths: valid steps of each row [B], integer; outputs past them are zero, h_n and c_n those of the last one.
+        - resets: bool [T, B] ([B, T] if batch_first); where True, the state is zero before that step, in every layer
+          and direction.
+        - output: [T, B, D*P] in the layout of the input; h_n [L*D, B, P], c_n [L*D, B, H]. With `return_cells` a third
+          item: c of every step of the last layer, [T, B, D*H] in the layout of the input.
+
+    On a device or dtype without our kernel torch's own LSTM runs on the same weights, and a warning says so once.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as `torch.nn.LSTM`; ValueError for a length out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        """The weights as they are now. A list kept goes stale under parametrizations and functional calls."""
+        parameters = self._parameters
+        try:
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:
+            return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, _: list[Any]) -> None:
+        """RNNBase assigns its list; there is nothing to keep."""
+
+    def _check_state(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+        _check_pair("LSTM", hx)
+        L, D = self.num_layers, 2 if self.bidirectional else 1
+        B = x.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        self.check_hidden_size(
+            hx[0], (L * D, B, self.proj_size or self.hidden_size), "LSTM: expected hx[0] of size {}, got {}"
+        )
+        self.check_hidden_size(hx[1], (L * D, B, self.hidden_size), "LSTM: expected hx[1] of size {}, got {}")
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]:
+        """See the class for shapes: (output, (h_n, c_n)), and with `return_cells` the cells of the last layer."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, lengths, resets, return_cells)
+        rank = input.dim()
+        if rank == 2:
+            return self._forward_unbatched(input, hx, lengths, resets, return_cells)
+        if rank != 3:
+            raise ValueError(f"LSTM: expected input to be 2-D or 3-D, got {rank}-D")
+        weights = self._flat_weights
+        if input.dtype is not weights[0].dtype:  # the kernel checks the rest
+            self.check_input(input, None)
+        if hx is not None:
+            if hx[0].dim() != 3 or hx[1].dim() != 3:
+                raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
+            self._check_state(input, hx, None)
+        y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
+        return (y, (h_n, c_n), cells) if return_cells else (y, (h_n, c_n))
+
+    def _forward_unbatched(
+        self, x: Tensor, hx: State | None, lengths: Tensor | None, resets: Tensor | None, return_cells: bool
+    ) -> tuple[Any, ...]:
+        """x [T, I], as a batch of one."""
+        batch = 0 if self.batch_first else 1
+        if hx is not None:
+            if hx[0].dim() != 2 or hx[1].dim() != 2:
+                raise RuntimeError(f"LSTM: a 2-D input needs a 2-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
+            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        y, (h_n, c_n), *cells = self.forward(
+            x.unsqueeze(batch),
+            hx,
+            lengths=None if lengths is None else lengths.reshape(1),
+            resets=None if resets is None else resets.unsqueeze(batch),
+            return_cells=return_cells,
+        )
+        return y.squeeze(batch), (h_n.squeeze(1), c_n.squeeze(1)), *(a.squeeze(batch) for a in cells)
+
+    def _forward_packed(
+        self,
+        packed: PackedSequence,
+        hx: State | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        return_cells: bool,
+    ) -> tuple[Any, ...]:
+        """The rows go to the kernel as they are packed."""
+        if lengths is not None or resets is not None:
+            raise ValueError("LSTM: lengths and resets go with a padded input, got a PackedSequence")
+        x, batch_sizes, sorted_indices, unsorted_indices = packed
+        if hx is not None:
+            self._check_state(x, hx, batch_sizes)
+            hx = self._permute(hx, sorted_indices)
+        y, h_n, c_n, cells = self._layers(x, hx, self._flat_weights, None, None, batch_sizes, return_cells)
+
+        def pack(rows: Tensor) -> PackedSequence:
+            return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
+
+        state = self._permute((h_n, c_n), unsorted_indices)
+        return (pack(y), state, pack(cells)) if return_cells else (pack(y), state)
+
+    def _permute(self, state: State, order: Tensor | None) -> State:
+        return state if order is None else (state[0].index_select(1, order), state[1].index_select(1, order))
+
+    def _layers(
+        self,
+        x: Tensor,
+        hx: State | None,
+        weights: list[Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        batch_sizes: Tensor | None,
+        return_cells: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """All layers, one fused call each: (y, h_n, c_n, the last layer's cells in the layout of y)."""
+        L, directions = self.num_layers, BOTH if self.bidirectional else FORWARD
+        batch_first = self.batch_first and batch_sizes is None
+        layout = (lengths, resets, batch_sizes, directions, batch_first)
+        if not x.is_cpu and lengths is None and resets is None and not return_cells and not _ops.serves(x):
+            return *self._torch_layers(x, hx, weights, batch_sizes), None
+        if L == 1:
+            h0, c0 = (None, None) if hx is None else hx
+            y, h_n, c_n, cells = _ops.layer(x, h0, c0, weights, *layout, return_cells)
+        else:
+            h_ns, c_ns = [], []
+            D, per_layer = 2 if self.bidirectional else 1, len(weights) // L
+            for n in range(L):
+                h0, c0 = (None, None) if hx is None else (hx[0][n * D : (n + 1) * D], hx[1][n * D : (n + 1) * D])
+                own = weights[n * per_layer : (n + 1) * per_layer]
+                x, h_n, c_n, cells = _ops.layer(x, h0, c0, own, *layout, return_cells and n == L - 1)
+                h_ns.append(h_n)
+                c_ns.append(c_n)
+                if n < L - 1 and self.dropout and self.training:
+                    x = self._drop(x, batch_first)
+            y, h_n, c_n = x, torch.cat(h_ns), torch.cat(c_ns)
+        return y, h_n, c_n, _join_directions(cells, batch_sizes, batch_first).to(y.dtype) if return_cells else None
+
+    def _drop(self, x: Tensor, batch_first: bool) -> Tensor:
+        """Dropout; a mask is drawn in the order of memory, and torch's is time-major."""
+        if batch_first:
+            return F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
+        return F.dropout(x, self.dropout)
+
+    def _torch_layers(
+        self, x: Tensor, hx: State | None, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """torch's own LSTM on our weights."""
+        if hx is None:
+            B = int(batch_sizes[0]) if batch_sizes is not None else x.size(0 if self.batch_first else 1)
+            LD = self.num_layers * (2 if self.bidirectional else 1)
+            hx = (x.new_zeros(LD, B, self.proj_size or self.hidden_size), x.new_zeros(LD, B, self.hidden_size))
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        if batch_sizes is not None:
+            return torch._VF.lstm(x, batch_sizes, hx, weights, *options)
+        return torch._VF.lstm(x, hx, weights, *options, self.batch_first)
+
+    def __prepare_scriptable__(self) -> torch.nn.LSTM:
+        """TorchScript compiles torch's own LSTM, on our weights."""
+        return _for_torch_script(torch.nn.LSTM, self)
+
+
+def _check_pair(name: str, hx: Any) -> None:
+    """The error types are those of torch."""
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"{name}: expected hx to be a pair (h_0, c_0), got {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError(f"{name}: expected hx to be a pair (h_0, c_0), got {len(hx)} items")
+
+
+def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
+    """[D, T, B, H] → [T, B, D*H] or [B, T, D*H]; packed, [D, N, H] → [N, D*H]."""
+    if batch_sizes is not None:
+        return cells.movedim(0, 1).flatten(1)
+    cells = cells.movedim(0, 2).flatten(2)
+    return cells.transpose(0, 1) if batch_first else cells
+
+
+class LSTMCell(RNNCellBase):
+    """`torch.nn.LSTMCell` with a fused kernel: the same arguments, parameters, `state_dict`, results and errors.
+
+    Args:
+        input_size: I, the width of the input.
+        hidden_size: H, the number of units.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        device, dtype: of the parameters.
+
+    Shape:
+        - input: [B, I] or [I].
+        - hx: None (zeros) or (h_0, c_0), each [B, H] or [H].
+        - output: (h_1, c_1), each [B, H] or [H].
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as `torch.nn.LSTMCell`.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """See the class for shapes: (h_1, c_1)."""
+        rank = input.dim()
+        if rank == 2:
+            if hx is None:
+                return self._step(input, None, None)
+            h: Any
+            c: Any
+            h, c = hx if type(hx) is tuple and len(hx) == 2 else self._pair(hx)
+            if h.dim() == 2 and c.dim() == 2:
+                return self._step(input, h, c)
+        elif rank != 1:
+            raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {rank}-D")
+        for n, state in enumerate(hx or ()):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: expected hx[{n}] to be 1-D or 2-D, got {state.dim()}-D")
+        if rank == 2:
+            raise RuntimeError(f"LSTMCell: a 2-D input needs a 2-D hx, got {h.dim()}-D and {c.dim()}-D")
+        h, c = (None, None) if hx is None else (state.unsqueeze(0) for state in self._pair(hx))
+        h, c = self._step(input.unsqueeze(0), h, c)
+        return h.squeeze(0), c.squeeze(0)
+
+    def _pair(self, hx: Any) -> State:
+        _check_pair("LSTMCell", hx)
+        return hx[0], hx[1]
+
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> State:
+        """One step of x [B, I] from h, c [B, H]."""
+        parameters: dict[str, Any] = self._parameters
+        try:
+            w_ih, w_hh = parameters["weight_ih"], parameters["weight_hh"]
+            b_ih, b_hh = parameters["bias_ih"], parameters["bias_hh"]
+        except KeyError:  # a parametrization computes them
+            w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        try:
+            return _ops.cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        except RuntimeError as error:
+            if x.dtype in _ops.DTYPES and x.layout == torch.strided and (c is None or c.dtype == x.dtype):
+                raise
+            warn_once(f"lstm_ext runs torch's own LSTM cell: {error}")
+            zeros = torch.zeros(x.shape[0], self.hidden_size, dtype=x.dtype, device=x.device)
+            state: Any = (zeros, zeros) if h is None else (h, c)
+            return torch._VF.lstm_cell(x, state, w_ih, w_hh, b_ih, b_hh)
+
+    def __prepare_scriptable__(self) -> torch.nn.LSTMCell:
+        """TorchScript compiles torch's own cell, on our weights."""
+        return _for_torch_script(torch.nn.LSTMCell, self)
+
+
+class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
+    """TensorFlow 1's `BasicLSTMCell`: its arithmetic, gate order and weight layout, for torch tensors.
+
+    `num_units` is the width U of the vectors h and c: how many memory cells, each with its four gates, work side by
+    side at every step (PyTorch calls it hidden_size). It is not the number of time steps, nor of layers. The weights
+    grow with its square: 4 * U * (input width + U + 1).
+
+        i, j, f, o = [x, h] @ kernel + bias
+        c' = c * sigmoid(f + forget_bias) + sigmoid(i) * activation(j)
+        h' = activation(c') * sigmoid(o)
+
+    Args:
+        num_units: U.
+        forget_bias: added to f at every step; it is no part of `bias`.
+        state_is_tuple: whether a state is the pair (c, h), c first, or one tensor [B, 2U] of both.
+        activation: a callable, or the name of one in torch; None is tanh.
+        input_size: the width I of x; None takes it from the first input.
+        device, dtype: of the parameters.
+
+    Shape:
+        - input: [B, I]; state: (c, h), each [B, U], or [B, 2U], or None for zeros.
+        - output: (h' [B, U], state), the state of the same form.
+
+    Attributes:
+        kernel: [I + U, 4U], uniform as Glorot and Bengio initialise (2010).
+        bias: [4U], zeros.
+
+    Raises:
+        ValueError: an input that is not [B, I], a state of another form.
+    """
+
+    cls_to_become = None
+    kernel: UninitializedParameter
+
+    def __init__(
+        self,
+        num_units: int,
+        forget_bias: float = 1.0,
+        state_is_tuple: bool = True,
+        activation: Callable[[Tensor], Tensor] | str | None = None,
+        input_size: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if num_units <= 0:
+            raise ValueError(f"num_units: expected a positive number, got {num_units}")
+        if input_size is None:
+            with warnings.catch_warnings():  # torch calls its lazy modules a new feature
+                warnings.simplefilter("ignore", UserWarning)
+                super().__init__()
+        else:
+            torch.nn.Module.__init__(self)
+        self.num_units = num_units
+        self.forget_bias = forget_bias
+        self.state_is_tuple = state_is_tuple
+        if activation is None:
+            activation = "tanh"
+        if not callable(getattr(torch, activation, None) if isinstance(activation, str) else activation):
+            raise ValueError(f"activation: expected a callable or the name of one in torch, got {activation!r}")
+        self.activation = activation
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kernel = UninitializedParameter(**factory)
+        self.bias = Parameter(torch.zeros(4 * num_units, **factory))
+        if input_size is not None:
+            self._materialize(input_size)
+
+    def _materialize(self, input_size: int) -> None:
+        self.kernel.materialize((input_size + self.num_units, 4 * self.num_units))
+        self.reset_parameters()
+
+    def initialize_parameters(self, input: Tensor, state: Any = None) -> None:
+        """Takes the input width from the first input."""
+        if self.has_uninitialized_params():
+            if input.dim() != 2:
+                raise ValueError(f"input: expected shape [B, I], got {list(input.shape)}")
+            with torch.no_grad():
+                self._materialize(input.shape[1])
+
+    def reset_parameters(self) -> None:
+        """Draws the kernel anew and zeroes the bias."""
+        if not self.has_uninitialized_params():
+            torch.nn.init.xavier_uniform_(self.kernel)
+        torch.nn.init.zeros_(self.bias)
+
+    def _split(self, x: Tensor, state: Any) -> State:
+        """(c, h) of a state of either form."""
+        U = self.num_units
+        if state is None:
+            zeros = x.new_zeros(x.shape[0], U)
+            return zeros, zeros
+        if self.state_is_tuple:
+            if not isinstance(state, (tuple, list)) or len(state) != 2:
+                raise ValueError(f"state: expected the pair (c, h), got {type(state).__name__}")
+            for name, each in zip("ch", state, strict=True):
+                if tuple(each.shape) != (x.shape[0], U):
+                    expected = [x.shape[0], U]
+                    raise ValueError(
+                        f"state: expected {name} of shape [B, num_units] = {expected}, got {list(each.shape)}"
+                    )
+            return state[0], state[1]
+        if not isinstance(state, Tensor) or tuple(state.shape) != (x.shape[0], 2 * U):
+            got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"state: expected a tensor of shape [B, 2*num_units] = {[x.shape[0], 2 * U]}, got {got}")
+        return state[:, :U], state[:, U:]
+
+    def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """See the class for shapes: (h', state)."""
+        if input.dim() != 2 or input.shape[1] + self.num_units != self.kernel.shape[0]:
+            width = self.kernel.shape[0] - self.num_units
+            raise ValueError(f"input: expected shape [B, I] with I = {width}, got {list(input.shape)}")
+        activation = getattr(torch, self.activation) if isinstance(self.activation, str) else self.activation
+        c, h = self._split(input, state)
+        i, j, f, o = torch.addmm(self.bias, torch.cat([input, h], 1), self.kernel).chunk(4, 1)
+        c = c * torch.sigmoid(f + self.forget_bias) + torch.sigmoid(i) * activation(j)
+        h = activation(c) * torch.sigmoid(o)
+        return h, (c, h) if self.state_is_tuple else torch.cat([c, h], 1)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        options = {"forget_bias": (self.forget_bias, 1.0), "state_is_tuple": (self.state_is_tuple, True)}
+        shown = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([str(self.num_units), *shown])
+
+
+def _as(cls: type[M], module: torch.nn.Module) -> M:
+    """A module of class `cls` with everything the given one has; the Parameters and the hooks are shared."""
+    if parametrize.is_parametrized(module):  # its class, made for it alone, has a property per parametrized tensor
+        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(type(module).__name__, (cls,), own)
+    new = cls.__new__(cls)
+    new.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[name] = module.__dict__[name].copy()
+    if isinstance(new, torch.nn.LSTM):
+        new._init_flat_weights()
+    else:
+        new.__dict__.pop("_flat_weights", None)
+    return new
+
+
+def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:
+    warnings.warn(
+        f"TorchScript puts torch's own {cls.__name__} in the place of lstm_ext's, on its weights", stacklevel=3
+    )
+    return _as(cls, module)
+
+
+def _counterpart(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """Our class for exactly `torch.nn.LSTM` or `torch.nn.LSTMCell`; None for others."""
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        cls = cls.__bases__[0]
+    if cls is torch.nn.LSTM:
+        return LSTM
+    if cls is torch.nn.LSTMCell:
+        return LSTMCell
+    if issubclass(cls, (torch.nn.LSTM, torch.nn.LSTMCell)):
+        warnings.warn(f"replace_lstm leaves {cls.__name__} alone: it is a subclass of torch's", stacklevel=3)
+    return None
+
+
+def replace_lstm(module: torch.nn.Module) -> torch.nn.Module:
+    """Puts our `LSTM` and `LSTMCell` in the place of each `torch.nn.LSTM` and `torch.nn.LSTMCell` inside `module`.
+
+    The new modules share the Parameters, hooks, training flags and parametrizations of the old ones; a module used in
+    several places stays one. Subclasses are left alone, with a warning.
+
+    Returns:
+        `module`; or the new module if `module` itself is one to replace.
+    """
+    replaced: dict[torch.nn.Module, torch.nn.Module] = {}
+    for each in module.modules():
+        if (cls := _counterpart(each)) is not None:
+            replaced[each] = _as(cls, each)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    return replaced.get(module, module)

@@ -1,0 +1,307 @@
+"""Derivatives of the modules and ops, first to third; what is saved; what torch asks of custom ops."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from .tolerances import assert_close
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
+from torch.library import opcheck  # noqa: E402
+from torch.nn.utils.rnn import PackedSequence  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import lstm_ext  # noqa: E402
+from lstm_ext.ops import layer_backward, layer_forward  # noqa: E402
+from lstm_ext.reference import BOTH, FORWARD, REVERSE  # noqa: E402
+
+BACKENDS = [name for name in ("cpu", "numpy") if lstm_ext.backends()[name].available]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with lstm_ext.use_backend(request.param):
+        yield request.param
+
+
+def leaf(*shape: int, dtype: Any = torch.float64) -> Any:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def make_weights(I: int, H: int, P: int = 0, bias: bool = True, directions: int = FORWARD) -> list[Any]:  # noqa: E741
+    shapes = [(4 * H, I), (4 * H, P or H), *([(4 * H,)] * 2 if bias else []), *([(P, H)] if P else [])]
+    return [leaf(*shape) for shape in shapes * (2 if directions == BOTH else 1)]
+
+
+# Numerical derivatives -----------------------------------------------------------------------------------------------
+
+# options of the layer; what is given in place of None: lengths, resets, batch_sizes, the state
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "state": {"state": True},
+    "projected": {"P": 2, "state": True, "bias": False},
+    "reverse": {"directions": REVERSE, "lengths": [3, 1], "batch_first": True, "state": True},
+    "both": {"directions": BOTH, "lengths": [0, 3], "resets": True, "state": True},
+    "packed": {"directions": BOTH, "batch_sizes": [2, 2, 1], "P": 1, "state": True},
+}
+
+
+def make_layer(I: int, H: int, P: int = 0, bias: bool = True, **options: Any) -> tuple[list[Any], tuple[Any, ...]]:  # noqa: E741
+    """The differentiable arguments x, h0, c0, *weights (h0 and c0 may be None) and the masks of a layer."""
+    directions, batch_first = options.get("directions", FORWARD), options.get("batch_first", False)
+    T, B, D = 3, 2, 2 if directions == BOTH else 1
+    batch_sizes = options.get("batch_sizes")
+    x = leaf(sum(batch_sizes), I) if batch_sizes else leaf(B, T, I) if batch_first else leaf(T, B, I)
+    state = [leaf(D, B, P or H), leaf(D, B, H)] if options.get("state") else [None, None]
+    lengths, sizes = (None if a is None else torch.tensor(a) for a in (options.get("lengths"), batch_sizes))
+    resets = torch.rand(x.shape[:2]) < 0.4 if options.get("resets") else None
+    return [x, *state, *make_weights(I, H, P, bias, directions)], (lengths, resets, sizes, directions, batch_first)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_first_and_second_derivative(name: str, backend: str) -> None:
+    """Of y, h_n, c_n and the cells with respect to the input, the state and each weight."""
+    arguments, masks = make_layer(2, 3, **LAYERS[name])
+    present = [a is not None for a in arguments]
+
+    def layer(*given: Any) -> tuple[Any, ...]:
+        rest = iter(given)
+        x, h0, c0, *weights = (next(rest) if p else None for p in present)
+        return lstm_ext.ops.layer(x, h0, c0, weights, *masks, True)
+
+    given = tuple(a for a in arguments if a is not None)
+    assert gradcheck(layer, given)
+    assert gradgradcheck(layer, given, fast_mode=True)
+
+
+def test_derivatives_of_the_modules(backend: str) -> None:
+    lstm, cell = lstm_ext.LSTM(2, 3, 2, bidirectional=True, dtype=torch.float64), lstm_ext.LSTMCell(2, 3).double()
+    x, h, c = leaf(3, 2, 2), leaf(2, 3), leaf(2, 3)
+    assert gradcheck(lambda x: lstm(x)[0], x)
+    assert gradgradcheck(lambda x: lstm(x)[0], x)
+    assert gradcheck(lambda x, h, c: cell(x, (h, c)), (x[0].detach().requires_grad_(), h, c))
+    assert gradgradcheck(lambda x, h, c: cell(x, (h, c)), (x[0].detach().requires_grad_(), h, c))
+
+
+def test_third_derivative(backend: str) -> None:
+    lstm = lstm_ext.LSTM(2, 2, dtype=torch.float64)
+
+    def second(x: Any) -> Any:
+        first = torch.autograd.grad(lstm(x)[0].pow(3).sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)[0]
+
+    assert gradcheck(second, leaf(2, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivative_by_a_weight_is_that_of_stock(dtype: Any, backend: str) -> None:
+    """A gradient penalty, in the dtypes of training."""
+    stock, ours = nn.LSTM(3, 4), lstm_ext.LSTM(3, 4)
+    ours.load_state_dict(stock.to(dtype).state_dict())
+    ours, stock, x = ours.to(dtype), stock.double(), torch.randn(4, 2, 3).to(dtype)
+    penalties = []
+    for module in (ours, stock):
+        own = x.to(next(module.parameters()).dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(module(own)[0].sum(), own, create_graph=True)
+        gradient.pow(2).sum().backward()
+        penalties.append([p.grad for p in module.parameters()])
+    for actual, expected in zip(*penalties, strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual, expected, str(dtype).removeprefix("torch."), terms=64)
+
+
+# Which gradients are asked for, and which are given ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (3,), (0, 2)])
+def test_missing_output_gradients(used: tuple[int, ...], backend: str) -> None:
+    """An output that nothing uses counts as one whose gradient is zero."""
+    arguments, masks = make_layer(2, 3, state=True, directions=BOTH, lengths=[3, 2])
+    x, h0, c0, *weights = arguments
+    outputs = lstm_ext.ops.layer(x, h0, c0, weights, *masks, True)
+    seeds = [torch.randn_like(a) for a in outputs]
+    some = torch.autograd.grad([outputs[n] for n in used], arguments, [seeds[n] for n in used], retain_graph=True)
+    full = [seed if n in used else torch.zeros_like(seed) for n, seed in enumerate(seeds)]
+    for a, e in zip(some, torch.autograd.grad(outputs, arguments, full), strict=True):
+        assert_close(a, e, "float64")
+
+
+@pytest.mark.parametrize("wanted", range(7))
+def test_only_what_is_needed(wanted: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen argument gets no gradient, and the backward pass is told so."""
+    arguments, masks = make_layer(2, 3, state=True)
+    expected = torch.autograd.grad(lstm_ext.ops.layer(*arguments[:3], arguments[3:], *masks, False)[0].sum(), arguments)
+    frozen = [a.detach().requires_grad_(n == wanted) for n, a in enumerate(arguments)]
+    told: list[int] = []
+    run_backward = lstm_ext.ops._run_backward
+    monkeypatch.setattr(lstm_ext.ops, "_run_backward", lambda *a: told.append(a[-1]) or run_backward(*a))
+    lstm_ext.ops.layer(*frozen[:3], frozen[3:], *masks, False)[0].sum().backward()
+    assert told == [(1, 2, 4, 8, 8, 8, 8)[wanted]]
+    assert [a.grad is not None for a in frozen] == [n == wanted for n in range(7)]
+    assert_close(frozen[wanted].grad, expected[wanted], "float64")
+
+
+def test_retain_graph_and_freed_graph(backend: str) -> None:
+    module, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3, requires_grad=True)
+    y = module(x)[0].sum()
+    first = torch.autograd.grad(y, x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, x)[0], first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, x)
+
+
+def test_an_output_changed_in_place_is_noticed(backend: str) -> None:
+    y, _ = lstm_ext.LSTM(3, 4)(torch.randn(5, 2, 3))
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(call: Callable[[], Any]) -> tuple[int, Any]:
+    """The bytes of all storages kept for the backward pass, and what the call returned."""
+    storages: dict[int, int] = {}
+
+    def pack(t: Any) -> Any:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    return sum(storages.values()), result
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_inference_saves_nothing(guard: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)
+    asked: list[int] = []
+    run_forward = lstm_ext.ops._run_forward
+    monkeypatch.setattr(lstm_ext.ops, "_run_forward", lambda *a: asked.append(a[-1]) or run_forward(*a))
+    with guard():
+        size, (y, _) = saved_bytes(lambda: module(x))
+        module(x, return_cells=True)
+    assert (size, asked, y.requires_grad) == (0, [0, 1], False)
+    assert saved_bytes(lambda: module(x))[0] > 0
+    assert asked[2:] == [2]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 16}])
+def test_a_training_step_keeps_no_more_than_stock(options: dict[str, Any]) -> None:
+    stock, ours = nn.LSTM(64, 64, **options), lstm_ext.LSTM(64, 64, **options)
+    x = torch.randn(50, 16, 64)
+    (kept, _), (kept_by_stock, _) = saved_bytes(lambda: ours(x)), saved_bytes(lambda: stock(x))
+    assert 0 < kept <= kept_by_stock
+
+
+def test_backward_frees_what_it_saved() -> None:
+    module, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3, requires_grad=True)
+    gc.collect()
+    gc.disable()  # a cycle would keep the tensors alive
+    try:
+        y, state = module(x)
+        node = weakref.ref(y.grad_fn)
+        y.sum().backward()
+        del y, state
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant: bool, backend: str) -> None:
+    module, x = lstm_ext.LSTM(3, 4, 2, dropout=0.5), torch.randn(5, 2, 3, requires_grad=True)
+
+    def gradients(call: Callable[[Any], Any]) -> list[Any]:
+        torch.manual_seed(1)
+        module.zero_grad()
+        y, h, c = call(x)
+        (y.sum() + h.sum() * 2 + c.sum() * 3).backward()
+        result = [x.grad, *(p.grad for p in module.parameters())]
+        x.grad = None
+        return result
+
+    def flat(x: Any) -> tuple[Any, ...]:
+        y, state = module(x)
+        return y, *state
+
+    expected = gradients(flat)
+    actual = gradients(lambda x: checkpoint(flat, x, use_reentrant=use_reentrant))
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+# The ops -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [0, 1, 2])
+@pytest.mark.parametrize("name", ["plain", "both", "packed"])
+def test_forward_op(name: str, save: int) -> None:
+    (x, h0, c0, *weights), masks = make_layer(2, 3, **LAYERS[name])
+    opcheck(layer_forward, (x, h0, c0, weights, *masks, save))
+
+
+@pytest.mark.parametrize(("name", "needs"), [("plain", 15), ("plain", 2), ("both", 15), ("packed", 9)])
+def test_backward_op(name: str, needs: int) -> None:
+    (x, h0, c0, *weights), masks = make_layer(2, 3, **LAYERS[name])
+    y, h_n, _, cells, gates = layer_forward(x, h0, c0, weights, *masks, 2)
+    if name == "packed":  # how a second derivative unpacks depends on what batch_sizes holds
+        x, h0, c0, *weights = (a.detach() for a in (x, h0, c0, *weights))
+    seeds = (torch.randn_like(y), torch.randn_like(h_n), None, torch.randn_like(cells))
+    saved = (y.detach(), cells.detach(), gates.detach())
+    opcheck(layer_backward, (*seeds, x, h0, c0, weights, *saved, *masks, needs))
+
+
+def test_op_refuses_what_the_kernel_would() -> None:
+    """Also where only shapes are known."""
+    x, weights = torch.randn(3, 2, 5), make_weights(4, 3)
+    weights = [w.float() for w in weights]
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match=r"w_ih: expected shape \[4\*H, I\] = \[12, 5\], got \[12, 4\]"):
+            layer_forward(x.to(device), None, None, [w.to(device) for w in weights], None, None, None, 0, False, 0)
+
+
+def test_packed_second_derivative_of_the_module(backend: str) -> None:
+    module = lstm_ext.LSTM(2, 3, dtype=torch.float64)
+    sizes = torch.tensor([2, 1])
+    assert gradgradcheck(lambda rows: module(PackedSequence(rows, sizes))[0].data, leaf(3, 2))
+
+
+# Short path and transforms -------------------------------------------------------------------------------------------
+
+
+def test_forward_mode_reaches_through() -> None:
+    module, x = lstm_ext.LSTM(2, 3, dtype=torch.float64), torch.randn(3, 2, 2, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+    _, actual = torch.func.jvp(lambda x: module(x)[0], (x,), (tangent,))
+    _, expected = torch.autograd.functional.jvp(lambda x: module(x)[0], x, tangent)
+    assert_close(actual, expected, "float64", terms=16)
+
+
+def test_subclasses_and_modes_see_the_op() -> None:
+    class Tagged(torch.Tensor):
+        pass
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    module, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)
+    plain, _ = module(x)
+    tagged, _ = module(x.as_subclass(Tagged))
+    assert type(tagged) is Tagged
+    assert torch.equal(tagged.as_subclass(torch.Tensor), plain)
+    with Names():
+        assert torch.equal(module(x)[0], plain)
+    assert "lstm_ext.layer_forward.default" in seen

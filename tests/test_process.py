@@ -1,0 +1,241 @@
+"""The package inside a process: imports, threads, forks, and machines that lack torch or the native module."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import lstm_ext
+from lstm_ext import _native, reference
+
+from .cases import Case, make_inputs, run_layer
+from .tolerances import assert_identical
+
+needs_native = pytest.mark.skipif(_native.C is None, reason=f"no native module: {_native.reason}")
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
+WITHOUT_NATIVE = "import sys; sys.modules['lstm_ext._C'] = None\n"
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Another Python, away from the sources, which would hide the package that is installed."""
+    return subprocess.run(
+        [sys.executable, "-W", "default", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tempfile.gettempdir(),
+        env=os.environ | environment,
+        timeout=120,
+        check=False,
+    )
+
+
+def succeed(program: str, **environment: str) -> str:
+    done = run_python("-c", textwrap.dedent(program), **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+NUMPY_PROGRAM = """
+import numpy as np, lstm_ext
+assert "torch" not in sys.modules or sys.modules["torch"] is None
+x, w_ih, w_hh = (np.full(shape, 0.1, np.float32) for shape in [(3, 2, 4), (20, 4), (20, 5)])
+y, (h, c) = lstm_ext.lstm(x, None, w_ih, w_hh)
+assert y.shape == (3, 2, 5) and (y[-1] == h).all() and h.any()
+"""
+
+
+@pytest.mark.parametrize("missing", [WITHOUT_TORCH, WITHOUT_TORCH + WITHOUT_NATIVE], ids=["torch", "torch-and-native"])
+def test_numpy_arrays_need_neither_torch_nor_the_native_module(missing: str) -> None:
+    succeed(missing + NUMPY_PROGRAM)
+
+
+def test_without_torch_a_module_says_what_it_needs() -> None:
+    output = succeed(
+        WITHOUT_TORCH
+        + """
+import lstm_ext
+try:
+    lstm_ext.LSTM
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert "needs PyTorch" in output
+
+
+def test_without_the_native_module_tensors_run_on_numpy_and_one_warning_says_so() -> None:
+    output = succeed(
+        WITHOUT_NATIVE
+        + """
+import torch, lstm_ext
+assert not lstm_ext.backends()["cpu"].available
+print("reason:", lstm_ext.backends()["cpu"].reason)
+torch.manual_seed(0)
+ours = lstm_ext.LSTM(3, 5, 2, bidirectional=True)
+stock = torch.nn.LSTM(3, 5, 2, bidirectional=True)
+stock.load_state_dict(ours.state_dict())
+x = torch.randn(4, 2, 3)
+for module in (ours, stock):
+    for _ in range(2):
+        module(x)[0].square().sum().backward()
+for a, b in zip(ours.parameters(), stock.parameters()):
+    torch.testing.assert_close(a.grad, b.grad)
+"""
+    )
+    assert "reason: " in output
+    assert output.count("UserWarning: lstm_ext computes in NumPy") == 1
+
+
+def test_import_is_fast_and_leaves_torch_alone() -> None:
+    program = """
+    import sys, time, numpy
+    start = time.perf_counter()
+    import lstm_ext
+    assert "torch" not in sys.modules
+    print(time.perf_counter() - start)
+    """
+    assert min(float(succeed(program)) for _ in range(3)) < 0.3
+
+
+def test_importing_the_package_imports_no_module_twice_and_every_public_name_exists() -> None:
+    for name in lstm_ext.__all__:
+        assert getattr(lstm_ext, name) is getattr(lstm_ext, name), name
+    with pytest.raises(AttributeError, match="no attribute 'lstmm'"):
+        lstm_ext.lstmm  # noqa: B018
+
+
+@needs_native
+def test_the_self_check_passes() -> None:
+    done = run_python("-m", "lstm_ext")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("cpu", "numpy", "cuda", torch.__version__):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(("name", "expected"), [("gpu", "expected one of"), ("cuda", "is not available")])
+def test_an_unusable_backend_in_the_environment_is_an_error_at_first_use(name: str, expected: str) -> None:
+    done = run_python("-c", "import sys" + NUMPY_PROGRAM, LSTM_EXT_BACKEND=name)
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert "'numpy'" in done.stderr
+
+
+@needs_native
+def test_an_unknown_simd_level_is_reported() -> None:
+    program = "import lstm_ext; print(lstm_ext.backends()['cpu'].reason)"
+    assert "LSTM_EXT_SIMD: expected one of baseline" in succeed(program, LSTM_EXT_SIMD="sse9")
+
+
+# Threads and processes -----------------------------------------------------------------------------------------------
+
+SHARED_CASE = Case(20, 12, 33, 65)  # large enough for the pool
+
+
+def run_shared_case(num_threads: int) -> dict[str, np.ndarray]:
+    outputs, gradients = run_layer(_native.C, make_inputs(SHARED_CASE, "float32"), num_threads)
+    return outputs | gradients
+
+
+@needs_native
+def test_many_python_threads_at_once() -> None:
+    expected, start = run_shared_case(1), threading.Barrier(6)
+
+    def work(n: int) -> None:
+        start.wait()
+        for turn in range(10):
+            assert_identical(run_shared_case(1 + (n + turn) % 4), expected)
+
+    with ThreadPoolExecutor(6) as executor:
+        list(executor.map(work, range(6)))
+
+
+def check_in_child(expected: dict[str, np.ndarray]) -> None:
+    assert_identical(run_shared_case(2), expected)
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_computes_with_its_own_pool() -> None:
+    expected = run_shared_case(2)  # the parent's pool runs
+    child = multiprocessing.get_context("fork").Process(target=check_in_child, args=(expected,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+class Sequences(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Runs the module in the worker that loads an item."""
+
+    def __init__(self) -> None:
+        self.module = lstm_ext.LSTM(8, 64).eval()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, n: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.module(torch.full((30, 8, 8), n / 4))[0]
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_dataloader_workers() -> None:
+    dataset = Sequences()
+    expected = torch.stack([dataset[n] for n in range(4)])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=2, multiprocessing_context="fork")
+    torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=0, atol=0)
+
+
+@needs_native
+def test_thread_counts_are_those_of_torch_or_of_openmp() -> None:
+    """OMP_NUM_THREADS=1 starts no thread; torch.set_num_threads holds for tensors."""
+    program = """
+    import os, sys, numpy as np
+    def threads(): return len(os.listdir("/proc/self/task"))
+    from lstm_ext import lstm
+    big = [np.full(s, .01, np.float32) for s in [(20, 24, 64), (256, 64), (256, 64)]]
+    before = threads()
+    lstm(big[0], None, *big[1:])
+    print(threads() - before)
+    """
+    assert succeed(program, OMP_NUM_THREADS="1").strip() == "0"
+    assert succeed(program, OMP_NUM_THREADS="2").strip() == "1"
+
+
+def test_the_gil_is_released() -> None:
+    """Another Python thread runs on while a kernel computes."""
+    if _native.C is None:
+        pytest.skip(f"no native module: {_native.reason}")
+    inputs = make_inputs(Case(200, 32, 128, 256), "float32")
+    done, ticks = threading.Event(), 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    _native.C.layer_forward(*inputs.forward_args(0), 1)
+    done.set()
+    ticker.join()
+    assert ticks >= 5  # some hundred milliseconds of computing
+
+
+def test_the_reference_is_what_runs_under_use_backend() -> None:
+    inputs = make_inputs(Case(4, 3, 5, 7), "float32")
+    x, (w_ih, w_hh, b_ih, b_hh) = inputs.x, inputs.weights
+    expected = reference.layer_forward(x, None, None, inputs.weights, None, None, None, 0, False, 0)[0]
+    with lstm_ext.use_backend("numpy"):
+        np.testing.assert_array_equal(lstm_ext.lstm(x, None, w_ih, w_hh, b_ih, b_hh)[0], expected)
