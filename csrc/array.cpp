@@ -28,37 +28,33 @@ dlpack::DataType dlpack_of(Dtype dtype) {
 
 bool same(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
-const dlpack::ExchangeApi* api_of_type(PyTypeObject* type) {
-  py::object capsule =
-      py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", py::none());
-  if (capsule.is_none() || !PyCapsule_CheckExact(capsule.ptr())) return nullptr;
+const dlpack::ExchangeApi* api_of_type(py::handle type) {
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_CheckExact(capsule.ptr())) {
+    throw py::type_error("types: expected types with the DLPack C exchange API, got " + std::string(py::str(type)));
+  }
   const void* pointer = PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr()));
   if (!pointer) throw py::error_already_set();
   auto header = static_cast<const dlpack::ExchangeHeader*>(pointer);
   while (header && header->version.major != dlpack::kMajorVersion) header = header->previous;
+  if (!header) throw py::type_error("types: expected version 1 of the DLPack C exchange API, got another alone");
   return reinterpret_cast<const dlpack::ExchangeApi*>(header);
 }
 
-// Tensors and parameters are two types that come again and again; they are never freed (a reference is
-// kept), so that an address stands for its type.
+// The types are kept alive for good, so that an address stands for its type.
+struct TensorTypes {
+  static constexpr int kMost = 4;
+  PyObject* types[kMost];
+  int count = 0;
+  const dlpack::ExchangeApi* api = nullptr;
+} tensor_types;
+
 const dlpack::ExchangeApi* api_of(py::handle object) {
-  struct Entry {
-    PyTypeObject* type;
-    const dlpack::ExchangeApi* api;
-  };
-  constexpr int kEntries = 8;
-  static Entry cache[kEntries];
-  static int used = 0;
-  PyTypeObject* type = Py_TYPE(object.ptr());
-  for (int n = 0; n < used; ++n) {
-    if (cache[n].type == type) return cache[n].api;
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  for (int n = 0; n < tensor_types.count; ++n) {
+    if (tensor_types.types[n] == type) return tensor_types.api;
   }
-  const dlpack::ExchangeApi* api = api_of_type(type);
-  if (api && used < kEntries) {
-    Py_INCREF(type);
-    cache[used++] = {type, api};
-  }
-  return api;
+  return nullptr;
 }
 
 void report_allocation(void*, const char* kind, const char* message) {
@@ -67,6 +63,16 @@ void report_allocation(void*, const char* kind, const char* message) {
 }
 
 }  // namespace
+
+void take_tensor_types(py::args types) {
+  if (types.size() > TensorTypes::kMost) throw py::value_error("types: expected at most 4, got more");
+  TensorTypes taken;
+  for (const py::handle type : types) {
+    taken.api = api_of_type(type);
+    taken.types[taken.count++] = type.inc_ref().ptr();
+  }
+  tensor_types = taken;
+}
 
 std::string text_of(const Shape& shape) {
   std::string text = "[";
@@ -117,7 +123,7 @@ void Array::view_tensor(py::handle object) {
 
 void Array::view_ndarray(py::handle object) {
   if (!py::isinstance<py::array>(object)) {
-    throw py::type_error(std::string(name_) + ": expected a torch.Tensor or a numpy.ndarray, got " +
+    throw py::type_error(std::string(name_) + ": expected a plain torch.Tensor or numpy.ndarray, got " +
                          std::string(py::str(py::type::of(object).attr("__name__"))));
   }
   const auto array = py::reinterpret_borrow<py::array>(object);
@@ -167,6 +173,13 @@ void Array::expect_shape(std::initializer_list<int64_t> expected) const {
 
 void Array::refuse_dtype(const std::string& expected) const {
   throw py::type_error(std::string(name_) + ": expected dtype " + expected + ", got " + text_of(dtype_));
+}
+
+void Array::expect_kind_of(const Array& other) const {
+  if (there_ && api_ != other.api_) {
+    throw py::type_error(std::string(name_) + ": expected a " + (other.api_ ? "tensor" : "numpy.ndarray") + " as " +
+                         other.name_ + " is, got a " + (api_ ? "tensor" : "numpy.ndarray"));
+  }
 }
 
 Dtype Array::float_dtype() const {

@@ -15,6 +15,10 @@ namespace lstm_ext {
 
 namespace py = pybind11;
 
+// From now on arrays of exactly these types, which share one exchange API, are taken. Subclasses are not: they mean
+// more than their memory. Throws TypeError for a type without the API.
+void take_tensor_types(py::args types);
+
 using Shape = std::vector<int64_t>;
 std::string text_of(const Shape& shape);
 
@@ -25,7 +29,7 @@ class Array {
   Array() = default;
   // Borrows the memory of `object`; a copy is made (and kept here) only where the columns of the last
   // dimension are not adjacent or an element is not aligned. None gives an array that is not there.
-  // Throws TypeError for anything but a CPU tensor or an ndarray.
+  // Throws TypeError for anything but an ndarray or a tensor of a type that is taken.
   Array(py::handle object, const char* name);
 
   explicit operator bool() const { return there_; }
@@ -39,6 +43,7 @@ class Array {
   // Each throws, naming the array, what was expected and what came.
   void expect_dims(int ndim) const;
   void expect_shape(std::initializer_list<int64_t> shape) const;
+  void expect_kind_of(const Array& other) const;
   void expect_dtype(Dtype dtype) const;
   Dtype float_dtype() const;
   void expect_int64() const;

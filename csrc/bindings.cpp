@@ -16,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
         "batch_first"_a, "needs"_a, "num_threads"_a);
   m.def("cell_forward", &lstm_ext::ops::cell_forward, "x"_a, "h"_a, "c"_a, "w_ih"_a, "w_hh"_a, "b_ih"_a, "b_hh"_a,
         "num_threads"_a);
+  m.def("take_tensor_types", &lstm_ext::take_tensor_types);
   m.def("share_openmp_threads", &lstm_ext::cpu::share_openmp_threads, "library"_a);
   m.def("build_info", &lstm_ext::build_info);
 }

@@ -24,9 +24,11 @@ EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloa
 
 def _torch() -> Any:
     try:
-        return importlib.import_module("torch")
+        torch = importlib.import_module("torch")
     except ImportError:
         return None
+    importlib.import_module("lstm_ext.ops")  # from its import on the native module takes tensors
+    return torch
 
 
 def _describe(torch: Any) -> Iterator[str]:

@@ -33,6 +33,7 @@ _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.
 
 _C: Any = _native.C
 if _C is not None:
+    _C.take_tensor_types(Tensor, Parameter)
     _C.share_openmp_threads("libtorch_cpu.so")
 
 _get_num_threads = torch.get_num_threads
@@ -248,6 +249,17 @@ def _torch_layer(
     return torch._VF.lstm(x, (h0, c0), weights, *options, batch_first)
 
 
+def _plain(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments with tensors of subclasses as the plain tensors that they are here, below all dispatch."""
+
+    def plain(a: Any) -> Any:
+        if isinstance(a, (list, tuple)):
+            return [plain(b) for b in a]
+        return a.as_subclass(Tensor) if isinstance(a, Tensor) and type(a) not in _PLAIN else a
+
+    return [plain(a) for a in arguments]
+
+
 # The ops -------------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +272,7 @@ def _torch_layer(
 )
 def layer_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """`reference.layer_forward` as an op; what is not saved is an empty tensor."""
-    return tuple(x.new_empty(0) if a is None else a for a in _run_forward(x, *arguments))
+    return tuple(x.new_empty(0) if a is None else a for a in _run_forward(*_plain((x, *arguments))))
 
 
 @torch.library.custom_op(
@@ -273,7 +285,7 @@ def layer_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 )
 def layer_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`reference.layer_backward` as an op; what is not needed is an empty tensor or list."""
-    *gradients, dweights = _run_backward(*arguments)
+    *gradients, dweights = _run_backward(*_plain(arguments))
     dx, dh0, dc0 = (arguments[4].new_empty(0) if a is None else a for a in gradients)
     return dx, dh0, dc0, dweights or []
 
@@ -719,15 +731,15 @@ def cell(
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return _cell_autocast(x, h, c, w_ih, w_hh, b_ih, b_hh)
     tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if _watched_by_nobody() and x.is_cpu and x.dtype in DTYPES and _PLAIN.issuperset(map(type, tensors)):
+    if _watched_by_nobody() and x.is_cpu:
         try:
-            if _is_grad_enabled() and _any_requires_grad(*tensors):
+            if not (_is_grad_enabled() and _any_requires_grad(*tensors)):
+                if _backend_name(x) == "cpu":
+                    return _C.cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, _get_num_threads())
+            elif _PLAIN.issuperset(map(type, tensors)):
                 return _Cell.apply(*tensors)
-            if _backend_name(x) == "cpu":
-                return _C.cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, _get_num_threads())
-        except _REFUSALS:
-            check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
-            raise
+        except _REFUSALS:  # an argument is wrong, or is more than a plain tensor: the long way tells
+            pass
     if not is_compiling():
         check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     h_n, c_n = layer(*_one_step(*tensors), None, None, None, FORWARD, False, False)[1:3]

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lstm_ext.ops  # noqa: F401 (makes the native module take tensors)
 from lstm_ext import _native, reference
 from lstm_ext.reference import BOTH, FORWARD, REVERSE
 

@@ -12,6 +12,7 @@ py::tuple cell_forward(py::handle x_, py::handle h_, py::handle c_, py::handle w
   if (!x || !w_ih || !w_hh) throw py::type_error("x, w_ih, w_hh: expected arrays, got None");
   const Dtype dtype = x.float_dtype();
   for (const Array* array : {&h, &c, &w_ih, &w_hh, &b_ih, &b_hh}) {
+    array->expect_kind_of(x);
     if (*array) array->expect_dtype(dtype);
   }
   const bool batched = x.ndim() != 1;

@@ -37,6 +37,7 @@ LayerArgs::LayerArgs(py::handle x_, py::handle h0_, py::handle c0_, py::sequence
   }
   if (!x) throw py::type_error("x: expected an array, got None");
   D = directions == Directions::kBoth ? 2 : 1;
+  for (const Array* array : {&h0, &c0, &lengths, &resets, &batch_sizes}) array->expect_kind_of(x);
   dtype = x.float_dtype();
   compute_dtype = dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   x.expect_dims(packed() ? 2 : 3);
@@ -66,6 +67,7 @@ void LayerArgs::read_weights(const py::sequence& weights) {
       const py::object weight = weights[n * each + index];
       Array array(weight, name);
       if (!array) throw py::type_error(std::string(name) + ": expected an array, got None");
+      array.expect_kind_of(x);
       array.expect_dtype(dtype);
       return array;
     };

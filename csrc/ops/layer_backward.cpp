@@ -9,9 +9,10 @@ namespace {
 constexpr int kNeedX = 1, kNeedH0 = 2, kNeedC0 = 4, kNeedWeights = 8;
 
 // The gradient of, or what the forward pass left of, a sequence: absent, or exactly of this dtype and shape.
-Array expect_like(py::handle object, const char* name, Dtype dtype, const Shape& shape) {
+Array expect_like(const Array& x, py::handle object, const char* name, Dtype dtype, const Shape& shape) {
   Array array(object, name);
   if (!array) return array;
+  array.expect_kind_of(x);
   array.expect_dtype(dtype);
   if (array.shape() != shape) {
     throw std::runtime_error(std::string(name) + ": expected shape " + text_of(shape) + ", got " +
@@ -33,13 +34,13 @@ py::tuple layer_backward(py::handle dy_, py::handle dh_n_, py::handle dc_n_, py:
   const LayerArgs args(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first);
   const auto [T, B, I, H, P, projected] = args.shape;
   const int64_t D = args.D;
-  const Array dy = expect_like(dy_, "dy", args.dtype, args.sequence_shape(D * P));
-  const Array dh_n = expect_like(dh_n_, "dh_n", args.dtype, {D, B, P});
-  const Array dc_n = expect_like(dc_n_, "dc_n", args.dtype, {D, B, H});
-  const Array dcells = expect_like(dcells_, "dcells", args.compute_dtype, args.saved_shape(H));
-  const Array y = expect_like(y_, "y", args.dtype, args.sequence_shape(D * P));
-  const Array cells = expect_like(cells_, "cells", args.compute_dtype, args.saved_shape(H));
-  const Array gates = expect_like(gates_, "gates", args.dtype, args.saved_shape(4 * H));
+  const Array dy = expect_like(args.x, dy_, "dy", args.dtype, args.sequence_shape(D * P));
+  const Array dh_n = expect_like(args.x, dh_n_, "dh_n", args.dtype, {D, B, P});
+  const Array dc_n = expect_like(args.x, dc_n_, "dc_n", args.dtype, {D, B, H});
+  const Array dcells = expect_like(args.x, dcells_, "dcells", args.compute_dtype, args.saved_shape(H));
+  const Array y = expect_like(args.x, y_, "y", args.dtype, args.sequence_shape(D * P));
+  const Array cells = expect_like(args.x, cells_, "cells", args.compute_dtype, args.saved_shape(H));
+  const Array gates = expect_like(args.x, gates_, "gates", args.dtype, args.saved_shape(4 * H));
   if (!y || !cells || !gates)
     throw py::type_error("y, cells, gates: expected what layer_forward left with save=2, got None");
 
