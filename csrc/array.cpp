@@ -2,6 +2,7 @@
 
 #include <new>
 #include <stdexcept>
+#include <vector>
 
 namespace lstm_ext {
 namespace {
@@ -76,7 +77,7 @@ void take_tensor_types(py::args types) {
 
 std::string text_of(const Shape& shape) {
   std::string text = "[";
-  for (size_t n = 0; n < shape.size(); ++n) text += (n ? ", " : "") + std::to_string(shape[n]);
+  for (const int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
 }
 
@@ -163,10 +164,9 @@ void Array::expect_dims(int ndim) const {
   }
 }
 
-void Array::expect_shape(std::initializer_list<int64_t> expected) const {
-  const bool equal = ndim_ == static_cast<int>(expected.size()) && std::equal(expected.begin(), expected.end(), shape_);
-  if (!equal) {
-    throw std::runtime_error(std::string(name_) + ": expected shape " + text_of(Shape(expected)) + ", got " +
+void Array::expect_shape(const Shape& expected) const {
+  if (shape() != expected) {
+    throw std::runtime_error(std::string(name_) + ": expected shape " + text_of(expected) + ", got " +
                              text_of(shape()));
   }
 }
@@ -205,14 +205,13 @@ Output Allocator::empty(Dtype dtype, const Shape& shape) const {
   Output output;
   if (!api_) {
     const char* name = dtype == Dtype::kFloat64 ? "float64" : dtype == Dtype::kFloat16 ? "float16" : "float32";
-    py::array array(py::dtype(name), shape);
+    py::array array(py::dtype(name), std::vector<py::ssize_t>(shape.begin(), shape.end()));
     output.data = array.mutable_data();
     output.object = std::move(array);
     return output;
   }
   Shape sizes = shape;
-  dlpack::Tensor prototype{
-      nullptr, {dlpack::kCpu, 0}, static_cast<int32_t>(sizes.size()), dlpack_of(dtype), sizes.data(), nullptr, 0};
+  dlpack::Tensor prototype{nullptr, {dlpack::kCpu, 0}, sizes.size(), dlpack_of(dtype), sizes.begin(), nullptr, 0};
   dlpack::ManagedTensor* managed = nullptr;
   if (api_->allocate(&prototype, &managed, nullptr, report_allocation) != 0) {
     if (!PyErr_Occurred()) throw std::bad_alloc();

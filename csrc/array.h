@@ -4,9 +4,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <string>
-#include <vector>
 
 #include "dlpack_abi.h"
 #include "params.h"
@@ -19,12 +19,30 @@ namespace py = pybind11;
 // more than their memory. Throws TypeError for a type without the API.
 void take_tensor_types(py::args types);
 
-using Shape = std::vector<int64_t>;
+// The sizes of an array: a short vector that takes no memory of its own.
+class Shape {
+ public:
+  static constexpr int kMaxDims = 4;
+
+  Shape(std::initializer_list<int64_t> sizes) : Shape(sizes.begin(), static_cast<int>(sizes.size())) {}
+  Shape(const int64_t* sizes, int count) : count_(count) { std::copy(sizes, sizes + count, sizes_); }
+
+  int64_t* begin() { return sizes_; }
+  const int64_t* begin() const { return sizes_; }
+  const int64_t* end() const { return sizes_ + count_; }
+  int size() const { return count_; }
+  bool operator==(const Shape& other) const { return std::equal(begin(), end(), other.begin(), other.end()); }
+
+ private:
+  int64_t sizes_[kMaxDims];
+  int count_;
+};
+
 std::string text_of(const Shape& shape);
 
 class Array {
  public:
-  static constexpr int kMaxDims = 4;
+  static constexpr int kMaxDims = Shape::kMaxDims;
 
   Array() = default;
   // Borrows the memory of `object`; a copy is made (and kept here) only where the columns of the last
@@ -37,12 +55,12 @@ class Array {
   int ndim() const { return ndim_; }
   int64_t size(int dim) const { return shape_[dim]; }
   int64_t stride(int dim) const { return stride_[dim]; }
-  Shape shape() const { return Shape(shape_, shape_ + ndim_); }
+  Shape shape() const { return {shape_, ndim_}; }
   Matrix matrix() const { return {data_, ndim_ > 1 ? stride_[ndim_ - 2] : 0}; }
 
   // Each throws, naming the array, what was expected and what came.
   void expect_dims(int ndim) const;
-  void expect_shape(std::initializer_list<int64_t> shape) const;
+  void expect_shape(const Shape& shape) const;
   void expect_kind_of(const Array& other) const;
   void expect_dtype(Dtype dtype) const;
   Dtype float_dtype() const;

@@ -328,7 +328,9 @@ def cell(
 ) -> tuple[Array, Array]:
     """One step of x [B, I] from h, c [B, H]; both biases or none."""
     if is_tensor(x):
-        return torch_ops().cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        ops = torch_ops()
+        quick = ops.quick_cell(x, h, c, w_ih, w_hh, b_ih, b_hh) if x.dim() == 2 else None
+        return quick or ops.cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     arguments: list[Any] = [_plain(a) for a in (x, h, c, w_ih, w_hh, b_ih, b_hh)]
     if choose("cpu", x.dtype.newbyteorder("=")).name == "cpu":

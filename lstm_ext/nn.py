@@ -274,47 +274,51 @@ class LSTMCell(RNNCellBase):
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """See the class for shapes: (h_1, c_1)."""
-        rank = input.dim()
-        if rank == 2:
-            if hx is None:
-                return self._step(input, None, None)
-            h: Any
-            c: Any
+        h: Any = None
+        c: Any = None
+        if hx is not None:
             h, c = hx if type(hx) is tuple and len(hx) == 2 else self._pair(hx)
-            if h.dim() == 2 and c.dim() == 2:
-                return self._step(input, h, c)
-        elif rank != 1:
-            raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {rank}-D")
-        for n, state in enumerate(hx or ()):
-            if state.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: expected hx[{n}] to be 1-D or 2-D, got {state.dim()}-D")
-        if rank == 2:
-            raise RuntimeError(f"LSTMCell: a 2-D input needs a 2-D hx, got {h.dim()}-D and {c.dim()}-D")
-        h, c = (None, None) if hx is None else (state.unsqueeze(0) for state in self._pair(hx))
-        h, c = self._step(input.unsqueeze(0), h, c)
-        return h.squeeze(0), c.squeeze(0)
-
-    def _pair(self, hx: Any) -> State:
-        _check_pair("LSTMCell", hx)
-        return hx[0], hx[1]
-
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> State:
-        """One step of x [B, I] from h, c [B, H]."""
+            if h is None or c is None:
+                raise AttributeError("LSTMCell: expected hx to be a pair of tensors, got None in it")  # torch's type
         parameters: dict[str, Any] = self._parameters
         try:
             w_ih, w_hh = parameters["weight_ih"], parameters["weight_hh"]
             b_ih, b_hh = parameters["bias_ih"], parameters["bias_hh"]
         except KeyError:  # a parametrization computes them
             w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        quick = _ops.quick_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
+        return quick or self._checked(input, h, c, w_ih, w_hh, b_ih, b_hh)
+
+    def _pair(self, hx: Any) -> State:
+        _check_pair("LSTMCell", hx)
+        return hx[0], hx[1]
+
+    def _checked(self, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Any) -> State:
+        """One step of x [B, I] or [I], after torch's checks of ranks."""
+        rank = x.dim()
+        if rank not in (1, 2):
+            raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {rank}-D")
+        for n, state in enumerate((h, c)):
+            if state is not None and state.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: expected hx[{n}] to be 1-D or 2-D, got {state.dim()}-D")
+        if rank == 1:
+            h, c = self._step(x.unsqueeze(0), *(None if a is None else a.unsqueeze(0) for a in (h, c)), *weights)
+            return h.squeeze(0), c.squeeze(0)
+        if h is not None and c is not None and not h.dim() == c.dim() == 2:
+            raise RuntimeError(f"LSTMCell: a 2-D input needs a 2-D hx, got {h.dim()}-D and {c.dim()}-D")
+        return self._step(x, h, c, *weights)
+
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Any) -> State:
+        """One step of x [B, I] from h, c [B, H]."""
         try:
-            return _ops.cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+            return _ops.cell(x, h, c, *weights)
         except RuntimeError as error:
             if x.dtype in _ops.DTYPES and x.layout == torch.strided and (c is None or c.dtype == x.dtype):
                 raise
             warn_once(f"lstm_ext runs torch's own LSTM cell: {error}")
             zeros = torch.zeros(x.shape[0], self.hidden_size, dtype=x.dtype, device=x.device)
             state: Any = (zeros, zeros) if h is None else (h, c)
-            return torch._VF.lstm_cell(x, state, w_ih, w_hh, b_ih, b_hh)
+            return torch._VF.lstm_cell(x, state, *weights)
 
     def __prepare_scriptable__(self) -> torch.nn.LSTMCell:
         """TorchScript compiles torch's own cell, on our weights."""

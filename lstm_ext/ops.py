@@ -718,6 +718,28 @@ def _cell_autocast(x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tens
         return cell(*(None if a is None else a.to(dtype) for a in (x, h, c, *weights)))  # type: ignore[arg-type]
 
 
+def quick_cell(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """(h', c') where plain CPU tensors go straight to the kernel, x [B, I] or [I]; else None, for `cell` to see why."""
+    if _is_any_autocast_enabled() or not _watched_by_nobody() or not x.is_cpu:
+        return None
+    if _is_grad_enabled() and _any_requires_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        return None
+    if choose("cpu", x.dtype).name != "cpu":
+        return None
+    try:
+        return _C.cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, _get_num_threads())
+    except _REFUSALS:  # an argument is wrong, or is more than a plain tensor
+        return None
+
+
 def cell(
     x: Tensor,
     h: Tensor | None,
@@ -727,20 +749,17 @@ def cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(h', c') by the shortest way open."""
+    """(h', c') of x [B, I] where `quick_cell` gives none: with gradients, watched, under autocast, or not served."""
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return _cell_autocast(x, h, c, w_ih, w_hh, b_ih, b_hh)
     tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if _watched_by_nobody() and x.is_cpu:
+    if _watched_by_nobody() and x.is_cpu and _PLAIN.issuperset(map(type, tensors)):
         try:
-            if not (_is_grad_enabled() and _any_requires_grad(*tensors)):
-                if _backend_name(x) == "cpu":
-                    return _C.cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, _get_num_threads())
-            elif _PLAIN.issuperset(map(type, tensors)):
-                return _Cell.apply(*tensors)
-        except _REFUSALS:  # an argument is wrong, or is more than a plain tensor: the long way tells
-            pass
+            return _Cell.apply(*tensors)
+        except _REFUSALS:
+            check_cell(*tensors)
+            raise
     if not is_compiling():
-        check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        check_cell(*tensors)
     h_n, c_n = layer(*_one_step(*tensors), None, None, None, FORWARD, False, False)[1:3]
     return h_n.squeeze(0), c_n.squeeze(0)

@@ -144,18 +144,17 @@ class Weights {
 
   // Vectors run along k, one sum per unit; lane n of the result is unit n.
   void multiply_in_place(int rows, const C* const* a, int64_t p, int g, int64_t k0, int64_t k1, C* tile) const {
-    const int64_t count = rows_.template count<C>(p, g);
+    const int64_t count = rows_.template count<C>(p, g), K = k1 - k0;
     if (count <= 0) return;
-    const S* unit[L];
-    for (int lane = 0; lane < L; ++lane) {
-      // lanes beyond the last unit repeat it: their results are never stored
-      unit[lane] = row(p, g) + (lane < count ? lane : count - 1) * row_stride_ + k0;
-    }
-    const int64_t K = k1 - k0, full = K / L * L;
+    const S* units = row(p, g) + k0;
     for (int m = 0; m < rows; ++m) {
       Vec<C> sum[L];
 #pragma GCC unroll 16
-      for (int lane = 0; lane < L; lane += kStreams) multiply_streams(a[m], unit + lane, K, full, sum + lane);
+      for (int lane = 0; lane < L; lane += kStreams) {
+        // lanes beyond the last unit repeat it: their results are never stored
+        const int64_t last = count - 1 - lane;
+        multiply_streams(a[m], units + (last < 0 ? count - 1 : lane) * row_stride_, last, K, sum + lane);
+      }
       C* to = tile + (m * 4 + g) * L;
       store(to, load(to) + sum_rows<C>(sum));
     }
@@ -164,23 +163,25 @@ class Weights {
   // As many rows at once as the hardware's prefetchers follow well.
   static constexpr int kStreams = L < 8 ? L : 8;
 
-  static LSTM_EXT_INLINE void multiply_streams(const C* a, const S* const* unit, int64_t K, int64_t full, Vec<C>* sum) {
+  // Sums of a times `first`, the row after it, and so on up to `last`, which stands for those behind it too.
+  LSTM_EXT_INLINE void multiply_streams(const C* a, const S* first, int64_t last, int64_t K, Vec<C>* sum) const {
     const S* row[kStreams];
 #pragma GCC unroll 16
     for (int n = 0; n < kStreams; ++n) {
-      row[n] = unit[n];
+      row[n] = n == 0 ? first : row[n - 1] + (n <= last ? row_stride_ : 0);
       sum[n] = Vec<C>{};
     }
-    for (int64_t k = 0; k < full; k += L) {
+    int64_t k = 0;
+    for (; k + L <= K; k += L) {
       const Vec<C> value = load(a + k);
 #pragma GCC unroll 16
       for (int n = 0; n < kStreams; ++n) sum[n] += value * load(row[n] + k);
     }
-    if (full < K) {
-      const int rest = static_cast<int>(K - full);
-      const Vec<C> value = load_some(a + full, rest);
+    if (k < K) {
+      const int rest = static_cast<int>(K - k);
+      const Vec<C> value = load_some(a + k, rest);
 #pragma GCC unroll 16
-      for (int n = 0; n < kStreams; ++n) sum[n] += value * load_some(row[n] + full, rest);
+      for (int n = 0; n < kStreams; ++n) sum[n] += value * load_some(row[n] + k, rest);
     }
   }
 

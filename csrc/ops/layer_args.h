@@ -4,6 +4,8 @@
 // w_ih [4H, I], w_hh [4H, P], then b_ih, b_hh [4H] if there is a bias, then w_hr [P, H] if h is projected.
 #pragma once
 
+#include <vector>
+
 #include "../array.h"
 
 namespace lstm_ext::ops {

@@ -14,10 +14,7 @@ Array expect_like(const Array& x, py::handle object, const char* name, Dtype dty
   if (!array) return array;
   array.expect_kind_of(x);
   array.expect_dtype(dtype);
-  if (array.shape() != shape) {
-    throw std::runtime_error(std::string(name) + ": expected shape " + text_of(shape) + ", got " +
-                             text_of(array.shape()));
-  }
+  array.expect_shape(shape);
   return array;
 }
 
