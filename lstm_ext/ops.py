@@ -678,6 +678,34 @@ def _watched_layer(
     return y, h_n, c_n, cells if cells_wanted else None
 
 
+def quick_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    batch_sizes: Tensor | None,
+    directions: int,
+    batch_first: bool,
+    cells_wanted: bool,
+) -> tuple[Any, ...] | None:
+    """`layer` where plain CPU tensors go straight to the kernel; else None, for `layer` to see why."""
+    if _is_any_autocast_enabled() or not _watched_by_nobody() or not x.is_cpu:
+        return None
+    if _is_grad_enabled() and _any_requires_grad(x, h0, c0, *weights):
+        return None
+    if choose("cpu", x.dtype).name != "cpu":
+        return None
+    save, threads = 1 if cells_wanted else 0, _get_num_threads()
+    try:
+        return _C.layer_forward(  # type: ignore[no-any-return]
+            x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save, threads
+        )[:4]
+    except _REFUSALS:  # an argument is wrong, or is more than a plain tensor
+        return None
+
+
 def layer(
     x: Tensor,
     h0: Tensor | None,
@@ -691,6 +719,9 @@ def layer(
     cells_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n, cells), the last as `reference.layer_forward` lays it out, by the shortest way open."""
+    quick = quick_layer(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, cells_wanted)
+    if quick is not None:
+        return quick  # type: ignore[return-value]
     if _is_any_autocast_enabled():
         x, h0, c0, weights = _autocast(x, h0, c0, weights)
     if lengths is not None:
@@ -706,9 +737,9 @@ def layer(
     if _is_grad_enabled() and _any_requires_grad(x, h0, c0, *weights):
         y, h_n, c_n, cells = _Layer.apply(x, h0, c0, lengths, resets, batch_sizes, directions, batch_first, *weights)
         return y, h_n, c_n, cells if cells_wanted else None
-    return _run_forward(
-        x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, 1 if cells_wanted else 0
-    )[:4]
+    return _run_forward(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, int(cells_wanted))[
+        :4
+    ]
 
 
 def _cell_autocast(x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
