@@ -1,796 +1,514 @@
-"""The layer as torch sees it: custom ops with shape, autograd and vmap rules, and the short path for plain CPU tensors.
-
-A layer that no transform, mode or compiler watches goes straight to the backend (with gradients: through one
-`autograd.Function`). Everything else goes through the ops `lstm_ext::layer_forward` and `lstm_ext::layer_backward`.
-Derivatives beyond the first differentiate `composed_layer`, the same layer in torch's own operations.
-"""
+"""The modules: drop-ins for `torch.nn.LSTM` and `torch.nn.LSTMCell`, TensorFlow's `BasicLSTMCell`, and the swap."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import NoneType
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor, peek_interpreter_stack
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
-from torch.nn import Parameter
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.parameter import Parameter, UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 
-from . import _native, reference
-from .backend import choose, warn_once
-from .functional import check, check_cell, check_kind, weight_names
-from .reference import BOTH, FORWARD, NEEDS_C0, NEEDS_H0, NEEDS_WEIGHTS, NEEDS_X, REVERSE
+from . import functional
+from .backend import warn_once
+from .reference import BOTH, FORWARD
 
-_REFUSALS = (TypeError, ValueError, RuntimeError)  # what the native core raises for arguments it does not take
-_PLAIN = frozenset({Tensor, Parameter, NoneType})
-_HALF = frozenset({torch.bfloat16, torch.float16})
-DTYPES = _HALF | {torch.float32, torch.float64}
-_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+_ops = functional.torch_ops()
 
-_C: Any = _native.C
-if _C is not None:
-    _C.take_tensor_types(Tensor, Parameter)
-    _C.share_openmp_threads("libtorch_cpu.so")
-
-_get_num_threads = torch.get_num_threads
-_is_grad_enabled = torch.is_grad_enabled
+State = tuple[Tensor, Tensor]
+M = TypeVar("M", bound=torch.nn.Module)
 
 
-# Backends on plain CPU tensors ---------------------------------------------------------------------------------------
+class LSTM(RNNBase):
+    """`torch.nn.LSTM` with fused kernels: the same arguments, parameters, `state_dict`, results and errors.
 
+    L layers, D directions (2 if bidirectional), H = hidden_size, P = proj_size or H, I = input_size.
 
-def _as_int64(lengths: Tensor, x: Tensor) -> Tensor:
-    """Integer lengths as the backends take them; other dtypes as they are, for the checks to refuse."""
-    return lengths.to(x.device, torch.int64) if lengths.dtype in _INTEGERS else lengths
+    Args:
+        input_size: I, the width of the input.
+        hidden_size: H, the number of units.
+        num_layers: L.
+        bias: whether the layers have `bias_ih_l*` and `bias_hh_l*`.
+        batch_first: sequences are [B, T, …] instead of [T, B, …].
+        dropout: probability of an output between two layers to be zeroed in training.
+        bidirectional: whether a second set of weights walks backward in time.
+        proj_size: P, the width of a projection of h; 0 is none.
+        device, dtype: of the parameters.
 
+    Shape:
+        - input: [T, B, I]; [B, T, I] if batch_first; [T, I]; or a PackedSequence.
+        - hx: None (zeros) or (h_0 [L*D, B, P], c_0 [L*D, B, H]); without B if the input is.
+        - lengths: valid steps of each row [B], integer; outputs past them are zero, h_n and c_n those of the last one.
+        - resets: bool [T, B] ([B, T] if batch_first); where True, the state is zero before that step, in every layer
+          and direction.
+        - output: [T, B, D*P] in the layout of the input; h_n [L*D, B, P], c_n [L*D, B, H]. With `return_cells` a third
+          item: c of every step of the last layer, [T, B, D*H] in the layout of the input.
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any([a is not None and a.requires_grad for a in tensors])  # noqa: C419 (a list is faster than a generator)
+    On a device or dtype without our kernel torch's own LSTM runs on the same weights, and a warning says so once.
 
+    Raises:
+        ValueError, RuntimeError, TypeError: as `torch.nn.LSTM`; ValueError for a length out of range.
+    """
 
-def _to_numpy(a: Tensor | None) -> Any:
-    """A view as an array; NumPy has no bfloat16, float32 stands in."""
-    if a is None:
-        return None
-    a = a.detach()
-    return (a.float() if a.dtype == torch.bfloat16 else a).numpy()
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
 
-
-def _from_numpy(a: Any, dtype: torch.dtype) -> Any:
-    return None if a is None else torch.from_numpy(a).to(dtype)
-
-
-def _backend_name(x: Tensor) -> str:
-    choice = choose("cpu", x.dtype)
-    if choice.name is None:
-        raise RuntimeError(f"x: no backend takes dtype {x.dtype} ({choice.reason})")
-    if choice.name == "numpy" and _native.C is None:
-        warn_once(f"lstm_ext computes in NumPy, slowly: the compiled kernels are missing ({_native.reason})")
-    return choice.name
-
-
-def _run_forward(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Tensor | None,
-    directions: int,
-    batch_first: bool,
-    save: int,
-) -> tuple[Any, ...]:
-    """(y, h_n, c_n, cells, gates) on the backend chosen; what `save` leaves out is None."""
-    if _backend_name(x) == "cpu":
+    @property
+    def _flat_weights(self) -> list[Any]:
+        """The weights as they are now. A list kept goes stale under parametrizations and functional calls."""
+        parameters = self._parameters
         try:
-            return _C.layer_forward(
-                *(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save),
-                _get_num_threads(),
-            )
-        except _REFUSALS:
-            check(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first)
-            raise
-    check(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first)
-    arrays = [_to_numpy(a) for a in (x, h0, c0, lengths, resets, batch_sizes)]
-    y, h_n, c_n, cells, gates = reference.layer_forward(
-        *(*arrays[:3], [_to_numpy(w) for w in weights], *arrays[3:], directions, batch_first, save)
-    )
-    kept = torch.float32 if x.dtype in _HALF else x.dtype
-    return *(_from_numpy(a, x.dtype) for a in (y, h_n, c_n)), _from_numpy(cells, kept), _from_numpy(gates, x.dtype)
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:
+            return [getattr(self, name, None) for name in self._flat_weights_names]
 
+    @_flat_weights.setter
+    def _flat_weights(self, _: list[Any]) -> None:
+        """RNNBase assigns its list; there is nothing to keep."""
 
-def _run_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dcells: Tensor | None,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    y: Tensor,
-    cells: Tensor,
-    gates: Tensor,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Tensor | None,
-    directions: int,
-    batch_first: bool,
-    needs: int,
-) -> tuple[Any, Any, Any, list[Tensor] | None]:
-    """(dx, dh0, dc0, dweights) on the backend chosen; None for what is not needed."""
-    tensors = (dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, lengths, resets, batch_sizes)
-    if _backend_name(x) == "cpu":
-        return _C.layer_backward(*tensors, directions, batch_first, needs, _get_num_threads())
-    arrays = ([_to_numpy(w) for w in a] if isinstance(a, list) else _to_numpy(a) for a in tensors)
-    arguments: tuple[Any, ...] = (*arrays, directions, batch_first, needs)
-    dx, dh0, dc0, dweights = reference.layer_backward(*arguments)
-    given = None if dweights is None else [_from_numpy(a, x.dtype) for a in dweights]
-    return *(_from_numpy(a, x.dtype) for a in (dx, dh0, dc0)), given
+    def _check_state(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+        _check_pair("LSTM", hx)
+        L, D = self.num_layers, 2 if self.bidirectional else 1
+        B = x.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        self.check_hidden_size(
+            hx[0], (L * D, B, self.proj_size or self.hidden_size), "LSTM: expected hx[0] of size {}, got {}"
+        )
+        self.check_hidden_size(hx[1], (L * D, B, self.hidden_size), "LSTM: expected hx[1] of size {}, got {}")
 
-
-# The layer in torch's operations -------------------------------------------------------------------------------------
-
-
-def _split_weights(weights: Sequence[Tensor], num_directions: int) -> list[tuple[Any, ...]]:
-    """Per direction (w_ih, w_hh, b or None, w_hr or None), the two biases added."""
-    per_direction = len(weights) // num_directions
-    split = []
-    for d in range(num_directions):
-        w = weights[d * per_direction : (d + 1) * per_direction]
-        split.append((w[0], w[1], w[2] + w[3] if per_direction >= 4 else None, w[-1] if per_direction % 2 else None))
-    return split
-
-
-def _composed_direction(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: tuple[Any, ...],
-    active: Tensor | None,
-    resets: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [T, B, I] → y [T, B, P], h_n, c_n, cells [T, B, H]. In reverse a row rests until its last valid step comes."""
-    w_ih, w_hh, bias, w_hr = weights
-    projected_x = F.linear(x, w_ih, bias)
-    ys: list[Tensor] = []
-    cells: list[Tensor] = []
-    for t in reversed(range(len(x))) if reverse else range(len(x)):
-        h_prev, c_prev = h, c
-        if resets is not None:
-            h_prev, c_prev = h.masked_fill(resets[t], 0), c.masked_fill(resets[t], 0)
-        i, f, g, o = (projected_x[t] + F.linear(h_prev, w_hh)).chunk(4, -1)
-        c_next = f.sigmoid() * c_prev + i.sigmoid() * g.tanh()
-        h_next = o.sigmoid() * c_next.tanh()
-        if w_hr is not None:
-            h_next = F.linear(h_next, w_hr)
-        if active is None:
-            h, c = h_next, c_next
-            ys.append(h)
-            cells.append(c)
-        else:
-            h, c = torch.where(active[t], h_next, h), torch.where(active[t], c_next, c)
-            ys.append(h_next.masked_fill(~active[t], 0))
-            cells.append(c_next.masked_fill(~active[t], 0))
-    if reverse:
-        ys.reverse()
-        cells.reverse()
-    return torch.stack(ys), h, c, torch.stack(cells)
-
-
-def composed_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Tensor | None,
-    directions: int,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n, cells) as `reference.layer_forward` gives them, on any device, differentiable to any order."""
-    result, dtype = x.dtype, torch.float32 if x.dtype in _HALF else x.dtype
-    valid_rows = None
-    if batch_sizes is not None:
-        batch_sizes = batch_sizes.to(x.device)
-        B = int(batch_sizes[0])
-        valid = torch.arange(B, device=x.device) < batch_sizes[:, None]
-        lengths, valid_rows = valid.sum(0), valid.flatten().nonzero()[:, 0]
-        x = x.new_zeros(valid.numel(), x.shape[1]).index_copy(0, valid_rows, x).unflatten(0, valid.shape)
-    elif batch_first:
-        x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
-    active = None
-    if lengths is not None:
-        active = (torch.arange(len(x), device=x.device)[:, None] < lengths.to(x.device))[..., None]
-        x = x.masked_fill(~active, 0)
-        resets = None if resets is None else resets & active[..., 0]
-    resets = None if resets is None else resets[..., None]
-
-    reversals = {FORWARD: (False,), REVERSE: (True,), BOTH: (False, True)}[directions]
-    split = _split_weights([w.to(dtype) for w in weights], len(reversals))
-    results = []
-    for d, (reverse, w) in enumerate(zip(reversals, split, strict=True)):
-        h = x.new_zeros(x.shape[1], w[1].shape[1], dtype=dtype) if h0 is None else h0[d].to(dtype)
-        c = x.new_zeros(x.shape[1], w[1].shape[0] // 4, dtype=dtype) if c0 is None else c0[d].to(dtype)
-        results.append(_composed_direction(x.to(dtype), h, c, w, active, resets, reverse))
-    ys, h_ns, c_ns, cells = zip(*results, strict=True)
-    y, all_cells = torch.cat(ys, -1), torch.stack(cells)
-    if valid_rows is not None:
-        y, all_cells = y.flatten(0, 1)[valid_rows], all_cells.flatten(1, 2)[:, valid_rows]
-    elif batch_first:
-        y = y.transpose(0, 1)
-    return y.to(result), torch.stack(h_ns).to(result), torch.stack(c_ns).to(result), all_cells
-
-
-def _torch_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    directions: int,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's own LSTM, forward or both directions: (y, h_n, c_n)."""
-    D = 2 if directions == BOTH else 1
-    B = int(batch_sizes[0]) if batch_sizes is not None else x.shape[0 if batch_first else 1]
-    h0 = x.new_zeros(D, B, weights[1].shape[1]) if h0 is None else h0
-    c0 = x.new_zeros(D, B, weights[1].shape[0] // 4) if c0 is None else c0
-    options = (len(weights) // D >= 4, 1, 0.0, torch.is_grad_enabled(), D == 2)
-    if batch_sizes is not None:
-        return torch._VF.lstm(x, batch_sizes, (h0, c0), weights, *options)
-    return torch._VF.lstm(x, (h0, c0), weights, *options, batch_first)
-
-
-def _plain(arguments: Sequence[Any]) -> list[Any]:
-    """The arguments with tensors of subclasses as the plain tensors that they are here, below all dispatch."""
-
-    def plain(a: Any) -> Any:
-        if isinstance(a, (list, tuple)):
-            return [plain(b) for b in a]
-        return a.as_subclass(Tensor) if isinstance(a, Tensor) and type(a) not in _PLAIN else a
-
-    return [plain(a) for a in arguments]
-
-
-# The ops -------------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op(
-    "lstm_ext::layer_forward",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
-    "int directions, bool batch_first, int save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def layer_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`reference.layer_forward` as an op; what is not saved is an empty tensor."""
-    return tuple(x.new_empty(0) if a is None else a for a in _run_forward(*_plain((x, *arguments))))
-
-
-@torch.library.custom_op(
-    "lstm_ext::layer_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, "
-    "Tensor[] weights, Tensor y, Tensor cells, Tensor gates, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
-    "int directions, bool batch_first, int needs) -> (Tensor, Tensor, Tensor, Tensor[])",
-)
-def layer_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """`reference.layer_backward` as an op; what is not needed is an empty tensor or list."""
-    *gradients, dweights = _run_backward(*_plain(arguments))
-    dx, dh0, dc0 = (arguments[4].new_empty(0) if a is None else a for a in gradients)
-    return dx, dh0, dc0, dweights or []
-
-
-def _batch_size(x: Tensor, batch_sizes: Tensor | None, batch_first: bool, *states: Tensor | None) -> Any:
-    """B; of packed rows whichever state shows it, else what the contents of batch_sizes will be."""
-    if batch_sizes is None:
-        return x.shape[0 if batch_first else 1]
-    for state in states:
-        if state is not None:
-            return state.shape[1]
-    return int(batch_sizes[0]) if type(batch_sizes) is Tensor else torch.library.get_ctx().new_dynamic_size()
-
-
-@layer_forward.register_fake
-def _(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Tensor | None,
-    directions: int,
-    batch_first: bool,
-    save: int,
-) -> tuple[Tensor, ...]:
-    D = 2 if directions == BOTH else 1
-    B = _batch_size(x, batch_sizes, batch_first, h0, c0)
-    check(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, values=False)
-    H, P = weights[1].shape[0] // 4, weights[1].shape[1]
-    if len(weights) // D % 2:
-        P = weights[-1].shape[0]
-    rows = (x.shape[0],) if batch_sizes is not None else (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
-    kept = torch.float32 if x.dtype in _HALF else x.dtype
-    return (
-        x.new_empty(*x.shape[:-1], D * P),
-        x.new_empty(D, B, P),
-        x.new_empty(D, B, H),
-        x.new_empty((D, *rows, H), dtype=kept) if save >= 1 else x.new_empty(0),
-        x.new_empty(D, *rows, 4 * H) if save >= 2 else x.new_empty(0),
-    )
-
-
-@layer_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    x, weights, y, cells, needs = arguments[4], arguments[7], arguments[8], arguments[9], arguments[16]
-    D, H, P = cells.shape[0], cells.shape[-1], y.shape[-1] // cells.shape[0]
-    B = _batch_size(x, arguments[13], arguments[15], *arguments[5:7], *arguments[1:3])
-    return (
-        x.new_empty(x.shape) if needs & NEEDS_X else x.new_empty(0),
-        x.new_empty(D, B, P) if needs & NEEDS_H0 else x.new_empty(0),
-        x.new_empty(D, B, H) if needs & NEEDS_C0 else x.new_empty(0),
-        [w.new_empty(w.shape) for w in weights] if needs & NEEDS_WEIGHTS else [],
-    )
-
-
-# First derivative ----------------------------------------------------------------------------------------------------
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, cells: Tensor, gates: Tensor) -> None:
-    x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, c0, y, cells, gates, lengths, resets, batch_sizes, *weights)
-    ctx.directions, ctx.batch_first = directions, batch_first
-
-
-def _needs(x: bool, h0: bool, c0: bool, weights: Sequence[bool]) -> int:
-    return NEEDS_X * x + NEEDS_H0 * h0 + NEEDS_C0 * c0 + NEEDS_WEIGHTS * any(weights)
-
-
-def _first_derivative(
-    saved: Sequence[Any],
-    layout: tuple[int, bool],
-    gradients: tuple[Any, ...],
-    needs: int,
-    backward: Callable[..., Any],
-) -> tuple[Any, Any, Any, list[Any] | None]:
-    """(dx, dh0, dc0, dweights) from those of y, h_n, c_n and cells; `saved` and `layout` are what `_save` keeps."""
-    x, h0, c0, y, cells, gates, lengths, resets, batch_sizes, *weights = saved
-    masks = (lengths, resets, batch_sizes, *layout)
-    if gates.dim() == 1:  # the forward was not asked to save
-        cells, gates = layer_forward(x, h0, c0, weights, *masks, 2)[3:]
-    dx, dh0, dc0, dweights = backward(*gradients, x, h0, c0, weights, y, cells, gates, *masks, needs)
-    return (
-        dx if needs & NEEDS_X else None,
-        dh0 if needs & NEEDS_H0 else None,
-        dc0 if needs & NEEDS_C0 else None,
-        dweights if needs & NEEDS_WEIGHTS else None,
-    )
-
-
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    y, _, _, cells, gates = output
-    _save(ctx, inputs[:9], y, cells, gates)
-    ctx.mark_non_differentiable(gates, *([cells] if cells.dim() == 1 else []))
-
-
-def _backward_of_forward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, dcells: Any, _: Any) -> tuple[Any, ...]:
-    needs = _needs(*ctx.needs_input_grad[:4])
-    dx, dh0, dc0, dweights = _first_derivative(
-        ctx.saved_tensors, (ctx.directions, ctx.batch_first), (dy, dh_n, dc_n, dcells), needs, layer_backward
-    )
-    return dx, dh0, dc0, dweights or [None] * len(ctx.needs_input_grad[3]), *[None] * 6
-
-
-layer_forward.register_autograd(_backward_of_forward, setup_context=_setup_forward)
-
-
-class _Layer(torch.autograd.Function):
-    """The short path with gradients: (y, h_n, c_n, cells)."""
-
-    @staticmethod
     def forward(
-        ctx: Any,
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]:
+        """See the class for shapes: (output, (h_n, c_n)), and with `return_cells` the cells of the last layer."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, lengths, resets, return_cells)
+        rank = input.dim()
+        if rank == 3 and hx is None and not return_cells and self.num_layers == 1:  # often small, and called often
+            directions = BOTH if self.bidirectional else FORWARD
+            quick = _ops.quick_layer(
+                input, None, None, self._flat_weights, lengths, resets, None, directions, self.batch_first, False
+            )
+            if quick is not None:
+                y, h_n, c_n, _ = quick
+                return y, (h_n, c_n)
+        if rank == 2:
+            return self._forward_unbatched(input, hx, lengths, resets, return_cells)
+        if rank != 3:
+            raise ValueError(f"LSTM: expected input to be 2-D or 3-D, got {rank}-D")
+        weights = self._flat_weights
+        if input.dtype is not weights[0].dtype:  # the kernel checks the rest
+            self.check_input(input, None)
+        if hx is not None:
+            if hx[0].dim() != 3 or hx[1].dim() != 3:
+                raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
+            self._check_state(input, hx, None)
+        y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
+        return (y, (h_n, c_n), cells) if return_cells else (y, (h_n, c_n))
+
+    def _forward_unbatched(
+        self, x: Tensor, hx: State | None, lengths: Tensor | None, resets: Tensor | None, return_cells: bool
+    ) -> tuple[Any, ...]:
+        """x [T, I], as a batch of one."""
+        batch = 0 if self.batch_first else 1
+        if hx is not None:
+            if hx[0].dim() != 2 or hx[1].dim() != 2:
+                raise RuntimeError(f"LSTM: a 2-D input needs a 2-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
+            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        y, (h_n, c_n), *cells = self.forward(
+            x.unsqueeze(batch),
+            hx,
+            lengths=None if lengths is None else lengths.reshape(1),
+            resets=None if resets is None else resets.unsqueeze(batch),
+            return_cells=return_cells,
+        )
+        return y.squeeze(batch), (h_n.squeeze(1), c_n.squeeze(1)), *(a.squeeze(batch) for a in cells)
+
+    def _forward_packed(
+        self,
+        packed: PackedSequence,
+        hx: State | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        return_cells: bool,
+    ) -> tuple[Any, ...]:
+        """The rows go to the kernel as they are packed."""
+        if lengths is not None or resets is not None:
+            raise ValueError("LSTM: lengths and resets go with a padded input, got a PackedSequence")
+        x, batch_sizes, sorted_indices, unsorted_indices = packed
+        if hx is not None:
+            self._check_state(x, hx, batch_sizes)
+            hx = self._permute(hx, sorted_indices)
+        y, h_n, c_n, cells = self._layers(x, hx, self._flat_weights, None, None, batch_sizes, return_cells)
+
+        def pack(rows: Tensor) -> PackedSequence:
+            return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
+
+        state = self._permute((h_n, c_n), unsorted_indices)
+        return (pack(y), state, pack(cells)) if return_cells else (pack(y), state)
+
+    def _permute(self, state: State, order: Tensor | None) -> State:
+        return state if order is None else (state[0].index_select(1, order), state[1].index_select(1, order))
+
+    def _layers(
+        self,
         x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
+        hx: State | None,
+        weights: list[Tensor],
         lengths: Tensor | None,
         resets: Tensor | None,
         batch_sizes: Tensor | None,
-        directions: int,
-        batch_first: bool,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        inputs = (x, h0, c0, list(weights), lengths, resets, batch_sizes, directions, batch_first)
-        y, h_n, c_n, cells, gates = _run_forward(*inputs, 2)
-        _save(ctx, inputs, y, cells, gates)
-        return y, h_n, c_n, cells
+        return_cells: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """All layers, one fused call each: (y, h_n, c_n, the last layer's cells in the layout of y)."""
+        L, directions = self.num_layers, BOTH if self.bidirectional else FORWARD
+        batch_first = self.batch_first and batch_sizes is None
+        layout = (lengths, resets, batch_sizes, directions, batch_first)
+        if not x.is_cpu and lengths is None and resets is None and not return_cells and not _ops.serves(x):
+            return *self._torch_layers(x, hx, weights, batch_sizes), None
+        if L == 1:
+            h0, c0 = (None, None) if hx is None else hx
+            y, h_n, c_n, cells = _ops.layer(x, h0, c0, weights, *layout, return_cells)
+        else:
+            h_ns, c_ns = [], []
+            D, per_layer = 2 if self.bidirectional else 1, len(weights) // L
+            for n in range(L):
+                h0, c0 = (None, None) if hx is None else (hx[0][n * D : (n + 1) * D], hx[1][n * D : (n + 1) * D])
+                own = weights[n * per_layer : (n + 1) * per_layer]
+                x, h_n, c_n, cells = _ops.layer(x, h0, c0, own, *layout, return_cells and n == L - 1)
+                h_ns.append(h_n)
+                c_ns.append(c_n)
+                if n < L - 1 and self.dropout and self.training:
+                    x = self._drop(x, batch_first)
+            y, h_n, c_n = x, torch.cat(h_ns), torch.cat(c_ns)
+        return y, h_n, c_n, _join_directions(cells, batch_sizes, batch_first).to(y.dtype) if return_cells else None
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:])
-        layout = (ctx.directions, ctx.batch_first)
-        dx, dh0, dc0, *dweights = _short_derivative(ctx.saved_tensors, layout, gradients, needed)
-        return dx, dh0, dc0, None, None, None, None, None, *dweights
+    def _drop(self, x: Tensor, batch_first: bool) -> Tensor:
+        """Dropout; a mask is drawn in the order of memory, and torch's is time-major."""
+        if batch_first:
+            return F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
+        return F.dropout(x, self.dropout)
 
+    def _torch_layers(
+        self, x: Tensor, hx: State | None, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """torch's own LSTM on our weights."""
+        if hx is None:
+            B = int(batch_sizes[0]) if batch_sizes is not None else x.size(0 if self.batch_first else 1)
+            LD = self.num_layers * (2 if self.bidirectional else 1)
+            hx = (x.new_zeros(LD, B, self.proj_size or self.hidden_size), x.new_zeros(LD, B, self.hidden_size))
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        if batch_sizes is not None:
+            return torch._VF.lstm(x, batch_sizes, hx, weights, *options)
+        return torch._VF.lstm(x, hx, weights, *options, self.batch_first)
 
-def _short_derivative(
-    saved: Sequence[Any], layout: tuple[int, bool], gradients: tuple[Any, ...], needed: tuple[bool, ...]
-) -> list[Any]:
-    """[dx, dh0, dc0, *dweights], None where not needed, straight from the backend if nothing watches."""
-    if any([g is not None and is_legacy_batchedtensor(g) for g in gradients]):  # noqa: C419
-        return _derivative_of_composed(saved, layout, gradients, needed)
-    plain = not _is_grad_enabled() and _watched_by_nobody()
-    needs = _needs(needed[0], needed[1], needed[2], needed[3:])
-    *own, dweights = _first_derivative(saved, layout, gradients, needs, _run_backward if plain else layer_backward)
-    return [*own, *(dweights or [None] * len(needed[3:]))]
-
-
-def _one_step(x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor | None) -> tuple[Any, Any, Any, Any]:
-    """The x, h0, c0 and weights of a layer of one step that does what a cell does."""
-    state = [None if a is None else a.unsqueeze(0) for a in (h, c)]
-    return x.unsqueeze(0), state[0], state[1], [w for w in weights if w is not None]
-
-
-class _Cell(torch.autograd.Function):
-    """The short path of a cell with gradients: (h', c')."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Any) -> tuple[Tensor, Tensor]:
-        y, _, c_n, cells, gates = _run_forward(*_one_step(*tensors), None, None, None, FORWARD, False, 2)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, y, cells, gates)
-        return y[0], c_n[0]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        *tensors, y, cells, gates = ctx.saved_tensors
-        x, h0, c0, weights = _one_step(*tensors)
-        dh_n, dc_n = (None if g is None else g.unsqueeze(0) for g in gradients)
-        saved = (x, h0, c0, y, cells, gates, None, None, None, *weights)
-        needed = ctx.needs_input_grad[: 3 + len(weights)]
-        dx, dh0, dc0, *dweights = _short_derivative(saved, (FORWARD, False), (None, dh_n, dc_n, None), needed)
-        state = (None if d is None else d.squeeze(0) for d in (dx, dh0, dc0))
-        return *state, *dweights, *[None] * (len(tensors) - 3 - len(weights))
+    def __prepare_scriptable__(self) -> torch.nn.LSTM:
+        """TorchScript compiles torch's own LSTM, on our weights."""
+        return _for_torch_script(torch.nn.LSTM, self)
 
 
-def _derivative_of_composed(
-    saved: Sequence[Any], layout: tuple[int, bool], gradients: tuple[Any, ...], needed: tuple[bool, ...]
-) -> list[Any]:
-    """For gradients batched by `is_grads_batched`, an older vmap than the one that the ops have rules for."""
-    x, h0, c0, _, _, _, lengths, resets, batch_sizes, *weights = saved
-    inputs: list[Any] = [
-        None if a is None else a.detach().requires_grad_(n) for a, n in zip((x, h0, c0, *weights), needed, strict=True)
-    ]
-    with torch.enable_grad():
-        outputs = composed_layer(inputs[0], inputs[1], inputs[2], inputs[3:], lengths, resets, batch_sizes, *layout)
-    given = [(a, g) for a, g in zip(outputs, gradients, strict=True) if g is not None]
-    wanted = [n for n, needs in enumerate(needed) if needs]
-    derivatives = torch.autograd.grad(
-        [a for a, _ in given], [inputs[n] for n in wanted], [g for _, g in given], allow_unused=True
-    )
-    by_input = dict(zip(wanted, derivatives, strict=True))
-    return [by_input.get(n) for n in range(len(needed))]
+def _check_pair(name: str, hx: Any) -> None:
+    """The error types are those of torch."""
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"{name}: expected hx to be a pair (h_0, c_0), got {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError(f"{name}: expected hx to be a pair (h_0, c_0), got {len(hx)} items")
 
 
-# Further derivatives -------------------------------------------------------------------------------------------------
+def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
+    """[D, T, B, H] → [T, B, D*H] or [B, T, D*H]; packed, [D, N, H] → [N, D*H]."""
+    if batch_sizes is not None:
+        return cells.movedim(0, 1).flatten(1)
+    cells = cells.movedim(0, 2).flatten(2)
+    return cells.transpose(0, 1) if batch_first else cells
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *gradients, x, h0, c0, weights, _, _, _, lengths, resets, batch_sizes, directions, batch_first, needs = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients, x, h0, c0, lengths, resets, batch_sizes, *weights)
-    ctx.directions, ctx.batch_first = directions, batch_first
-    ctx.mark_non_differentiable(
-        *(a for bit, a in zip((NEEDS_X, NEEDS_H0, NEEDS_C0), output[:3], strict=True) if not needs & bit)
-    )
+class LSTMCell(RNNCellBase):
+    """`torch.nn.LSTMCell` with a fused kernel: the same arguments, parameters, `state_dict`, results and errors.
 
+    Args:
+        input_size: I, the width of the input.
+        hidden_size: H, the number of units.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        device, dtype: of the parameters.
 
-def _backward_of_backward(ctx: Any, g_x: Any, g_h0: Any, g_c0: Any, g_weights: list[Any]) -> tuple[Any, ...]:
-    """Differentiates the gradients of `composed_layer`; y, cells and gates count as functions of the other inputs."""
-    *tensors, lengths, resets, batch_sizes = ctx.saved_tensors[:10]
-    tensors += ctx.saved_tensors[10:]  # dy, dh_n, dc_n, dcells, x, h0, c0, *weights
-    masks = (lengths, resets, batch_sizes, ctx.directions, ctx.batch_first)
-    given = [n for n, a in enumerate(tensors) if a is not None]
+    Shape:
+        - input: [B, I] or [I].
+        - hx: None (zeros) or (h_0, c_0), each [B, H] or [H].
+        - output: (h_1, c_1), each [B, H] or [H].
 
-    def gradients(*arguments: Tensor) -> list[Tensor]:
-        """Those of the inputs given, in the order of `tensors[4:]`."""
-        full: list[Any] = [None] * len(tensors)
-        for n, a in zip(given, arguments, strict=True):
-            full[n] = a
-        inputs = [n for n in given if n >= 4]
+    Raises:
+        ValueError, RuntimeError, TypeError: as `torch.nn.LSTMCell`.
+    """
 
-        def outputs(*values: Tensor) -> tuple[Tensor, ...]:
-            every = list(full)
-            for n, a in zip(inputs, values, strict=True):
-                every[n] = a
-            results = composed_layer(every[4], every[5], every[6], every[7:], *masks)
-            return tuple(a for a, d in zip(results, full[:4], strict=True) if d is not None)
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
-        pull: Any = torch.func.vjp(outputs, *(full[n] for n in inputs))[1]
-        return list(pull(tuple(d for d in full[:4] if d is not None)))
-
-    vjp: Any = torch.func.vjp(gradients, *(tensors[n] for n in given))
-    first, pull = vjp
-    wanted = [g_x, g_h0, g_c0, *(g_weights or [None] * (len(tensors) - 7))]
-    cotangents = [
-        torch.zeros_like(d) if wanted[n - 4] is None else wanted[n - 4]
-        for n, d in zip((n for n in given if n >= 4), first, strict=True)
-    ]
-    second: list[Any] = [None] * len(tensors)
-    for n, a in zip(given, pull(cotangents), strict=True):
-        second[n] = a
-    return *second[:7], second[7:], *[None] * 9
-
-
-layer_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)
-
-
-# vmap ----------------------------------------------------------------------------------------------------------------
-
-
-def _one_by_one(op: Callable[..., Any], size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
-    """Calls the op for each entry of the mapped dimension and stacks the results in front."""
-
-    def entry(a: Any, dim: Any, n: int) -> Any:
-        if isinstance(a, (list, tuple)):
-            dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(a)
-            return [entry(b, d, n) for b, d in zip(a, dims, strict=True)]
-        return a if dim is None else a.select(dim, n)
-
-    results = [op(*(entry(a, d, n) for a, d in zip(arguments, in_dims, strict=True))) for n in range(size)]
-    columns = zip(*results, strict=True)
-    stacked = [
-        [torch.stack(b) for b in zip(*column, strict=True)] if isinstance(column[0], list) else torch.stack(column)
-        for column in columns
-    ]
-    return tuple(stacked), tuple([0] * len(a) if isinstance(a, list) else 0 for a in stacked)
-
-
-@layer_forward.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    """Mapped rows with shared weights are one larger batch."""
-    size = info.batch_size
-    x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save = arguments
-    shared = all(d is None for d in in_dims[3]) if isinstance(in_dims[3], (list, tuple)) else in_dims[3] is None
-    if not shared or batch_sizes is not None or size == 0:
-        return _one_by_one(layer_forward, size, in_dims, arguments)
-    batch = 0 if batch_first else 1
-
-    def fold(a: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
-        if a is None:
-            return None
-        a = a.unsqueeze(axis).expand(*a.shape[:axis], size, *a.shape[axis:]) if dim is None else a.movedim(dim, axis)
-        return a.flatten(axis, axis + 1)
-
-    y, h_n, c_n, cells, gates = layer_forward(
-        fold(x, in_dims[0], batch),
-        fold(h0, in_dims[1], 1),
-        fold(c0, in_dims[2], 1),
-        weights,
-        fold(lengths, in_dims[4], 0),
-        fold(resets, in_dims[5], batch),
-        None,
-        directions,
-        batch_first,
-        save,
-    )
-    saved = [(a.unflatten(2, (size, -1)), 2) if a.dim() > 1 else (a, None) for a in (cells, gates)]
-    outputs = [(a.unflatten(dim, (size, -1)), dim) for a, dim in ((y, batch), (h_n, 1), (c_n, 1))] + saved
-    return tuple(a for a, _ in outputs), tuple(dim for _, dim in outputs)
-
-
-@layer_backward.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    return _one_by_one(layer_backward, info.batch_size, in_dims, arguments)
-
-
-# Entries -------------------------------------------------------------------------------------------------------------
-
-
-def _watched_by_nobody() -> bool:
-    """No compiler, trace, transform, mode or forward-mode differentiation sees this call."""
-    return not (
-        is_compiling()
-        or peek_interpreter_stack() is not None
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def _differentiated_by_transform() -> bool:
-    """torch.func.grad, vjp, jvp and forward-mode duals do not reach into the op."""
-    if forward_ad._current_level >= 0:
-        return True
-    return any(i.key() in (TransformType.Grad, TransformType.Jvp) for i in get_interpreter_stack() or ())
-
-
-def _autocast(x: Tensor, *others: Any) -> list[Any]:
-    """The arguments as autocast would have them, where it is on for their device."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return [x, *others]
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(a: Any) -> Any:
-        if isinstance(a, list):
-            return [cast(b) for b in a]
-        return a.to(dtype) if a is not None and a.is_floating_point() and a.dtype != torch.float64 else a
-
-    return [cast(a) for a in (x, *others)]
-
-
-def serves(x: Tensor) -> bool:
-    """Whether a kernel runs for x, or its shape rule for meta tensors; if not, torch's own LSTM does, and says so."""
-    if x.is_meta:
-        return True
-    if is_compiling():
-        return x.is_cpu and x.dtype in DTYPES
-    choice = choose(x.device.type, x.dtype)
-    if choice.name is None:
-        warn_once(f"lstm_ext runs torch's own LSTM on {x.device.type} tensors of {x.dtype}: {choice.reason}")
-    return choice.name is not None
-
-
-def _watched_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Tensor | None,
-    directions: int,
-    batch_first: bool,
-    cells_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`layer` where something watches, or no kernel serves: through the op, or in torch's own operations."""
-    layout = (lengths, resets, batch_sizes, directions, batch_first)
-    if not is_compiling():
-        named = zip(weight_names(weights, directions), weights, strict=True)
-        for name, a in (*named, ("h0", h0), ("c0", c0), ("resets", resets)):
-            if a is not None:
-                check_kind(name, a, x)
-    served = serves(x)
-    if served and (is_compiling() or not _differentiated_by_transform()):
-        tracing = not is_compiling() and _get_tracing_state() is not None  # a trace serves with gradients or without
-        differentiable = _is_grad_enabled() and not tracing and _any_requires_grad(x, h0, c0, *weights)
-        save = 2 if differentiable else int(cells_wanted)
-        y, h_n, c_n, cells, _ = torch.ops.lstm_ext.layer_forward(x, h0, c0, weights, *layout, save)
-    elif served or lengths is not None or resets is not None or cells_wanted or directions == REVERSE:
-        check(x, h0, c0, weights, *layout, values=x.is_cpu)
-        y, h_n, c_n, cells = composed_layer(x, h0, c0, weights, *layout)
-    else:
-        y, h_n, c_n = _torch_layer(x, h0, c0, weights, batch_sizes, directions, batch_first)
-        cells = None
-    return y, h_n, c_n, cells if cells_wanted else None
-
-
-def quick_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Tensor | None,
-    directions: int,
-    batch_first: bool,
-    cells_wanted: bool,
-) -> tuple[Any, ...] | None:
-    """`layer` where plain CPU tensors go straight to the kernel; else None, for `layer` to see why."""
-    if _is_any_autocast_enabled() or not _watched_by_nobody() or not x.is_cpu:
-        return None
-    if _is_grad_enabled() and _any_requires_grad(x, h0, c0, *weights):
-        return None
-    if choose("cpu", x.dtype).name != "cpu":
-        return None
-    save, threads = 1 if cells_wanted else 0, _get_num_threads()
-    try:
-        return _C.layer_forward(
-            x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save, threads
-        )[:4]
-    except _REFUSALS:  # an argument is wrong, or is more than a plain tensor
-        return None
-
-
-def layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    batch_sizes: Tensor | None,
-    directions: int,
-    batch_first: bool,
-    cells_wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(y, h_n, c_n, cells), the last as `reference.layer_forward` lays it out, by the shortest way open."""
-    quick = quick_layer(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, cells_wanted)
-    if quick is not None:
-        return quick
-    if _is_any_autocast_enabled():
-        x, h0, c0, weights = _autocast(x, h0, c0, weights)
-    if lengths is not None:
-        check_kind("lengths", lengths, x)
-        lengths = _as_int64(lengths, x)
-    if not (
-        _watched_by_nobody()
-        and x.is_cpu
-        and x.dtype in DTYPES
-        and _PLAIN.issuperset(map(type, (x, h0, c0, lengths, resets, batch_sizes, *weights)))
-    ):
-        return _watched_layer(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, cells_wanted)
-    if _is_grad_enabled() and _any_requires_grad(x, h0, c0, *weights):
-        y, h_n, c_n, cells = _Layer.apply(x, h0, c0, lengths, resets, batch_sizes, directions, batch_first, *weights)
-        return y, h_n, c_n, cells if cells_wanted else None
-    return _run_forward(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, int(cells_wanted))[
-        :4
-    ]
-
-
-def _cell_autocast(x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """torch's cell under autocast takes any mixture and returns the dtype of c; ours computes in that dtype."""
-    dtype = x.dtype if c is None else c.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        return cell(*(None if a is None else a.to(dtype) for a in (x, h, c, *weights)))  # type: ignore[arg-type]
-
-
-def quick_cell(
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """(h', c') where plain CPU tensors go straight to the kernel, x [B, I] or [I]; else None, for `cell` to see why."""
-    if _is_any_autocast_enabled() or not _watched_by_nobody() or not x.is_cpu:
-        return None
-    if _is_grad_enabled() and _any_requires_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
-        return None
-    if choose("cpu", x.dtype).name != "cpu":
-        return None
-    try:
-        return _C.cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, _get_num_threads())
-    except _REFUSALS:  # an argument is wrong, or is more than a plain tensor
-        return None
-
-
-def cell(
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(h', c') of x [B, I] where `quick_cell` gives none: with gradients, watched, under autocast, or not served."""
-    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        return _cell_autocast(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if _watched_by_nobody() and x.is_cpu and _PLAIN.issuperset(map(type, tensors)):
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """See the class for shapes: (h_1, c_1)."""
+        h: Any = None
+        c: Any = None
+        if hx is not None:
+            h, c = hx if type(hx) is tuple and len(hx) == 2 else self._pair(hx)
+            if h is None or c is None:
+                raise AttributeError("LSTMCell: expected hx to be a pair of tensors, got None in it")  # torch's type
+        parameters: dict[str, Any] = self._parameters
         try:
-            return _Cell.apply(*tensors)
-        except _REFUSALS:
-            check_cell(*tensors)
-            raise
-    if not is_compiling():
-        check_cell(*tensors)
-    h_n, c_n = layer(*_one_step(*tensors), None, None, None, FORWARD, False, False)[1:3]
-    return h_n.squeeze(0), c_n.squeeze(0)
+            w_ih, w_hh = parameters["weight_ih"], parameters["weight_hh"]
+            b_ih, b_hh = parameters["bias_ih"], parameters["bias_hh"]
+        except KeyError:  # a parametrization computes them
+            w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        quick = _ops.quick_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
+        return quick or self._checked(input, h, c, w_ih, w_hh, b_ih, b_hh)
+
+    def _pair(self, hx: Any) -> State:
+        _check_pair("LSTMCell", hx)
+        return hx[0], hx[1]
+
+    def _checked(self, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Any) -> State:
+        """One step of x [B, I] or [I], after torch's checks of ranks."""
+        rank = x.dim()
+        if rank not in (1, 2):
+            raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {rank}-D")
+        for n, state in enumerate((h, c)):
+            if state is not None and state.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: expected hx[{n}] to be 1-D or 2-D, got {state.dim()}-D")
+        if rank == 1:
+            h, c = self._step(x.unsqueeze(0), *(None if a is None else a.unsqueeze(0) for a in (h, c)), *weights)
+            return h.squeeze(0), c.squeeze(0)
+        if h is not None and c is not None and not h.dim() == c.dim() == 2:
+            raise RuntimeError(f"LSTMCell: a 2-D input needs a 2-D hx, got {h.dim()}-D and {c.dim()}-D")
+        return self._step(x, h, c, *weights)
+
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Any) -> State:
+        """One step of x [B, I] from h, c [B, H]."""
+        try:
+            return _ops.cell(x, h, c, *weights)
+        except RuntimeError as error:
+            if x.dtype in _ops.DTYPES and x.layout == torch.strided and (c is None or c.dtype == x.dtype):
+                raise
+            warn_once(f"lstm_ext runs torch's own LSTM cell: {error}")
+            zeros = torch.zeros(x.shape[0], self.hidden_size, dtype=x.dtype, device=x.device)
+            state: Any = (zeros, zeros) if h is None else (h, c)
+            return torch._VF.lstm_cell(x, state, *weights)
+
+    def __prepare_scriptable__(self) -> torch.nn.LSTMCell:
+        """TorchScript compiles torch's own cell, on our weights."""
+        return _for_torch_script(torch.nn.LSTMCell, self)
+
+
+class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
+    """TensorFlow 1's `BasicLSTMCell`: its arithmetic, gate order and weight layout, for torch tensors.
+
+    `num_units` is the width U of the vectors h and c: how many memory cells, each with its four gates, work side by
+    side at every step (PyTorch calls it hidden_size). It is not the number of time steps, nor of layers. The weights
+    grow with its square: 4 * U * (input width + U + 1).
+
+        i, j, f, o = [x, h] @ kernel + bias
+        c' = c * sigmoid(f + forget_bias) + sigmoid(i) * activation(j)
+        h' = activation(c') * sigmoid(o)
+
+    Args:
+        num_units: U.
+        forget_bias: added to f at every step; it is no part of `bias`.
+        state_is_tuple: whether a state is the pair (c, h), c first, or one tensor [B, 2U] of both.
+        activation: a callable, or the name of one in torch; None is tanh.
+        input_size: the width I of x; None takes it from the first input.
+        device, dtype: of the parameters.
+
+    Shape:
+        - input: [B, I]; state: (c, h), each [B, U], or [B, 2U], or None for zeros.
+        - output: (h' [B, U], state), the state of the same form.
+
+    Attributes:
+        kernel: [I + U, 4U], uniform as Glorot and Bengio initialise (2010).
+        bias: [4U], zeros.
+
+    Raises:
+        ValueError: an input that is not [B, I], a state of another form.
+    """
+
+    cls_to_become = None
+    kernel: UninitializedParameter
+
+    def __init__(
+        self,
+        num_units: int,
+        forget_bias: float = 1.0,
+        state_is_tuple: bool = True,
+        activation: Callable[[Tensor], Tensor] | str | None = None,
+        input_size: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if num_units <= 0:
+            raise ValueError(f"num_units: expected a positive number, got {num_units}")
+        if input_size is None:
+            with warnings.catch_warnings():  # torch calls its lazy modules a new feature
+                warnings.simplefilter("ignore", UserWarning)
+                super().__init__()
+        else:
+            torch.nn.Module.__init__(self)
+        self.num_units = num_units
+        self.forget_bias = forget_bias
+        self.state_is_tuple = state_is_tuple
+        if activation is None:
+            activation = "tanh"
+        if not callable(getattr(torch, activation, None) if isinstance(activation, str) else activation):
+            raise ValueError(f"activation: expected a callable or the name of one in torch, got {activation!r}")
+        self.activation = activation
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kernel = UninitializedParameter(**factory)
+        self.bias = Parameter(torch.zeros(4 * num_units, **factory))
+        if input_size is not None:
+            self._materialize(input_size)
+
+    def _materialize(self, input_size: int) -> None:
+        self.kernel.materialize((input_size + self.num_units, 4 * self.num_units))
+        self.reset_parameters()
+
+    def initialize_parameters(self, input: Tensor, state: Any = None) -> None:
+        """Takes the input width from the first input."""
+        if self.has_uninitialized_params():
+            if input.dim() != 2:
+                raise ValueError(f"input: expected shape [B, I], got {list(input.shape)}")
+            with torch.no_grad():
+                self._materialize(input.shape[1])
+
+    def reset_parameters(self) -> None:
+        """Draws the kernel anew and zeroes the bias."""
+        if not self.has_uninitialized_params():
+            torch.nn.init.xavier_uniform_(self.kernel)
+        torch.nn.init.zeros_(self.bias)
+
+    def _split(self, x: Tensor, state: Any) -> State:
+        """(c, h) of a state of either form."""
+        U = self.num_units
+        if state is None:
+            zeros = x.new_zeros(x.shape[0], U)
+            return zeros, zeros
+        if self.state_is_tuple:
+            if not isinstance(state, (tuple, list)) or len(state) != 2:
+                raise ValueError(f"state: expected the pair (c, h), got {type(state).__name__}")
+            for name, each in zip("ch", state, strict=True):
+                if tuple(each.shape) != (x.shape[0], U):
+                    expected = [x.shape[0], U]
+                    raise ValueError(
+                        f"state: expected {name} of shape [B, num_units] = {expected}, got {list(each.shape)}"
+                    )
+            return state[0], state[1]
+        if not isinstance(state, Tensor) or tuple(state.shape) != (x.shape[0], 2 * U):
+            got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"state: expected a tensor of shape [B, 2*num_units] = {[x.shape[0], 2 * U]}, got {got}")
+        return state[:, :U], state[:, U:]
+
+    def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """See the class for shapes: (h', state)."""
+        if input.dim() != 2 or input.shape[1] + self.num_units != self.kernel.shape[0]:
+            width = self.kernel.shape[0] - self.num_units
+            raise ValueError(f"input: expected shape [B, I] with I = {width}, got {list(input.shape)}")
+        activation = getattr(torch, self.activation) if isinstance(self.activation, str) else self.activation
+        c, h = self._split(input, state)
+        i, j, f, o = torch.addmm(self.bias, torch.cat([input, h], 1), self.kernel).chunk(4, 1)
+        c = c * torch.sigmoid(f + self.forget_bias) + torch.sigmoid(i) * activation(j)
+        h = activation(c) * torch.sigmoid(o)
+        return h, (c, h) if self.state_is_tuple else torch.cat([c, h], 1)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        options = {"forget_bias": (self.forget_bias, 1.0), "state_is_tuple": (self.state_is_tuple, True)}
+        shown = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([str(self.num_units), *shown])
+
+
+def _as(cls: type[M], module: torch.nn.Module) -> M:
+    """A module of class `cls` with everything the given one has; the Parameters and the hooks are shared."""
+    if parametrize.is_parametrized(module):  # its class, made for it alone, has a property per parametrized tensor
+        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(type(module).__name__, (cls,), own)
+    new = cls.__new__(cls)
+    new.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[name] = module.__dict__[name].copy()
+    if isinstance(new, torch.nn.LSTM):
+        new._init_flat_weights()
+    else:
+        new.__dict__.pop("_flat_weights", None)
+    return new
+
+
+def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:
+    warnings.warn(
+        f"TorchScript puts torch's own {cls.__name__} in the place of lstm_ext's, on its weights", stacklevel=3
+    )
+    return _as(cls, module)
+
+
+def _counterpart(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """Our class for exactly `torch.nn.LSTM` or `torch.nn.LSTMCell`; None for others."""
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        cls = cls.__bases__[0]
+    if cls is torch.nn.LSTM:
+        return LSTM
+    if cls is torch.nn.LSTMCell:
+        return LSTMCell
+    if issubclass(cls, (torch.nn.LSTM, torch.nn.LSTMCell)):
+        warnings.warn(f"replace_lstm leaves {cls.__name__} alone: it is a subclass of torch's", stacklevel=3)
+    return None
+
+
+def replace_lstm(module: torch.nn.Module) -> torch.nn.Module:
+    """Puts our `LSTM` and `LSTMCell` in the place of each `torch.nn.LSTM` and `torch.nn.LSTMCell` inside `module`.
+
+    The new modules share the Parameters, hooks, training flags and parametrizations of the old ones; a module used in
+    several places stays one. Subclasses are left alone, with a warning.
+
+    Returns:
+        `module`; or the new module if `module` itself is one to replace.
+    """
+    replaced: dict[torch.nn.Module, torch.nn.Module] = {}
+    for each in module.modules():
+        if (cls := _counterpart(each)) is not None:
+            replaced[each] = _as(cls, each)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    return replaced.get(module, module)

@@ -26,6 +26,7 @@ from .functional import check, check_cell, check_kind, weight_names
 from .reference import BOTH, FORWARD, NEEDS_C0, NEEDS_H0, NEEDS_WEIGHTS, NEEDS_X, REVERSE
 
 _REFUSALS = (TypeError, ValueError, RuntimeError)  # what the native core raises for arguments it does not take
+_NOT_TENSORS = (*_REFUSALS, AttributeError)
 _PLAIN = frozenset({Tensor, Parameter, NoneType})
 _HALF = frozenset({torch.bfloat16, torch.float16})
 DTYPES = _HALF | {torch.float32, torch.float64}
@@ -693,16 +694,14 @@ def quick_layer(
     """`layer` where plain CPU tensors go straight to the kernel; else None, for `layer` to see why."""
     if _is_any_autocast_enabled() or not _watched_by_nobody() or not x.is_cpu:
         return None
-    if _is_grad_enabled() and _any_requires_grad(x, h0, c0, *weights):
-        return None
-    if choose("cpu", x.dtype).name != "cpu":
-        return None
     save, threads = 1 if cells_wanted else 0, _get_num_threads()
     try:
-        return _C.layer_forward(  # type: ignore[no-any-return]
+        if choose("cpu", x.dtype).name != "cpu" or (_is_grad_enabled() and _any_requires_grad(x, h0, c0, *weights)):
+            return None
+        return _C.layer_forward(
             x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save, threads
         )[:4]
-    except _REFUSALS:  # an argument is wrong, or is more than a plain tensor
+    except _NOT_TENSORS:  # an argument is wrong, or is more than a plain tensor
         return None
 
 
@@ -721,7 +720,7 @@ def layer(
     """(y, h_n, c_n, cells), the last as `reference.layer_forward` lays it out, by the shortest way open."""
     quick = quick_layer(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, cells_wanted)
     if quick is not None:
-        return quick  # type: ignore[return-value]
+        return quick
     if _is_any_autocast_enabled():
         x, h0, c0, weights = _autocast(x, h0, c0, weights)
     if lengths is not None:
@@ -761,13 +760,13 @@ def quick_cell(
     """(h', c') where plain CPU tensors go straight to the kernel, x [B, I] or [I]; else None, for `cell` to see why."""
     if _is_any_autocast_enabled() or not _watched_by_nobody() or not x.is_cpu:
         return None
-    if _is_grad_enabled() and _any_requires_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
-        return None
-    if choose("cpu", x.dtype).name != "cpu":
-        return None
     try:
+        if choose("cpu", x.dtype).name != "cpu":
+            return None
+        if _is_grad_enabled() and _any_requires_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
+            return None
         return _C.cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, _get_num_threads())
-    except _REFUSALS:  # an argument is wrong, or is more than a plain tensor
+    except _NOT_TENSORS:  # an argument is wrong, or is more than a plain tensor
         return None
 
 
