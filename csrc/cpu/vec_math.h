@@ -1,4 +1,5 @@
-// exp and tanh of a SIMD vector, good to about 2 ulp over the whole range, NaN and infinities included.
+// exp and tanh of a SIMD vector, for sigmoids and tanh good to 3 ulp where those are normal numbers; NaN and infinities
+// give what they should.
 #pragma once
 
 #include "simd.h"
@@ -38,29 +39,25 @@ struct VecMath {
 
   // x = n ln2 + r with |r| <= ln2 / 2; m1 = exp(r) - 1 by its series
   struct Reduced {
-    Int n;
-    Value m1;
+    Value n, m1;
   };
 
   static LSTM_EXT_INLINE Reduced reduce(Value x) {
-    const Value shifted = x * C(1.4426950408889634) + K::kRound;
-    const Value n = shifted - K::kRound;
+    const Value n = (x * C(1.4426950408889634) + K::kRound) - K::kRound;
     const Value r = (x - n * K::kLn2High) - n * K::kLn2Low;
     Value series = broadcast(C(1) / factorial(K::kTerms));
 #pragma GCC unroll 16
     for (int term = K::kTerms - 1; term >= 2; --term) {
       series = series * r + C(1) / factorial(term);
     }
-    return {bit_cast<Int>(shifted) - bit_cast<Int>(broadcast(K::kRound)), series * (r * r) + r};
+    return {n, series * (r * r) + r};
   }
 
   static LSTM_EXT_INLINE Value exp(Value x) {
     x = x < K::kLowest ? broadcast(K::kLowest) : x;  // written so that NaN stays NaN
     x = x > K::kHighest ? broadcast(K::kHighest) : x;
     const Reduced reduced = reduce(x);
-    // in two factors, since 2^n alone may leave the exponent range where the result does not
-    const Int half = reduced.n >> 1;
-    return (1 + reduced.m1) * power_of_two(half) * power_of_two(reduced.n - half);
+    return scale(1 + reduced.m1, reduced.n);
   }
 
   // -m / (2 + m) with m = exp(-2|x|) - 1: no cancellation near 0, no overflow
@@ -69,8 +66,8 @@ struct VecMath {
     Value twice = -2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign);
     twice = twice < 2 * K::kTanhIsOne ? broadcast(2 * K::kTanhIsOne) : twice;
     const Reduced reduced = reduce(twice);
-    const Value scale = power_of_two(reduced.n);
-    const Value m = scale * reduced.m1 + (scale - 1);
+    const Value power = scale(broadcast(C(1)), reduced.n);
+    const Value m = power * reduced.m1 + (power - 1);
     return bit_cast<Value>(bit_cast<Int>(-m / (2 + m)) | sign);
   }
 
@@ -81,9 +78,25 @@ struct VecMath {
     return product;
   }
 
+  // value times 2^n, n an integer, right also where 2^n alone would leave the exponent range
+#if defined(__AVX512F__)
+  static LSTM_EXT_INLINE Vec<float> scale(Vec<float> value, Vec<float> n) {
+    return _mm512_maskz_scalef_ps(0xffff, value, n);
+  }
+  static LSTM_EXT_INLINE Vec<double> scale(Vec<double> value, Vec<double> n) {
+    return _mm512_maskz_scalef_pd(0xff, value, n);
+  }
+#else
+  static LSTM_EXT_INLINE Value scale(Value value, Value n) {
+    const Int whole = bit_cast<Int>(n + K::kRound) - bit_cast<Int>(broadcast(K::kRound));
+    const Int half = whole >> 1;
+    return value * power_of_two(half) * power_of_two(whole - half);
+  }
+
   static LSTM_EXT_INLINE Value power_of_two(Int n) {
     return bit_cast<Value>((n + K::kExponentBias) << K::kMantissaBits);
   }
+#endif
 };
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL
