@@ -32,6 +32,9 @@ _HALF = frozenset({torch.bfloat16, torch.float16})
 DTYPES = _HALF | {torch.float32, torch.float64}
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
+if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(f"lstm_ext needs torch 2.11 or newer for tensors, got {torch.__version__}")
+
 _C: Any = _native.C
 if _C is not None:
     _C.take_tensor_types(Tensor, Parameter)

@@ -321,3 +321,22 @@ def test_every_simd_level(level: str) -> None:
     expected = 1 + 3 * len(COMPACT_CASES)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{expected} passed" in done.stdout, done.stdout
+
+
+# Long enough for several chunks of steps, with rows that end in each of them: members of a team are then in different
+# chunks at once, and must not touch each other's rows.
+RAGGED_CHUNKS = [
+    Case(90, 33, 5, 130, lengths="with_zero", resets=True),
+    Case(90, 33, 5, 130, packed=True, directions=REVERSE),
+    Case(90, 5, 5, 130, lengths="ragged", directions=BOTH),
+]
+
+
+@pytest.mark.parametrize("case", RAGGED_CHUNKS, ids=str)
+def test_teams_keep_to_their_rows_across_chunks(case: Case) -> None:
+    inputs = make_inputs(case, "float32")
+    expected = run_layer(C, inputs, 1)
+    assert_all_close(expected, run_oracle(inputs), case, "float32")
+    for num_threads in [2, 3, 4] * 4:
+        for actual, same in zip(run_layer(C, inputs, num_threads), expected, strict=True):
+            assert_identical(actual, same)

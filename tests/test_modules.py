@@ -752,3 +752,19 @@ def test_basic_lstm_cell_is_lazy_about_its_input() -> None:
     assert str(lstm_ext.BasicLSTMCell(3, 0.5)) == "BasicLSTMCell(3, forget_bias=0.5)"
     with pytest.raises(ValueError, match="num_units"):
         lstm_ext.BasicLSTMCell(0)
+
+
+def test_basic_lstm_cell_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"activation: expected a callable or the name of one in torch, got 'nope'"):
+        lstm_ext.BasicLSTMCell(H, activation="nope")
+    cell, x = lstm_ext.BasicLSTMCell(H), torch.randn(B, I)
+    with pytest.raises(ValueError, match=r"input: expected shape \[B, I\], got \[3\]"):
+        cell(torch.randn(3))
+    assert cell.has_uninitialized_params()  # the refused input left no trace
+    h, (c, _) = cell(x)
+    with pytest.raises(ValueError, match=rf"input: expected shape \[B, I\] with I = {I}"):
+        cell(torch.randn(B, I + 1))
+    with pytest.raises(ValueError, match=rf"state: expected c \[B, num_units\] = \[{B}, {H}\], got \[1, {H}\]"):
+        cell(x, (c[:1], h))
+    with pytest.raises(ValueError, match=r"state: expected the pair \(c, h\), got Tensor"):
+        cell(x, c)

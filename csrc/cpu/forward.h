@@ -109,18 +109,20 @@ class Forward {
 
   // ---- the input projection of a chunk ---------------------------------------------------------
 
-  // Rows of a chunk are counted through its steps; those of step s are first_row + 0 .. active(s) - 1.
+  // The rows of step s in a chunk are first_row + 0 .. active(s) - 1. Members who share rows, and walk through all
+  // of them, count them without gaps. Those who have their own may be in different chunks at a time: there a slot
+  // must have the same places in each, whatever other slots have ended.
   template <class F>
-  void for_steps(int64_t s0, const F& f) const {
+  void for_steps(const Share& share, int64_t s0, const F& f) const {
     int64_t first_row = 0;
     for (int64_t s = s0; s < s0 + chunk_steps_ && s < shape_.T; ++s) {
       f(s, first_row);
-      first_row += steps_.active(s);
+      first_row += share.by_rows ? shape_.B : steps_.active(s);
     }
   }
 
   void run_chunk(const Share& share, int64_t s0) const {
-    for_steps(s0, [&](int64_t s, int64_t first_row) {
+    for_steps(share, s0, [&](int64_t s, int64_t first_row) {
       const auto fetch = [&](int64_t slot) { fetch_x(s, slot, first_row + slot); };
       if (share.by_rows) {
         share.for_tiles(steps_.active(s), [&](int64_t first, int count) {
@@ -132,7 +134,7 @@ class Forward {
     });
     share.sync_rows();
     share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, p); });
-    for_steps(s0, [&](int64_t s, int64_t first_row) { run_step(share, s, first_row); });
+    for_steps(share, s0, [&](int64_t s, int64_t first_row) { run_step(share, s, first_row); });
   }
 
   void fetch_x(int64_t s, int64_t slot, int64_t row) const {
@@ -162,12 +164,12 @@ class Forward {
         w_ih_.multiply(count, x, p, k0, k1, tile(p, row));
       };
       if (share.by_rows) {
-        for_steps(s0, [&](int64_t s, int64_t first_row) {
+        for_steps(share, s0, [&](int64_t s, int64_t first_row) {
           share.for_tiles(steps_.active(s), [&](int64_t first, int count) { rows(first_row + first, count); });
         });
       } else {
         int64_t all = 0;
-        for_steps(s0, [&](int64_t s, int64_t first_row) { all = first_row + steps_.active(s); });
+        for_steps(share, s0, [&](int64_t s, int64_t first_row) { all = first_row + steps_.active(s); });
         for (int64_t row = 0; row < all; row += kTileRows) {
           rows(row, static_cast<int>(all - row < kTileRows ? all - row : kTileRows));
         }
