@@ -69,7 +69,9 @@ void take_tensor_types(py::args types) {
   if (types.size() > TensorTypes::kMost) throw py::value_error("types: expected at most 4, got more");
   TensorTypes taken;
   for (const py::handle type : types) {
-    taken.api = api_of_type(type);
+    const dlpack::ExchangeApi* api = api_of_type(type);
+    if (taken.api && taken.api != api) throw py::value_error("types: expected types of one framework, got several");
+    taken.api = api;
     taken.types[taken.count++] = type.inc_ref().ptr();
   }
   tensor_types = taken;
@@ -87,9 +89,9 @@ Array::Array(py::handle object, const char* name) : name_(name) {
   api_ = api_of(object);
   const auto view = [&](py::handle source) { api_ ? view_tensor(source) : view_ndarray(source); };
   view(object);
-  if (usable_as_it_lies()) return;
+  if (usable_as_it_lies() && !(api_ && negated(object))) return;
   if (api_) {
-    copy_ = object.attr("contiguous")();
+    copy_ = object.attr("contiguous")().attr("resolve_neg")();
   } else {
     const py::object native = object.attr("dtype").attr("newbyteorder")("=");
     copy_ = py::module_::import("numpy").attr("array")(object, native, py::arg("order") = "C");
@@ -149,6 +151,12 @@ void Array::view_ndarray(py::handle object) {
   dtype_ = {code, static_cast<uint8_t>(item * 8), 1};
   const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
   if (!native || !whole_strides) stride_[ndim_ ? ndim_ - 1 : 0] = 0;  // not usable as it lies
+}
+
+// Whether a tensor's memory holds its numbers with the other sign: the imaginary part of a conjugate does, lazily, and
+// DLPack does not tell. Such a view has gaps between its columns, unless it has a single one.
+bool Array::negated(py::handle tensor) const {
+  return ndim_ > 0 && shape_[ndim_ - 1] == 1 && tensor.attr("is_neg")().cast<bool>();
 }
 
 bool Array::usable_as_it_lies() const {

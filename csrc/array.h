@@ -74,6 +74,7 @@ class Array {
   void view_tensor(py::handle object);
   void view_ndarray(py::handle object);
   bool usable_as_it_lies() const;
+  bool negated(py::handle tensor) const;
   [[noreturn]] void refuse_dtype(const std::string& expected) const;
 
   const char* name_ = "";

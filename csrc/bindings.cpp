@@ -19,4 +19,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("take_tensor_types", &lstm_ext::take_tensor_types);
   m.def("share_openmp_threads", &lstm_ext::cpu::share_openmp_threads, "library"_a);
   m.def("build_info", &lstm_ext::build_info);
+  m.def("gpus", &lstm_ext::gpus);
 }

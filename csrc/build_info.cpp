@@ -33,18 +33,22 @@ pybind11::dict build_info() {
   info["simd_available"] = py::tuple(available);
   info["simd"] = cpu::kernels().level;
 #if defined(LSTM_EXT_WITH_CUDA)
-  const cuda::DeviceReport report = cuda::device_report();
   info["cuda"] = true;
   info["cuda_archs"] = LSTM_EXT_CUDA_ARCHS;
-  info["cudart"] = report.runtime_version;
-  info["cuda_reason"] = report.reason;
-  info["gpus"] = py::cast(report.names);
+  info["cudart"] = cuda::runtime_version();
 #else
   info["cuda"] = false;
-  info["cuda_reason"] = "this build of lstm_ext has no CUDA part";
 #endif
-  info["cuda_kernels"] = false;
   return info;
+}
+
+pybind11::tuple gpus() {
+#if defined(LSTM_EXT_WITH_CUDA)
+  const cuda::DeviceReport report = cuda::device_report();
+  return pybind11::make_tuple(report.names, report.reason);
+#else
+  return pybind11::make_tuple(pybind11::list(), "this build of lstm_ext has no CUDA part");
+#endif
 }
 
 }  // namespace lstm_ext

@@ -1,5 +1,5 @@
-// What a kernel is told: plain structs, no framework. Strides count elements. A pointer marked "may be
-// null" stands for zeros on input and for "not wanted" on output. No output may alias an input.
+// What a kernel is told: plain structs, no framework. Strides count elements. A pointer marked "may be null" stands,
+// unless it says otherwise, for zeros on input and for "not wanted" on output. No output may alias an input.
 #pragma once
 
 #include <cstdint>
@@ -53,8 +53,8 @@ struct ForwardDirection {
   LayerWeights weights;
   InitialState state;
   void* y;      // rows by LayerForward::y_map
-  void* h_n;    // [B, P], may be null
-  void* c_n;    // [B, H]
+  void* h_n;    // [B, P], contiguous, may be null
+  void* c_n;    // [B, H], contiguous
   void* cells;  // rows by cells_map, float or double, may be null
   void* gates;  // rows by gates_map, activated i f g o, may be null
 };

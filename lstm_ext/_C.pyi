@@ -17,9 +17,6 @@ class BuildInfo(TypedDict, total=False):
     cuda: bool
     cuda_archs: str
     cudart: int
-    cuda_reason: str
-    cuda_kernels: bool
-    gpus: list[str]
 
 def layer_forward(
     x: Any,
@@ -60,3 +57,4 @@ def cell_forward(
 def take_tensor_types(*types: type) -> None: ...
 def share_openmp_threads(library: str) -> bool: ...
 def build_info() -> BuildInfo: ...
+def gpus() -> tuple[list[str], str]: ...

@@ -39,11 +39,8 @@ def _describe(torch: Any) -> Iterator[str]:
     )
     for name, value in info.items():
         yield f"  {name}: {', '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
-    gpus = []
-    if torch is not None and torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-    if "gpus" not in info:
-        yield f"  gpus: {', '.join(gpus) or 'none seen'}"
+    gpus, why_none = ([], _native.reason) if _native.C is None else _native.C.gpus()
+    yield f"  gpus: {', '.join(gpus) or f'none ({why_none})'}"
     for backend in backends().values():
         yield f"backend {backend.name}: {'available' if backend.available else f'not available ({backend.reason})'}"
 

@@ -49,38 +49,33 @@ def build_info() -> dict[str, Any]:
     return {"version": __version__, "native": True, **_native.C.build_info()}
 
 
-def _cuda_reason() -> str:
+@cache
+def _reason(name: str) -> str:
+    """Why a backend cannot run in this process; "" if it can."""
+    if name == "numpy":
+        return ""
     if _native.C is None:
         return _native.reason
-    info = _native.C.build_info()
-    reasons = [str(info["cuda_reason"])] if info["cuda_reason"] else []
-    if not info["cuda_kernels"]:
-        reasons.append("this version of lstm_ext has no CUDA kernels")
-    return "; ".join(reasons)
-
-
-@cache
-def _backends() -> dict[str, Backend]:
-    reasons = {"cuda": _cuda_reason(), "cpu": _native.reason if _native.C is None else "", "numpy": ""}
-    return {name: Backend(name, not reason, reason) for name, reason in reasons.items()}
+    if name == "cpu":
+        return ""
+    _, why_no_gpu = _native.C.gpus()
+    no_kernels = "this version of lstm_ext has no CUDA kernels"
+    return f"{why_no_gpu}; {no_kernels}" if why_no_gpu else no_kernels
 
 
 def backends() -> dict[str, Backend]:
     """The backends "cuda", "cpu" and "numpy", each with `.available` and, where it is not, `.reason`."""
-    return dict(_backends())
+    return {name: Backend(name, not _reason(name), _reason(name)) for name in NAMES}
 
 
 def _known(name: str, origin: str) -> str:
     """`name` if it can run here; otherwise an error that names those that can."""
-    all_backends = _backends()
-    available = ", ".join(repr(b.name) for b in all_backends.values() if b.available)
-    if name not in all_backends:
+    if name in NAMES and not _reason(name):
+        return name
+    available = ", ".join(repr(each) for each in NAMES if not _reason(each))
+    if name not in NAMES:
         raise ValueError(f"{origin}: expected one of the available backends {available}, got {name!r}")
-    if not all_backends[name].available:
-        raise RuntimeError(
-            f"{origin}: backend {name!r} is not available ({all_backends[name].reason}); available: {available}"
-        )
-    return name
+    raise RuntimeError(f"{origin}: backend {name!r} is not available ({_reason(name)}); available: {available}")
 
 
 _forced: ContextVar[str | None] = ContextVar("lstm_ext_backend", default=None)
@@ -117,7 +112,7 @@ def _refusal(name: str, device: str, dtype: str) -> str:
         return f"serves {served} tensors, not {device}"
     if dtype not in DTYPES:
         return f"expected dtype {', '.join(sorted(DTYPES))}, got {dtype}"
-    return _backends()[name].reason
+    return _reason(name)
 
 
 @lru_cache

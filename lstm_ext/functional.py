@@ -40,7 +40,7 @@ def is_tensor(a: object) -> bool:
 
 
 def _kind(a: object) -> str:
-    if isinstance(a, np.ndarray):
+    if isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
         return "numpy.ndarray"
     return "torch.Tensor" if is_tensor(a) else type(a).__name__
 

@@ -60,7 +60,7 @@ def _to_numpy(a: Tensor | None) -> Any:
     """A view as an array; NumPy has no bfloat16, float32 stands in."""
     if a is None:
         return None
-    a = a.detach()
+    a = a.detach().resolve_neg()
     return (a.float() if a.dtype == torch.bfloat16 else a).numpy()
 
 

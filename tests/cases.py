@@ -91,6 +91,7 @@ CASES = [
     Case(5, 3, 7, 13, P=5),
     Case(1, 1, 3, 2, P=1, state=False),
     Case(4, 5, 6, 33, P=17, bias=False, directions=BOTH),
+    Case(3, 2, 5, 2, P=65),
     Case(5, 9, 12, 67, P=65, directions=REVERSE, batch_first=True),
     Case(6, 5, 7, 17, lengths="ragged"),
     Case(6, 5, 7, 17, lengths="full", directions=REVERSE),

@@ -118,6 +118,13 @@ def test_a_sparse_tensor_is_refused() -> None:
         call(a)
 
 
+def test_a_masked_array_is_refused() -> None:
+    a = arguments()
+    a["x"] = np.ma.masked_array(a["x"], mask=a["x"] > 0)
+    with pytest.raises(TypeError, match=r"x: expected a numpy\.ndarray or torch\.Tensor, got MaskedArray"):
+        call(a)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_projection_of_another_shape(kind: str) -> None:
     a = arguments(kind)
@@ -196,6 +203,25 @@ def test_strided_and_expanded_tensors_give_the_same_bits(dtype: str) -> None:
     row = a["x"][:, :1].expand(-1, B, -1)
     expected = call(a | {"x": row.contiguous()})
     assert torch.equal(call(a | {"x": row})[0], expected[0])
+
+
+def test_lazily_negated_tensors_keep_their_sign() -> None:
+    """The imaginary part of a conjugate is a view of memory that holds the other sign."""
+    a = arguments("torch")
+    del a["lengths"], a["resets"]
+    a["w_ih"] = a["w_ih"][:, :1]
+    for x in (a["x"][..., :1], a["x"][..., 0].unsqueeze(-1)):
+        z = torch.complex(torch.zeros(T, B), -x[..., 0]).conj().imag.unsqueeze(-1)
+        assert z.is_neg()
+        assert torch.equal(call(a | {"x": z})[0], call(a | {"x": x})[0])
+
+
+def test_zero_stays_zero() -> None:
+    """No weights, no input: h is 0., not -0."""
+    zeros = np.zeros((3, 2, 5), np.float32), np.zeros((28, 5), np.float32), np.zeros((28, 7), np.float32)
+    y = lstm_ext.lstm(zeros[0], None, *zeros[1:])[0]
+    assert not y.any()
+    assert not np.signbit(y).any()
 
 
 @pytest.mark.parametrize("name", ["x", "w_ih", "w_hh", "b_ih", "h0", "c0"])

@@ -764,7 +764,7 @@ def test_basic_lstm_cell_refuses_what_does_not_fit() -> None:
     h, (c, _) = cell(x)
     with pytest.raises(ValueError, match=rf"input: expected shape \[B, I\] with I = {I}"):
         cell(torch.randn(B, I + 1))
-    with pytest.raises(ValueError, match=rf"state: expected c \[B, num_units\] = \[{B}, {H}\], got \[1, {H}\]"):
+    with pytest.raises(ValueError, match=rf"expected c of shape \[B, num_units\] = \[{B}, {H}\], got \[1, {H}\]"):
         cell(x, (c[:1], h))
     with pytest.raises(ValueError, match=r"state: expected the pair \(c, h\), got Tensor"):
         cell(x, c)

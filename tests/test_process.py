@@ -160,6 +160,17 @@ def test_many_python_threads_at_once() -> None:
         list(executor.map(work, range(6)))
 
 
+@needs_native
+def test_flushing_denormals_does_not_depend_on_the_thread() -> None:
+    inputs = make_inputs(SHARED_CASE, "float32").map(lambda a: a * np.float32(1e-37))
+    assert torch.set_flush_denormal(True)
+    try:
+        one, two = (run_layer(_native.C, inputs, num_threads) for num_threads in (1, 2))
+    finally:
+        torch.set_flush_denormal(False)
+    assert_identical(two[0] | two[1], one[0] | one[1])
+
+
 def check_in_child(expected: dict[str, np.ndarray]) -> None:
     assert_identical(run_shared_case(2), expected)
 

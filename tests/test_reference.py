@@ -25,7 +25,9 @@ TINY_CASES = [
 ]
 PADDED_CASES = [case for case in CASES if case.lengths in ("ragged", "with_zero")]
 STOCK_CASES = [
-    case for case in CASES if case.I > 0 and not case.lengths and not case.resets and case.directions != REVERSE
+    case
+    for case in CASES
+    if case.I > 0 and case.P < case.H and not case.lengths and not case.resets and case.directions != REVERSE
 ]
 
 

@@ -41,7 +41,8 @@ class Backward {
     }
     if (layer_.dx) w_ih_ = arena.get<C>(column_panels(I) * 4 * H * kWidth);
     const int64_t widest = I > P ? (I > H ? I : H) : (P > H ? P : H);
-    source_rows_ = arena.get<const S*>(4 * H > chunk_rows_ ? 4 * H : chunk_rows_);
+    const int64_t most_rows = 4 * H > P ? 4 * H : P;  // of a weight matrix
+    source_rows_ = arena.get<const S*>(most_rows > chunk_rows_ ? most_rows : chunk_rows_);
     if (d_.grads.wanted) {
       columns_ = arena.get<C>(column_panels(widest) * chunk_rows_ * kWidth);
       dw_ih_ = sums_for(d_.grads.w_ih, 4 * H * I, arena);
@@ -121,7 +122,7 @@ class Backward {
       later = dgates_ + first_row * 4 * shape_.H;
       end = first_row;
     }
-    share.team.sync();
+    if (share.by_rows) share.team.sync();  // members who share rows have just waited
     share.for_part(steps_.active(s0),
                    [&](int64_t slot) { copy_row(dgates_ + slot * 4 * shape_.H, later_dgates_ + slot * 4 * shape_.H); });
     if (d_.grads.wanted) add_weight_grads(share, rows);
@@ -309,13 +310,13 @@ class Backward {
           const C* column[kTileRows];
           for (int m = 0; m < count; ++m) {
             column[m] = a + k0 * M + m0 + m;
-            exchange(sums + (m0 + m) * N, N, p, product + m * kWidth,
-                     [](C* sum, C* part, int64_t left) { store(part, load_up_to(sum, left)); });
+            for_vectors(sums + (m0 + m) * N, N, p, product + m * kWidth,
+                        [](C* sum, C* part, int64_t left) { store(part, load_up_to(sum, left)); });
           }
           multiply_panel(count, column, M, k1 - k0, columns_ + (p * rows + k0) * kWidth, product);
           for (int m = 0; m < count; ++m) {
-            exchange(sums + (m0 + m) * N, N, p, product + m * kWidth,
-                     [](C* sum, C* part, int64_t left) { store_up_to(sum, load(part), left); });
+            for_vectors(sums + (m0 + m) * N, N, p, product + m * kWidth,
+                        [](C* sum, C* part, int64_t left) { store_up_to(sum, load(part), left); });
           }
         });
       }
@@ -324,7 +325,7 @@ class Backward {
 
   // f(elements of `row` under vector g of panel p, the vector in the tile, how many are left) for each vector
   template <class E, class F>
-  static void exchange(E* row, int64_t N, int64_t p, C* tile, const F& f) {
+  static void for_vectors(E* row, int64_t N, int64_t p, C* tile, const F& f) {
     for (int g = 0; g < 4; ++g) {
       const int64_t n = p * kWidth + g * L;
       if (n < N) f(row + n, tile + g * L, N - n);
@@ -351,12 +352,12 @@ class Backward {
         alignas(64) C sums[kTileRows * kWidth] = {};
         multiply_panel(count, a, 1, K, w_ih_ + p * K * kWidth, sums);
         for (int m = 0; m < count; ++m) {
-          exchange(dx_row(row_step_[first + m], row_slot_[first + m]), I, p, sums + m * kWidth,
-                   [&](S* dx, C* sum, int64_t left) {
-                     Vec<C> value = load(sum);
-                     if (add_to_dx_) value += load_up_to(dx, left);
-                     store_up_to(dx, value, left);
-                   });
+          for_vectors(dx_row(row_step_[first + m], row_slot_[first + m]), I, p, sums + m * kWidth,
+                      [&](S* dx, C* sum, int64_t left) {
+                        Vec<C> value = load(sum);
+                        if (add_to_dx_) value += load_up_to(dx, left);
+                        store_up_to(dx, value, left);
+                      });
         }
       }
     });
@@ -380,7 +381,6 @@ class Backward {
     convert_part(share, dw_ih_, 4 * H * I, d_.grads.w_ih);
     convert_part(share, dw_hh_, 4 * H * P, d_.grads.w_hh);
     if (projected) convert_part(share, dw_hr_, P * H, d_.grads.w_hr);
-    share.team.sync();
     if (db_) {
       convert_part(share, db_, 4 * H, d_.grads.b_ih);
       convert_part(share, db_, 4 * H, d_.grads.b_hh);
@@ -391,8 +391,8 @@ class Backward {
     alignas(64) C sums[kTileRows * kWidth];
     recurrent_grad(-1, first, count, p, later_dgates_, sums);
     for (int m = 0; m < count; ++m) {
-      exchange(static_cast<S*>(d_.dh0) + steps_.row(first + m) * shape_.P, shape_.P, p, sums + m * kWidth,
-               [](S* dh0, C* sum, int64_t left) { store_up_to(dh0, load(sum), left); });
+      for_vectors(static_cast<S*>(d_.dh0) + steps_.row(first + m) * shape_.P, shape_.P, p, sums + m * kWidth,
+                  [](S* dh0, C* sum, int64_t left) { store_up_to(dh0, load(sum), left); });
     }
   }
 

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <new>
+#include <type_traits>
 
 #include "backward.h"
 #include "forward.h"
@@ -21,19 +22,22 @@ void with_storage(Dtype dtype, const F& f) {
   }
 }
 
-// Waking a second thread costs some microseconds, and waiting for each other at every step some tenths of
-// one: below these amounts of work one thread is faster.
-constexpr double kLeastFlops = 4e5, kLeastFlopsPerStep = 1e5;
+// Waking a second thread costs some microseconds, and waiting for each other at every step some tenths of one: with
+// less work than this one thread, or fewer of them, are faster.
+constexpr double kLeastFlops = 4e5, kLeastFlopsPerStepAndMember = 5e4;
 
-int threads_worth_having(int threads, const SequenceShape& shape, int directions) {
+// How many of `threads` to use for directions at the same time, each of which has `panels` to share where rows are few.
+int threads_worth_having(int threads, const SequenceShape& shape, int directions, int64_t panels) {
   const double step =
       8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P);
   if (step * static_cast<double>(shape.T) < kLeastFlops) return 1;
-  const Team all{0, threads / directions, nullptr};
-  if (threads > directions && !Share(all, shape.B, kTileRows).by_rows && step < kLeastFlopsPerStep) {
-    return directions;
-  }
-  return threads;
+  if (threads <= directions) return threads;
+  const int each = threads / directions;
+  if (Share({0, each, nullptr}, shape.B, kTileRows).by_rows) return threads;
+  const double members = step / kLeastFlopsPerStepAndMember;
+  int64_t worth = members < each ? static_cast<int64_t>(members) : each;
+  if (worth > panels) worth = panels;
+  return directions * (worth > 1 ? static_cast<int>(worth) : 1);
 }
 
 template <class S>
@@ -73,11 +77,14 @@ void layer_forward(const LayerForward& layer) {
     using S = decltype(storage);
     Arena arena;
     const Steps steps(layer.shape, layer.masks, arena);
+    static_assert(std::is_trivially_destructible_v<Forward<S>>);  // it lies in the arena
     ForwardCall<S> call{{}, layer.num_directions, {}};
     for (int n = 0; n < layer.num_directions; ++n) {
       call.direction[n] = new (arena.get<Forward<S>>(1)) Forward<S>(layer, layer.direction[n], steps, arena);
     }
-    run_team(layer.num_threads, threads_worth_having(layer.num_threads, layer.shape, layer.num_directions),
+    run_team(layer.num_threads,
+             threads_worth_having(layer.num_threads, layer.shape, layer.num_directions,
+                                  ceil_div(layer.shape.H, kLanes<Compute<S>>)),
              ForwardCall<S>::body, &call);
   });
 }
@@ -87,11 +94,14 @@ void layer_backward(const LayerBackward& layer) {
     using S = decltype(storage);
     Arena arena;
     const Steps steps(layer.shape, layer.masks, arena);
+    static_assert(std::is_trivially_destructible_v<Backward<S>>);
     BackwardCall<S> call{{}, layer.num_directions, {}};
     for (int n = 0; n < layer.num_directions; ++n) {
       call.direction[n] = new (arena.get<Backward<S>>(1)) Backward<S>(layer, layer.direction[n], steps, n > 0, arena);
     }
-    run_team(layer.num_threads, threads_worth_having(layer.num_threads, layer.shape, 1), BackwardCall<S>::body, &call);
+    run_team(layer.num_threads,
+             threads_worth_having(layer.num_threads, layer.shape, 1, ceil_div(layer.shape.P, kPanelWidth<Compute<S>>)),
+             BackwardCall<S>::body, &call);
   });
 }
 

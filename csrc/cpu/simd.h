@@ -1,8 +1,8 @@
 // One SIMD vector, as wide as the level this translation unit is compiled for, on compiler vector
 // types: the arithmetic operators, comparisons and `mask ? a : b` work lane by lane.
 //
-// Everything that a kernel instantiates lives in the namespace of its level, so that the linker can
-// never replace baseline code by a copy that was compiled for a wider one.
+// The kernels live in the namespace of their level, so that the linker never takes one level's for another's. Of the
+// inline functions that levels share (steps.h) it keeps the first copy: the build links the levels narrowest first.
 #pragma once
 
 #include <cstdint>

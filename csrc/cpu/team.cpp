@@ -166,8 +166,34 @@ void Barrier::wait(int size) {
   }
 }
 
+// Members compute in the caller's floating-point mode (torch.set_flush_denormal changes it for one thread), so that
+// results do not depend on who computed them.
+struct Member {
+  void (*body)(void*, int, int);
+  void* context;
+#if defined(__x86_64__)
+  unsigned mode = __builtin_ia32_stmxcsr();
+
+  static void run(void* self, int rank, int size) {
+    const Member& member = *static_cast<Member*>(self);
+    const unsigned own_mode = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(member.mode);
+    member.body(member.context, rank, size);
+    __builtin_ia32_ldmxcsr(own_mode);
+  }
+#else
+  static void run(void* self, int rank, int size) {
+    const Member& member = *static_cast<Member*>(self);
+    member.body(member.context, rank, size);
+  }
+#endif
+};
+
 void run_team(int threads, int size, void (*body)(void*, int, int), void* context) {
   if (size <= 1) return body(context, 0, 1);
+  Member member{body, context};
+  body = Member::run;
+  context = &member;
   if (!openmp.parallel) return the_pool().run(size, body, context);
   // All threads enter, since an OpenMP team that is made smaller ends the threads it loses.
   Region region{body, context, size};

@@ -17,7 +17,7 @@ struct ExpConstants<float> {
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kLowest = -104.f, kHighest = 89.f;  // exp is 0 below, infinite above
-  static constexpr float kTanhIsOne = -20.f;                 // exp(-20) is below half an ulp of 1
+  static constexpr float kTanhLowest = -40.f;                // exp of it is nothing beside 1
 };
 
 template <>
@@ -28,7 +28,7 @@ struct ExpConstants<double> {
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kLn2High = 0x1.62e42fefa3800p-1, kLn2Low = 0x1.ef35793c76730p-45;
   static constexpr double kLowest = -746., kHighest = 710.;
-  static constexpr double kTanhIsOne = -40.;
+  static constexpr double kTanhLowest = -80.;
 };
 
 template <class C>
@@ -60,15 +60,15 @@ struct VecMath {
     return scale(1 + reduced.m1, reduced.n);
   }
 
-  // -m / (2 + m) with m = exp(-2|x|) - 1: no cancellation near 0, no overflow
+  // -m / (2 + m) with m = exp(-2|x|) - 1: no cancellation near 0, no overflow; 0 - m, since tanh(0) is no -0
   static LSTM_EXT_INLINE Value tanh(Value x) {
     const Int sign = bit_cast<Int>(x) & bit_cast<Int>(broadcast(C(-0.)));
     Value twice = -2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign);
-    twice = twice < 2 * K::kTanhIsOne ? broadcast(2 * K::kTanhIsOne) : twice;
+    twice = twice < K::kTanhLowest ? broadcast(K::kTanhLowest) : twice;
     const Reduced reduced = reduce(twice);
     const Value power = scale(broadcast(C(1)), reduced.n);
     const Value m = power * reduced.m1 + (power - 1);
-    return bit_cast<Value>(bit_cast<Int>(-m / (2 + m)) | sign);
+    return bit_cast<Value>(bit_cast<Int>((0 - m) / (2 + m)) | sign);
   }
 
  private:

@@ -12,8 +12,10 @@ std::string failure(const char* call, cudaError_t error) {
 
 }  // namespace
 
+int runtime_version() { return CUDART_VERSION; }
+
 DeviceReport device_report() {
-  DeviceReport report{{}, "", CUDART_VERSION};
+  DeviceReport report;
   int count = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
     report.reason = failure("cudaGetDeviceCount", error);

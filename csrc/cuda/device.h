@@ -9,8 +9,10 @@ namespace lstm_ext::cuda {
 struct DeviceReport {
   std::vector<std::string> names;  // "name (sm_90)"
   std::string reason;              // why there are none; empty if there are some
-  int runtime_version;             // as cudaRuntimeGetVersion gives it: 13000 for 13.0
 };
+
+// As cudaRuntimeGetVersion gives it: 13000 for 13.0.
+int runtime_version();
 
 // Never throws for want of a driver or a device.
 DeviceReport device_report();

@@ -24,6 +24,7 @@ py::tuple cell_forward(py::handle x_, py::handle h_, py::handle c_, py::handle w
   for (const Array* bias : {&b_ih, &b_hh}) {
     if (*bias) bias->expect_shape({4 * H});
   }
+  if (static_cast<bool>(h) != static_cast<bool>(c)) throw py::type_error("h, c: expected both or neither, got one");
   if (static_cast<bool>(b_ih) != static_cast<bool>(b_hh))
     throw py::type_error("b_ih, b_hh: expected both or neither, got one");
   for (const Array* state : {&h, &c}) {

@@ -42,7 +42,8 @@ LayerArgs::LayerArgs(py::handle x_, py::handle h0_, py::handle c0_, py::sequence
   compute_dtype = dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   x.expect_dims(packed() ? 2 : 3);
   shape.I = x.size(x.ndim() - 1);
-  read_weights(weights);
+  weights_ = py::tuple(weights);
+  read_weights();
   if (packed()) {
     read_packing();
   } else {
@@ -55,17 +56,16 @@ LayerArgs::LayerArgs(py::handle x_, py::handle h0_, py::handle c0_, py::sequence
   check_state();
 }
 
-void LayerArgs::read_weights(const py::sequence& weights) {
-  const size_t each = weights.size() / static_cast<size_t>(D);
-  if (each < 2 || each > 5 || each * static_cast<size_t>(D) != weights.size()) {
+void LayerArgs::read_weights() {
+  const size_t each = weights_.size() / static_cast<size_t>(D);
+  if (each < 2 || each > 5 || each * static_cast<size_t>(D) != weights_.size()) {
     throw std::runtime_error("weights: expected 2 to 5 arrays for each direction, got " +
-                             std::to_string(weights.size()) + " for " + std::to_string(D));
+                             std::to_string(weights_.size()) + " for " + std::to_string(D));
   }
   shape.projected = each % 2 == 1;
   for (size_t n = 0; n < static_cast<size_t>(D); ++n) {
     const auto get = [&](size_t index, const char* name) {
-      const py::object weight = weights[n * each + index];
-      Array array(weight, name);
+      Array array(weights_[n * each + index], name);
       if (!array) throw py::type_error(std::string(name) + ": expected an array, got None");
       array.expect_kind_of(x);
       array.expect_dtype(dtype);
@@ -111,7 +111,10 @@ void LayerArgs::read_masks() {
   if (lengths) {
     lengths.expect_int64();
     lengths.expect_shape({shape.B});
-    masks.lengths = static_cast<const int64_t*>(lengths.data());
+    // A copy, since these are used as indices, and the caller's may change once the GIL is released.
+    const int64_t* given = static_cast<const int64_t*>(lengths.data());
+    lengths_.assign(given, given + shape.B);
+    masks.lengths = lengths_.data();
     for (int64_t b = 0; b < shape.B; ++b) {
       if (masks.lengths[b] < 0 || masks.lengths[b] > shape.T) {
         throw py::value_error("lengths: expected values from 0 to " + std::to_string(shape.T) + ", got " +
@@ -154,12 +157,11 @@ void LayerArgs::read_packing() {
   if (total != rows) {
     throw py::value_error("batch_sizes: expected the sum " + std::to_string(rows) + ", got " + std::to_string(total));
   }
-  packed_lengths_.resize(static_cast<size_t>(shape.B));
+  lengths_.resize(static_cast<size_t>(shape.B));
   for (int64_t t = 0; t < shape.T; ++t) {
-    for (int64_t b = t + 1 < shape.T ? sizes[t + 1] : 0; b < sizes[t]; ++b)
-      packed_lengths_[static_cast<size_t>(b)] = t + 1;
+    for (int64_t b = t + 1 < shape.T ? sizes[t + 1] : 0; b < sizes[t]; ++b) lengths_[static_cast<size_t>(b)] = t + 1;
   }
-  masks = {packed_lengths_.data(), nullptr, 0, 0};
+  masks = {lengths_.data(), nullptr, 0, 0};
 }
 
 InitialState LayerArgs::state(int n) const { return {matrix_at(h0, n, dtype), matrix_at(c0, n, dtype)}; }
@@ -205,7 +207,7 @@ Matrix matrix_at(const Array& array, int64_t n, Dtype dtype) {
   return {at(array, n, dtype), array.matrix().row_stride};
 }
 
-void* at(const Output& output, int64_t offset, Dtype dtype) {
+void* offset_by(const Output& output, int64_t offset, Dtype dtype) {
   return output.data ? static_cast<char*>(output.data) + offset * bytes_of(dtype) : nullptr;
 }
 

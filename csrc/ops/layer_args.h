@@ -48,12 +48,13 @@ struct LayerArgs {
   int64_t rows;  // T * B, or the number of packed rows
 
  private:
-  void read_weights(const py::sequence& weights);
+  void read_weights();
   void check_state();
   void read_packing();
   void read_masks();
 
-  std::vector<int64_t> packed_lengths_, packed_offset_;
+  py::tuple weights_;  // kept alive: an Array borrows
+  std::vector<int64_t> lengths_, packed_offset_;
 };
 
 // Element n of the first dimension of a [D, B, width] array; its data is null if the array is not there.
@@ -65,7 +66,7 @@ const void* at(const Array& array, int64_t n, Dtype dtype);
 // The address of element n of the last dimension of an input, null if it is not there.
 const void* column_of(const Array& array, int64_t n, Dtype dtype);
 
-// The address of element `offset` of an output, null if it was not allocated.
-void* at(const Output& output, int64_t offset, Dtype dtype);
+// The address of element `offset` of an output, counted from its start; null if it was not allocated.
+void* offset_by(const Output& output, int64_t offset, Dtype dtype);
 
 }  // namespace lstm_ext::ops

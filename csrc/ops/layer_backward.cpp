@@ -91,8 +91,8 @@ py::tuple layer_backward(py::handle dy_, py::handle dh_n_, py::handle dc_n_, py:
     to.d_cells = at(dcells, n, args.compute_dtype);
     to.dh_n = matrix_at(dh_n, n, args.dtype);
     to.dc_n = matrix_at(dc_n, n, args.dtype);
-    to.dh0 = at(dh0, n * B * P, args.dtype);
-    to.dc0 = at(dc0, n * B * H, args.dtype);
+    to.dh0 = offset_by(dh0, n * B * P, args.dtype);
+    to.dc0 = offset_by(dc0, n * B * H, args.dtype);
     to.grads = {(needs & kNeedWeights) != 0,
                 dw[n].w_ih.data,
                 dw[n].w_hh.data,

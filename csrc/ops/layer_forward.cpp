@@ -33,11 +33,11 @@ py::tuple layer_forward(py::handle x, py::handle h0, py::handle c0, py::sequence
     layer.direction[n] = {args.reverse(n),
                           args.direction[n].pointers(),
                           args.state(n),
-                          at(y, n * P, args.dtype),
-                          at(h_n, n * B * P, args.dtype),
-                          at(c_n, n * B * H, args.dtype),
-                          at(cells, n * args.saved_size(H), args.compute_dtype),
-                          at(gates, n * args.saved_size(4 * H), args.dtype)};
+                          offset_by(y, n * P, args.dtype),
+                          offset_by(h_n, n * B * P, args.dtype),
+                          offset_by(c_n, n * B * H, args.dtype),
+                          offset_by(cells, n * args.saved_size(H), args.compute_dtype),
+                          offset_by(gates, n * args.saved_size(4 * H), args.dtype)};
   }
 
   {
