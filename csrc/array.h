@@ -67,7 +67,6 @@ class Array {
   void expect_int64() const;
   void expect_bool() const;
 
-  dlpack::DataType dtype() const { return dtype_; }
   const dlpack::ExchangeApi* api() const { return api_; }
 
  private:
