@@ -190,8 +190,10 @@ class Forward {
 
   C* h(int64_t s, int64_t slot) const { return h_ + ((s % 2) * shape_.B + slot) * h_width_; }
 
+  // The panels go by forth and back on alternate steps: what a cache smaller than the weights has kept from the end of
+  // one step is what the next one begins with.
   void run_step(const Share& share, int64_t s, int64_t first_row) const {
-    share.for_panels(panels_, [&](int64_t p) {
+    const auto run_panel = [&](int64_t p) {
       share.for_tiles(steps_.active(s), [&](int64_t first, int count) {
         const C* a[kTileRows];
         for (int m = 0; m < count; ++m) a[m] = h(s, first + m);
@@ -199,7 +201,8 @@ class Forward {
         w_hh_.multiply(count, a, p, 0, shape_.P, pre);
         for (int m = 0; m < count; ++m) finish_unit(s, first + m, p, pre + m * kPanelWidth<C>);
       });
-    });
+    };
+    share.for_panels(panels_, run_panel, s % 2 != 0);
     share.sync_rows();
     if (!shape_.projected) return;
     share.for_panels(w_hr_.panels(), [&](int64_t p) {

@@ -55,14 +55,12 @@ class Share {
     }
   }
 
-  // f(panel) for the panels of mine
+  // f(panel) for the panels of mine, the last one first if `backwards`
   template <class F>
-  void for_panels(int64_t panels, const F& f) const {
-    if (by_rows) {
-      for (int64_t p = 0; p < panels; ++p) f(p);
-    } else {
-      for_part(panels, f);
-    }
+  void for_panels(int64_t panels, const F& f, bool backwards = false) const {
+    const int64_t first = by_rows ? 0 : panels * team.rank / team.size;
+    const int64_t last = by_rows ? panels : panels * (team.rank + 1) / team.size;
+    for (int64_t n = first; n < last; ++n) f(backwards ? first + last - 1 - n : n);
   }
 
   // f(n) for an equal part of 0 .. count - 1, whichever way the work is split
