@@ -29,6 +29,10 @@ pybind11::dict build_info() {
                                       ,
                                       "avx512"
 #endif
+#if defined(LSTM_EXT_HAVE_AVX512BF16)
+                                      ,
+                                      "avx512bf16"
+#endif
   );
   info["simd_available"] = py::tuple(available);
   info["simd"] = cpu::kernels().level;

@@ -19,11 +19,16 @@ namespace avx512 {
 extern const Kernels kKernels;
 }
 #endif
+#if defined(LSTM_EXT_HAVE_AVX512BF16)
+namespace avx512bf16 {
+extern const Kernels kKernels;
+}
+#endif
 
 namespace {
 
 struct Available {
-  const Kernels* levels[4] = {};
+  const Kernels* levels[5] = {};
   int count = 0;
 
   Available() {
@@ -35,6 +40,11 @@ struct Available {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
       levels[count++] = &avx512::kKernels;
+    }
+#endif
+#if defined(LSTM_EXT_HAVE_AVX512BF16)
+    if (count > 1 && levels[count - 1] == &avx512::kKernels && __builtin_cpu_supports("avx512bf16")) {
+      levels[count++] = &avx512bf16::kKernels;
     }
 #endif
   }

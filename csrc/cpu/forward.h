@@ -20,6 +20,7 @@ template <class S>
 class Forward {
  public:
   using C = Compute<S>;
+  using F = Factor<S>;
   static constexpr int L = kLanes<C>;
 
   Forward(const LayerForward& layer, const ForwardDirection& direction, const Steps& steps, Arena& arena)
@@ -38,17 +39,18 @@ class Forward {
     if (chunk_steps_ > T) chunk_steps_ = T;
     chunk_rows_ = chunk_steps_ * B;
     pre_ = arena.get<C>(panels_ * chunk_rows_ * kPanelWidth<C>);
-    x_rows_ = arena.get<const C*>(chunk_rows_);
-    if constexpr (sizeof(S) != sizeof(C)) x_copy_ = arena.get<C>(chunk_rows_ * I);
+    x_rows_ = arena.get<const F*>(chunk_rows_);
+    x_width_ = ceil_div(I, kFactorsPerLane<F>) * kFactorsPerLane<F>;
+    if (sizeof(S) != sizeof(F) || x_width_ != I) x_copy_ = arena.get<F>(chunk_rows_ * x_width_);
 
     h_width_ = ceil_div(P, L) * L;
     c_width_ = panels_ * L;
-    h_ = arena.get<C>(2 * B * h_width_);
+    h_ = arena.get<F>(2 * B * h_width_);
     c_ = arena.get<C>(B * c_width_);
     if (projected) {
       const PlainRows units{P};
       w_hr_ = place<PlainRows>(d_.weights.w_hr, units, H, rows, arena);
-      unprojected_ = arena.get<C>(B * c_width_);
+      unprojected_ = arena.get<F>(B * c_width_);
     }
   }
 
@@ -98,7 +100,8 @@ class Forward {
     start_state(d_.state.c0, b, keep, c_ + slot * c_width_, shape_.H, empty ? d_.c_n : nullptr);
   }
 
-  static void start_state(const Matrix& initial, int64_t b, bool keep, C* state, int64_t width, void* final) {
+  template <class E>
+  static void start_state(const Matrix& initial, int64_t b, bool keep, E* state, int64_t width, void* final) {
     const S* from = static_cast<const S*>(initial.data);
     for (int64_t n = 0; n < width; n += L) {
       const Vec<C> value = from ? load_up_to(from + b * initial.row_stride + n, width - n) : Vec<C>{};
@@ -139,15 +142,13 @@ class Forward {
 
   void fetch_x(int64_t s, int64_t slot, int64_t row) const {
     const S* x = static_cast<const S*>(layer_.x) + layer_.x_map.at(steps_.time(s, slot, d_.reverse), steps_.row(slot));
-    if constexpr (sizeof(S) == sizeof(C)) {
-      x_rows_[row] = x;
-    } else {
-      C* copy = x_copy_ + row * shape_.I;
-      for (int64_t n = 0; n < shape_.I; n += L) {
-        store_up_to(copy + n, load_up_to(x + n, shape_.I - n), shape_.I - n);
-      }
-      x_rows_[row] = copy;
+    if (!x_copy_) {
+      x_rows_[row] = reinterpret_cast<const F*>(x);
+      return;
     }
+    F* copy = x_copy_ + row * x_width_;
+    for (int64_t n = 0; n < shape_.I; n += L) store_up_to(copy + n, load_up_to(x + n, shape_.I - n), x_width_ - n);
+    x_rows_[row] = copy;
   }
 
   C* tile(int64_t p, int64_t row) const { return pre_ + (p * chunk_rows_ + row) * kPanelWidth<C>; }
@@ -159,7 +160,7 @@ class Forward {
       const int64_t k1 = I - k0 < kBlockDepth ? I : k0 + kBlockDepth;
       const auto rows = [&](int64_t row, int count) {
         if (k0 == 0) start_from_bias(p, row, count);
-        const C* x[kTileRows];
+        const F* x[kTileRows];
         for (int m = 0; m < count; ++m) x[m] = x_rows_[row + m] + k0;
         w_ih_.multiply(count, x, p, k0, k1, tile(p, row));
       };
@@ -188,14 +189,14 @@ class Forward {
 
   // ---- one step --------------------------------------------------------------------------------
 
-  C* h(int64_t s, int64_t slot) const { return h_ + ((s % 2) * shape_.B + slot) * h_width_; }
+  F* h(int64_t s, int64_t slot) const { return h_ + ((s % 2) * shape_.B + slot) * h_width_; }
 
   // The panels go by forth and back on alternate steps: what a cache smaller than the weights has kept from the end of
   // one step is what the next one begins with.
   void run_step(const Share& share, int64_t s, int64_t first_row) const {
     const auto run_panel = [&](int64_t p) {
       share.for_tiles(steps_.active(s), [&](int64_t first, int count) {
-        const C* a[kTileRows];
+        const F* a[kTileRows];
         for (int m = 0; m < count; ++m) a[m] = h(s, first + m);
         C* pre = tile(p, first_row + first);
         w_hh_.multiply(count, a, p, 0, shape_.P, pre);
@@ -233,7 +234,7 @@ class Forward {
     store(c, steps_.resets_before(s + 1, slot, d_.reverse) ? Vec<C>{} : step.c);
 
     if (shape_.projected) {
-      store(unprojected_ + slot * c_width_ + u, rounded_to<S>(step.h));
+      store_factors<S>(unprojected_ + slot * c_width_ + u, step.h);
     } else {
       finish_h(s, slot, u, step.h);
     }
@@ -241,7 +242,7 @@ class Forward {
 
   void project_output(int64_t s, int64_t first, int rows, int64_t p) const {
     alignas(64) C sums[kTileRows * kPanelWidth<C>] = {};
-    const C* a[kTileRows];
+    const F* a[kTileRows];
     for (int m = 0; m < rows; ++m) a[m] = unprojected_ + (first + m) * c_width_;
     w_hr_.multiply(rows, a, p, 0, shape_.H, sums);
     for (int m = 0; m < rows; ++m) {
@@ -260,7 +261,7 @@ class Forward {
       store_up_to(static_cast<S*>(d_.h_n) + b * shape_.P + n, value, count);
     }
     const bool forget = steps_.resets_before(s + 1, slot, d_.reverse);
-    store(h(s + 1, slot) + n, forget ? Vec<C>{} : rounded_to<S>(value));
+    store_factors<S>(h(s + 1, slot) + n, forget ? Vec<C>{} : value);
   }
 
   // ---- after the last step ---------------------------------------------------------------------
@@ -286,14 +287,14 @@ class Forward {
   const SequenceShape shape_;
   Weights<S, GateRows> w_ih_, w_hh_;
   Weights<S, PlainRows> w_hr_;
-  int64_t panels_, chunk_steps_, chunk_rows_, h_width_, c_width_;
+  int64_t panels_, chunk_steps_, chunk_rows_, x_width_, h_width_, c_width_;
   C* bias_;                   // [panels][4][lanes]
   C* pre_;                    // [panels][chunk_rows][4][lanes]
-  const C** x_rows_;          // [chunk_rows]
-  C* x_copy_ = nullptr;       // [chunk_rows, I], half types
-  C* h_;                      // [2][B, h_width]
+  const F** x_rows_;          // [chunk_rows]
+  F* x_copy_ = nullptr;       // [chunk_rows, x_width], where x cannot be multiplied as it lies
+  F* h_;                      // [2][B, h_width]
   C* c_;                      // [B, c_width]
-  C* unprojected_ = nullptr;  // [B, c_width]
+  F* unprojected_ = nullptr;  // [B, c_width]
 };
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

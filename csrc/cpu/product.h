@@ -1,9 +1,10 @@
 // The one matrix product of the CPU backend: a tile of up to kTileRows rows by four vectors.
 //
 // The four vectors are the four gates of one vector of units where gates are computed, and four
-// neighbouring vectors of columns elsewhere. A *panel* holds the other factor as [K][4][lanes]. Every
-// element of a result is one chain of fused multiply-adds in the order of k, whatever the height of the
-// tile that computed it, so that results do not depend on how rows were dealt out to threads.
+// neighbouring vectors of columns elsewhere. A *panel* holds the other factor as [K][4][lanes], a lane being one
+// element or, of bfloat16 where the machine multiplies it in pairs, two neighbours in k. Every element of a result is
+// one chain of fused multiply-adds in the order of k, whatever the height of the tile that computed it, so that
+// results do not depend on how rows were dealt out to threads.
 #pragma once
 
 #include "simd.h"
@@ -15,11 +16,11 @@ inline constexpr int kPanelWidth = 4 * kLanes<C>;
 
 LSTM_EXT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <int rows, class C>
-LSTM_EXT_INLINE void multiply_panel_rows(const C* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
+template <int rows, class F, class C = Compute<F>>
+LSTM_EXT_INLINE void multiply_panel_rows(const F* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
   constexpr int L = kLanes<C>;
   Vec<C> sum[rows][4];
-  const C* row[rows];
+  const F* row[rows];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; ++m) {
     row[m] = a[m];
@@ -31,9 +32,9 @@ LSTM_EXT_INLINE void multiply_panel_rows(const C* const* a, int64_t k_stride, in
     const Vec<C> w[4] = {load(panel), load(panel + L), load(panel + 2 * L), load(panel + 3 * L)};
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
-      const Vec<C> value = broadcast(row[m][at]);
+      const Vec<C> value = broadcast_lane(row[m] + at);
 #pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) sum[m][g] += value * w[g];
+      for (int g = 0; g < 4; ++g) sum[m][g] = multiply_add(sum[m][g], value, w[g], F{});
     }
     panel += 4 * L;
     at += k_stride;
@@ -45,11 +46,12 @@ LSTM_EXT_INLINE void multiply_panel_rows(const C* const* a, int64_t k_stride, in
   }
 }
 
-// tile[m] += sum over k of a[m][k * k_stride] * panel[k];  tile is [rows][4][lanes], contiguous
-template <class C, int most = kTileRows>
-void multiply_panel(int rows, const C* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
+// tile[m] += sum over k of a[m][k * k_stride] * panel[k], K lanes of the panel;  tile is [rows][4][lanes], contiguous
+template <class F, int most = kTileRows>
+void multiply_panel(int rows, const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel,
+                    Compute<F>* tile) {
   if constexpr (most > 1) {
-    if (rows < most) return multiply_panel<C, most - 1>(rows, a, k_stride, K, panel, tile);
+    if (rows < most) return multiply_panel<F, most - 1>(rows, a, k_stride, K, panel, tile);
   }
   if (K > 0) multiply_panel_rows<most>(a, k_stride, K, panel, tile);
 }
@@ -90,15 +92,18 @@ struct PlainRows {  // of a matrix [N, K]
 // Transposes rows first .. first + count of `source` into vector g of a panel; missing rows are zero.
 template <class S, class C = Compute<S>>
 void pack_vector(const S* source, int64_t row_stride, int64_t count, int64_t K, int g, C* panel) {
-  constexpr int L = kLanes<C>;
-  for (int64_t k = 0; k < K; k += L) {
+  constexpr int L = kLanes<C>, kPer = kFactorsPerLane<Factor<S>>;
+  for (int64_t k = 0; k < K; k += L * kPer) {
     Vec<C> block[L];
 #pragma GCC unroll 16
     for (int lane = 0; lane < L; ++lane) {
-      block[lane] = lane < count ? load_up_to(source + lane * row_stride + k, K - k) : Vec<C>{};
+      const S* from = source + lane * row_stride + k;
+      block[lane] = lane >= count       ? Vec<C>{}
+                    : K - k >= L * kPer ? load_factors(from)
+                                        : load_some_factors(from, static_cast<int>(K - k));
     }
     transpose<C>(block);
-    for (int j = 0; j < L && k + j < K; ++j) store(panel + ((k + j) * 4 + g) * L, block[j]);
+    for (int j = 0; j < L && k + j * kPer < K; ++j) store(panel + ((k / kPer + j) * 4 + g) * L, block[j]);
   }
 }
 
@@ -108,7 +113,8 @@ template <class S, class Rows>
 class Weights {
  public:
   using C = Compute<S>;
-  static constexpr int L = kLanes<C>;
+  using F = Factor<S>;
+  static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
 
   // Reading in place costs a horizontal sum per result; packing costs about as much as one product row
   // for each vector of lanes (measured; the break-even is flat).
@@ -118,7 +124,7 @@ class Weights {
   Weights(const void* data, int64_t row_stride, Rows rows, int64_t K, C* panels)
       : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
 
-  static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * K * kPanelWidth<C>; }
+  static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * panel_size(K); }
 
   int64_t panels() const { return rows_.template panels<C>(); }
 
@@ -129,10 +135,10 @@ class Weights {
     }
   }
 
-  // tile[m] += a[m] times panel p, over columns k0 .. k1
-  void multiply(int rows, const C* const* a, int64_t p, int64_t k0, int64_t k1, C* tile) const {
+  // tile[m] += a[m] times panel p, over columns k0 .. k1; k0 and the rows a[m] hold whole lanes
+  void multiply(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, C* tile) const {
     if (panels_) {
-      multiply_panel(rows, a, 1, k1 - k0, panel(p) + k0 * kPanelWidth<C>, tile);
+      multiply_panel(rows, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + panel_size(k0), tile);
     } else {
       for (int g = 0; g < 4; ++g) multiply_in_place(rows, a, p, g, k0, k1, tile);
     }
@@ -140,10 +146,11 @@ class Weights {
 
  private:
   const S* row(int64_t p, int g) const { return data_ + rows_.template first<C>(p, g) * row_stride_; }
-  C* panel(int64_t p) const { return panels_ + p * K_ * kPanelWidth<C>; }
+  C* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
+  static int64_t panel_size(int64_t K) { return ceil_div(K, kPer) * kPanelWidth<C>; }
 
   // Vectors run along k, one sum per unit; lane n of the result is unit n.
-  void multiply_in_place(int rows, const C* const* a, int64_t p, int g, int64_t k0, int64_t k1, C* tile) const {
+  void multiply_in_place(int rows, const F* const* a, int64_t p, int g, int64_t k0, int64_t k1, C* tile) const {
     const int64_t count = rows_.template count<C>(p, g), K = k1 - k0;
     if (count <= 0) return;
     const S* units = row(p, g) + k0;
@@ -164,7 +171,7 @@ class Weights {
   static constexpr int kStreams = L < 8 ? L : 8;
 
   // Sums of a times `first`, the row after it, and so on up to `last`, which stands for those behind it too.
-  LSTM_EXT_INLINE void multiply_streams(const C* a, const S* first, int64_t last, int64_t K, Vec<C>* sum) const {
+  LSTM_EXT_INLINE void multiply_streams(const F* a, const S* first, int64_t last, int64_t K, Vec<C>* sum) const {
     const S* row[kStreams];
 #pragma GCC unroll 16
     for (int n = 0; n < kStreams; ++n) {
@@ -172,16 +179,18 @@ class Weights {
       sum[n] = Vec<C>{};
     }
     int64_t k = 0;
-    for (; k + L <= K; k += L) {
-      const Vec<C> value = load(a + k);
+    for (; k + L * kPer <= K; k += L * kPer) {
+      const Vec<C> value = load_factors(a + k);
 #pragma GCC unroll 16
-      for (int n = 0; n < kStreams; ++n) sum[n] += value * load(row[n] + k);
+      for (int n = 0; n < kStreams; ++n) sum[n] = multiply_add(sum[n], value, load_factors(row[n] + k), F{});
     }
     if (k < K) {
       const int rest = static_cast<int>(K - k);
-      const Vec<C> value = load_some(a + k, rest);
+      const Vec<C> value = load_some_factors(a + k, rest);
 #pragma GCC unroll 16
-      for (int n = 0; n < kStreams; ++n) sum[n] += value * load_some(row[n] + k, rest);
+      for (int n = 0; n < kStreams; ++n) {
+        sum[n] = multiply_add(sum[n], value, load_some_factors(row[n] + k, rest), F{});
+      }
     }
   }
 

@@ -56,6 +56,25 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::Type;
 
+// What the elements of storage type S are as factors of a product: kept as they are where there is an instruction that
+// adds the products of neighbouring bfloat16 pairs to float sums, what they are in registers otherwise.
+template <class S>
+struct FactorOf {
+  using Type = Compute<S>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct FactorOf<BFloat16> {
+  using Type = BFloat16;
+};
+#endif
+template <class S>
+using Factor = typename FactorOf<S>::Type;
+
+// How many neighbouring factors one lane holds.
+template <class F>
+inline constexpr int kFactorsPerLane = sizeof(Compute<F>) / sizeof(F);
+
 template <class C>
 struct VecOf {
   typedef C Type __attribute__((vector_size(kVecBytes)));
@@ -194,11 +213,60 @@ LSTM_EXT_INLINE void store_up_to(S* to, Vec<Compute<S>> value, int64_t count) {
   }
 }
 
-// What a value is after a trip through storage: h is rounded at each step, as one cell call would.
+// What a value is after a trip through storage.
 template <class S>
 LSTM_EXT_INLINE Vec<Compute<S>> rounded_to(Vec<Compute<S>> value) {
   if constexpr (sizeof(S) == 2) return widen(narrow(value, S{}), S{});
   return value;
+}
+
+// ---- factors of products: a vector of lanes, each of kFactorsPerLane neighbours ---------------------
+
+#if defined(__AVX512BF16__)
+LSTM_EXT_INLINE Vec<float> multiply_add(Vec<float> sum, Vec<float> a, Vec<float> b, BFloat16) {
+  return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
+LSTM_EXT_INLINE Vec<float> broadcast_lane(const BFloat16* from) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, from, sizeof(pair));
+  return bit_cast<Vec<float>>(U32{} + pair);
+}
+LSTM_EXT_INLINE Vec<float> load_factors(const BFloat16* from) {
+  Vec<float> lanes;
+  __builtin_memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+LSTM_EXT_INLINE Vec<float> load_some_factors(const BFloat16* from, int count) {
+  return bit_cast<Vec<float>>(_mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, from));
+}
+#endif
+
+template <class C>
+LSTM_EXT_INLINE Vec<C> multiply_add(Vec<C> sum, Vec<C> a, Vec<C> b, C) {
+  return sum + a * b;
+}
+template <class C>
+LSTM_EXT_INLINE Vec<C> broadcast_lane(const C* from) {
+  return broadcast(*from);
+}
+template <class S>
+LSTM_EXT_INLINE Vec<Compute<S>> load_factors(const S* from) {
+  return load(from);
+}
+// The first `count` elements, fewer than the vector holds; the others are zero.
+template <class S>
+LSTM_EXT_INLINE Vec<Compute<S>> load_some_factors(const S* from, int count) {
+  return load_some(from, count);
+}
+
+// Values become factors, rounded as storage type S rounds: h is at each step what one cell call would return.
+template <class S>
+LSTM_EXT_INLINE void store_factors(Factor<S>* to, Vec<Compute<S>> value) {
+  if constexpr (sizeof(Factor<S>) == sizeof(S)) {
+    store(to, value);
+  } else {
+    store(to, rounded_to<S>(value));
+  }
 }
 
 // ---- shuffles ------------------------------------------------------------------------------------
