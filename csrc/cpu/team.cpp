@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <chrono>
 #include <climits>
 #include <condition_variable>
 #include <cstdlib>
@@ -33,6 +34,36 @@ bool spin_until(const Ready& ready) {
   }
   return ready();
 }
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+thread_local Clock::duration slept{};  // in barriers, since the member's call began
+
+// Whether teams pay, on cores that other processes may want too.
+class Crowding {
+ public:
+  bool alone() const { return Clock::now().time_since_epoch().count() < until_.load(std::memory_order_relaxed); }
+
+  // Of a call of `size` members that began at `start`, `lost` was spent waiting for one that did not run. If one member
+  // would have been faster alone it is tried alone, the longer the sooner the last try of a team ended in the same way.
+  void learn(Clock::time_point start, Clock::duration lost, int size) {
+    const Clock::time_point now = Clock::now();
+    if ((now - start - lost) * size >= now - start) return;
+    const Clock::rep since = start.time_since_epoch().count() - until_.load(std::memory_order_relaxed);
+    Clock::rep pause = pause_.load(std::memory_order_relaxed);
+    pause = since < pause ? (pause < kLongest ? 2 * pause : pause) : kShortest;
+    pause_.store(pause, std::memory_order_relaxed);
+    until_.store(now.time_since_epoch().count() + pause, std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr Clock::rep kShortest = Clock::duration(milliseconds(10)).count();
+  static constexpr Clock::rep kLongest = 16 * kShortest;
+  std::atomic<Clock::rep> until_{0}, pause_{0};
+};
+
+Crowding crowding;
 
 // Workers sleep on a condition variable between calls. The pool is never destroyed: at exit its sleeping
 // threads end with the process.
@@ -161,43 +192,53 @@ void Barrier::wait(int size) {
     return;
   }
   const auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
-  if (!spin_until(passed)) {
-    while (!passed()) phase_.wait(phase, std::memory_order_acquire);
-  }
+  if (spin_until(passed)) return;
+  const Clock::time_point start = Clock::now();
+  while (!passed()) phase_.wait(phase, std::memory_order_acquire);
+  slept += Clock::now() - start;
 }
 
-// Members compute in the caller's floating-point mode (torch.set_flush_denormal changes it for one thread), so that
-// results do not depend on who computed them.
+// What every member does around the body. Members compute in the caller's floating-point mode
+// (torch.set_flush_denormal changes it for one thread), so that results do not depend on who computed them.
 struct Member {
   void (*body)(void*, int, int);
   void* context;
+  std::atomic<Clock::rep> all_slept{0};
+  Clock::time_point first_done{};  // rank 0
 #if defined(__x86_64__)
   unsigned mode = __builtin_ia32_stmxcsr();
+#endif
 
   static void run(void* self, int rank, int size) {
-    const Member& member = *static_cast<Member*>(self);
+    Member& member = *static_cast<Member*>(self);
+    slept = {};
+#if defined(__x86_64__)
     const unsigned own_mode = __builtin_ia32_stmxcsr();
     __builtin_ia32_ldmxcsr(member.mode);
-    member.body(member.context, rank, size);
-    __builtin_ia32_ldmxcsr(own_mode);
-  }
-#else
-  static void run(void* self, int rank, int size) {
-    const Member& member = *static_cast<Member*>(self);
-    member.body(member.context, rank, size);
-  }
 #endif
+    member.body(member.context, rank, size);
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(own_mode);
+#endif
+    if (slept.count()) member.all_slept.fetch_add(slept.count(), std::memory_order_relaxed);
+    if (rank == 0) member.first_done = Clock::now();
+  }
 };
 
 void run_team(int threads, int size, void (*body)(void*, int, int), void* context) {
-  if (size <= 1) return body(context, 0, 1);
+  if (size <= 1 || crowding.alone()) return body(context, 0, 1);
+  const Clock::time_point start = Clock::now();
   Member member{body, context};
-  body = Member::run;
-  context = &member;
-  if (!openmp.parallel) return the_pool().run(size, body, context);
-  // All threads enter, since an OpenMP team that is made smaller ends the threads it loses.
-  Region region{body, context, size};
-  openmp.parallel(Region::enter, &region, static_cast<unsigned>(threads), 0);
+  if (!openmp.parallel) {
+    the_pool().run(size, Member::run, &member);
+  } else {
+    // All threads enter, since an OpenMP team that is made smaller ends the threads it loses.
+    Region region{Member::run, &member, size};
+    openmp.parallel(Region::enter, &region, static_cast<unsigned>(threads), 0);
+  }
+  // While one member is late all others sleep in a barrier, or the caller waits here at the end.
+  const Clock::duration in_barriers(member.all_slept.load(std::memory_order_relaxed) / (size - 1));
+  crowding.learn(start, in_barriers + (Clock::now() - member.first_done), size);
 }
 
 bool share_openmp_threads(const char* library) {

@@ -28,7 +28,9 @@ struct Team {
 
 // Runs body(context, rank, size) on `size` of the `threads` threads that the caller may use, the calling
 // thread being rank 0, and returns when all are done. The body may be told of a smaller size: of 1 when
-// another call has the pool, or when the system gives no more threads.
+// another call has the pool, when the system gives no more threads, or for a while after calls in which the
+// members waited so long for one that did not run, its core being taken by others, that one alone would have been
+// faster.
 void run_team(int threads, int size, void (*body)(void* context, int rank, int size), void* context);
 
 // From now on teams are made of the OpenMP threads that the loaded library of this name uses, if it uses
