@@ -163,7 +163,7 @@ class Backward {
     const C* a[kTileRows] = {};
     int rows = 0;  // slots that go on after s come first
     for (; rows < count && first + rows < running; ++rows) a[rows] = later + (first + rows) * K;
-    if (rows > 0) multiply_panel(rows, a, 1, K, w_hh_ + p * K * kWidth, sums);
+    if (rows > 0) multiply_panel(rows, panel_vectors<C>(shape_.P, p), a, 1, K, w_hh_ + p * K * kWidth, sums);
     for (int m = 0; m < rows; ++m) {
       if (steps_.resets_before(s + 1, first + m, d_.reverse)) {
         __builtin_memset(sums + m * kWidth, 0, kWidth * sizeof(C));
@@ -196,7 +196,7 @@ class Backward {
     alignas(64) C sums[kTileRows * kWidth] = {};
     const C* a[kTileRows];
     for (int m = 0; m < rows; ++m) a[m] = dh_ + (first_row + first + m) * shape_.P;
-    multiply_panel(rows, a, 1, shape_.P, w_hr_ + p * shape_.P * kWidth, sums);
+    multiply_panel(rows, panel_vectors<C>(shape_.H, p), a, 1, shape_.P, w_hr_ + p * shape_.P * kWidth, sums);
     for (int m = 0; m < rows; ++m) {
       for (int g = 0; g < 4; ++g) {
         const int64_t u = p * kWidth + g * L;
@@ -265,7 +265,7 @@ class Backward {
         C* panel = columns_ + p * rows * kWidth;
         for (int64_t row = 0; row < rows; ++row) {
           const C* hidden = hidden_ + row * H;
-          pack_columns<C, C>(&hidden, 1, H, p, panel + row * kWidth);
+          pack_columns<C, C>(&hidden, 1, H, p, panel + row * panel_vectors<C>(H, p) * L);
         }
       });
       share.team.sync();
@@ -301,6 +301,7 @@ class Backward {
   void add_product(const Share& share, const C* a, int64_t M, int64_t rows, int64_t N, C* sums) const {
     const int64_t tiles = ceil_div(M, kTileRows);
     for (int64_t p = 0; p < column_panels(N); ++p) {
+      const int vectors = panel_vectors<C>(N, p);
       for (int64_t k0 = 0; k0 < rows; k0 += kBlockDepth) {
         const int64_t k1 = rows - k0 < kBlockDepth ? rows : k0 + kBlockDepth;
         share.for_part(tiles, [&](int64_t tile) {
@@ -313,7 +314,7 @@ class Backward {
             for_vectors(sums + (m0 + m) * N, N, p, product + m * kWidth,
                         [](C* sum, C* part, int64_t left) { store(part, load_up_to(sum, left)); });
           }
-          multiply_panel(count, column, M, k1 - k0, columns_ + (p * rows + k0) * kWidth, product);
+          multiply_panel(count, vectors, column, M, k1 - k0, columns_ + p * rows * kWidth + k0 * vectors * L, product);
           for (int m = 0; m < count; ++m) {
             for_vectors(sums + (m0 + m) * N, N, p, product + m * kWidth,
                         [](C* sum, C* part, int64_t left) { store_up_to(sum, load(part), left); });
@@ -350,7 +351,7 @@ class Backward {
       for (int m = 0; m < count; ++m) a[m] = dgates_ + (first + m) * K;
       for (int64_t p = 0; p < column_panels(I); ++p) {
         alignas(64) C sums[kTileRows * kWidth] = {};
-        multiply_panel(count, a, 1, K, w_ih_ + p * K * kWidth, sums);
+        multiply_panel(count, panel_vectors<C>(I, p), a, 1, K, w_ih_ + p * K * kWidth, sums);
         for (int m = 0; m < count; ++m) {
           for_vectors(dx_row(row_step_[first + m], row_slot_[first + m]), I, p, sums + m * kWidth,
                       [&](S* dx, C* sum, int64_t left) {

@@ -1,7 +1,7 @@
 // Forward pass of one direction of a layer.
 //
 // The steps go by in chunks. For a chunk, the input projection of all its rows is one product whose tiles
-// start from the bias and land in `pre` as [panel][row][4][lanes]; then, step by step, h times w_hh is added
+// start from the bias and land in `pre` as [panel][row][4 gates][width]; then, step by step, h times w_hh is added
 // to the same tiles and the gates are taken from them. A panel is always worked on by the same member, so
 // that `pre` needs no waiting; members who share rows wait once per step, for h.
 #pragma once
@@ -24,13 +24,12 @@ class Forward {
   static constexpr int L = kLanes<C>;
 
   Forward(const LayerForward& layer, const ForwardDirection& direction, const Steps& steps, Arena& arena)
-      : layer_(layer), d_(direction), steps_(steps), shape_(layer.shape) {
+      : layer_(layer), d_(direction), steps_(steps), shape_(layer.shape), gates_{layer.shape.H} {
     const auto [T, B, I, H, P, projected] = shape_;
     const int64_t rows = T * B;
-    const GateRows gates{H};
-    panels_ = gates.panels<C>();
-    w_ih_ = place<GateRows>(d_.weights.w_ih, gates, I, rows, arena);
-    w_hh_ = place<GateRows>(d_.weights.w_hh, gates, P, rows, arena);
+    panels_ = gates_.panels<C>();
+    w_ih_ = place<GateRows>(d_.weights.w_ih, gates_, I, rows, arena);
+    w_hh_ = place<GateRows>(d_.weights.w_hh, gates_, P, rows, arena);
     bias_ = arena.get<C>(panels_ * kPanelWidth<C>);
 
     const int64_t row_bytes = panels_ * kPanelWidth<C> * static_cast<int64_t>(sizeof(C));
@@ -85,10 +84,11 @@ class Forward {
   void pack_bias(int64_t p) const {
     const S* b_ih = static_cast<const S*>(d_.weights.b_ih);
     const S* b_hh = static_cast<const S*>(d_.weights.b_hh);
+    const int width = gates_.width<C>(p);
     for (int g = 0; g < 4; ++g) {
-      const int64_t at = g * shape_.H + p * L, count = shape_.H - p * L;
+      const int64_t at = gates_.first<C>(p, g), count = gates_.count<C>(p, g);
       const Vec<C> sum = b_ih ? load_up_to(b_ih + at, count) + load_up_to(b_hh + at, count) : Vec<C>{};
-      store(bias_ + (p * 4 + g) * L, sum);
+      store_up_to(bias_ + p * kPanelWidth<C> + g * width, sum, width);
     }
   }
 
@@ -181,8 +181,8 @@ class Forward {
 
   void start_from_bias(int64_t p, int64_t row, int count) const {
     for (int m = 0; m < count; ++m) {
-      for (int g = 0; g < 4; ++g) {
-        store(tile(p, row + m) + g * L, load(bias_ + (p * 4 + g) * L));
+      for (int g = 0; g < gates_.vectors<C>(p); ++g) {
+        store(tile(p, row + m) + g * L, load(bias_ + p * kPanelWidth<C> + g * L));
       }
     }
   }
@@ -216,10 +216,10 @@ class Forward {
   // tall tiles: one piece of code, so that a row's bits do not depend on the tile it was in.
   [[gnu::noinline]] void finish_unit(int64_t s, int64_t slot, int64_t p, const C* pre) const {
     using Math = VecMath<C>;
-    const int64_t u = p * L, count = shape_.H - u;
+    const int64_t u = p * L, count = gates_.count<C>(p, 0), width = gates_.width<C>(p);
     C* c = c_ + slot * c_width_ + u;
-    const auto step =
-        cell_forward<Math>(GateValues<Vec<C>>{load(pre), load(pre + L), load(pre + 2 * L), load(pre + 3 * L)}, load(c));
+    const auto sum = [&](int g) { return load_up_to(pre + g * width, count); };
+    const auto step = cell_forward<Math>(GateValues<Vec<C>>{sum(0), sum(1), sum(2), sum(3)}, load(c));
 
     const int64_t b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse);
     if (d_.gates) {
@@ -285,11 +285,12 @@ class Forward {
   const ForwardDirection& d_;
   const Steps& steps_;
   const SequenceShape shape_;
+  const GateRows gates_;
   Weights<S, GateRows> w_ih_, w_hh_;
   Weights<S, PlainRows> w_hr_;
   int64_t panels_, chunk_steps_, chunk_rows_, x_width_, h_width_, c_width_;
-  C* bias_;                   // [panels][4][lanes]
-  C* pre_;                    // [panels][chunk_rows][4][lanes]
+  C* bias_;                   // [panels][4 * lanes]
+  C* pre_;                    // [panels][chunk_rows][4 * lanes]
   const F** x_rows_;          // [chunk_rows]
   F* x_copy_ = nullptr;       // [chunk_rows, x_width], where x cannot be multiplied as it lies
   F* h_;                      // [2][B, h_width]

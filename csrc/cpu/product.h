@@ -1,10 +1,10 @@
-// The one matrix product of the CPU backend: a tile of up to kTileRows rows by four vectors.
+// The one matrix product of the CPU backend: a tile of up to kTileRows rows by up to four vectors.
 //
-// The four vectors are the four gates of one vector of units where gates are computed, and four
-// neighbouring vectors of columns elsewhere. A *panel* holds the other factor as [K][4][lanes], a lane being one
-// element or, of bfloat16 where the machine multiplies it in pairs, two neighbours in k. Every element of a result is
-// one chain of fused multiply-adds in the order of k, whatever the height of the tile that computed it, so that
-// results do not depend on how rows were dealt out to threads.
+// The vectors are the four gates of one vector of units where gates are computed, and neighbouring vectors of columns
+// elsewhere; the last panel has as few of them as hold its units or columns. A *panel* holds the other factor as
+// [K][vectors][lanes], a lane being one element or, of bfloat16 where the machine multiplies it in pairs, two
+// neighbours in k. Every element of a result is one chain of fused multiply-adds in the order of k, whatever the height
+// of the tile that computed it, so that results do not depend on how rows were dealt out to threads.
 #pragma once
 
 #include "simd.h"
@@ -16,48 +16,71 @@ inline constexpr int kPanelWidth = 4 * kLanes<C>;
 
 LSTM_EXT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <int rows, class F, class C = Compute<F>>
-LSTM_EXT_INLINE void multiply_panel_rows(const F* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
+template <int rows, int vectors, class F, class C = Compute<F>>
+void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
   constexpr int L = kLanes<C>;
-  Vec<C> sum[rows][4];
+  Vec<C> sum[rows][vectors];
   const F* row[rows];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; ++m) {
     row[m] = a[m];
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) sum[m][g] = load(tile + (m * 4 + g) * L);
+    for (int g = 0; g < vectors; ++g) sum[m][g] = load(tile + (m * 4 + g) * L);
   }
   int64_t at = 0;
   do {
-    const Vec<C> w[4] = {load(panel), load(panel + L), load(panel + 2 * L), load(panel + 3 * L)};
+    Vec<C> w[vectors];
+#pragma GCC unroll 4
+    for (int g = 0; g < vectors; ++g) w[g] = load(panel + g * L);
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
       const Vec<C> value = broadcast_lane(row[m] + at);
 #pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) sum[m][g] = multiply_add(sum[m][g], value, w[g], F{});
+      for (int g = 0; g < vectors; ++g) sum[m][g] = multiply_add(sum[m][g], value, w[g], F{});
     }
-    panel += 4 * L;
+    panel += vectors * L;
     at += k_stride;
   } while (--K > 0);
 #pragma GCC unroll 8
   for (int m = 0; m < rows; ++m) {
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) store(tile + (m * 4 + g) * L, sum[m][g]);
+    for (int g = 0; g < vectors; ++g) store(tile + (m * 4 + g) * L, sum[m][g]);
   }
 }
 
-// tile[m] += sum over k of a[m][k * k_stride] * panel[k], K lanes of the panel;  tile is [rows][4][lanes], contiguous
-template <class F, int most = kTileRows>
-void multiply_panel(int rows, const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel,
-                    Compute<F>* tile) {
+template <int vectors, class F, int most = kTileRows>
+void multiply_rows(int rows, const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel,
+                   Compute<F>* tile) {
   if constexpr (most > 1) {
-    if (rows < most) return multiply_panel<F, most - 1>(rows, a, k_stride, K, panel, tile);
+    if (rows < most) return multiply_rows<vectors, F, most - 1>(rows, a, k_stride, K, panel, tile);
   }
-  if (K > 0) multiply_panel_rows<most>(a, k_stride, K, panel, tile);
+  multiply_tile<most, vectors>(a, k_stride, K, panel, tile);
 }
 
-// Which rows of a [rows, K] matrix make up vector g of panel p.
-struct GateRows {  // of a gate matrix [4H, K]
+// tile[m] += sum over k of a[m][k * k_stride] * panel[k], K lanes of a panel of 1 to 4 vectors;  tile is
+// [rows][4][lanes], contiguous
+template <class F>
+void multiply_panel(int rows, int vectors, const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel,
+                    Compute<F>* tile) {
+  if (K <= 0) return;
+  switch (vectors) {
+    case 1: return multiply_rows<1>(rows, a, k_stride, K, panel, tile);
+    case 2: return multiply_rows<2>(rows, a, k_stride, K, panel, tile);
+    case 3: return multiply_rows<3>(rows, a, k_stride, K, panel, tile);
+    default: return multiply_rows<4>(rows, a, k_stride, K, panel, tile);
+  }
+}
+
+// How many vectors panel p of N columns has.
+template <class C>
+int panel_vectors(int64_t N, int64_t p) {
+  const int64_t left = ceil_div(N - p * kPanelWidth<C>, kLanes<C>);
+  return left < 4 ? static_cast<int>(left) : 4;
+}
+
+// Which rows of a [rows, K] matrix make up the vectors of panel p: in *groups* of neighbouring rows, one after the
+// other. Group g is rows first .. first + count, and takes `width` lanes.
+struct GateRows {  // of a gate matrix [4H, K]: a group for each gate of up to a vector of units
   int64_t H;
   template <class C>
   int64_t panels() const {
@@ -69,11 +92,22 @@ struct GateRows {  // of a gate matrix [4H, K]
   }
   template <class C>
   int64_t count(int64_t p, int) const {
-    return H - p * kLanes<C>;
+    const int64_t left = H - p * kLanes<C>;
+    return left < kLanes<C> ? left : kLanes<C>;
+  }
+  // Few units share vectors.
+  template <class C>
+  int width(int64_t p) const {
+    const int64_t units = count<C>(p, 0);
+    return 4 * units <= kLanes<C> ? kLanes<C> / 4 : 2 * units <= kLanes<C> ? kLanes<C> / 2 : kLanes<C>;
+  }
+  template <class C>
+  int vectors(int64_t p) const {
+    return 4 * width<C>(p) / kLanes<C>;
   }
 };
 
-struct PlainRows {  // of a matrix [N, K]
+struct PlainRows {  // of a matrix [N, K]: a group for each vector
   int64_t N;
   template <class C>
   int64_t panels() const {
@@ -85,25 +119,33 @@ struct PlainRows {  // of a matrix [N, K]
   }
   template <class C>
   int64_t count(int64_t p, int g) const {
-    return N - first<C>(p, g);
+    const int64_t left = N - first<C>(p, g);
+    return left < 0 ? 0 : left < kLanes<C> ? left : kLanes<C>;
+  }
+  template <class C>
+  int width(int64_t) const {
+    return kLanes<C>;
+  }
+  template <class C>
+  int vectors(int64_t p) const {
+    return panel_vectors<C>(N, p);
   }
 };
 
-// Transposes rows first .. first + count of `source` into vector g of a panel; missing rows are zero.
+// Transposes a row for each lane into one of the vectors of a panel; absent rows are zero.
 template <class S, class C = Compute<S>>
-void pack_vector(const S* source, int64_t row_stride, int64_t count, int64_t K, int g, C* panel) {
+void pack_vector(const S* const (&rows)[kLanes<C>], int64_t K, int vectors, C* to) {
   constexpr int L = kLanes<C>, kPer = kFactorsPerLane<Factor<S>>;
   for (int64_t k = 0; k < K; k += L * kPer) {
     Vec<C> block[L];
 #pragma GCC unroll 16
     for (int lane = 0; lane < L; ++lane) {
-      const S* from = source + lane * row_stride + k;
-      block[lane] = lane >= count       ? Vec<C>{}
-                    : K - k >= L * kPer ? load_factors(from)
-                                        : load_some_factors(from, static_cast<int>(K - k));
+      block[lane] = !rows[lane]         ? Vec<C>{}
+                    : K - k >= L * kPer ? load_factors(rows[lane] + k)
+                                        : load_some_factors(rows[lane] + k, static_cast<int>(K - k));
     }
     transpose<C>(block);
-    for (int j = 0; j < L && k + j * kPer < K; ++j) store(panel + ((k / kPer + j) * 4 + g) * L, block[j]);
+    for (int j = 0; j < L && k + j * kPer < K; ++j) store(to + (k / kPer + j) * vectors * L, block[j]);
   }
 }
 
@@ -130,15 +172,22 @@ class Weights {
 
   void pack(int64_t p) const {
     if (!panels_) return;
-    for (int g = 0; g < 4; ++g) {
-      pack_vector(row(p, g), row_stride_, rows_.template count<C>(p, g), K_, g, panel(p));
+    const int vectors = rows_.template vectors<C>(p), width = rows_.template width<C>(p);
+    for (int n = 0; n < vectors; ++n) {
+      const S* rows[L];
+      for (int lane = 0; lane < L; ++lane) {
+        const int g = (n * L + lane) / width, unit = (n * L + lane) % width;
+        rows[lane] = unit < rows_.template count<C>(p, g) ? row(p, g) + unit * row_stride_ : nullptr;
+      }
+      pack_vector(rows, K_, vectors, panel(p) + n * L);
     }
   }
 
   // tile[m] += a[m] times panel p, over columns k0 .. k1; k0 and the rows a[m] hold whole lanes
   void multiply(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, C* tile) const {
     if (panels_) {
-      multiply_panel(rows, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + panel_size(k0), tile);
+      const int vectors = rows_.template vectors<C>(p);
+      multiply_panel(rows, vectors, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + k0 / kPer * vectors * L, tile);
     } else {
       for (int g = 0; g < 4; ++g) multiply_in_place(rows, a, p, g, k0, k1, tile);
     }
@@ -158,19 +207,22 @@ class Weights {
       Vec<C> sum[L];
 #pragma GCC unroll 16
       for (int lane = 0; lane < L; lane += kStreams) {
-        // lanes beyond the last unit repeat it: their results are never stored
-        const int64_t last = count - 1 - lane;
-        multiply_streams(a[m], units + (last < 0 ? count - 1 : lane) * row_stride_, last, K, sum + lane);
+        if (lane < count) {
+          multiply_streams(a[m], units + lane * row_stride_, count - 1 - lane, K, sum + lane);
+        } else {
+          for (int n = 0; n < kStreams; ++n) sum[lane + n] = Vec<C>{};
+        }
       }
-      C* to = tile + (m * 4 + g) * L;
-      store(to, load(to) + sum_rows<C>(sum));
+      C* to = tile + m * kPanelWidth<C> + g * rows_.template width<C>(p);
+      store_up_to(to, load_up_to(to, count) + sum_rows<C>(sum), count);
     }
   }
 
   // As many rows at once as the hardware's prefetchers follow well.
   static constexpr int kStreams = L < 8 ? L : 8;
 
-  // Sums of a times `first`, the row after it, and so on up to `last`, which stands for those behind it too.
+  // Sums of a times `first`, the row after it, and so on up to `last`, which stands for those behind it too: their
+  // lanes are not stored.
   LSTM_EXT_INLINE void multiply_streams(const F* a, const S* first, int64_t last, int64_t K, Vec<C>* sum) const {
     const S* row[kStreams];
 #pragma GCC unroll 16
@@ -205,10 +257,11 @@ class Weights {
 template <class S, class C = Compute<S>>
 void pack_columns(const S* const* rows, int64_t K, int64_t N, int64_t p, C* panel) {
   constexpr int L = kLanes<C>;
+  const int vectors = panel_vectors<C>(N, p);
   for (int64_t k = 0; k < K; ++k) {
-    for (int g = 0; g < 4; ++g, panel += L) {
+    for (int g = 0; g < vectors; ++g, panel += L) {
       const int64_t column = p * kPanelWidth<C> + g * L;
-      store(panel, rows[k] && column < N ? load_up_to(rows[k] + column, N - column) : Vec<C>{});
+      store(panel, rows[k] ? load_up_to(rows[k] + column, N - column) : Vec<C>{});
     }
   }
 }
