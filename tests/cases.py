@@ -84,6 +84,7 @@ CASES = [
     Case(2, 65, 5, 131),
     Case(2, 3, 129, 257),
     Case(4, 24, 20, 300, directions=BOTH),
+    Case(4, 7, 23, 39),
     Case(200, 2, 5, 11),
     Case(200, 1, 3, 8, directions=BOTH, lengths="ragged"),
     Case(3, 0, 5, 7, directions=BOTH),
