@@ -1,6 +1,7 @@
 """Fused LSTM layers and cells for PyTorch and NumPy, as drop-ins for `torch.nn.LSTM` and `torch.nn.LSTMCell`.
 
-The functions work on NumPy arrays and torch tensors alike; the modules need torch, imported at their first use.
+The functions work on NumPy arrays, torch tensors and, by DLPack, on the arrays of other libraries such as JAX; the
+modules need torch, imported at their first use.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from .backend import backends, build_info, use_backend
 from .functional import lstm, lstm_cell
 
 if TYPE_CHECKING:
-    from .nn import LSTM, BasicLSTMCell, LSTMCell, replace_lstm
+    from .nn import LSTM, BasicLSTMCell, LSTMCell, replace_lstm, to_torch
 
 __version__ = "0.1.0"
 
@@ -24,10 +25,11 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "replace_lstm",
+    "to_torch",
     "use_backend",
 ]
 
-_NEED_TORCH = frozenset({"LSTM", "BasicLSTMCell", "LSTMCell", "replace_lstm"})
+_NEED_TORCH = frozenset({"LSTM", "BasicLSTMCell", "LSTMCell", "replace_lstm", "to_torch"})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,21 @@
-"""`lstm` and `lstm_cell` for NumPy arrays and torch tensors: argument forms, checks, and the way to the backend."""
+"""`lstm` and `lstm_cell` for arrays of any kind: argument forms, checks, and the way to the backend."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from . import _native, reference
+from . import _native, dlpack, reference
 from .backend import DTYPES, choose
 from .reference import BOTH, FORWARD, REVERSE
 
 _C: Any = _native.C
 
 Array = Any  # a NumPy array or a torch tensor; all of one call are of one kind
+A = TypeVar("A")  # an array of any kind, or of the kinds of another library
 
 
 _ops: Any = None
@@ -42,7 +43,10 @@ def is_tensor(a: object) -> bool:
 def _kind(a: object) -> str:
     if isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
         return "numpy.ndarray"
-    return "torch.Tensor" if is_tensor(a) else type(a).__name__
+    if is_tensor(a):
+        return "torch.Tensor"
+    library = dlpack.library_of(a)
+    return type(a).__name__ if library is None else f"{library.__name__} array"
 
 
 def _dtype_name(a: Array) -> str:
@@ -51,9 +55,9 @@ def _dtype_name(a: Array) -> str:
 
 def check_kind(name: str, a: object, x: object = None) -> None:
     """`a` is an array, and of the kind of x if that is given."""
-    kind, expected = _kind(a), "numpy.ndarray or torch.Tensor" if x is None else f"{_kind(x)} as x is"
-    if kind not in ("numpy.ndarray", "torch.Tensor") or (x is not None and kind != _kind(x)):
-        raise TypeError(f"{name}: expected a {expected}, got {kind}")
+    if _kind(a) not in (("numpy.ndarray", "torch.Tensor") if x is None else (_kind(x),)):
+        expected = "numpy.ndarray or torch.Tensor" if x is None else f"{_kind(x)} as x is"
+        raise TypeError(f"{name}: expected a {expected}, got {_kind(a)}{dlpack.why_not(a)}")
 
 
 def _check_kinds(arrays: Sequence[tuple[str, Array, Any]], x: Array) -> None:
@@ -99,7 +103,7 @@ def _check_shapes(arrays: Sequence[tuple[str, Array, Any]]) -> None:
             raise RuntimeError(f"{name}: expected shape [{names}] = [{sizes}], got {list(a.shape)}")
 
 
-def _check_values(lengths: Array | None, batch_sizes: Array | None, num_steps: int, num_rows: int) -> None:
+def check_values(lengths: Array | None, batch_sizes: Array | None, num_steps: int, num_rows: int) -> None:
     """What only the contents tell: the range of lengths, and that batch_sizes describe the packed rows."""
     if lengths is not None and lengths.shape[0]:
         least, most = int(lengths.min()), int(lengths.max())
@@ -181,9 +185,10 @@ def check(
         "lengths": (("B",), (B,)),
         "resets": steps,
     }
-    _check_shapes([(name, a, shapes[key]) for name, a, _ in arrays if (key := name.removesuffix("_reverse")) in shapes])
+    keys = [(name.removesuffix("_reverse"), name, a) for name, a, _ in arrays]
+    _check_shapes([(name, a, shapes[key]) for key, name, a in keys if key in shapes])
     if values:
-        _check_values(lengths, batch_sizes, T, x.shape[0])
+        check_values(lengths, batch_sizes, T, x.shape[0])
 
 
 # One layer, one cell -------------------------------------------------------------------------------------------------
@@ -251,6 +256,65 @@ def _with_direction(name: str, a: Array | None, x: Array) -> Array | None:
     return a[None]
 
 
+def _through_dlpack(
+    function: Callable[..., Any], state: Any, arrays: Mapping[str, Any], **options: bool
+) -> tuple[Any, ...]:
+    """`function` on arrays of the library of x; the results are arrays of that library too."""
+    x = arrays["x"]
+    state = dict(zip(("state[0]", "state[1]"), _split_state(state), strict=True))
+    given = {name: a for name, a in {**arrays, **state}.items() if a is not None}
+    for name, a in given.items():
+        check_kind(name, a, x)
+    views = dlpack.take(given)
+    result = function(state=tuple(views.pop(name, None) for name in state), **views, **options)
+    return dlpack.give(result, x)
+
+
+@overload
+def lstm(
+    x: A,
+    state: tuple[A, A] | None,
+    w_ih: A,
+    w_hh: A,
+    b_ih: A | None = None,
+    b_hh: A | None = None,
+    *,
+    w_hr: A | None = None,
+    reverse: bool = False,
+    lengths: Any = None,
+    resets: Any = None,
+    return_cells: Literal[False] = False,
+) -> tuple[A, tuple[A, A]]: ...
+@overload
+def lstm(
+    x: A,
+    state: tuple[A, A] | None,
+    w_ih: A,
+    w_hh: A,
+    b_ih: A | None = None,
+    b_hh: A | None = None,
+    *,
+    w_hr: A | None = None,
+    reverse: bool = False,
+    lengths: Any = None,
+    resets: Any = None,
+    return_cells: Literal[True],
+) -> tuple[A, tuple[A, A], A]: ...
+@overload
+def lstm(
+    x: A,
+    state: tuple[A, A] | None,
+    w_ih: A,
+    w_hh: A,
+    b_ih: A | None = None,
+    b_hh: A | None = None,
+    *,
+    w_hr: A | None = None,
+    reverse: bool = False,
+    lengths: Any = None,
+    resets: Any = None,
+    return_cells: bool = False,
+) -> tuple[Any, ...]: ...
 def lstm(
     x: Array,
     state: tuple[Array, Array] | None,
@@ -267,8 +331,10 @@ def lstm(
 ) -> tuple[Array, ...]:
     """One LSTM layer in one direction over a whole sequence; differentiable for torch tensors.
 
-    T steps, batch B, input width I, H units, P the width of h: H, or the rows of `w_hr`. All are NumPy arrays,
-    or all are torch tensors; float32, float64, bfloat16 (torch) or float16, the same for all. They are not changed.
+    T steps, batch B, input width I, H units, P the width of h: H, or the rows of `w_hr`. All are NumPy arrays, or all
+    are torch tensors, or all are arrays of one other library that speaks DLPack, such as JAX (outside of its
+    transformations) and CuPy; float32, float64, bfloat16 (not NumPy) or float16, the same for all. They are not
+    changed.
 
     Args:
         x: input [T, B, I].
@@ -287,11 +353,15 @@ def lstm(
         `return_cells` a third item [T, B, H]. Arrays of the kind, dtype and device of x.
 
     Raises:
-        TypeError: not an array, NumPy arrays mixed with tensors, lengths not integer, resets not bool.
-        RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, T = 0.
+        TypeError: not an array, arrays of several kinds, a tracer of JAX, lengths not integer, resets not bool.
+        RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, T = 0, memory that cannot be shared.
         ValueError: a length out of range (on a GPU lengths are clamped instead).
     """
     if not is_tensor(x):
+        if dlpack.library_of(x) is not None:
+            arrays = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr}
+            masks = {"lengths": lengths, "resets": resets}
+            return _through_dlpack(lstm, state, arrays | masks, reverse=reverse, return_cells=return_cells)
         check_kind("x", x)
     h0, c0 = _split_state(state)
     weights = [w_ih, w_hh, *_both_or_none(b_ih, b_hh)]
@@ -359,17 +429,17 @@ def check_cell(
 
 
 def lstm_cell(
-    x: Array,
-    state: tuple[Array, Array] | None,
-    w_ih: Array,
-    w_hh: Array,
-    b_ih: Array | None = None,
-    b_hh: Array | None = None,
-) -> tuple[Array, Array]:
+    x: A,
+    state: tuple[A, A] | None,
+    w_ih: A,
+    w_hh: A,
+    b_ih: A | None = None,
+    b_hh: A | None = None,
+) -> tuple[A, A]:
     """One LSTM step; differentiable for torch tensors.
 
     Args:
-        x: input [B, I]; NumPy arrays throughout, or torch tensors throughout, of one dtype as in `lstm`.
+        x: input [B, I]; its kind and dtype are those of all, as in `lstm`.
         state: the pair h [B, H], c [B, H]; None is zeros.
         w_ih: [4H, I], gates in the order i, f, g, o.
         w_hh: [4H, H].
@@ -379,9 +449,13 @@ def lstm_cell(
         (h', c'), both [B, H].
 
     Raises:
-        TypeError: not an array, or NumPy arrays mixed with tensors.
-        RuntimeError: unsupported or mixed dtypes, devices, wrong shapes.
+        TypeError: not an array, arrays of several kinds, a tracer of JAX.
+        RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, memory that cannot be shared.
     """
+    if not is_tensor(x) and dlpack.library_of(x) is not None:
+        arrays = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
+        h, c = _through_dlpack(lstm_cell, state, arrays)
+        return h, c
     h, c = _split_state(state)
     if b_ih is None or b_hh is None:
         b_ih, b_hh = _both_or_none(b_ih, b_hh) or (None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -12,14 +12,22 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.parameter import Parameter, UninitializedParameter
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from . import functional
 from .backend import warn_once
 from .reference import BOTH, FORWARD
+from .swap import recast, swap
 
 _ops = functional.torch_ops()
+
+# Inputs that torch gives to oneDNN's LSTM.
+_ONE_DNN_DTYPES: frozenset[torch.dtype] = frozenset()
+if torch.backends.mkldnn.is_available():
+    _ONE_DNN_DTYPES = frozenset({torch.float32})
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _ONE_DNN_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 State = tuple[Tensor, Tensor]
 M = TypeVar("M", bound=torch.nn.Module)
@@ -66,8 +74,8 @@ class LSTM(RNNBase):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -105,6 +113,44 @@ class LSTM(RNNBase):
         )
         self.check_hidden_size(hx[1], (L * D, B, self.hidden_size), "LSTM: expected hx[1] of size {}, got {}")
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cells: Literal[False] = False,
+    ) -> tuple[Tensor, State]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cells: Literal[True],
+    ) -> tuple[Tensor, State, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: State | None = None, *, return_cells: Literal[False] = False
+    ) -> tuple[PackedSequence, State]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: State | None = None, *, return_cells: Literal[True]
+    ) -> tuple[PackedSequence, State, PackedSequence]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]: ...
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -139,6 +185,9 @@ class LSTM(RNNBase):
             self._check_state(input, hx, None)
         y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
         return (y, (h_n, c_n), cells) if return_cells else (y, (h_n, c_n))
+
+    if TYPE_CHECKING:
+        __call__ = forward  # Module's says no more than Callable[..., Any]
 
     def _forward_unbatched(
         self, x: Tensor, hx: State | None, lengths: Tensor | None, resets: Tensor | None, return_cells: bool
@@ -195,6 +244,8 @@ class LSTM(RNNBase):
         return_cells: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """All layers, one fused call each: (y, h_n, c_n, the last layer's cells in the layout of y)."""
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            return self._layers_under_autocast(x, hx, weights, lengths, resets, batch_sizes, return_cells)
         L, directions = self.num_layers, BOTH if self.bidirectional else FORWARD
         batch_first = self.batch_first and batch_sizes is None
         layout = (lengths, resets, batch_sizes, directions, batch_first)
@@ -216,6 +267,21 @@ class LSTM(RNNBase):
                     x = self._drop(x, batch_first)
             y, h_n, c_n = x, torch.cat(h_ns), torch.cat(c_ns)
         return y, h_n, c_n, _join_directions(cells, batch_sizes, batch_first).to(y.dtype) if return_cells else None
+
+    def _layers_under_autocast(
+        self, x: Tensor, hx: State | None, weights: list[Tensor], *masks: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """The dtypes of torch's autocast on the CPU: its own where oneDNN's LSTM runs, else those of torch's cell."""
+        dtype = torch.get_autocast_dtype("cpu")
+        packed = x.dim() == 2
+        one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and not packed and not self.proj_size
+        wide = dtype if one_dnn else _ops.autocast_state_dtype(x, *(hx or (None, None)), weights)
+        x, cast_hx, weights = _ops.autocast(wide, x, hx, weights)
+        with torch.autocast("cpu", enabled=False):
+            y, h_n, c_n, cells = self._layers(x, cast_hx, weights, *masks)
+        if self.proj_size:
+            y, h_n = _ops.autocast(dtype, y, h_n)
+        return y, h_n, c_n, cells
 
     def _drop(self, x: Tensor, batch_first: bool) -> Tensor:
         """Dropout; a mask is drawn in the order of memory, and torch's is time-major."""
@@ -276,7 +342,12 @@ class LSTMCell(RNNCellBase):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
@@ -296,6 +367,9 @@ class LSTMCell(RNNCellBase):
             w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         quick = _ops.quick_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
         return quick or self._checked(input, h, c, w_ih, w_hh, b_ih, b_hh)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _pair(self, hx: Any) -> State:
         _check_pair("LSTMCell", hx)
@@ -374,8 +448,8 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
         state_is_tuple: bool = True,
         activation: Callable[[Tensor], Tensor] | str | None = None,
         input_size: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if num_units <= 0:
             raise ValueError(f"num_units: expected a positive number, got {num_units}")
@@ -450,6 +524,9 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
         h = activation(c) * torch.sigmoid(o)
         return h, (c, h) if self.state_is_tuple else torch.cat([c, h], 1)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""
         options = {"forget_bias": (self.forget_bias, 1.0), "state_is_tuple": (self.state_is_tuple, True)}
@@ -457,58 +534,53 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
         return ", ".join([str(self.num_units), *shown])
 
 
-def _as(cls: type[M], module: torch.nn.Module) -> M:
-    """A module of class `cls` with everything the given one has; the Parameters and the hooks are shared."""
-    if parametrize.is_parametrized(module):  # its class, made for it alone, has a property per parametrized tensor
-        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-        cls = type(type(module).__name__, (cls,), own)
-    new = cls.__new__(cls)
-    new.__dict__.update(module.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[name] = module.__dict__[name].copy()
-    if isinstance(new, torch.nn.LSTM):
-        new._init_flat_weights()
-    else:
-        new.__dict__.pop("_flat_weights", None)
-    return new
-
-
 def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:
     warnings.warn(
         f"TorchScript puts torch's own {cls.__name__} in the place of lstm_ext's, on its weights", stacklevel=3
     )
-    return _as(cls, module)
+    return recast(cls, module)
 
 
-def _counterpart(module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """Our class for exactly `torch.nn.LSTM` or `torch.nn.LSTMCell`; None for others."""
-    cls = type(module)
-    if parametrize.is_parametrized(module):
-        cls = cls.__bases__[0]
-    if cls is torch.nn.LSTM:
-        return LSTM
-    if cls is torch.nn.LSTMCell:
-        return LSTMCell
-    if issubclass(cls, (torch.nn.LSTM, torch.nn.LSTMCell)):
-        warnings.warn(f"replace_lstm leaves {cls.__name__} alone: it is a subclass of torch's", stacklevel=3)
-    return None
+_OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
+_TORCHS = {ours: stock for stock, ours in _OURS.items()}
 
 
+@overload
+def replace_lstm(module: torch.nn.LSTM) -> LSTM: ...
+@overload
+def replace_lstm(module: torch.nn.LSTMCell) -> LSTMCell: ...
+@overload
+def replace_lstm(module: M) -> M: ...
 def replace_lstm(module: torch.nn.Module) -> torch.nn.Module:
     """Puts our `LSTM` and `LSTMCell` in the place of each `torch.nn.LSTM` and `torch.nn.LSTMCell` inside `module`.
 
-    The new modules share the Parameters, hooks, training flags and parametrizations of the old ones; a module used in
-    several places stays one. Subclasses are left alone, with a warning.
+    The new modules share the Parameters, hooks, training flags, parametrizations and pruning masks of the old ones; a
+    module used in several places stays one. A warning names what is left alone: subclasses, and modules whose forward
+    method was replaced. The logger "lstm_ext" tells each replacement at the level INFO.
 
     Returns:
         `module`; or the new module if `module` itself is one to replace.
     """
-    replaced: dict[torch.nn.Module, torch.nn.Module] = {}
-    for each in module.modules():
-        if (cls := _counterpart(each)) is not None:
-            replaced[each] = _as(cls, each)
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child in replaced:
-                parent._modules[name] = replaced[child]
-    return replaced.get(module, module)
+    return swap("replace_lstm", module, _OURS)
+
+
+@overload
+def to_torch(module: LSTM) -> torch.nn.LSTM: ...
+@overload
+def to_torch(module: LSTMCell) -> torch.nn.LSTMCell: ...
+@overload
+def to_torch(module: M) -> M: ...
+def to_torch(module: torch.nn.Module) -> torch.nn.Module:
+    """The way back from `replace_lstm`: torch's own modules in the place of each `LSTM` and `LSTMCell` of ours.
+
+    All is shared, warned of and logged as there. A `BasicLSTMCell`, for which torch has no module, is left alone. Calls
+    that give `lengths`, `resets` or `return_cells` fail afterwards.
+
+    Returns:
+        `module`; or the new module if `module` itself is one to replace.
+    """
+
+    def why_not(each: torch.nn.Module) -> str:
+        return "torch has no BasicLSTMCell" if isinstance(each, BasicLSTMCell) else ""
+
+    return swap("to_torch", module, _TORCHS, why_not)

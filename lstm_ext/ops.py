@@ -8,21 +8,39 @@ Derivatives beyond the first differentiate `composed_layer`, the same layer in t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor, peek_interpreter_stack
+from torch._C import (
+    _after_autograd_keyset,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import (
+    TransformType,
+    get_dynamic_layer_stack_depth,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    peek_interpreter_stack,
+)
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import assume_constant_result, is_compiling, is_exporting
 from torch.nn import Parameter
 
-from . import _native, reference
+from . import _native, onnx, reference
 from .backend import choose, warn_once
 from .composed import HALF, composed_layer, torch_layer
-from .functional import check, check_cell, check_kind, weight_names
+from .functional import check, check_cell, check_kind, check_values, weight_names
 from .reference import BOTH, FORWARD, NEEDS_C0, NEEDS_H0, NEEDS_WEIGHTS, NEEDS_X, REVERSE
 
 _REFUSALS = (TypeError, ValueError, RuntimeError)  # what the native core raises for arguments it does not take
@@ -137,45 +155,55 @@ def _run_backward(
     return *(_from_numpy(a, x.dtype) for a in (dx, dh0, dc0)), given
 
 
-def _plain(arguments: Sequence[Any]) -> list[Any]:
-    """The arguments with tensors of subclasses as the plain tensors that they are here, below all dispatch."""
-
-    def plain(a: Any) -> Any:
-        if isinstance(a, (list, tuple)):
-            return [plain(b) for b in a]
-        return a.as_subclass(Tensor) if isinstance(a, Tensor) and type(a) not in _PLAIN else a
-
-    return [plain(a) for a in arguments]
+def _plain(a: Any) -> Any:
+    """A tensor of a subclass, or each in a list, as the plain tensor that it is here, below all dispatch."""
+    if type(a) in _PLAIN:
+        return a
+    if type(a) is list:
+        return [_plain(b) for b in a]
+    return a.as_subclass(Tensor) if isinstance(a, Tensor) else a
 
 
 # The ops -------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "lstm_ext::layer_forward",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
+# `torch.library.custom_op` would take 9 µs more a call: it checks each time that no output is an input.
+_library = torch.library.Library("lstm_ext", "FRAGMENT")
+_library.define(
+    "layer_forward"
+    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
     "int directions, bool batch_first, int save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
-def layer_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`reference.layer_forward` as an op; what is not saved is an empty tensor."""
-    return tuple(x.new_empty(0) if a is None else a for a in _run_forward(*_plain((x, *arguments))))
-
-
-@torch.library.custom_op(
-    "lstm_ext::layer_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, "
+_library.define(
+    "layer_backward"
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, "
     "Tensor[] weights, Tensor y, Tensor cells, Tensor gates, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
     "int directions, bool batch_first, int needs) -> (Tensor, Tensor, Tensor, Tensor[])",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
-def layer_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+layer_forward = torch.ops.lstm_ext.layer_forward.default
+layer_backward = torch.ops.lstm_ext.layer_backward.default
+
+
+@torch.library.impl("lstm_ext::layer_forward", "cpu")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    """`reference.layer_forward` as an op; what is not saved is an empty tensor."""
+    y, h_n, c_n, cells, gates = _run_forward(*[_plain(a) for a in arguments])
+    return y, h_n, c_n, _or_empty(cells, y), _or_empty(gates, y)
+
+
+@torch.library.impl("lstm_ext::layer_backward", "cpu")
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`reference.layer_backward` as an op; what is not needed is an empty tensor or list."""
-    *gradients, dweights = _run_backward(*_plain(arguments))
-    dx, dh0, dc0 = (arguments[4].new_empty(0) if a is None else a for a in gradients)
-    return dx, dh0, dc0, dweights or []
+    dx, dh0, dc0, dweights = _run_backward(*[_plain(a) for a in arguments])
+    x = arguments[4]
+    return _or_empty(dx, x), _or_empty(dh0, x), _or_empty(dc0, x), dweights or []
+
+
+def _or_empty(a: Tensor | None, like: Tensor) -> Tensor:
+    """`a`, or an empty tensor: an op cannot return None."""
+    return like.new_empty(0) if a is None else a
 
 
 def _batch_size(x: Tensor, batch_sizes: Tensor | None, batch_first: bool, *states: Tensor | None) -> Any:
@@ -188,7 +216,7 @@ def _batch_size(x: Tensor, batch_sizes: Tensor | None, batch_first: bool, *state
     return int(batch_sizes[0]) if type(batch_sizes) is Tensor else torch.library.get_ctx().new_dynamic_size()
 
 
-@layer_forward.register_fake
+@torch.library.register_fake("lstm_ext::layer_forward")
 def _(
     x: Tensor,
     h0: Tensor | None,
@@ -218,7 +246,7 @@ def _(
     )
 
 
-@layer_backward.register_fake
+@torch.library.register_fake("lstm_ext::layer_backward")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     x, weights, y, cells, needs = arguments[4], arguments[7], arguments[8], arguments[9], arguments[16]
     D, H, P = cells.shape[0], cells.shape[-1], y.shape[-1] // cells.shape[0]
@@ -264,23 +292,6 @@ def _first_derivative(
         dc0 if needs & NEEDS_C0 else None,
         dweights if needs & NEEDS_WEIGHTS else None,
     )
-
-
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    y, _, _, cells, gates = output
-    _save(ctx, inputs[:9], y, cells, gates)
-    ctx.mark_non_differentiable(gates, *([cells] if cells.dim() == 1 else []))
-
-
-def _backward_of_forward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, dcells: Any, _: Any) -> tuple[Any, ...]:
-    needs = _needs(*ctx.needs_input_grad[:4])
-    dx, dh0, dc0, dweights = _first_derivative(
-        ctx.saved_tensors, (ctx.directions, ctx.batch_first), (dy, dh_n, dc_n, dcells), needs, layer_backward
-    )
-    return dx, dh0, dc0, dweights or [None] * len(ctx.needs_input_grad[3]), *[None] * 6
-
-
-layer_forward.register_autograd(_backward_of_forward, setup_context=_setup_forward)
 
 
 class _Layer(torch.autograd.Function):
@@ -371,116 +382,216 @@ def _derivative_of_composed(
     return [by_input.get(n) for n in range(len(needed))]
 
 
-# Further derivatives -------------------------------------------------------------------------------------------------
+# The derivatives of the ops ------------------------------------------------------------------------------------------
+#
+# torch.func.grad cannot see through what `torch.library.register_autograd` would make of these rules. So the ops have
+# autograd kernels of their own, each a Function that serves one level of torch.func and hands on to the next, as
+# torch's own operations do. A Function, and a rule of vmap, takes no lists: the weights come last there. There is no
+# rule for forward mode; torch raises an error then, and `layer` does not come here.
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *gradients, x, h0, c0, weights, _, _, _, lengths, resets, batch_sizes, directions, batch_first, needs = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients, x, h0, c0, lengths, resets, batch_sizes, *weights)
-    ctx.directions, ctx.batch_first = directions, batch_first
-    ctx.mark_non_differentiable(
-        *(a for bit, a in zip((NEEDS_X, NEEDS_H0, NEEDS_C0), output[:3], strict=True) if not needs & bit)
-    )
+class _Flat:
+    """An op that takes its weights after its other arguments, and returns their gradients after its other results."""
+
+    def __init__(self, op: Callable[..., Any], place: int, others: int):
+        self.op, self.place, self.others = op, place, others
+
+    def __call__(self, *flat: Any) -> tuple[Tensor, ...]:
+        results = self.op(*flat[: self.place], list(flat[self.others :]), *flat[self.place : self.others])
+        return (*results[:-1], *results[-1]) if isinstance(results[-1], list) else results
+
+    def arguments(self, arguments: Sequence[Any]) -> list[Any]:
+        """Those of the op in the order of a call here."""
+        return [*arguments[: self.place], *arguments[self.place + 1 :], *arguments[self.place]]
+
+    def over(self, op: Callable[..., Any]) -> _Flat:
+        """Another that takes the same arguments."""
+        return _Flat(op, self.place, self.others)
 
 
-def _backward_of_backward(ctx: Any, g_x: Any, g_h0: Any, g_c0: Any, g_weights: list[Any]) -> tuple[Any, ...]:
-    """Differentiates the gradients of `composed_layer`; y, cells and gates count as functions of the other inputs."""
-    *tensors, lengths, resets, batch_sizes = ctx.saved_tensors[:10]
-    tensors += ctx.saved_tensors[10:]  # dy, dh_n, dc_n, dcells, x, h0, c0, *weights
-    masks = (lengths, resets, batch_sizes, ctx.directions, ctx.batch_first)
-    given = [n for n, a in enumerate(tensors) if a is not None]
-
-    def gradients(*arguments: Tensor) -> list[Tensor]:
-        """Those of the inputs given, in the order of `tensors[4:]`."""
-        full: list[Any] = [None] * len(tensors)
-        for n, a in zip(given, arguments, strict=True):
-            full[n] = a
-        inputs = [n for n in given if n >= 4]
-
-        def outputs(*values: Tensor) -> tuple[Tensor, ...]:
-            every = list(full)
-            for n, a in zip(inputs, values, strict=True):
-                every[n] = a
-            results = composed_layer(every[4], every[5], every[6], every[7:], *masks)
-            return tuple(a for a, d in zip(results, full[:4], strict=True) if d is not None)
-
-        pull: Any = torch.func.vjp(outputs, *(full[n] for n in inputs))[1]
-        return list(pull(tuple(d for d in full[:4] if d is not None)))
-
-    vjp: Any = torch.func.vjp(gradients, *(tensors[n] for n in given))
-    first, pull = vjp
-    wanted = [g_x, g_h0, g_c0, *(g_weights or [None] * (len(tensors) - 7))]
-    cotangents = [
-        torch.zeros_like(d) if wanted[n - 4] is None else wanted[n - 4]
-        for n, d in zip((n for n in given if n >= 4), first, strict=True)
-    ]
-    second: list[Any] = [None] * len(tensors)
-    for n, a in zip(given, pull(cotangents), strict=True):
-        second[n] = a
-    return *second[:7], second[7:], *[None] * 9
+_FORWARD, _BACKWARD = _Flat(layer_forward, 3, 9), _Flat(layer_backward, 7, 16)
 
 
-layer_backward.register_autograd(_backward_of_backward, setup_context=_setup_backward)
+class _ForwardRule(_SingleLevelFunction):
+    """x, h0, c0, lengths, resets, batch_sizes, directions, batch_first, save, *weights."""
+
+    @staticmethod
+    def forward(ctx: Any, below: _Flat, *flat: Any) -> Any:
+        outputs = below(*flat)
+        y, _, _, cells, gates = outputs
+        _save(ctx, (*flat[:3], flat[9:], *flat[3:8]), y, cells, gates)
+        ctx.mark_non_differentiable(gates, *([cells] if cells.dim() == 1 else []))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[1:]
+        needs = _needs(needed[0], needed[1], needed[2], needed[9:])
+        layout = (ctx.directions, ctx.batch_first)
+        dx, dh0, dc0, dweights = _first_derivative(ctx.saved_tensors, layout, gradients[:4], needs, layer_backward)
+        return None, dx, dh0, dc0, *[None] * 6, *(dweights or [None] * len(needed[9:]))
+
+
+class _BackwardRule(_SingleLevelFunction):
+    """dy, dh_n, dc_n, dcells, x, h0, c0, y, cells, gates, lengths, …, batch_first, needs, *weights.
+
+    What is differentiated is the derivative of `composed_layer`: y, cells and gates count as functions of the others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, below: _Flat, *flat: Any) -> Any:
+        results = below(*flat)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*flat[:7], *flat[10:13], *flat[16:])
+        ctx.layout, needs = flat[13:15], flat[15]
+        bits = (NEEDS_X, NEEDS_H0, NEEDS_C0)
+        ctx.mark_non_differentiable(*(a for bit, a in zip(bits, results[:3], strict=True) if not needs & bit))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *wanted: Any) -> tuple[Any, ...]:
+        saved, layout = ctx.saved_tensors, ctx.layout
+        tensors = (*saved[:7], *saved[10:])
+
+        def outputs(x: Any, h0: Any, c0: Any, *weights: Any) -> tuple[Tensor, ...]:
+            return composed_layer(x, h0, c0, weights, *saved[7:10], *layout)
+
+        def gradients(*tensors: Any) -> list[Any]:
+            return _pull(outputs, tensors[4:], tensors[:4])
+
+        asked = [None if a is None else g for a, g in zip_longest(tensors[4:], wanted)]
+        second = _pull(gradients, tensors, asked)
+        return None, *second[:7], *[None] * 9, *second[7:]
+
+
+def _pull(f: Callable[..., Any], primals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    """What the transposed Jacobian of f makes of the cotangents; entries of both may be None."""
+    if all(d is None for d in cotangents):
+        return [None] * len(primals)
+    present = [n for n, a in enumerate(primals) if a is not None]
+
+    def outputs(*given: Tensor) -> list[Tensor]:
+        every = dict(zip(present, given, strict=True))
+        results = f(*(every.get(n) for n in range(len(primals))))
+        return [a for a, d in zip(results, cotangents, strict=True) if d is not None]
+
+    pull: Any = torch.func.vjp(outputs, *(primals[n] for n in present))[1]
+    pulled = dict(zip(present, pull([d for d in cotangents if d is not None]), strict=True))
+    return [pulled.get(n) for n in range(len(primals))]
+
+
+def _register_autograd(flat: _Flat, rule: Any) -> None:
+    op: Any = flat.op
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        def below(*arguments: Any) -> Any:
+            with _AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & _after_autograd_keyset, *arguments)
+
+        recording = _is_grad_enabled()
+        if _watched_by_nobody() and not (recording and torch._C._any_requires_grad(*arguments)):
+            return below(*arguments)
+
+        def below_rule(*arguments: Any) -> Any:
+            """A Function turns recording off for its own level; the levels outside of it go on."""
+            with torch.set_grad_enabled(recording), forward_ad._set_fwd_grad_enabled(True):
+                return below(*arguments)
+
+        with enable_single_level_autograd_function():
+            results = rule.apply(flat.over(below_rule), *flat.arguments(arguments))
+        return results if flat is _FORWARD else (*results[:3], list(results[3:]))
+
+    _library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+
+
+_register_autograd(_FORWARD, _ForwardRule)
+_register_autograd(_BACKWARD, _BackwardRule)
 
 
 # vmap ----------------------------------------------------------------------------------------------------------------
 
 
-def _one_by_one(op: Callable[..., Any], size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
-    """Calls the op for each entry of the mapped dimension and stacks the results in front."""
-
-    def entry(a: Any, dim: Any, n: int) -> Any:
-        if isinstance(a, (list, tuple)):
-            dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(a)
-            return [entry(b, d, n) for b, d in zip(a, dims, strict=True)]
-        return a if dim is None else a.select(dim, n)
-
-    results = [op(*(entry(a, d, n) for a, d in zip(arguments, in_dims, strict=True))) for n in range(size)]
-    columns = zip(*results, strict=True)
-    stacked = [
-        [torch.stack(b) for b in zip(*column, strict=True)] if isinstance(column[0], list) else torch.stack(column)
-        for column in columns
-    ]
-    return tuple(stacked), tuple([0] * len(a) if isinstance(a, list) else 0 for a in stacked)
+def _fold(a: Tensor | None, dim: int | None, axis: int, size: int, inner: bool) -> Tensor | None:
+    """Makes the mapped dimension part of the axis of the batch: the faster one in it if `inner`, else the slower."""
+    if a is None:
+        return None
+    place = axis + inner
+    a = a.unsqueeze(place).expand(*a.shape[:place], size, *a.shape[place:]) if dim is None else a.movedim(dim, place)
+    return a.flatten(axis, axis + 1)
 
 
-@layer_forward.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+def _unfold(a: Tensor, axis: int, size: int, inner: bool) -> tuple[Tensor, int | None]:
+    """What `_fold` does taken back, and where the mapped dimension is now; an output left out stays as it is."""
+    if a.dim() == 1:
+        return a, None
+    rows = a.shape[axis] // size
+    return a.unflatten(axis, (rows, size) if inner else (size, rows)), axis + inner
+
+
+def _one_by_one(call: Callable[..., Any], size: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> Any:
+    """Calls for each entry of the mapped dimension and stacks the results in front."""
+
+    def entry(a: Any, dim: int | None, n: int) -> Any:
+        if dim is None:
+            return a
+        return a.select(dim, n) if size else a.new_zeros(a.shape[:dim] + a.shape[dim + 1 :])
+
+    results = [call(*(entry(a, d, n) for a, d in zip(arguments, in_dims, strict=True))) for n in range(max(size, 1))]
+    stacked = tuple(torch.stack(column)[:size] for column in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _foldable(flat: _Flat, size: int, in_dims: Sequence[Any], batch_sizes: int) -> bool:
     """Mapped rows with shared weights are one larger batch."""
-    size = info.batch_size
-    x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save = arguments
-    shared = all(d is None for d in in_dims[3]) if isinstance(in_dims[3], (list, tuple)) else in_dims[3] is None
-    if not shared or batch_sizes is not None or size == 0:
-        return _one_by_one(layer_forward, size, in_dims, arguments)
-    batch = 0 if batch_first else 1
-
-    def fold(a: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
-        if a is None:
-            return None
-        a = a.unsqueeze(axis).expand(*a.shape[:axis], size, *a.shape[axis:]) if dim is None else a.movedim(dim, axis)
-        return a.flatten(axis, axis + 1)
-
-    y, h_n, c_n, cells, gates = layer_forward(
-        fold(x, in_dims[0], batch),
-        fold(h0, in_dims[1], 1),
-        fold(c0, in_dims[2], 1),
-        weights,
-        fold(lengths, in_dims[4], 0),
-        fold(resets, in_dims[5], batch),
-        None,
-        directions,
-        batch_first,
-        save,
-    )
-    saved = [(a.unflatten(2, (size, -1)), 2) if a.dim() > 1 else (a, None) for a in (cells, gates)]
-    outputs = [(a.unflatten(dim, (size, -1)), dim) for a, dim in ((y, batch), (h_n, 1), (c_n, 1))] + saved
-    return tuple(a for a, _ in outputs), tuple(dim for _, dim in outputs)
+    return size > 0 and in_dims[batch_sizes] is None and all(dim is None for dim in in_dims[flat.others :])
 
 
-@layer_backward.register_vmap
+def _map_forward(size: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> Any:
+    """vmap of x, h0, c0, lengths, resets, batch_sizes, directions, batch_first, save, *weights."""
+    if not _foldable(_FORWARD, size, in_dims, 5):
+        return _one_by_one(_FORWARD, size, in_dims, arguments)
+    batch_sizes, batch_first = arguments[5], arguments[7]
+    packed = batch_sizes is not None  # the rows of a step stay together, so the mapped dimension is the faster one
+    batch, rows = 0 if packed or batch_first else 1, 1 if packed else 2
+    axes = (batch, 1, 1, 0, batch)
+    folded = [_fold(*a, size, packed) for a in zip(arguments[:5], in_dims[:5], axes, strict=True)]
+    outputs = _FORWARD(*folded, batch_sizes * size if packed else None, *arguments[6:])
+    unfolded = [_unfold(*a, size, packed) for a in zip(outputs, (batch, 1, 1, rows, rows), strict=True)]
+    return tuple(a for a, _ in unfolded), tuple(dim for _, dim in unfolded)
+
+
+def _map_backward(size: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> Any:
+    """vmap of dy, dh_n, dc_n, dcells, x, h0, c0, y, cells, gates, lengths, resets, batch_sizes, …, needs, *weights."""
+    batch_sizes, _, batch_first, needs = arguments[12:16]
+    if needs & NEEDS_WEIGHTS or not _foldable(_BACKWARD, size, in_dims, 12):  # the kernel adds up over the batch
+        return _one_by_one(_BACKWARD, size, in_dims, arguments)
+    packed = batch_sizes is not None
+    batch, rows = 0 if packed or batch_first else 1, 1 if packed else 2
+    axes = (batch, 1, 1, rows, batch, 1, 1, batch, rows, rows, 0, batch)
+    folded = [_fold(*a, size, packed) for a in zip(arguments[:12], in_dims[:12], axes, strict=True)]
+    outputs = _BACKWARD(*folded, batch_sizes * size if packed else None, *arguments[13:])
+    unfolded = [_unfold(*a, size, packed) for a in zip(outputs, (batch, 1, 1), strict=True)]
+    return tuple(a for a, _ in unfolded), tuple(dim for _, dim in unfolded)
+
+
+def _flat_dims(flat: _Flat, in_dims: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """The mapped dimension of each argument, in the order of `flat`."""
+    dims = list(in_dims)
+    if not isinstance(dims[flat.place], (list, tuple)):
+        dims[flat.place] = [dims[flat.place]] * len(arguments[flat.place])
+    return flat.arguments(dims)
+
+
+@torch.library.register_vmap("lstm_ext::layer_forward")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    return _one_by_one(layer_backward, info.batch_size, in_dims, arguments)
+    return _map_forward(info.batch_size, _flat_dims(_FORWARD, in_dims, arguments), _FORWARD.arguments(arguments))
+
+
+@torch.library.register_vmap("lstm_ext::layer_backward")
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    dims, given = _flat_dims(_BACKWARD, in_dims, arguments), _BACKWARD.arguments(arguments)
+    outputs, out_dims = _map_backward(info.batch_size, dims, given)
+    return (*outputs[:3], list(outputs[3:])), (*out_dims[:3], list(out_dims[3:]))
 
 
 # Entries -------------------------------------------------------------------------------------------------------------
@@ -498,26 +609,36 @@ def _watched_by_nobody() -> bool:
     )
 
 
-def _differentiated_by_transform() -> bool:
-    """torch.func.grad, vjp, jvp and forward-mode duals do not reach into the op."""
-    if forward_ad._current_level >= 0:
-        return True
-    return any(i.key() in (TransformType.Grad, TransformType.Jvp) for i in get_interpreter_stack() or ())
-
-
-def _autocast(x: Tensor, *others: Any) -> list[Any]:
-    """The arguments as autocast would have them, where it is on for their device."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return [x, *others]
-    dtype = torch.get_autocast_dtype(device)
+def autocast(dtype: torch.dtype, *arguments: Any) -> list[Any]:
+    """Tensors and lists of them as autocast casts: floating-point ones to the dtype, but float64 stays as it is."""
 
     def cast(a: Any) -> Any:
-        if isinstance(a, list):
+        if isinstance(a, (list, tuple)):
             return [cast(b) for b in a]
         return a.to(dtype) if a is not None and a.is_floating_point() and a.dtype != torch.float64 else a
 
-    return [cast(a) for a in (x, *others)]
+    return [cast(a) for a in arguments]
+
+
+def autocast_state_dtype(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+) -> torch.dtype:
+    """That of the c which torch's cell returns under autocast.
+
+    On the CPU it multiplies in autocast's dtype and adds the products to c, which stays as wide as it was.
+    """
+    for name, a in (("hx[0]", h0), *(("weights", w) for w in weights)):
+        if a is not None and (a.dtype == torch.float64) != (x.dtype == torch.float64):
+            raise RuntimeError(f"{name}: expected dtype float64 if and only if x has it, got {a.dtype} and {x.dtype}")
+    dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+    return torch.promote_types(dtype, x.dtype if c0 is None else c0.dtype) if x.is_cpu else dtype
+
+
+@assume_constant_result
+def _in_forward_mode() -> bool:
+    """Whether forward-mode duals may come, by themselves or from torch.func.jvp: compilers ask as they trace."""
+    transforms = get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(each.key() is TransformType.Jvp for each in transforms)
 
 
 def serves(x: Tensor) -> bool:
@@ -530,6 +651,21 @@ def serves(x: Tensor) -> bool:
     if choice.name is None:
         warn_once(f"lstm_ext runs torch's own LSTM on {x.device.type} tensors of {x.dtype}: {choice.reason}")
     return choice.name is not None
+
+
+def _check_watched(x: Tensor, h0: Any, c0: Any, weights: Any, lengths: Any, resets: Any, *layout: Any) -> None:
+    """`check`; the values too where they can be seen: on the CPU, below vmap and the other transforms of torch.func."""
+    batch_sizes, directions, batch_first = layout
+    check(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, values=False)
+    if x.is_cpu and not is_compiling() and not _len_torch_dispatch_stack():
+        num_steps = x.shape[1 if batch_first else 0] if batch_sizes is None else len(batch_sizes)
+        check_values(_unwrapped(lengths), _unwrapped(batch_sizes), num_steps, x.shape[0])
+
+
+def _unwrapped(a: Tensor | None) -> Tensor | None:
+    while a is not None and is_functorch_wrapped_tensor(a):
+        a = get_unwrapped(a)
+    return a
 
 
 def _watched_layer(
@@ -551,14 +687,19 @@ def _watched_layer(
         for name, a in (*named, ("h0", h0), ("c0", c0), ("resets", resets)):
             if a is not None:
                 check_kind(name, a, x)
+    if onnx.is_exporting():
+        check(x, h0, c0, weights, *layout, values=False)
+        return *onnx.layer(x, h0, c0, weights, *layout, cells_wanted), None
     served = serves(x)
-    if served and (is_compiling() or not _differentiated_by_transform()):
-        tracing = not is_compiling() and _get_tracing_state() is not None  # a trace serves with gradients or without
-        differentiable = _is_grad_enabled() and not tracing and _any_requires_grad(x, h0, c0, *weights)
-        save = 2 if differentiable else int(cells_wanted)
-        y, h_n, c_n, cells, _ = torch.ops.lstm_ext.layer_forward(x, h0, c0, weights, *layout, save)
+    if served and not _in_forward_mode():
+        # What is traced or exported serves with gradients or without: who asks for them has the forward run again.
+        recorded = is_exporting() if is_compiling() else _get_tracing_state() is not None
+        # vmap hides whether what it maps asks for gradients.
+        asked = _is_grad_enabled() and (get_dynamic_layer_stack_depth() > 0 or _any_requires_grad(x, h0, c0, *weights))
+        save = 2 if asked and not recorded else int(cells_wanted)
+        y, h_n, c_n, cells, _ = layer_forward(x, h0, c0, weights, *layout, save)
     elif served or lengths is not None or resets is not None or cells_wanted or directions == REVERSE:
-        check(x, h0, c0, weights, *layout, values=x.is_cpu)
+        _check_watched(x, h0, c0, weights, *layout)
         y, h_n, c_n, cells = composed_layer(x, h0, c0, weights, *layout)
     else:
         y, h_n, c_n = torch_layer(x, h0, c0, weights, batch_sizes, directions, batch_first)
@@ -608,8 +749,8 @@ def layer(
     quick = quick_layer(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, cells_wanted)
     if quick is not None:
         return quick
-    if _is_any_autocast_enabled():
-        x, h0, c0, weights = _autocast(x, h0, c0, weights)
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        x, h0, c0, weights = autocast(torch.get_autocast_dtype(x.device.type), x, h0, c0, weights)
     if lengths is not None:
         check_kind("lengths", lengths, x)
         lengths = _as_int64(lengths, x)
@@ -626,13 +767,6 @@ def layer(
     return _run_forward(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, int(cells_wanted))[
         :4
     ]
-
-
-def _cell_autocast(x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """torch's cell under autocast takes any mixture and returns the dtype of c; ours computes in that dtype."""
-    dtype = x.dtype if c is None else c.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        return cell(*(None if a is None else a.to(dtype) for a in (x, h, c, *weights)))  # type: ignore[arg-type]
 
 
 def quick_cell(
@@ -668,7 +802,9 @@ def cell(
 ) -> tuple[Tensor, Tensor]:
     """(h', c') of x [B, I] where `quick_cell` gives none: with gradients, watched, under autocast, or not served."""
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        return _cell_autocast(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        cast = autocast(autocast_state_dtype(x, h, c, (w_ih, w_hh)), x, h, c, w_ih, w_hh, b_ih, b_hh)
+        with torch.autocast(x.device.type, enabled=False):
+            return cell(*cast)
     tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh)
     if _watched_by_nobody() and x.is_cpu and _PLAIN.issuperset(map(type, tensors)):
         try:

@@ -82,7 +82,9 @@ def test_first_and_second_derivative(name: str, backend: str) -> None:
 
     given = tuple(a for a in arguments if a is not None)
     assert gradcheck(layer, given)
-    assert gradgradcheck(layer, given, fast_mode=True)
+    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(layer, given, fast_mode=True, check_forward_ad=True, **batched)
+    assert gradgradcheck(layer, given, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 def test_derivatives_of_the_modules(backend: str) -> None:
@@ -119,6 +121,16 @@ def test_second_derivative_by_a_weight_is_that_of_stock(dtype: Any, backend: str
     for actual, expected in zip(*penalties, strict=True):
         assert actual.dtype == dtype
         assert_close(actual, expected, str(dtype).removeprefix("torch."), terms=64)
+
+
+def test_gradients_batched(backend: str) -> None:
+    """Many at once, as in a vectorised Jacobian."""
+    module, x = lstm_ext.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64), leaf(3, 2, 3)
+    y, _ = module(x)
+    seeds = torch.randn(4, *y.shape, dtype=torch.float64)
+    together = torch.autograd.grad(y, x, seeds, is_grads_batched=True, retain_graph=True)[0]
+    each = [torch.autograd.grad(y, x, seed, retain_graph=True)[0] for seed in seeds]
+    assert_close(together, torch.stack(each), "float64", terms=64)
 
 
 # Which gradients are asked for, and which are given ------------------------------------------------------------------
@@ -292,6 +304,23 @@ def test_forward_mode_reaches_through() -> None:
     _, actual = torch.func.jvp(lambda x: module(x)[0], (x,), (tangent,))
     _, expected = torch.autograd.functional.jvp(lambda x: module(x)[0], x, tangent)
     assert_close(actual, expected, "float64", terms=16)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_op_alone_refuses_forward_mode(compiled: bool) -> None:
+    """Rather than to lose the tangent; `lstm_ext.lstm` and the modules know another way."""
+    (x, _, _, *weights), masks = make_layer(2, 3)
+    x, weights = x.detach(), [w.detach() for w in weights]
+
+    def call(x: Any, tangent: Any) -> Any:
+        return torch.func.jvp(lambda x: layer_forward(x, None, None, weights, *masks, 0)[0], (x,), (tangent,))
+
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="forward mode AD") as refused:
+        call(x, torch.randn_like(x))
+    assert isinstance(refused.value, RuntimeError)
 
 
 def test_subclasses_and_modes_see_the_op() -> None:

@@ -1,4 +1,4 @@
-"""torch.compile, export, trace, script, vmap and torch.func over the modules."""
+"""torch.compile, trace and script over the modules."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from .tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 
+from functorch.compile import make_boxed_func  # noqa: E402
 from torch import nn  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.nn.utils.rnn import pack_sequence  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import lstm_ext  # noqa: E402
 
@@ -98,20 +101,219 @@ def test_compiles_packed_sequences_and_functions() -> None:
     assert_same(function(x, None, *weights, reverse=True), lstm_ext.lstm(x, None, *weights, reverse=True))
 
 
-def test_inductor_trains() -> None:
-    module, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)
-    twin = copy.deepcopy(module)
-    compiled = torch.compile(lambda x: twin(x)[0].relu().sum(), fullgraph=True)
-    compiled(x).backward()
-    module(x)[0].relu().sum().backward()
-    assert_same([p.grad for p in twin.parameters()], [p.grad for p in module.parameters()])
+# What runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_exports_with_dynamic_time_and_batch() -> None:
-    module, dim = lstm(), torch.export.Dim
-    exported = torch.export.export(module, (torch.randn(5, 2, 3),), dynamic_shapes=({0: dim("T"), 1: dim("B")},))
-    x = torch.randn(6, 3, 3)
-    assert_same(exported.module()(x), module(x))
+class Tagger(nn.Module):
+    """A larger model around the layers."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 3)
+        self.lstm = lstm(batch_first=True, **options)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        y, (h_n, _) = self.lstm(self.embed(tokens), lengths=lengths)
+        return self.head(self.norm(y + h_n[-2:].transpose(0, 1).flatten(1)[:, None])).log_softmax(-1)
+
+
+def tagged(B: int = 3, T: int = 6) -> tuple[Any, Any]:
+    return torch.randint(11, (B, T)), torch.randint(T + 1, (B,))
+
+
+@pytest.fixture
+def graphs() -> dict[str, list[Any]]:
+    """The forward and backward graphs of all that `recording` compiles."""
+    return {"forward": [], "backward": []}
+
+
+def recording(graphs: dict[str, list[Any]]) -> Any:
+    def compiler(name: str) -> Any:
+        def keep(graph: Any, _: Any) -> Any:
+            graphs[name].append(graph)
+            return make_boxed_func(graph.forward)
+
+        return keep
+
+    return aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+
+
+def our_calls(graph: Any, op: Any) -> list[Any]:
+    return [node for node in graph.graph.nodes if node.target is op]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_graph_calls_the_kernel_once_a_layer(training: bool, graphs: dict[str, list[Any]]) -> None:
+    """And what is saved for the backward pass is saved where there is one."""
+    model = Tagger()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=recording(graphs))
+    with torch.set_grad_enabled(training):
+        y = compiled(*tagged())
+    if training:
+        y.sum().backward()
+    (forward,) = graphs["forward"]
+    calls = our_calls(forward, torch.ops.lstm_ext.layer_forward.default)
+    assert [call.args[-1] for call in calls] == [2 if training else 0] * 2
+    assert not our_calls(forward, torch.ops.aten.sigmoid.default)
+    assert len(graphs["backward"]) == training
+    for backward in graphs["backward"]:
+        assert len(our_calls(backward, torch.ops.lstm_ext.layer_backward.default)) == 2
+        assert not our_calls(backward, torch.ops.lstm_ext.layer_forward.default)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_call_runs_the_kernel_once_a_layer(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At run time, through inductor: nothing falls back to torch's own operations."""
+    model, inputs = Tagger(), tagged()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    compiled(*inputs).sum().backward()
+    counts = {"forward": 0, "backward": 0}
+    for name in counts:
+        run = getattr(lstm_ext.ops, f"_run_{name}")
+
+        def counted(*arguments: Any, name: str = name, run: Any = run) -> Any:
+            counts[name] += 1
+            return run(*arguments)
+
+        monkeypatch.setattr(lstm_ext.ops, f"_run_{name}", counted)
+    monkeypatch.setattr(lstm_ext.ops, "composed_layer", None)
+    compiled.zero_grad()
+    with torch.set_grad_enabled(training):
+        y = compiled(*inputs)
+    if training:
+        y.sum().backward()
+    assert counts == {"forward": 2, "backward": 2 if training else 0}
+    assert_same(y, model(*inputs))
+    if training:
+        model(*inputs).sum().backward()
+        assert_same([p.grad for p in compiled.parameters()], [p.grad for p in model.parameters()])
+
+
+def test_sizes_become_dynamic_by_themselves() -> None:
+    """As `torch.compile` does by default: once for the first sizes, once more for all others."""
+    model, counter = Tagger(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for B, T in ((3, 6), (4, 7), (5, 8), (9, 2), (2, 9)):
+        inputs = tagged(B, T)
+        assert_same(compiled(*inputs), model(*inputs))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(training: bool) -> None:
+    """As uncompiled, dtypes and bits."""
+    model = Tagger()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for inputs in (tagged(), tagged(5, 8)):
+        results = []
+        for call in (compiled, model):
+            with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+                y = call(*inputs)
+            gradients = torch.autograd.grad(y.float().pow(2).sum(), list(model.parameters())) if training else ()
+            results.append([y.detach(), *gradients])
+        for a, e in zip(*results, strict=True):
+            assert a.dtype == e.dtype
+            assert torch.equal(a, e)
+
+
+# Dropout -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_dropout_draws_as_uncompiled(backend: str, batch_first: bool) -> None:
+    """The same masks from the same seed, where torch draws as it does uncompiled."""
+    module, x = lstm(dropout=0.5, batch_first=batch_first), torch.randn(5, 2, 3)
+    options = {"fallback_random": True} if backend == "inductor" else None
+    compiled = torch.compile(module, fullgraph=True, backend=backend, options=options)
+    results = []
+    for call in (compiled, module, compiled):
+        torch.manual_seed(3)
+        y = call(x)
+        results.append([y, torch.autograd.grad(y[0].pow(2).sum(), list(module.parameters()))])
+    assert_same(results[0], results[1])
+    assert_same(results[2], results[1])
+    assert not torch.equal(compiled(x)[0], results[0][0][0])
+
+
+def test_dropout_drops_its_share() -> None:
+    """Of inductor's own random numbers too; none in evaluation."""
+    T, B, H, p = 40, 50, 8, 0.3
+    module = lstm_ext.LSTM(H, H, 2, dropout=p)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+        # Layer 1 gives tanh(1) everywhere, layer 2 tanh(tanh(x)): zero where x was dropped.
+        open_gates = torch.tensor([20.0, -20.0, 20.0, 20.0]).repeat_interleave(H)
+        module.bias_ih_l0.copy_(open_gates)
+        module.bias_ih_l1.copy_(open_gates)
+        module.bias_ih_l1[2 * H : 3 * H] = 0
+        module.weight_ih_l1[2 * H : 3 * H] = torch.eye(H)
+    compiled = torch.compile(module, fullgraph=True)
+    y = compiled(torch.randn(T, B, H))[0]
+    kept = (y > 0.1).float()  # what the closed forget gate lets through is 1e-9
+    error = 5 * (p * (1 - p) / y.numel()) ** 0.5
+    assert abs(kept.mean().item() - (1 - p)) < error
+    assert_same(y[y > 0.1], torch.tensor(1.0).tanh().div(1 - p).tanh().tanh().expand(int(kept.sum())))
+    torch.manual_seed(1)
+    first = compiled(torch.randn(T, B, H))[0]
+    assert not torch.equal(first, y)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(torch.randn(T, B, H))[0], first)
+    module.eval()
+    assert (compiled(torch.randn(T, B, H))[0] > 0.1).all()
+
+
+# torch.func inside ---------------------------------------------------------------------------------------------------
+
+
+def per_sample(module: Any, x: Any) -> Any:
+    def loss(weights: Any, x: Any) -> Any:
+        return torch.func.functional_call(module, weights, (x,))[0].pow(2).sum()
+
+    weights = {name: w.detach() for name, w in module.named_parameters()}
+    return torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+
+
+TRANSFORMS: dict[str, Any] = {
+    "vmap": lambda m, x: torch.vmap(lambda x: m(x))(x),
+    "per-sample gradients": per_sample,
+    "jacrev": lambda m, x: torch.func.jacrev(lambda x: m(x)[0])(x[0]),
+    "jvp": lambda m, x: torch.func.jvp(lambda x: m(x)[0], (x[0].clone(),), (x[1].clone(),)),
+    "hessian": lambda m, x: torch.func.hessian(lambda x: m(x)[0].pow(2).sum())(x[0, :2, :1]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_inside(name: str) -> None:
+    module, x = lstm(), torch.randn(4, 5, 2, 3)
+    compiled = torch.compile(lambda x: TRANSFORMS[name](module, x), fullgraph=True, backend="aot_eager")
+    actual, expected = (tree_leaves(f(x)) for f in (compiled, lambda x: TRANSFORMS[name](module, x)))
+    assert_same(actual, expected)
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False])
+def test_reduce_overhead_on_a_gpu(training: bool) -> None:
+    """CUDA graphs replay what the module does."""
+    model = Tagger().cuda()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        inputs = [a.cuda() for a in tagged()]
+        with torch.set_grad_enabled(training):
+            torch.compiler.cudagraph_mark_step_begin()
+            results = [call(*inputs) for call in (compiled, model)]
+            assert_same(*results)
+            if training:
+                assert_same(*(torch.autograd.grad(y.pow(2).sum(), list(model.parameters())) for y in results))
+
+
+# TorchScript ---------------------------------------------------------------------------------------------------------
 
 
 def test_traces() -> None:
@@ -141,61 +343,3 @@ def test_scripts_as_torchs_own() -> None:
     with pytest.warns(UserWarning, match="TorchScript"):
         scripted = torch.jit.script(module)
     assert_same(scripted(x), expected)
-
-
-# vmap and torch.func -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"batch_first": True}])
-def test_vmap_over_inputs(options: dict[str, Any]) -> None:
-    module = lstm(**options)
-    x, h, c = torch.randn(3, 5, 2, 3), torch.randn(4, 3, 2, 4), torch.randn(4, 2, 4)
-    c = torch.randn(4, 5, 4) if options else c
-    h = torch.randn(4, 3, 5, 4) if options else h
-    mapped = torch.vmap(lambda x, h: module(x, (h, c)), in_dims=(0, 1))(x, h)
-    assert_same(
-        mapped, [torch.stack(t) for t in zip(*(tensors(module(x[n], (h[:, n], c))) for n in range(3)), strict=True)]
-    )
-    if not options:
-        lengths, resets = torch.tensor([[5, 0], [2, 3], [1, 4]]), torch.rand(3, 5, 2) < 0.3
-        mapped = torch.vmap(lambda x, n, r: module(x, lengths=n, resets=r, return_cells=True))(x, lengths, resets)
-        each = [module(x[n], lengths=lengths[n], resets=resets[n], return_cells=True) for n in range(3)]
-        assert_same(mapped, [torch.stack(t) for t in zip(*map(tensors, each), strict=True)])
-
-
-def test_vmap_over_stacked_weights() -> None:
-    modules, x = [lstm() for _ in range(3)], torch.randn(5, 2, 3)
-    stacked, _ = torch.func.stack_module_state(modules)
-    mapped = torch.vmap(lambda weights: torch.func.functional_call(modules[0], weights, (x,))[0])(stacked)
-    expected = torch.stack([m(x)[0] for m in modules])
-    assert_same(mapped, expected)
-    gradients = torch.autograd.grad(mapped.pow(2).sum(), list(stacked.values()))
-    parameters = [list(m.parameters()) for m in modules]
-    each = [torch.autograd.grad(m(x)[0].pow(2).sum(), p) for m, p in zip(modules, parameters, strict=True)]
-    assert_same(gradients, [torch.stack(t) for t in zip(*each, strict=True)])
-
-
-def test_vmap_over_gradients() -> None:
-    """As in a vectorised Jacobian."""
-    module, x = lstm(), torch.randn(3, 2, 3, requires_grad=True)
-    y, _ = module(x)
-    seeds = torch.randn(4, *y.shape)
-    together = torch.autograd.grad(y, x, seeds, is_grads_batched=True, retain_graph=True)[0]
-    assert_same([together], [torch.stack([torch.autograd.grad(y, x, s, retain_graph=True)[0] for s in seeds])])
-
-
-def test_torch_func() -> None:
-    """Gradients, per-sample gradients and a Hessian."""
-    module, x = lstm_ext.LSTM(3, 4), torch.randn(6, 5, 2, 3)
-    weights = dict(module.named_parameters())
-
-    def loss(weights: Any, x: Any) -> Any:
-        return torch.func.functional_call(module, weights, (x,))[0].pow(2).sum()
-
-    expected = [torch.autograd.grad(loss(weights, each), list(weights.values())) for each in x]
-    assert_same(torch.func.grad(loss)(weights, x[0]).values(), expected[0])
-    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
-    assert_same(per_sample.values(), [torch.stack(t) for t in zip(*expected, strict=True)])
-    small = x[0, :2, :1]
-    hessian = torch.func.hessian(loss, argnums=1)(weights, small)
-    assert_same([hessian], [torch.autograd.functional.hessian(lambda x: loss(weights, x), small)])

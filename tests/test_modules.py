@@ -1,4 +1,4 @@
-"""`LSTM`, `LSTMCell` against torch's, option by option; `replace_lstm`; `BasicLSTMCell`; bad input."""
+"""`LSTM`, `LSTMCell` against torch's, option by option; `BasicLSTMCell`; the functions; bad input."""
 
 from __future__ import annotations
 
@@ -15,79 +15,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+import lstm_ext
+from lstm_ext import reference
 
 from .cases import CASES, Case, make_inputs, round_to
+from .drop_in import TERMS, B, H, I, T, assert_same, pair, run, tensors
 from .tolerances import assert_close
-
-torch = pytest.importorskip("torch")
-
-from torch import nn  # noqa: E402
-from torch.nn.utils import parametrize, prune  # noqa: E402
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence  # noqa: E402
-
-import lstm_ext  # noqa: E402
-from lstm_ext import reference  # noqa: E402
 
 BACKENDS = [name for name in ("cpu", "numpy") if lstm_ext.backends()[name].available]
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
-TERMS = 400  # as long as the longest sum in any test here, and for stock's own error
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with lstm_ext.use_backend(request.param):
         yield request.param
-
-
-def pair(*args: Any, cell: bool = False, **options: Any) -> tuple[Any, Any]:
-    """torch's module and ours with the same weights."""
-    stock = (nn.LSTMCell if cell else nn.LSTM)(*args, **options)
-    ours = (lstm_ext.LSTMCell if cell else lstm_ext.LSTM)(*args, **options)
-    ours.load_state_dict(stock.state_dict())
-    return stock, ours
-
-
-def tensors(result: Any) -> list[Any]:
-    """The tensors in nested tuples and PackedSequences, in order."""
-    if isinstance(result, torch.Tensor):
-        return [result]
-    if result is None:
-        return []
-    return [t for each in result for t in tensors(each)]
-
-
-def run(module: Any, *args: Any, **kwargs: Any) -> list[Any]:
-    """Outputs, and the gradients of all floating inputs and parameters, from fixed random gradients of the outputs."""
-    leaves = [t for t in tensors(args) if t.is_floating_point()]
-    leaves = [t.detach().requires_grad_() for t in leaves]
-    fresh = iter(leaves)
-
-    def rebuild(a: Any) -> Any:
-        if isinstance(a, PackedSequence):
-            return a._replace(data=next(fresh))
-        if isinstance(a, tuple):
-            return tuple(rebuild(b) for b in a)
-        return next(fresh) if isinstance(a, torch.Tensor) else a
-
-    result = tensors(module(*rebuild(args), **kwargs))
-    outputs = [t for t in result if t.is_floating_point()]
-    generator = torch.Generator().manual_seed(1)
-    gradients = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
-    wanted = [*leaves, *module.parameters()]
-    return [*result, *torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)]
-
-
-def assert_same(actual: list[Any], expected: list[Any], dtype: str = "float32") -> None:
-    assert len(actual) == len(expected)
-    for n, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert (a is None) == (e is None), n
-        if a is None:
-            continue
-        assert a.dtype == e.dtype, n
-        if a.is_floating_point():
-            assert_close(a, e, dtype, terms=TERMS, name=f"result {n}")
-        else:
-            assert torch.equal(a, e), n
 
 
 def options_grid() -> list[dict[str, Any]]:
@@ -101,7 +47,6 @@ def options_grid() -> list[dict[str, Any]]:
 OPTIONS = pytest.mark.parametrize(
     "options", options_grid(), ids=lambda o: "-".join(f"{k}{int(v)}" for k, v in o.items())
 )
-I, H, T, B = 5, 7, 6, 3  # noqa: E741
 
 
 def make_state(options: dict[str, Any], batch: tuple[int, ...] = (B,)) -> tuple[Any, Any]:
@@ -216,25 +161,6 @@ def test_cell_equals_stock(bias: bool, batched: bool, backend: str) -> None:
     assert_same(tensors(ours(input=x, hx=state)), tensors(stock(input=x, hx=state)))
 
 
-def test_autocast_returns_the_dtypes_of_stock() -> None:
-    dtype = torch.bfloat16  # torch's LSTM lacks float16 on most CPUs
-    stock, ours = pair(I, H)
-    stock_cell, cell = pair(I, H, cell=True)
-    x, state = torch.randn(T, B, I), (torch.randn(B, H), torch.randn(B, H))
-    with torch.autocast("cpu", dtype):
-        for theirs, mine, args in (
-            (stock, ours, (x,)),
-            (stock, ours, (x, tuple(s[None] for s in state))),
-            (stock_cell, cell, (x[0],)),
-            (stock_cell, cell, (x[0].to(dtype),)),
-            (stock_cell, cell, (x[0].to(dtype), state)),
-        ):
-            actual, expected = run(mine, *args), run(theirs, *args)
-            assert [a.dtype for a in actual] == [e.dtype for e in expected]
-            for a, e in zip(actual, expected, strict=True):
-                assert torch.allclose(a.float(), e.float(), atol=0.1, rtol=0.1)
-
-
 # State, copies, devices ----------------------------------------------------------------------------------------------
 
 CONSTRUCTIONS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
@@ -330,46 +256,6 @@ def test_meta_device() -> None:
     assert (y.is_meta, y.shape, h_n.shape, c_n.shape) == (True, (T, B, 2 * H), (4, B, H), (4, B, H))
     h, _ = lstm_ext.LSTMCell(I, H, device="meta")(torch.randn(B, I, device="meta"))
     assert (h.is_meta, h.shape) == (True, (B, H))
-
-
-class Doubled(nn.Module):
-    def forward(self, weight: Any) -> Any:
-        return 2 * weight
-
-
-WEIGHT_CHANGES: list[Callable[[Any, str], Any]] = [
-    lambda m, name: parametrize.register_parametrization(m, name, Doubled()),
-    lambda m, name: nn.utils.weight_norm(m, name),
-    lambda m, name: nn.utils.parametrizations.weight_norm(m, name),
-    lambda m, name: prune.l1_unstructured(m, name, 0.5),
-    lambda m, name: setattr(m, name, nn.Parameter(getattr(m, name) * 2)),
-    lambda m, name: getattr(m, name).data.mul_(2),
-]
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("change", WEIGHT_CHANGES)
-@pytest.mark.parametrize("replace", [False, True])
-@pytest.mark.parametrize("cell", [False, True])
-def test_changed_weights_are_used(change: Callable[[Any, str], Any], replace: bool, cell: bool) -> None:
-    """Changed before the swap or after, and again between two calls."""
-    stock, ours = pair(I, H, cell=cell)
-    x = torch.randn(B, I) if cell else torch.randn(T, B, I)
-    name = "weight_ih" if cell else "weight_ih_l0"
-    change(stock, name)
-    if replace:
-        ours = lstm_ext.replace_lstm(stock)
-        assert isinstance(ours, lstm_ext.LSTMCell if cell else lstm_ext.LSTM)
-    else:
-        change(ours, name)
-    assert_same(run(ours, x), run(stock, x))
-    before = tensors(ours(x))[0]
-    with torch.no_grad():
-        for module in (stock,) if replace else (stock, ours):
-            for parameter in module.parameters():
-                parameter.mul_(0.5)
-    assert not torch.equal(tensors(ours(x))[0], before)
-    assert_same(run(ours, x), run(stock, x))
 
 
 def test_functional_call_uses_the_given_weights() -> None:
@@ -649,60 +535,6 @@ for a, b in zip(stock.parameters(), ours.parameters()):
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
-
-
-# replace_lstm --------------------------------------------------------------------------------------------------------
-
-
-class OwnLSTM(nn.LSTM):
-    pass
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.LSTM(I, H, bidirectional=True)
-        self.again = self.first
-        self.cells = nn.ModuleList([nn.LSTMCell(2 * H, H), OwnLSTM(H, H), nn.Linear(H, H)])
-
-    def forward(self, x: Any) -> Any:
-        y, _ = self.first(x)
-        h, c = self.cells[0](y[0])
-        return self.cells[2](self.cells[1](h[None])[0] + c)
-
-
-def test_replace_lstm() -> None:
-    model, x, calls = Model(), torch.randn(T, B, I), []
-    handle = model.first.register_forward_hook(lambda *_: calls.append(1))
-    model.first.weight_ih_l0.requires_grad_(False)
-    model.cells[0].eval()
-    expected, names, parameters = model(x), list(model.state_dict()), list(model.parameters())
-    with pytest.warns(UserWarning, match="OwnLSTM"):
-        assert lstm_ext.replace_lstm(model) is model
-    assert [type(m) for m in (model.first, *model.cells)] == [lstm_ext.LSTM, lstm_ext.LSTMCell, OwnLSTM, nn.Linear]
-    assert model.again is model.first
-    assert list(model.state_dict()) == names
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert not model.first.weight_ih_l0.requires_grad
-    assert (model.first.training, model.cells[0].training) == (True, False)
-    assert_same([model(x)], [expected])
-    assert len(calls) == 2
-    handle.remove()
-    model(x)
-    assert len(calls) == 2
-
-
-def test_replace_lstm_returns_a_root() -> None:
-    stock = nn.LSTM(I, H, 2, dropout=0.5).eval()
-    ours = lstm_ext.replace_lstm(stock)
-    assert type(ours) is lstm_ext.LSTM
-    assert type(stock) is nn.LSTM
-    x = torch.randn(T, B, I)
-    assert_same(run(ours, x), run(stock, x))
-    assert_same(run(pickle.loads(pickle.dumps(ours)), x), run(stock, x))
-    assert_same(run(ours.double(), x.double()), run(copy.deepcopy(stock).double(), x.double()), "float64")
-    linear = nn.Linear(2, 2)
-    assert lstm_ext.replace_lstm(linear) is linear
 
 
 # BasicLSTMCell -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""Makes the golden data beside it: what TensorFlow's and haste's own LSTMs compute from given weights.
+
+Both are heavy to install: TensorFlow is large, haste compiles CUDA. Weights and inputs are random multiples of 1/64, so
+that they are short to write and exact; everything is in float64.
+
+    pip install tf-keras && python tests/golden/make.py tensorflow
+    pip download --no-deps --no-build-isolation haste-pytorch==0.5.0rc0 && tar xf haste_pytorch-0.5.0rc0.tar.gz
+    python tests/golden/make.py haste haste_pytorch-0.5.0rc0/frameworks/pytorch    # needs torch
+
+haste runs on the CPU in its own Python code; its compiled module is imported there, but not called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+T, B, I, U, P = 4, 2, 3, 4, 2  # noqa: E741
+FORGET_BIASES = (0.0, 1.0, 0.7)
+
+
+def draw(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.integers(-64, 65, shape) / 64
+
+
+def tensorflow_case(kind: str, forget_bias: float, num_proj: int | None, rng: np.random.Generator) -> dict[str, Any]:
+    """One cell over T steps; its variables by their names without the scope."""
+    import tensorflow as tf
+
+    x, c, h = draw(rng, T, B, I), draw(rng, B, U), draw(rng, B, num_proj or U)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        options = {"num_proj": num_proj} if num_proj else {}
+        cell = getattr(tf.compat.v1.nn.rnn_cell, kind)(U, forget_bias=forget_bias, dtype=tf.float64, **options)
+        state, outputs = (tf.constant(c), tf.constant(h)), []
+        for step in x:
+            output, state = cell(tf.constant(step), state)
+            outputs.append(output)
+        variables = {v.name.split("/", 1)[1].removesuffix(":0"): v for v in tf.compat.v1.global_variables()}
+        params = {name: draw(rng, *v.shape.as_list()) for name, v in variables.items()}
+        for name, v in variables.items():
+            v.load(params[name], session)
+        y, (c_n, h_n) = session.run([outputs, state])
+    results = {"x": x, "h0": h, "c0": c, "y": np.stack(y), "h_n": h_n, "c_n": c_n}
+    return {"cell": kind, "forget_bias": forget_bias, "params": params, **results}
+
+
+def tensorflow_cases() -> list[dict[str, Any]]:
+    """The same at each call."""
+    rng = np.random.default_rng(0)
+    cases = [tensorflow_case("BasicLSTMCell", forget_bias, None, rng) for forget_bias in FORGET_BIASES]
+    return [*cases, tensorflow_case("LSTMCell", 1.0, None, rng), tensorflow_case("LSTMCell", 0.7, P, rng)]
+
+
+def import_haste(folder: Path) -> Any:
+    sys.modules["haste_pytorch_lib"] = types.ModuleType("haste_pytorch_lib")
+    spec = importlib.util.spec_from_file_location("haste_pytorch", folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    haste = sys.modules["haste_pytorch"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(haste)
+    return haste
+
+
+def haste_cases(folder: Path) -> list[dict[str, Any]]:
+    """A layer over T steps; to its initial bias, which has the forget bias in it, random numbers are added."""
+    import torch
+
+    haste, rng, cases = import_haste(folder), np.random.default_rng(1), []
+    for forget_bias in FORGET_BIASES:
+        lstm = haste.LSTM(I, U, forget_bias=forget_bias).double()
+        lstm.reset_parameters()
+        initial_bias = lstm.bias.detach().numpy().copy()
+        params = {"kernel": draw(rng, I, 4 * U), "recurrent_kernel": draw(rng, U, 4 * U)}
+        params["bias"] = initial_bias + draw(rng, 4 * U)
+        lstm.load_state_dict({name: torch.from_numpy(a) for name, a in params.items()})
+        x, h, c = draw(rng, T, B, I), draw(rng, 1, B, U), draw(rng, 1, B, U)
+        with torch.no_grad():
+            y, (h_n, c_n) = lstm(torch.from_numpy(x), (torch.from_numpy(h), torch.from_numpy(c)))
+        results = {"x": x, "h0": h[0], "c0": c[0], "y": y.numpy(), "h_n": h_n.numpy()[0], "c_n": c_n.numpy()[0]}
+        cases.append({"forget_bias": forget_bias, "initial_bias": initial_bias, "params": params, **results})
+    return cases
+
+
+def to_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: to_lists(each) for name, each in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def main() -> None:
+    name, *folders = sys.argv[1:]
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"  # tf.compat.v1.nn.rnn_cell is in tf-keras
+    cases = {"tensorflow": tensorflow_cases, "haste": haste_cases}[name](*map(Path, folders))
+    lines = ",\n".join(json.dumps(to_lists(case)) for case in cases)
+    Path(__file__).with_name(f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""torch.export and AOTInductor: dynamic time and batch, files, fresh processes."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .tolerances import assert_close
+
+torch = pytest.importorskip("torch")
+
+from torch.export import Dim, export  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+import lstm_ext  # noqa: E402
+
+I, H = 3, 4  # noqa: E741
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        assert_close(a, e, "float32", terms=200)
+
+
+def lstm(**options: Any) -> Any:
+    return lstm_ext.LSTM(I, H, 2, bidirectional=True, dropout=0.5, **options).eval()
+
+
+def masks(T: int, B: int) -> dict[str, Any]:
+    lengths, resets = torch.randint(T + 1, (B,)), torch.rand(T, B) < 0.2
+    return {"input": torch.randn(T, B, I), "lengths": lengths, "resets": resets, "return_cells": True}
+
+
+T, B = Dim("T", min=1, max=1024), Dim("B", min=1, max=1024)
+STATE = ({1: B}, {1: B})
+# The module, its arguments for some T and B, and which of their dimensions these are.
+MODULES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "plain": (lstm, lambda T, B: {"input": torch.randn(T, B, I)}, {"input": {0: T, 1: B}}),
+    "projected": (
+        lambda: lstm(batch_first=True, proj_size=2),
+        lambda T, B: {"input": torch.randn(B, T, I)},
+        {"input": {0: B, 1: T}},
+    ),
+    "state": (
+        lstm,
+        lambda T, B: {"input": torch.randn(T, B, I), "hx": (torch.randn(4, B, H), torch.randn(4, B, H))},
+        {"input": {0: T, 1: B}, "hx": STATE},
+    ),
+    "masks": (lstm, masks, {"input": {0: T, 1: B}, "lengths": {0: B}, "resets": {0: T, 1: B}, "return_cells": None}),
+    "unbatched": (lstm, lambda T, B: {"input": torch.randn(T, I)}, {"input": {0: T}}),
+    "cell": (
+        lambda: lstm_ext.LSTMCell(I, H),
+        lambda T, B: {"input": torch.randn(B, I), "hx": (torch.randn(B, H), torch.randn(B, H))},
+        {"input": {0: B}, "hx": ({0: B}, {0: B})},
+    ),
+}
+
+
+def our_calls(program: Any) -> list[Any]:
+    """The calls of our op in a program."""
+    return [node for node in program.graph.nodes if node.target is torch.ops.lstm_ext.layer_forward.default]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_exports_with_dynamic_time_and_batch(name: str, strict: bool) -> None:
+    """Exported, decomposed, saved and loaded: one op a layer, that saves nothing for a backward pass."""
+    make, arguments, shapes = MODULES[name]
+    module = make()
+    program = export(module, (), arguments(5, 2), dynamic_shapes=shapes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for each in (program, program.run_decompositions(), torch.export.load(file)):
+        calls = our_calls(each)
+        assert len(calls) == (1 if name == "cell" else 2)
+        assert [call.args[-1] for call in calls] == ([0, 1] if name == "masks" else [0] * len(calls))
+        for steps, rows in ((5, 2), (9, 3), (2, 17), (1, 1)):
+            given = arguments(steps, rows)
+            assert_same(each.module()(**given), module(**given))
+
+
+def test_what_is_exported_still_trains() -> None:
+    module = lstm()
+    x = torch.randn(5, 2, I)
+    exported = export(module, (x,)).module()
+    gradients = [torch.autograd.grad(m(x)[0].pow(2).sum(), list(m.parameters())) for m in (exported, module)]
+    assert_same(*gradients)
+
+
+def test_a_length_out_of_range_is_still_an_error() -> None:
+    program = export(lstm(), (), MODULES["masks"][1](5, 2), dynamic_shapes=MODULES["masks"][2])
+    with pytest.raises(ValueError, match="lengths: expected values from 0 to T = 6, got 7 to 7"):
+        program.module()(**(masks(6, 3) | {"lengths": torch.full((3,), 7)}))
+
+
+def run_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+LOADING = """
+import torch
+{imports}
+load = {load}
+x = torch.load("x.pt")
+y, (h, c) = load(x)
+for actual, expected in zip((y, h, c), torch.load("expected.pt")):
+    torch.testing.assert_close(actual, expected)
+"""
+
+
+def save_example(module: Any, folder: Path) -> None:
+    x = torch.randn(7, 3, I)
+    y, (h, c) = module(x)
+    torch.save(x, folder / "x.pt")
+    torch.save([a.detach() for a in (y, h, c)], folder / "expected.pt")
+
+
+def test_a_fresh_process_loads_a_program(tmp_path: Path) -> None:
+    """It has to import `lstm_ext.ops`, which registers the operators."""
+    module = lstm()
+    torch.export.save(export(module, (torch.randn(5, 2, I),), dynamic_shapes=({0: T, 1: B},)), tmp_path / "lstm.pt2")
+    save_example(module, tmp_path)
+    load = "torch.export.load('lstm.pt2').module()"
+    done = run_python(tmp_path, LOADING.format(imports="import lstm_ext.ops", load=load))
+    assert done.returncode == 0, done.stderr
+    without = run_python(tmp_path, LOADING.format(imports="", load=load))
+    assert without.returncode != 0
+    assert "lstm_ext" in without.stderr
+
+
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="AOTInductor needs a C++ compiler: g++ or what CXX names"
+)
+def test_aot_inductor_package(tmp_path: Path) -> None:
+    """Compiled here, run there, for other lengths and batches; there too `lstm_ext.ops` has to be imported."""
+    module = lstm()
+    with torch.no_grad():
+        program = export(module, (torch.randn(5, 2, I),), dynamic_shapes=({0: T, 1: B},))
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(tmp_path / "lstm.pt2"),
+            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+        )
+    save_example(module, tmp_path)
+    load = "torch._inductor.aoti_load_package('lstm.pt2')"
+    done = run_python(tmp_path, LOADING.format(imports="import lstm_ext.ops", load=load))
+    assert done.returncode == 0, done.stderr
+    without = run_python(tmp_path, LOADING.format(imports="", load=load))
+    assert "lstm_ext::layer_forward" in without.stderr

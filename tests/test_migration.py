@@ -1,0 +1,253 @@
+"""`replace_lstm` and `to_torch`: what the new modules share with the old ones, what is left alone, what is told."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import lstm_ext
+
+from .drop_in import B, H, I, T, assert_same, pair, run, tensors
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Any) -> Any:
+        return 2 * weight
+
+
+WEIGHT_CHANGES: list[Callable[[Any, str], Any]] = [
+    lambda m, name: parametrize.register_parametrization(m, name, Doubled()),
+    lambda m, name: nn.utils.weight_norm(m, name),
+    lambda m, name: nn.utils.parametrizations.weight_norm(m, name),
+    lambda m, name: prune.l1_unstructured(m, name, 0.5),
+    lambda m, name: setattr(m, name, nn.Parameter(getattr(m, name) * 2)),
+    lambda m, name: getattr(m, name).data.mul_(2),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", WEIGHT_CHANGES)
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("cell", [False, True])
+def test_changed_weights_are_used(change: Callable[[Any, str], Any], replace: bool, cell: bool) -> None:
+    """Changed before the swap or after, and again between two calls."""
+    stock, ours = pair(I, H, cell=cell)
+    x = torch.randn(B, I) if cell else torch.randn(T, B, I)
+    name = "weight_ih" if cell else "weight_ih_l0"
+    change(stock, name)
+    if replace:
+        ours = lstm_ext.replace_lstm(stock)
+        assert isinstance(ours, lstm_ext.LSTMCell if cell else lstm_ext.LSTM)
+    else:
+        change(ours, name)
+    assert_same(run(ours, x), run(stock, x))
+    before = tensors(ours(x))[0]
+    with torch.no_grad():
+        for module in (stock,) if replace else (stock, ours):
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+    assert not torch.equal(tensors(ours(x))[0], before)
+    assert_same(run(ours, x), run(stock, x))
+
+
+class OwnLSTM(nn.LSTM):
+    pass
+
+
+class OurOwnLSTM(lstm_ext.LSTM):
+    pass
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(I, H, bidirectional=True)
+        self.again = self.first
+        self.cells = nn.ModuleList([nn.LSTMCell(2 * H, H), OwnLSTM(H, H), nn.Linear(H, H)])
+
+    def forward(self, x: Any) -> Any:
+        y, _ = self.first(x)
+        h, c = self.cells[0](y[0])
+        return self.cells[2](self.cells[1](h[None])[0] + c)
+
+
+@pytest.mark.filterwarnings("ignore:.* leaves cells.1 alone")
+def test_a_model_there_and_back() -> None:
+    model, x, calls = Model(), torch.randn(T, B, I), []
+    handle = model.first.register_forward_hook(lambda *_: calls.append(1))
+    model.first.weight_ih_l0.requires_grad_(False)
+    model.cells[0].eval()
+    expected, names, parameters = model(x), list(model.state_dict()), list(model.parameters())
+    for swap, lstm, cell in (
+        (lstm_ext.replace_lstm, lstm_ext.LSTM, lstm_ext.LSTMCell),
+        (lstm_ext.to_torch, nn.LSTM, nn.LSTMCell),
+    ):
+        assert swap(model) is model
+        assert [type(m) for m in (model.first, *model.cells)] == [lstm, cell, OwnLSTM, nn.Linear]
+        assert model.again is model.first
+        assert list(model.state_dict()) == names
+        assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+        assert not model.first.weight_ih_l0.requires_grad
+        assert (model.first.training, model.cells[0].training) == (True, False)
+        assert_same([model(x)], [expected])
+    assert len(calls) == 3
+    handle.remove()
+    model(x)
+    assert len(calls) == 3
+
+
+ROOTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((I, H, 2), {"dropout": 0.5}),
+    ((I, H), {"batch_first": True, "bidirectional": True, "proj_size": 3, "dtype": torch.float64}),
+    ((I, H), {"bias": False, "device": "meta"}),
+]
+
+
+@pytest.mark.parametrize(("args", "options"), ROOTS)
+def test_a_root_is_returned_and_keeps_its_options(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    stock = nn.LSTM(*args, **options).eval()
+    ours = lstm_ext.replace_lstm(stock)
+    back = lstm_ext.to_torch(ours)
+    assert (type(stock), type(ours), type(back)) == (nn.LSTM, lstm_ext.LSTM, nn.LSTM)
+    assert repr(stock) == repr(ours) == repr(back)
+    assert not ours.training
+    assert not back.training
+    if stock.weight_ih_l0.is_meta:
+        return
+    x, dtype = (
+        torch.randn(T, B, I, dtype=stock.weight_ih_l0.dtype),
+        str(stock.weight_ih_l0.dtype).removeprefix("torch."),
+    )
+    for module in (ours, back, pickle.loads(pickle.dumps(ours)), copy.deepcopy(back)):
+        assert_same(run(module, x), run(stock, x), dtype)
+    with torch.no_grad():
+        stock.weight_ih_l0.mul_(2)
+    assert_same(run(back, x), run(ours, x), dtype)
+    assert_same(run(ours.float(), x.float()), run(copy.deepcopy(stock).float(), x.float()))
+
+
+def test_what_is_no_lstm_is_returned_as_it_is() -> None:
+    for module in (nn.Linear(2, 2), nn.GRU(2, 2)):
+        assert lstm_ext.replace_lstm(module) is module
+        assert lstm_ext.to_torch(module) is module
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", WEIGHT_CHANGES)
+@pytest.mark.parametrize("cell", [False, True])
+def test_changed_weights_survive_the_way_back(change: Callable[[Any, str], Any], cell: bool) -> None:
+    """Parametrizations, pruning masks and hooks work in a model, on torch's side and on ours."""
+    stock, ours = pair(I, H, cell=cell)
+    x = torch.randn(B, I) if cell else torch.randn(T, B, I)
+    for module in (stock, ours):
+        change(module, "weight_hh" if cell else "weight_hh_l0")
+    model = nn.ModuleDict({"lstm": ours})
+    names = list(model.state_dict())
+    lstm_ext.to_torch(model)
+    assert isinstance(model["lstm"], nn.LSTMCell if cell else nn.LSTM)
+    assert list(model.state_dict()) == names
+    assert_same(run(model["lstm"], x), run(stock, x))
+    with torch.no_grad():
+        for a, b in zip(model["lstm"].parameters(), stock.parameters(), strict=True):
+            a.mul_(0.5)
+            b.mul_(0.5)
+    assert_same(run(model["lstm"], x), run(stock, x))
+
+
+@pytest.mark.parametrize("swap", [lstm_ext.replace_lstm, lstm_ext.to_torch])
+def test_parametrizations_and_pruning_can_be_removed_after_the_swap(swap: Callable[[Any], Any]) -> None:
+    stock, ours = pair(I, H)
+    module, x = (stock if swap is lstm_ext.replace_lstm else ours), torch.randn(T, B, I)
+    parametrize.register_parametrization(module, "weight_hh_l0", Doubled())
+    prune.random_unstructured(module, "weight_ih_l0", 0.5)
+    new = swap(module)
+    expected = run(new, x)[:3]
+    assert parametrize.is_parametrized(new, "weight_hh_l0")
+    assert prune.is_pruned(new)
+    prune.remove(new, "weight_ih_l0")
+    parametrize.remove_parametrizations(new, "weight_hh_l0")
+    assert [name for name, _ in new.named_parameters()] == [
+        "bias_ih_l0",
+        "bias_hh_l0",
+        "weight_ih_l0",
+        "weight_hh_l0",
+    ]
+    assert_same(run(new, x)[:3], expected)
+
+
+def test_hooks_that_know_their_module_follow_it() -> None:
+    """torch keeps such a module by a weak reference, which would be dead."""
+    model, seen = nn.Sequential(nn.LSTM(I, H)), []
+    handle = model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    lstm_ext.replace_lstm(model)
+    gc.collect()
+    model.load_state_dict(model.state_dict())
+    assert seen == [model[0]]
+    handle.remove()
+    model.load_state_dict(model.state_dict())
+    assert len(seen) == 1
+
+
+# What is told --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.* alone")
+def test_the_log_names_each_module_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    with caplog.at_level(logging.INFO, "lstm_ext"):
+        lstm_ext.replace_lstm(model)
+        lstm_ext.to_torch(model)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"replace_lstm: first, again is now lstm_ext.LSTM({I}, {H}, bidirectional=True)",
+        f"replace_lstm: cells.0 is now lstm_ext.LSTMCell({2 * H}, {H})",
+        "replace_lstm: 2 modules replaced",
+        f"to_torch: first, again is now torch.nn.LSTM({I}, {H}, bidirectional=True)",
+        f"to_torch: cells.0 is now torch.nn.LSTMCell({2 * H}, {H})",
+        "to_torch: 2 modules replaced",
+    ]
+
+
+def with_own_forward(module: Any) -> Any:
+    module.forward = types.MethodType(lambda self, x: type(self).forward(self, 2 * x), module)
+    return module
+
+
+LEFT_ALONE: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], str]] = {
+    "subclass": (lstm_ext.replace_lstm, lambda: OwnLSTM(I, H), r"OwnLSTM is a subclass of torch\.nn\.LSTM"),
+    "our subclass": (lstm_ext.to_torch, lambda: OurOwnLSTM(I, H), r"OurOwnLSTM is a subclass of lstm_ext\.LSTM"),
+    "BasicLSTMCell": (lstm_ext.to_torch, lambda: lstm_ext.BasicLSTMCell(H), r"torch has no BasicLSTMCell"),
+    "own forward": (lstm_ext.replace_lstm, lambda: with_own_forward(nn.LSTM(I, H)), "its forward method was replaced"),
+    "our own forward": (lstm_ext.to_torch, lambda: with_own_forward(lstm_ext.LSTM(I, H)), "its forward method was"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_is_left_alone_is_named_with_the_reason(name: str) -> None:
+    swap, make, reason = LEFT_ALONE[name]
+    module = make()
+    model = nn.ModuleDict({"encoder": module})
+    with pytest.warns(UserWarning, match=f"{swap.__name__} leaves encoder alone: {reason}"):
+        swap(model)
+    assert model["encoder"] is module
+    with pytest.warns(UserWarning, match=f"{swap.__name__} leaves the module itself alone: {reason}"):
+        assert swap(module) is module
+
+
+def test_a_compiled_module_is_not_run_as_the_old_one() -> None:
+    stock, x = nn.LSTM(I, H), torch.randn(T, B, I)
+    expected = run(stock, x)
+    stock.compile(backend="eager")
+    with pytest.warns(UserWarning, match=r"replace_lstm: the module itself was compiled; call its compile\(\) again"):
+        ours = lstm_ext.replace_lstm(stock)
+    stock.weight_ih_l0 = None  # ours would fail if it ran the old module
+    assert_same(run(ours, x), expected)
