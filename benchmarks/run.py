@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,25 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 from lstm_bench import ceilings, report, rows
-from lstm_bench.arms import ARMS, Arm
-from lstm_bench.cases import AXES, DTYPES, MODES, PRESETS, SUITES, Case, custom, on, select, usable_cores
+from lstm_bench.arms import ARMS, Arm, problem_on_gpu
+from lstm_bench.cases import AXES, DTYPES, GPU_SUITES, MODES, PRESETS, SUITES, Case, custom, on, select, usable_cores
 from lstm_bench.oracle import check, problem
 from lstm_bench.rows import OURS, Row
-from lstm_bench.timing import measure
+from lstm_bench.timing import kernels, measure
 from tqdm import tqdm
 
 import lstm_ext
 
-SECONDS = {"quick": 0.1, "full": 0.3}
+SECONDS = {"quick": 0.1, "full": 0.3, "gpu-quick": 0.1, "gpu": 0.2}
 
 EPILOG = """
 Without a preset, axes span a grid of their own, where an axis left out has one value. With a preset they pick those of
-its rows. Each row is checked against the float64 reference before it is timed. Examples:
+its rows. Each row is checked against float64 before it is timed. An interrupt leaves the rows done so far. Examples:
 
   python benchmarks/run.py                                        # quick
   python benchmarks/run.py --preset full --json result.json
   python benchmarks/run.py --preset full --suite training cell --threads 1
   python benchmarks/run.py --batch 1 8 --hidden 64 65 --mode inference training
+  python benchmarks/run.py --preset gpu --json result.json        # on a GPU
 """
 
 
@@ -43,9 +45,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--preset", choices=PRESETS, help="a list of rows (quick, unless an axis is given)")
     parser.add_argument(
-        "--suite", nargs="+", choices=SUITES, metavar="SUITE", help=f"parts of the preset: {', '.join(SUITES)}"
+        "--suite",
+        nargs="+",
+        choices=[*SUITES, *GPU_SUITES],
+        metavar="SUITE",
+        help=f"parts of the preset: {', '.join([*SUITES, *GPU_SUITES])}",
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cpu, but cuda for the presets whose names begin with gpu"
+    )
     parser.add_argument(
         "--threads", nargs="+", type=int, default=sorted({1, cores}), metavar="N", help="default: 1 and all cores"
     )
@@ -65,10 +73,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"default: those installed of {', '.join(ARMS)}",
     )
     parser.add_argument("--seconds", type=float, help="measured for each arm of each row")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="no further row begins after these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results are written")
     options = parser.parse_args(arguments)
     if options.suite and not options.preset:
-        options.preset = "full"
+        options.preset = "gpu" if options.suite[0] in GPU_SUITES else "full"
+    options.device = options.device or ("cuda" if (options.preset or "").startswith("gpu") else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
     return options
 
 
@@ -97,9 +109,12 @@ def describe_machine() -> dict[str, Any]:
 def run_case(case: Case, arms: Sequence[Arm], all_ceilings: dict[str, Any], seconds: float) -> Row:
     """Checks the arms' answers to the case, and times those that are right."""
     row = Row(case)
-    torch.set_num_threads(case.threads)
+    on_gpu = case.device == "cuda"
+    torch.set_num_threads(len(usable_cores()) if on_gpu else case.threads)
+    torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"  # as torch is set at its start: not for other products,
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32" and case.mode == "cell"  # of which its cell is made
     torch.compiler.reset()  # or compiled modules of earlier rows would count against a limit
-    inputs, expected = problem(case)
+    inputs, expected = problem_on_gpu(case) if on_gpu else problem(case)
     row.floor_us = ceilings.floor_us(case, all_ceilings, float(inputs.valid.mean()))
     calls = {}
     for arm in arms:
@@ -116,17 +131,18 @@ def run_case(case: Case, arms: Sequence[Arm], all_ceilings: dict[str, Any], seco
     with torch.inference_mode(case.mode != "training"):
         for name, (median, spread) in measure(case, calls, seconds).items():
             row.us[name], row.spread[name] = median, spread
+        if on_gpu:
+            row.kernels = {name: kernels(call) for name, call in calls.items() if not name.endswith("-graph")}
     return row
 
 
 def main() -> int:
-    options, console = parse(), report.make_console()
+    start, options, console = time.perf_counter(), parse(), report.make_console()
     cases = choose_cases(options)
     if not cases:
         console.print("No row of the preset has these values.")
         return 2
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     arms = []
     for arm in (ARMS[name] for name in options.arms):
         if reason := arm.missing():
@@ -137,6 +153,8 @@ def main() -> int:
     if options.device == "cpu":
         all_ceilings, reason = ceilings.measure(sorted({1, *options.threads}))
         console.print(report.ceilings(all_ceilings) if all_ceilings else f"No floors: {reason}")
+    else:
+        console.print("No floors: what a GPU can do at most is not measured yet.")
     seconds = options.seconds or SECONDS[options.preset or "quick"]
     versions = {arm.name: arm.version() for arm in arms}
     versions |= {"python": platform.python_version(), "numpy": np.__version__}
@@ -144,13 +162,19 @@ def main() -> int:
     meta["seconds"] = seconds
 
     done: list[Row] = []
+    failed = False
     bar = tqdm(cases, unit="row", dynamic_ncols=True)
     try:
         for case in bar:
+            if options.limit is not None and time.perf_counter() > start + options.limit:
+                raise KeyboardInterrupt
             bar.set_postfix_str(str(case))
             done.append(run_case(case, arms, all_ceilings, seconds))
     except KeyboardInterrupt:
         console.print(f"Stopped after {len(done)} of {len(cases)} rows.")
+    except RuntimeError as error:  # most of all of a GPU, which after one of its errors has no other answer
+        failed = True
+        console.print(f"Stopped after {len(done)} of {len(cases)} rows: {error}", style="red", markup=False)
     finally:
         bar.close()
     if options.json:
@@ -158,10 +182,11 @@ def main() -> int:
     if done:
         console.print(report.results(done))
         console.print(report.geomeans(done))
-        if table := report.targets(done):
-            console.print(table)
+        for table in (report.targets(done), report.kernels(done)):
+            if table:
+                console.print(table)
         report.notes(console, done)
-    return 1 if any(OURS in row.errors for row in done) else 0
+    return 1 if failed or any(OURS in row.errors for row in done) else 0
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ std::string text_of(const Shape& shape) {
   return text + "]";
 }
 
-Array::Array(py::handle object, const char* name) : name_(name) {
+Array::Array(py::handle object, const char* name, dlpack::DeviceType device) : name_(name), device_{device, 0} {
   if (object.is_none()) return;
   there_ = true;
   api_ = api_of(object);
@@ -103,9 +103,13 @@ void Array::view_tensor(py::handle object) {
   dlpack::Tensor tensor;
   if (!api_->view_of_object) throw py::type_error(std::string(name_) + ": its framework lends no tensor views");
   if (api_->view_of_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
-  if (tensor.device.type != dlpack::kCpu && tensor.device.type != dlpack::kCudaHost) {
-    throw std::runtime_error(std::string(name_) + ": expected a tensor on the CPU, got one on another device");
+  const bool on_cpu = tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost;
+  if (device_.type == dlpack::kCpu ? !on_cpu : tensor.device.type != device_.type) {
+    throw std::runtime_error(std::string(name_) + ": expected a tensor on " +
+                             (device_.type == dlpack::kCpu ? "the CPU" : "a CUDA device") +
+                             ", got one on another device");
   }
+  device_.id = device_.type == dlpack::kCpu ? 0 : tensor.device.id;
   if (tensor.ndim > kMaxDims) {
     throw std::runtime_error(std::string(name_) + ": expected at most 4 dimensions, got " +
                              std::to_string(tensor.ndim));
@@ -188,6 +192,10 @@ void Array::expect_kind_of(const Array& other) const {
     throw py::type_error(std::string(name_) + ": expected a " + (other.api_ ? "tensor" : "numpy.ndarray") + " as " +
                          other.name_ + " is, got a " + (api_ ? "tensor" : "numpy.ndarray"));
   }
+  if (there_ && device_.id != other.device_.id) {
+    throw std::runtime_error(std::string(name_) + ": expected a tensor on device " + std::to_string(other.device_.id) +
+                             " as " + other.name_ + " is, got one on device " + std::to_string(device_.id));
+  }
 }
 
 Dtype Array::float_dtype() const {
@@ -209,6 +217,21 @@ void Array::expect_bool() const {
   if (dtype_.code != dlpack::kBool) refuse_dtype("bool");
 }
 
+bool Array::contiguous() const {
+  int64_t expected = 1;
+  for (int dim = ndim_ - 1; dim >= 0; --dim) {
+    if (shape_[dim] > 1 && stride_[dim] != expected) return false;
+    expected *= shape_[dim];
+  }
+  return true;
+}
+
+void* Array::current_stream() const {
+  void* stream = nullptr;
+  if (api_ && api_->current_stream(device_.type, device_.id, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
 Output Allocator::empty(Dtype dtype, const Shape& shape) const {
   Output output;
   if (!api_) {
@@ -219,7 +242,7 @@ Output Allocator::empty(Dtype dtype, const Shape& shape) const {
     return output;
   }
   Shape sizes = shape;
-  dlpack::Tensor prototype{nullptr, {dlpack::kCpu, 0}, sizes.size(), dlpack_of(dtype), sizes.begin(), nullptr, 0};
+  dlpack::Tensor prototype{nullptr, device_, sizes.size(), dlpack_of(dtype), sizes.begin(), nullptr, 0};
   dlpack::ManagedTensor* managed = nullptr;
   if (api_->allocate(&prototype, &managed, nullptr, report_allocation) != 0) {
     if (!PyErr_Occurred()) throw std::bad_alloc();

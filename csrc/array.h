@@ -45,10 +45,10 @@ class Array {
   static constexpr int kMaxDims = Shape::kMaxDims;
 
   Array() = default;
-  // Borrows the memory of `object`; a copy is made (and kept here) only where the columns of the last
-  // dimension are not adjacent or an element is not aligned. None gives an array that is not there.
+  // Borrows the memory of `object`, on a device of this type; a copy is made (and kept here) only where the columns of
+  // the last dimension are not adjacent or an element is not aligned. None gives an array that is not there.
   // Throws TypeError for anything but an ndarray or a tensor of a type that is taken.
-  Array(py::handle object, const char* name);
+  Array(py::handle object, const char* name, dlpack::DeviceType device = dlpack::kCpu);
 
   explicit operator bool() const { return there_; }
   const void* data() const { return data_; }
@@ -67,7 +67,11 @@ class Array {
   void expect_int64() const;
   void expect_bool() const;
 
+  bool contiguous() const;
+
   const dlpack::ExchangeApi* api() const { return api_; }
+  dlpack::Device device() const { return device_; }
+  void* current_stream() const;  // of its device
 
  private:
   void view_tensor(py::handle object);
@@ -83,10 +87,11 @@ class Array {
   int64_t shape_[kMaxDims] = {}, stride_[kMaxDims] = {};
   dlpack::DataType dtype_ = {};
   const dlpack::ExchangeApi* api_ = nullptr;  // null: NumPy
+  dlpack::Device device_ = {dlpack::kCpu, 0};
   py::object copy_;
 };
 
-// A new array of the framework that an input came from.
+// A new array of the framework, and on the device, that an input came from.
 struct Output {
   py::object object = py::none();
   void* data = nullptr;
@@ -94,11 +99,12 @@ struct Output {
 
 class Allocator {
  public:
-  explicit Allocator(const Array& like) : api_(like.api()) {}
+  explicit Allocator(const Array& like) : api_(like.api()), device_(like.device()) {}
   Output empty(Dtype dtype, const Shape& shape) const;
 
  private:
   const dlpack::ExchangeApi* api_;
+  dlpack::Device device_;
 };
 
 }  // namespace lstm_ext

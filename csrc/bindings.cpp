@@ -2,6 +2,7 @@
 
 #include "build_info.h"
 #include "cpu/team.h"
+#include "ops/cuda_layer.h"
 #include "ops/ops.h"
 
 namespace py = pybind11;
@@ -16,6 +17,15 @@ PYBIND11_MODULE(_C, m) {
         "batch_first"_a, "needs"_a, "num_threads"_a);
   m.def("cell_forward", &lstm_ext::ops::cell_forward, "x"_a, "h"_a, "c"_a, "w_ih"_a, "w_hh"_a, "b_ih"_a, "b_hh"_a,
         "num_threads"_a);
+  m.def("cuda_layer_forward", &lstm_ext::ops::cuda_layer_forward, "xw"_a, "h0"_a, "c0"_a, "weights"_a, "lengths"_a,
+        "resets"_a, "packed_offset"_a, "directions"_a, "batch_first"_a, "save"_a, "tf32"_a, "strategy"_a);
+  m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward, "dy"_a, "dh_n"_a, "dc_n"_a, "dcells"_a, "h0"_a,
+        "c0"_a, "weights"_a, "y"_a, "cells"_a, "gates"_a, "lengths"_a, "resets"_a, "packed_offset"_a, "directions"_a,
+        "batch_first"_a, "needs"_a, "tf32"_a, "strategy"_a);
+  m.def("cuda_cell_forward", &lstm_ext::ops::cuda_cell_forward, "x"_a, "h"_a, "c"_a, "w_ih"_a, "w_hh"_a, "b_ih"_a,
+        "b_hh"_a, "tf32"_a);
+  m.def("cuda_plan", &lstm_ext::ops::cuda_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
+        "num_directions"_a, "backward"_a, "strategy"_a, "device"_a);
   m.def("take_tensor_types", &lstm_ext::take_tensor_types);
   m.def("share_openmp_threads", &lstm_ext::cpu::share_openmp_threads, "library"_a);
   m.def("build_info", &lstm_ext::build_info);

@@ -14,7 +14,7 @@ struct RowMap {
   int64_t t_stride, b_stride;
   const int64_t* packed_offset;  // [T], may be null: padded
 
-  int64_t at(int64_t t, int64_t b) const {
+  constexpr int64_t at(int64_t t, int64_t b) const {
     return (packed_offset ? packed_offset[t] * b_stride : t * t_stride) + b * b_stride;
   }
 };

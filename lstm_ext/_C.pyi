@@ -54,6 +54,56 @@ def layer_backward(
 def cell_forward(
     x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, num_threads: int
 ) -> tuple[Any, Any]: ...
+def cuda_layer_forward(
+    xw: Any,
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Any],
+    lengths: Any,
+    resets: Any,
+    packed_offset: Any,
+    directions: int,
+    batch_first: bool,
+    save: int,
+    tf32: bool,
+    strategy: str,
+) -> tuple[Any, Any, Any, Any, Any]: ...
+def cuda_layer_backward(
+    dy: Any,
+    dh_n: Any,
+    dc_n: Any,
+    dcells: Any,
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Any],
+    y: Any,
+    cells: Any,
+    gates: Any,
+    lengths: Any,
+    resets: Any,
+    packed_offset: Any,
+    directions: int,
+    batch_first: bool,
+    needs: int,
+    tf32: bool,
+    strategy: str,
+) -> tuple[Any, Any, Any, Any, Any, Any]: ...
+def cuda_cell_forward(
+    x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, tf32: bool
+) -> tuple[Any, Any]: ...
+def cuda_plan(
+    T: int,
+    B: int,
+    H: int,
+    P: int,
+    projected: bool,
+    dtype: str,
+    tf32: bool,
+    num_directions: int,
+    backward: bool,
+    strategy: str,
+    device: int,
+) -> dict[str, Any]: ...
 def take_tensor_types(*types: type) -> None: ...
 def share_openmp_threads(library: str) -> bool: ...
 def build_info() -> BuildInfo: ...

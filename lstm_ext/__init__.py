@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .backend import backends, build_info, use_backend
 from .functional import lstm, lstm_cell
+from .plan import Plan, plan
 
 if TYPE_CHECKING:
     from .nn import LSTM, BasicLSTMCell, LSTMCell, replace_lstm, to_torch
@@ -20,10 +21,12 @@ __all__ = [
     "LSTM",
     "BasicLSTMCell",
     "LSTMCell",
+    "Plan",
     "backends",
     "build_info",
     "lstm",
     "lstm_cell",
+    "plan",
     "replace_lstm",
     "to_torch",
     "use_backend",

@@ -58,9 +58,8 @@ def _reason(name: str) -> str:
         return _native.reason
     if name == "cpu":
         return ""
-    _, why_no_gpu = _native.C.gpus()
-    no_kernels = "this version of lstm_ext has no CUDA kernels"
-    return f"{why_no_gpu}; {no_kernels}" if why_no_gpu else no_kernels
+    why_no_gpu: str = _native.C.gpus()[1]
+    return why_no_gpu
 
 
 def backends() -> dict[str, Backend]:

@@ -1,4 +1,4 @@
-"""The layer as torch sees it: custom ops with shape, autograd and vmap rules, and the short path for plain CPU tensors.
+"""The layer as torch sees it: custom ops with shape, autograd and vmap rules, and the short path for plain tensors.
 
 A layer that no transform, mode or compiler watches goes straight to the backend (with gradients: through one
 `autograd.Function`). Everything else goes through the ops `lstm_ext::layer_forward` and `lstm_ext::layer_backward`.
@@ -37,14 +37,15 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import assume_constant_result, is_compiling, is_exporting
 from torch.nn import Parameter
 
-from . import _native, onnx, reference
-from .backend import choose, warn_once
+from . import _native, gpu, onnx, reference
+from .backend import backends, choose, warn_once
 from .composed import HALF, composed_layer, torch_layer
 from .functional import check, check_cell, check_kind, check_values, weight_names
 from .reference import BOTH, FORWARD, NEEDS_C0, NEEDS_H0, NEEDS_WEIGHTS, NEEDS_X, REVERSE
 
 _REFUSALS = (TypeError, ValueError, RuntimeError)  # what the native core raises for arguments it does not take
 _NOT_TENSORS = (*_REFUSALS, AttributeError)
+_NATIVE = frozenset({"cpu", "cuda"})
 _PLAIN = frozenset({Tensor, Parameter, NoneType})
 DTYPES = HALF | {torch.float32, torch.float64}
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
@@ -61,7 +62,7 @@ _get_num_threads = torch.get_num_threads
 _is_grad_enabled = torch.is_grad_enabled
 
 
-# Backends on plain CPU tensors ---------------------------------------------------------------------------------------
+# Backends on plain tensors -------------------------------------------------------------------------------------------
 
 
 def _as_int64(lengths: Tensor, x: Tensor) -> Tensor:
@@ -86,12 +87,24 @@ def _from_numpy(a: Any, dtype: torch.dtype) -> Any:
 
 
 def _backend_name(x: Tensor) -> str:
-    choice = choose("cpu", x.dtype)
+    choice = choose(x.device.type, x.dtype)
     if choice.name is None:
         raise RuntimeError(f"x: no backend takes dtype {x.dtype} ({choice.reason})")
     if choice.name == "numpy" and _native.C is None:
         warn_once(f"lstm_ext computes in NumPy, slowly: the compiled kernels are missing ({_native.reason})")
     return choice.name
+
+
+def _runs(x: Tensor) -> bool:
+    """Whether a backend computes on plain tensors like x: always on the CPU, with kernels on a GPU."""
+    return x.is_cpu or (x.is_cuda and choose("cuda", x.dtype).name is not None)
+
+
+def _gpu_forward(*arguments: Any) -> tuple[Any, ...]:
+    """`gpu.layer_forward`; what packed rows lead a kernel to is checked first, all else by what it calls."""
+    if arguments[6] is not None:
+        check(*arguments[:-1])
+    return gpu.layer_forward(*arguments)
 
 
 def _run_forward(
@@ -107,14 +120,13 @@ def _run_forward(
     save: int,
 ) -> tuple[Any, ...]:
     """(y, h_n, c_n, cells, gates) on the backend chosen; what `save` leaves out is None."""
-    if _backend_name(x) == "cpu":
+    name = _backend_name(x)
+    if name != "numpy":
+        arguments = (x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save)
         try:
-            return _C.layer_forward(
-                *(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save),
-                _get_num_threads(),
-            )
+            return _gpu_forward(*arguments) if name == "cuda" else _C.layer_forward(*arguments, _get_num_threads())
         except _REFUSALS:
-            check(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first)
+            check(*arguments[:-1], values=x.is_cpu)
             raise
     check(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first)
     arrays = [_to_numpy(a) for a in (x, h0, c0, lengths, resets, batch_sizes)]
@@ -146,8 +158,11 @@ def _run_backward(
 ) -> tuple[Any, Any, Any, list[Tensor] | None]:
     """(dx, dh0, dc0, dweights) on the backend chosen; None for what is not needed."""
     tensors = (dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, lengths, resets, batch_sizes)
-    if _backend_name(x) == "cpu":
+    name = _backend_name(x)
+    if name == "cpu":
         return _C.layer_backward(*tensors, directions, batch_first, needs, _get_num_threads())
+    if name == "cuda":
+        return gpu.layer_backward(*tensors, directions, batch_first, needs)
     arrays = ([_to_numpy(w) for w in a] if isinstance(a, list) else _to_numpy(a) for a in tensors)
     arguments: tuple[Any, ...] = (*arrays, directions, batch_first, needs)
     dx, dh0, dc0, dweights = reference.layer_backward(*arguments)
@@ -186,14 +201,14 @@ layer_forward = torch.ops.lstm_ext.layer_forward.default
 layer_backward = torch.ops.lstm_ext.layer_backward.default
 
 
-@torch.library.impl("lstm_ext::layer_forward", "cpu")
+@torch.library.impl("lstm_ext::layer_forward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     """`reference.layer_forward` as an op; what is not saved is an empty tensor."""
     y, h_n, c_n, cells, gates = _run_forward(*[_plain(a) for a in arguments])
     return y, h_n, c_n, _or_empty(cells, y), _or_empty(gates, y)
 
 
-@torch.library.impl("lstm_ext::layer_backward", "cpu")
+@torch.library.impl("lstm_ext::layer_backward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`reference.layer_backward` as an op; what is not needed is an empty tensor or list."""
     dx, dh0, dc0, dweights = _run_backward(*[_plain(a) for a in arguments])
@@ -641,12 +656,17 @@ def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0 or any(each.key() is TransformType.Jvp for each in transforms)
 
 
+@assume_constant_result
+def _has_gpu_kernels() -> bool:
+    return backends()["cuda"].available
+
+
 def serves(x: Tensor) -> bool:
     """Whether a kernel runs for x, or its shape rule for meta tensors; if not, torch's own LSTM does, and says so."""
     if x.is_meta:
         return True
     if is_compiling():
-        return x.is_cpu and x.dtype in DTYPES
+        return (x.is_cpu or (x.is_cuda and _has_gpu_kernels())) and x.dtype in DTYPES
     choice = choose(x.device.type, x.dtype)
     if choice.name is None:
         warn_once(f"lstm_ext runs torch's own LSTM on {x.device.type} tensors of {x.dtype}: {choice.reason}")
@@ -719,13 +739,16 @@ def quick_layer(
     batch_first: bool,
     cells_wanted: bool,
 ) -> tuple[Any, ...] | None:
-    """`layer` where plain CPU tensors go straight to the kernel; else None, for `layer` to see why."""
-    if _is_any_autocast_enabled() or not _watched_by_nobody() or not x.is_cpu:
+    """`layer` where plain tensors go straight to the kernel; else None, for `layer` to see why."""
+    if _is_any_autocast_enabled() or not _watched_by_nobody() or not (x.is_cpu or x.is_cuda):
         return None
     save, threads = 1 if cells_wanted else 0, _get_num_threads()
     try:
-        if choose("cpu", x.dtype).name != "cpu" or (_is_grad_enabled() and _any_requires_grad(x, h0, c0, *weights)):
+        name = choose("cpu" if x.is_cpu else "cuda", x.dtype).name
+        if name not in _NATIVE or (_is_grad_enabled() and _any_requires_grad(x, h0, c0, *weights)):
             return None
+        if name == "cuda":
+            return _gpu_forward(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save)[:4]
         return _C.layer_forward(
             x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, save, threads
         )[:4]
@@ -756,7 +779,7 @@ def layer(
         lengths = _as_int64(lengths, x)
     if not (
         _watched_by_nobody()
-        and x.is_cpu
+        and _runs(x)
         and x.dtype in DTYPES
         and _PLAIN.issuperset(map(type, (x, h0, c0, lengths, resets, batch_sizes, *weights)))
     ):
@@ -778,14 +801,17 @@ def quick_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """(h', c') where plain CPU tensors go straight to the kernel, x [B, I] or [I]; else None, for `cell` to see why."""
-    if _is_any_autocast_enabled() or not _watched_by_nobody() or not x.is_cpu:
+    """(h', c') where plain tensors go straight to the kernel, x [B, I] or [I]; else None, for `cell` to see why."""
+    if _is_any_autocast_enabled() or not _watched_by_nobody() or not (x.is_cpu or x.is_cuda):
         return None
     try:
-        if choose("cpu", x.dtype).name != "cpu":
+        name = choose("cpu" if x.is_cpu else "cuda", x.dtype).name
+        if name not in _NATIVE:
             return None
         if _is_grad_enabled() and _any_requires_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
             return None
+        if name == "cuda":
+            return gpu.cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh)
         return _C.cell_forward(x, h, c, w_ih, w_hh, b_ih, b_hh, _get_num_threads())
     except _NOT_TENSORS:  # an argument is wrong, or is more than a plain tensor
         return None
@@ -806,7 +832,7 @@ def cell(
         with torch.autocast(x.device.type, enabled=False):
             return cell(*cast)
     tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if _watched_by_nobody() and x.is_cpu and _PLAIN.issuperset(map(type, tensors)):
+    if _watched_by_nobody() and _runs(x) and _PLAIN.issuperset(map(type, tensors)):
         try:
             return _Cell.apply(*tensors)
         except _REFUSALS:

@@ -11,7 +11,11 @@ def why_no_gpu() -> str:
         import torch
     except ImportError:
         return "torch is not installed"
-    return "" if torch.cuda.is_available() else "torch finds no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    import lstm_ext
+
+    return lstm_ext.backends()["cuda"].reason
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = why_no_gpu() if marked else ""
     if reason:
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {reason}"))
+            item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU and the CUDA kernels: {reason}"))
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def run(module: Any, *args: Any, **kwargs: Any) -> list[Any]:
     result = tensors(module(*rebuild(args), **kwargs))
     outputs = [t for t in result if t.is_floating_point()]
     generator = torch.Generator().manual_seed(1)
-    gradients = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+    gradients = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
     wanted = [*leaves, *module.parameters()]
     return [*result, *torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)]
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +18,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import lstm_ext
 
 from .cases import Case, usable_cores
-from .oracle import SLACK, Array, Inputs, Named, by_layer
+from .oracle import SLACK, Array, Inputs, Named, by_layer, make_inputs
+from .timing import captured
 
 Call = Callable[[], Any]
 
@@ -60,11 +62,17 @@ class Torch(Arm):
     name = "torch"
     modules: Any = torch.nn
 
-    def refusal(self, case: Case) -> str:
+    def missing(self) -> str:
         return ""
 
+    def version(self) -> str:
+        return str(torch.__version__)
+
+    def refusal(self, case: Case) -> str:
+        return "no TF32 on a CPU" if (case.device, case.dtype) == ("cpu", "tf32") else ""
+
     def _load(self, kind: Any, case: Case, inputs: Inputs, **options: Any) -> torch.nn.Module:
-        dtype = getattr(torch, case.dtype)
+        dtype = getattr(torch, case.stored)
         module: torch.nn.Module = kind(case.I, case.H, device=case.device, dtype=dtype, **options)
         with torch.no_grad():
             for parameter, weight in zip(module.parameters(), inputs.weights, strict=True):
@@ -73,7 +81,7 @@ class Torch(Arm):
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
         def tensor(a: Array) -> torch.Tensor:
-            return torch.from_numpy(a).to(case.device, getattr(torch, case.dtype))
+            return torch.from_numpy(a).to(case.device, getattr(torch, case.stored))
 
         x, state = tensor(inputs.x), (tensor(inputs.h0), tensor(inputs.c0))
         if case.mode == "cell":
@@ -113,15 +121,82 @@ class LstmExt(Torch):
     slack = 1
     modules = lstm_ext
 
-    def missing(self) -> str:
-        return ""
-
     def version(self) -> str:
         return lstm_ext.__version__
 
     def refusal(self, case: Case) -> str:
         backend = lstm_ext.backends()[case.device]
-        return "" if backend.available else backend.reason
+        return super().refusal(case) if backend.available else backend.reason
+
+
+class Graphed(Torch):
+    """`torch.nn.LSTM` and its cell in a CUDA graph."""
+
+    name = "torch-graph"
+
+    def missing(self) -> str:
+        return "" if torch.cuda.is_available() else "torch finds no CUDA device"
+
+    def refusal(self, case: Case) -> str:
+        return f"no graphs on {case.device}" if case.device != "cuda" else super().refusal(case)
+
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        call = super().prepare(case, inputs)
+        with torch.inference_mode(case.mode != "training"):
+            return captured(call)
+
+
+class LstmExtGraphed(Graphed, LstmExt):
+    """`lstm_ext.LSTM` and `lstm_ext.LSTMCell` in a CUDA graph."""
+
+    name = "lstm_ext-graph"
+
+
+class FlashRnn(Torch):
+    """FlashRNN's fused kernels, which it compiles for each shape; x W_ih' by torch, as a layer of it needs."""
+
+    name = "flashrnn"
+    suites = frozenset({"gpu_flashrnn", "custom"})
+
+    def missing(self) -> str:
+        return Arm.missing(self) or ("" if torch.cuda.is_available() else "torch finds no CUDA device")
+
+    def version(self) -> str:
+        return version(self.name)
+
+    def refusal(self, case: Case) -> str:
+        if case.device != "cuda" or case.mode not in ("inference", "training"):
+            return f"no {case.mode} on {case.device}"
+        if case.dtype not in ("bfloat16", "float16"):
+            return f"no {case.dtype}"
+        if case.P or case.layers > 1 or case.directions > 1:
+            return "one plain layer only"
+        return "" if case.suite in self.suites else f"minutes of compiling for each shape: in {', '.join(self.suites)}"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        from flashrnn import flashrnn
+
+        T, B, H, dtype = case.T, case.B, case.H, getattr(torch, case.stored)
+
+        def tensor(a: Array) -> torch.Tensor:
+            return torch.from_numpy(a).to(case.device, dtype)
+
+        x, dy, w_ih, w_hh, b_ih, b_hh = map(tensor, (inputs.x, inputs.dy, *inputs.weights))
+        state = torch.stack([tensor(inputs.h0[0]), tensor(inputs.c0[0])])[:, :, None, None]  # [2, B, 1, 1, H]
+        leaves = [a.requires_grad_(case.mode == "training") for a in (x, w_ih, w_hh, b_ih, b_hh)]
+
+        def forward() -> tuple[torch.Tensor, Any]:
+            wx = torch.nn.functional.linear(x.transpose(0, 1), w_ih).view(B, T, 4, 1, H)
+            bias = (b_ih + b_hh).view(4, 1, H)
+            states, _ = flashrnn(wx, w_hh.view(4, 1, H, H), bias, states=state, backend="cuda_fused", dtype=case.dtype)
+            h, c = states.squeeze(3)  # [B, T, H] each
+            return h.transpose(0, 1), (h[:, -1][None], c[:, -1][None])
+
+        def train() -> Any:
+            y, state_n = forward()
+            return y, state_n, torch.autograd.grad(y, leaves, dy)
+
+        return train if case.mode == "training" else forward
 
 
 ONNX_GATES = [0, 3, 1, 2]  # i, o, f, c of our i, f, g, o
@@ -312,4 +387,13 @@ class Jax(Arm):
         return named | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
 
 
-ARMS: dict[str, Arm] = {arm.name: arm for arm in (LstmExt(), Torch(), OnnxRuntime(), OpenVino(), Jax())}
+_PEERS = (OnnxRuntime(), OpenVino(), Jax(), FlashRnn())
+ARMS: dict[str, Arm] = {arm.name: arm for arm in (LstmExt(), Torch(), LstmExtGraphed(), Graphed(), *_PEERS)}
+
+
+def problem_on_gpu(case: Case) -> tuple[Inputs, Named]:
+    """As `oracle.problem`, the answers by `torch.nn.LSTM` in float64 on the GPU, since the reference takes minutes."""
+    inputs, arm, exact = make_inputs(case), Torch(), replace(case, dtype="float64")
+    with torch.inference_mode(case.mode != "training"):
+        named = arm.named(exact, inputs, arm.prepare(exact, inputs)())
+    return inputs, {name: a.detach().cpu().numpy() for name, a in named.items()}

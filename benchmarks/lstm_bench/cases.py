@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 MODES = ("cell", "inference", "training", "packed", "compiled")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Case:
     """One row: T steps of a batch of B sequences, inputs I wide, H units in each layer and direction.
 
     P = 0 is no projection; `directions` is 1 or 2; `busy` is how many cores other processes keep busy meanwhile.
+    dtype tf32 is float32 that torch may multiply as TF32 (on a GPU); float32 is exact.
     Modes: `cell` is one step of an LSTMCell; `inference` and `training` (forward and backward) are calls of an LSTM,
     with a PackedSequence in `packed`, through torch.compile in `compiled`.
     """
@@ -34,6 +35,11 @@ class Case:
     device: str = "cpu"
     threads: int = 1
     busy: int = 0
+
+    @property
+    def stored(self) -> str:
+        """The dtype of the tensors."""
+        return "float32" if self.dtype == "tf32" else self.dtype
 
     @property
     def width(self) -> int:
@@ -107,7 +113,54 @@ QUICK = [
     *grid("bfloat16", "inference", T=50, B=1, H=512, dtype="bfloat16"),
 ]
 
-PRESETS = {"quick": QUICK, "full": [case for suite in SUITES.values() for case in suite]}
+TENSOR_CORES = ["bfloat16", "tf32"]
+
+# The most telling first, in case the time does not last for all. T is short where B * H is large: it changes no ratio.
+GPU_SUITES: dict[str, list[Case]] = {
+    "gpu_persistent": [
+        *grid("gpu_persistent", "inference", T=1024, B=16, H=768, dtype="float16"),
+        *grid("gpu_persistent", "training", T=1024, B=16, H=768, dtype="float16"),
+    ],
+    "gpu_mid": [
+        *grid("gpu_mid", "inference", T=512, B=[1, 16], H=[512, 1024], dtype=TENSOR_CORES),
+        *grid("gpu_mid", "training", T=512, B=16, H=[512, 1024], dtype="bfloat16"),
+    ],
+    "gpu_small": [
+        *grid("gpu_small", "inference", T=512, B=[1, 16, 64], H=[128, 256], dtype=TENSOR_CORES),
+        *grid("gpu_small", "training", T=512, B=16, H=256, dtype=TENSOR_CORES),
+    ],
+    "gpu_wide": [
+        *grid("gpu_wide", "inference", T=256, B=64, H=1024, dtype=TENSOR_CORES),
+        *grid("gpu_wide", "training", T=256, B=64, H=1024, dtype=TENSOR_CORES),
+    ],
+    "gpu_half": grid("gpu_half", "inference", T=512, B=[1, 16, 64], H=[96, 128], dtype="float16"),
+    "gpu_cell": grid("gpu_cell", "cell", T=1, B=[1, 8, 64], H=[128, 512, 1024], dtype=TENSOR_CORES),
+    "gpu_large": grid("gpu_large", "inference", T=64, B=256, H=[1024, 2048], dtype=TENSOR_CORES),
+    "gpu_float32": grid("gpu_float32", "inference", T=512, B=[1, 16, 64], H=[256, 1024]),
+    "gpu_flashrnn": [
+        *grid("gpu_flashrnn", "inference", T=1024, B=16, H=768, dtype="bfloat16"),
+        *grid("gpu_flashrnn", "training", T=1024, B=16, H=768, dtype="bfloat16"),
+    ],
+}
+
+GPU_QUICK = [
+    *GPU_SUITES["gpu_persistent"],
+    *grid("gpu_mid", "inference", T=512, B=16, H=[512, 1024], dtype="bfloat16"),
+    *grid("gpu_small", "inference", T=512, B=[1, 64], H=128, dtype="bfloat16"),
+    *grid("gpu_small", "inference", T=512, B=16, H=256, dtype="tf32"),
+    *grid("gpu_wide", "inference", T=256, B=64, H=1024, dtype="bfloat16"),
+    *grid("gpu_half", "inference", T=512, B=16, H=128, dtype="float16"),
+    *grid("gpu_cell", "cell", T=1, B=8, H=512, dtype="bfloat16"),
+    *grid("gpu_large", "inference", T=64, B=256, H=1024, dtype="bfloat16"),
+    *grid("gpu_float32", "inference", T=512, B=16, H=256),
+]
+
+PRESETS = {
+    "quick": QUICK,
+    "full": [case for suite in SUITES.values() for case in suite],
+    "gpu-quick": GPU_QUICK,
+    "gpu": [case for suite in GPU_SUITES.values() for case in suite],
+}
 AXES = ("dtype", "B", "T", "I", "H", "P", "layers", "directions", "mode", "busy", "suite")
 
 

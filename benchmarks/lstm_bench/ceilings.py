@@ -98,7 +98,7 @@ def read_us(ceilings: Ceilings, weights: float, volume: float) -> float:
 
 def layer_step_us(case: Case, width: int, threads: int, ceilings: Ceilings, active: float) -> float:
     """The floor of a step of one layer with inputs `width` wide, for so many threads."""
-    training, rows, D, item = case.mode == "training", active * case.B, case.directions, ITEM_BYTES[case.dtype]
+    training, rows, D, item = case.mode == "training", active * case.B, case.directions, ITEM_BYTES[case.stored]
     peaks = ceilings["fma_gflops"]
     peak: float = 1e3 * peaks.get(case.dtype, peaks["float32"])  # flops per µs
     recurrent_weights, input_weights = D * (4 * case.H * case.width + case.P * case.H), D * 4 * case.H * width

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .rows import BASE, OURS, Row, geomean
 from .targets import evaluate
 
-LONG_TEXTS = ("work", "at its least")
+LONG_TEXTS = ("work", "at its least", "kernels")
 TEXTS = ("device", "dtype", "mode", "arm", "verdict", *LONG_TEXTS)
 CASE_COLUMNS = ("device", "dtype", "mode", "T", "B", "I", "H", "P", "layers", "directions", "busy", "threads")
 
@@ -122,6 +124,26 @@ def ceilings(measured: dict[str, Any]) -> Table:
     for threads, own in measured.items():
         figures = [*own["fma_gflops"].values(), *(level["read_gbs"] for level in own["levels"])]
         table.add_row(threads, *map(number, figures), number(own["barrier_us"] or None))
+    return table
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without its result, namespaces, arguments of templates and parameters."""
+    words = re.sub(r"<.*|\(.*", "", kernel.replace("(anonymous namespace)::", "")).split()
+    return words[-1].split("::")[-1] if words else kernel
+
+
+def kernels(rows: Sequence[Row]) -> Table | None:
+    """Which kernels ran in one call, those that take longest first; None if none were recorded."""
+    rows = [row for row in rows if any(row.kernels.values())]
+    if not rows:
+        return None
+    title, shown = case_columns(rows)
+    table = new_table(f"{title}\nlaunches × kernel in one call", *shown, "arm", "kernels")
+    for row in rows:
+        for arm, ran in row.kernels.items():
+            text = ", ".join(f"{count} × {short_name(name)}" for name, count in ran.items())
+            table.add_row(*case_cells(row, shown), arm, escape(text))
     return table
 
 

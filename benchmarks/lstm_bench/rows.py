@@ -24,6 +24,7 @@ class Row:
     floor_us: float | None = None
     errors: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, dict[str, int]] = field(default_factory=dict)  # on a GPU: launches of each in one call, by arm
 
     @property
     def ratio(self) -> float | None:
@@ -50,6 +51,7 @@ class Row:
             "error": self.error,
             "errors": self.errors,
             "skipped": self.skipped,
+            "kernels": self.kernels,
         }
 
 
@@ -62,8 +64,10 @@ def save(path: Path, meta: dict[str, Any], rows: Iterable[Row]) -> None:
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """(meta, rows) of a file that `save` wrote."""
     content = json.loads(path.read_text())
-    names = ("us", "spread", "floor_us", "errors", "skipped")
-    return content["meta"], [Row(case_from(row), **{name: row[name] for name in names}) for row in content["rows"]]
+    names = ("us", "spread", "floor_us", "errors", "skipped", "kernels")  # the last not in older files
+    return content["meta"], [
+        Row(case_from(row), **{name: row[name] for name in names if name in row}) for row in content["rows"]
+    ]
 
 
 def geomean(values: Iterable[float]) -> float:

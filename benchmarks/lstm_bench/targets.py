@@ -21,6 +21,7 @@ class Target:
     minimum: float | None
     mean: float | None = None
     stretch: float | None = None
+    device: str = "cpu"
 
 
 def suite(*names: str, **axes: object) -> Callable[[Row, Times], float | None]:
@@ -72,6 +73,14 @@ def _floor(row: Row, times: Times) -> float | None:
     return row.floor_share if row.case.step_flops >= 1e6 and not row.case.busy else None
 
 
+def _over_flashrnn(row: Row, times: Times) -> float | None:
+    return row.us["flashrnn"] / row.us[OURS] if {"flashrnn", OURS} <= row.us.keys() else None
+
+
+def _latency_floor(row: Row, times: Times) -> float | None:
+    return row.floor_share if row.case.B <= 16 and row.case.H <= 1024 and row.case.mode != "cell" else None
+
+
 TARGETS = [
     Target("T = 1, B ≤ 2, H ≤ 96", suite("tiny"), 8, stretch=20),
     Target("B = 1, T ≥ 28, H ≤ 200", suite("batch1"), 2.2, stretch=3.5),
@@ -91,6 +100,16 @@ TARGETS = [
     Target("speed kept with a busy neighbour", _undisturbed, 1 / 2.5, stretch=1 / 2.1),
     Target("share of the floor, ≥ 1 MFLOP a step", _floor, 0.75, stretch=0.9),
     Target("H to H + 1 without a cliff", _next_width, 1 / 1.3),
+    Target("bfloat16, TF32: H ≤ 256, B ≤ 64", suite("gpu_small", mode="inference"), 4, device="cuda"),
+    Target("bfloat16, TF32: H 512…1024, B ≤ 16", suite("gpu_mid", mode="inference"), 3, device="cuda"),
+    Target("bfloat16, TF32: H = 1024, B = 64", suite("gpu_wide", mode="inference"), 2, device="cuda"),
+    Target("bfloat16, TF32: B = 256, H ≥ 1024", suite("gpu_large"), 1.2, device="cuda"),
+    Target("float16, where cuDNN is persistent", suite("gpu_persistent", mode="inference"), 1.5, device="cuda"),
+    Target("the same, training", suite("gpu_persistent", mode="training"), 1.5, device="cuda"),
+    Target("float16, H ≤ 128", suite("gpu_half"), 2, device="cuda"),
+    Target("LSTMCell, B ≤ 64, H ≤ 1024", suite("gpu_cell"), 3, device="cuda"),
+    Target("over FlashRNN, bfloat16, H = 768, B = 16", _over_flashrnn, 4, device="cuda"),
+    Target("share of the floor, B ≤ 16, H ≤ 1024", _latency_floor, 0.6, device="cuda"),
 ]
 
 
@@ -121,7 +140,8 @@ def evaluate(rows: Iterable[Row]) -> list[Outcome]:
     times = {replace(row.case, suite=""): row.us for row in rows}
     outcomes = []
     for target in TARGETS:
-        figures = [(row, value) for row in rows if (value := target.figure(row, times)) is not None]
+        own = (row for row in rows if row.case.device == target.device)
+        figures = [(row, value) for row in own if (value := target.figure(row, times)) is not None]
         if figures:
             outcomes.append(Outcome(target, figures))
     return outcomes

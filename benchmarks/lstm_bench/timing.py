@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile, supported_activities
 from torch.utils.benchmark import Measurement, Timer
 
 from .cases import Case, usable_cores
@@ -60,6 +61,38 @@ def time_cuda(calls: Mapping[str, Call], seconds: float) -> dict[str, tuple[floa
             samples[name] += [1e3 * start.elapsed_time(stop) for start, stop in events]
     quartiles = {name: np.percentile(values, [25, 50, 75]) for name, values in samples.items()}
     return {name: (float(q[1]), float(q[2] - q[0])) for name, q in quartiles.items()}
+
+
+def kernels(call: Call, most: int = 6) -> dict[str, int]:
+    """The launches of each kernel in a call, those that take longest first; none where the profiler cannot see them."""
+    if ProfilerActivity.CUDA not in supported_activities():
+        return {}
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    ran = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    ran.sort(key=lambda event: event.self_device_time_total, reverse=True)
+    return {event.key: event.count for event in ran[:most]}
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph that is replayed; what it returns is the same memory each time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is done once only must not be in the graph
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 # For as long as its parent lives.

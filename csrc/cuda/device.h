@@ -8,7 +8,7 @@ namespace lstm_ext::cuda {
 
 struct DeviceReport {
   std::vector<std::string> names;  // "name (sm_90)"
-  std::string reason;              // why there are none; empty if there are some
+  std::string reason;              // why the kernels cannot run; empty if they can
 };
 
 // As cudaRuntimeGetVersion gives it: 13000 for 13.0.

@@ -1,0 +1,30 @@
+// A layer on a GPU, one or both directions of it: planned, and launched on a stream.
+#pragma once
+
+#include "plan.h"
+
+namespace lstm_ext::cuda {
+
+// What the plan of a layer depends on, beside its shape.
+struct LayerOptions {
+  Dtype dtype;
+  bool tf32;             // float32 may be multiplied as TF32, where the device can
+  std::string strategy;  // forces one; empty chooses
+};
+
+// Of the current device, whose number `device` is. Plans are kept: the same question is answered once.
+const Plan& plan_layer(const SequenceShape& shape, int directions, bool backward, const LayerOptions& options,
+                       int device);
+
+// The registers of a thread of the kernel that the plan runs.
+int plan_registers(const Plan& plan, const SequenceShape& shape, bool backward, const LayerOptions& options,
+                   int device);
+
+// `workspace` has the plan's workspace_bytes, aligned to 16. With layer.x, x W_ih' is part of the steps (strategy
+// "step" alone); else it comes as xw, for each direction, rows by gates_map.
+void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const Plan& plan, const LayerOptions& options,
+                   int device, void* workspace, void* stream);
+void layer_backward(const BackwardPass& pass, const Plan& plan, const LayerOptions& options, int device,
+                    void* workspace, void* stream);
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,201 @@
+// What the kernels need of a GPU beyond plain C++, as small named functions: the only file with inline assembly.
+// The tests put a host implementation in its place (LSTM_EXT_CUDA_ON_CPU).
+#pragma once
+
+#if defined(LSTM_EXT_CUDA_ON_CPU)
+#include "cuda_on_cpu/ptx.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace lstm_ext::cuda {
+
+// ---- Shared memory ----------------------------------------------------------------------------------------
+
+// The start of the block's dynamic shared memory, aligned to 16 bytes.
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ uint4 lstm_ext_dynamic_shared[];
+  return reinterpret_cast<char*>(lstm_ext_dynamic_shared);
+}
+
+// ---- Words between blocks, through the L2 cache ---------------------------------------------------------------
+
+// 64 bits read and written whole (no half of one word with half of another), ordered with nothing else.
+__device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void st_relaxed_gpu(uint64_t* address, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// ---- Tensor cores ---------------------------------------------------------------------------------------------
+//
+// d [16, 8] += a [16, k] b [k, 8] by one warp, all lanes together. With row = lane / 4, column = lane % 4 a lane holds
+//   d: {row, 2 column}, {row, 2 column + 1}, {row + 8, 2 column}, {row + 8, 2 column + 1}
+//   k = 16 (16-bit numbers, two of adjacent k in a word): a: {row, 2 column}, {row + 8, 2 column}, {row, 2 column + 8},
+//     {row + 8, 2 column + 8};  b: {2 column, row}, {2 column + 8, row}
+//   k = 8 (TF32): a: {row, column}, {row + 8, column}, {row, column + 4}, {row + 8, column + 4};
+//     b: {column, row}, {column + 4, row}
+
+__device__ __forceinline__ void mma_fp16(float (&d)[4], const uint4& a, const uint2& b) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+#else  // Turing has half of it
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a.x), "r"(a.y), "r"(b.x));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a.z), "r"(a.w), "r"(b.y));
+#endif
+}
+
+#if __CUDA_ARCH__ < 800
+// Turing has no tensor cores for bfloat16: the same sum from the numbers of the lanes that hold them. Not inlined, as
+// it stands in a hundred places of a kernel.
+__device__ __noinline__ float4 mma_bf16_by_shuffles(float4 d, uint4 a, uint2 b) {
+  const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;
+  const auto low = [](uint32_t word) { return __uint_as_float(word << 16); };
+  const auto high = [](uint32_t word) { return __uint_as_float(word & 0xffff0000u); };
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const uint32_t top = __shfl_sync(~0u, k < 4 ? a.x : a.z, row + k % 4);
+    const uint32_t bottom = __shfl_sync(~0u, k < 4 ? a.y : a.w, row + k % 4);
+    const uint32_t left = __shfl_sync(~0u, k < 4 ? b.x : b.y, column + k % 4);
+    const uint32_t right = __shfl_sync(~0u, k < 4 ? b.x : b.y, column + 4 + k % 4);
+    d.x += low(top) * low(left) + high(top) * high(left);
+    d.y += low(top) * low(right) + high(top) * high(right);
+    d.z += low(bottom) * low(left) + high(bottom) * high(left);
+    d.w += low(bottom) * low(right) + high(bottom) * high(right);
+  }
+  return d;
+}
+#endif
+
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint4& a, const uint2& b) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+#else
+  const float4 sums = mma_bf16_by_shuffles(make_float4(d[0], d[1], d[2], d[3]), a, b);
+  d[0] = sums.x, d[1] = sums.y, d[2] = sums.z, d[3] = sums.w;
+#endif
+}
+
+// From sm_80 on; the operands as to_tf32 gives them.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint4& a, const uint2& b) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+#else
+  __trap();
+#endif
+}
+
+// Rounded to the 10 bits of mantissa that the tensor cores read.
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+#else
+  return __float_as_uint(value);
+#endif
+}
+
+// ---- Clusters of blocks, from sm_90 on ------------------------------------------------------------------------
+//
+// Shared memory of another block of the cluster is named by the own address of the same place and the block's rank.
+// Below sm_90 no cluster is ever launched, and these are never reached.
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t shared_address_of_rank(const void* shared, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  return address;
+}
+#endif
+
+// All threads of all blocks of the cluster meet; what they wrote before, to whichever shared memory, is seen after.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+__device__ __forceinline__ void st_cluster(uint32_t* shared, int rank, uint32_t value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(shared_address_of_rank(shared, rank)), "r"(value) : "memory");
+#else
+  __trap();
+#endif
+}
+
+// A barrier in shared memory: a phase ends when `count` arrivals have come, and the next begins. By one thread, and
+// followed by cluster_sync before any other thread of the cluster uses it.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// Arrives at the barrier of block `rank`, releasing what this thread wrote or saw written (as by its warp before a
+// __syncwarp) to those who wait there.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, int rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address_of_rank(barrier, rank))
+      : "memory");
+#else
+  __trap();
+#endif
+}
+
+// Waits until the phase of this parity (0 for the first) of the own block's barrier has ended, and acquires.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+#else
+  __trap();
+#endif
+}
+
+// ---- Numbers --------------------------------------------------------------------------------------------------
+
+// exp by the special function unit: 2 ulps, and |x| ulps of 1 / 2 for large x.
+__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+
+}  // namespace lstm_ext::cuda
+
+#endif

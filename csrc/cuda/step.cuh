@@ -1,0 +1,361 @@
+// One step of a layer in a launch: nothing needs to fit on chip, and nothing to wait for. A block takes some rows of
+// the weights, as they lie in global memory, and a tile of the batch; warps share out the rows and, within, the
+// columns.
+#pragma once
+
+#include "product.cuh"
+#include "unit.cuh"
+
+namespace lstm_ext::cuda {
+
+inline constexpr int kChunkTiles = 32;     // column tiles of the operand that are in shared memory at a time
+inline constexpr int kPartialPadding = 4;  // keeps the lanes of a warp on different banks
+
+template <class Tile, int kTiles>
+class StepBlock {
+ public:
+  using Number = typename Tile::Number;
+  using OnChip = typename Tile::OnChip;
+  using Sum = typename Tile::Sum;
+  static constexpr int kBatchTile = kTiles * kColumns;
+  static constexpr int kChunk = kChunkTiles * Tile::kK;
+  static constexpr int kRowsOffset = 0;
+  static constexpr int kNextOffset = kRowsOffset + kBatchTile * static_cast<int>(sizeof(Row));
+  static constexpr int kWorkOffset = (kNextOffset + kBatchTile * static_cast<int>(sizeof(Row)) + 15) / 16 * 16;
+  static constexpr int kOperandBytes = kChunk * kBatchTile * static_cast<int>(sizeof(OnChip));
+  // The operand and the sums follow one another in the same place.
+  static constexpr int shared_bytes(int warps_m) {
+    const int partial = kWarps / warps_m * kBatchTile * (warps_m * kStepRows + kPartialPadding) * int{sizeof(Sum)};
+    return kWorkOffset + (partial > kOperandBytes ? partial : kOperandBytes);
+  }
+
+  __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks, bool reverse, int64_t s)
+      : part_(part),
+        block_(static_cast<int>(blockIdx.x % part.row_blocks)),
+        first_(static_cast<int64_t>(blockIdx.x / part.row_blocks) * kBatchTile),
+        count_(static_cast<int>(min(int64_t{kBatchTile}, shape.B - first_))) {
+    sums_.clear();
+    const int n = threadIdx.x;
+    if (n < count_) {
+      rows()[n] = row_at(masks, shape.T, reverse, s, first_ + n);
+      next_rows()[n] = row_at(masks, shape.T, reverse, s + 1, first_ + n);
+    }
+    __syncthreads();  // the rows are there
+  }
+
+  __device__ const Row& row(int n) const { return rows()[n]; }
+  __device__ const Row& next_row(int n) const { return next_rows()[n]; }  // at step s + 1
+  __device__ int64_t sequence(int n) const { return first_ + n; }
+
+  // Adds weights [rows, columns] times the operand whose element (k, n) is value(k, n).
+  template <class Value>
+  __device__ void add(const Matrix& weights, int64_t row_stride, int64_t column_stride, int64_t columns,
+                      const Value& value) {
+    RowPointers weight_rows(*this, static_cast<const Number*>(weights.data), row_stride, column_stride);
+    OnChip* operand = reinterpret_cast<OnChip*>(work());
+    for (int64_t start = 0; start < columns; start += kChunk) {
+      const int width = static_cast<int>(min(int64_t{kChunk}, columns - start));
+      const int tiles = (width + Tile::kK - 1) / Tile::kK;
+      for (int n = threadIdx.x / 32; n < kBatchTile; n += kWarps)
+        for (int k = threadIdx.x % 32; k < tiles * Tile::kK; k += 32)
+          operand[operand_index<Tile, kTiles>(k, n)] =
+              k < width && n < count_ ? value(start + k, n) : OnChip(Tile::on_chip(0));
+      __syncthreads();  // the operand is there
+#pragma unroll 2
+      for (int tile = slice(); tile < tiles; tile += slices()) {
+        uint4 numbers[Tile::kRowTiles];
+        weight_rows.fetch(numbers, start + tile * Tile::kK, columns);
+        sums_.add(numbers, operand + tile * kTiles * Tile::kK * kColumns, threadIdx.x % 32);
+      }
+      __syncthreads();  // the operand is read
+    }
+  }
+
+  __device__ void finish_sums() {
+    sums_.store(partial() + slice() * kBatchTile * stride(), stride(), pair() * kStepRows, row_count(),
+                threadIdx.x % 32);
+    __syncthreads();  // the sums of all warps are there
+  }
+
+  // The product's row j for sequence n.
+  __device__ Sum product(int n, int j) const {
+    return total(partial() + n * stride() + j, slices(), kBatchTile * stride());
+  }
+
+  // Calls body(n, j, unit) for this block's units of each sequence n, one thread each.
+  template <class Body>
+  __device__ void for_units(const Body& body) const {
+    const int width = part_.rows.width;
+    for (int index = threadIdx.x; index < count_ * width; index += kThreads) {
+      const int j = index % width;
+      const int64_t unit = static_cast<int64_t>(block_) * width + j;
+      if (unit < part_.rows.limit) body(index / width, j, unit);
+    }
+  }
+
+ private:
+  // The rows of the weights that a lane reads.
+  struct RowPointers {
+    static constexpr int kNumbers = 16 / sizeof(OnChip);
+    static constexpr int kLaneRows = Tile::kM == 16 ? 2 : 1;  // in each tile
+    // In bf16 and fp16 two columns are adjacent in a lane, in the plain tiles all.
+    static constexpr int kAdjacent = sizeof(OnChip) == 2 ? 2 : Tile::kM == 16 ? 1 : kNumbers;
+
+    struct alignas(kAdjacent * sizeof(Number)) Adjacent {
+      Number at[kAdjacent];
+    };
+
+    const Number* row[Tile::kRowTiles][kLaneRows];  // null past the last
+    int64_t column_stride;
+    bool adjacent;  // columns lie side by side, and are aligned to be read together
+
+    __device__ RowPointers(const StepBlock& block, const Number* data, int64_t row_stride, int64_t stride)
+        : column_stride(stride),
+          adjacent(stride == 1 && row_stride % kAdjacent == 0 &&
+                   reinterpret_cast<uintptr_t>(data) % sizeof(Adjacent) == 0) {
+      const int lane = threadIdx.x % 32;
+      const SharedOut& rows = block.part_.rows;
+#pragma unroll
+      for (int m = 0; m < Tile::kRowTiles; ++m) {
+#pragma unroll
+        for (int r = 0; r < kLaneRows; ++r) {
+          const int j = block.pair() * kStepRows + m * Tile::kM + Tile::row(lane, 0) + r * 8;
+          const int64_t place = j < rows.each() ? rows.place(block.block_ * rows.each() + j) : -1;
+          row[m][r] = place < 0 ? nullptr : data + place * row_stride;
+        }
+      }
+    }
+
+    // A lane's numbers of the tile whose first column is `start`; zeros where there are no weights.
+    __device__ __forceinline__ void fetch(uint4 (&tiles)[Tile::kRowTiles], int64_t start, int64_t columns) const {
+      const int lane = threadIdx.x % 32;
+#pragma unroll
+      for (int m = 0; m < Tile::kRowTiles; ++m) {
+        struct Numbers {
+          OnChip at[kNumbers];
+        } numbers;
+#pragma unroll
+        for (int n = 0; n < kNumbers; n += kAdjacent) {
+          const Number* from = row[m][(Tile::row(lane, n) - Tile::row(lane, 0)) / 8];
+          const int64_t column = start + Tile::column(lane, n);
+          Adjacent read = {};
+          if (from && adjacent && column + kAdjacent <= columns) {
+            read = *reinterpret_cast<const Adjacent*>(from + column);
+          } else if (from) {
+#pragma unroll
+            for (int i = 0; i < kAdjacent; ++i)
+              if (column + i < columns) read.at[i] = from[(column + i) * column_stride];
+          }
+#pragma unroll
+          for (int i = 0; i < kAdjacent; ++i) numbers.at[n + i] = Tile::keep(read.at[i]);
+        }
+        tiles[m] = bits_as<uint4>(numbers);
+      }
+    }
+  };
+
+  __device__ int pair() const { return static_cast<int>(threadIdx.x) / 32 % part_.warps_m; }
+  __device__ int slice() const { return static_cast<int>(threadIdx.x) / 32 / part_.warps_m; }
+  __device__ int slices() const { return kWarps / part_.warps_m; }
+  __device__ int row_count() const { return part_.warps_m * kStepRows; }
+  __device__ int stride() const { return row_count() + kPartialPadding; }
+  __device__ Row* rows() const { return reinterpret_cast<Row*>(dynamic_shared() + kRowsOffset); }
+  __device__ Row* next_rows() const { return reinterpret_cast<Row*>(dynamic_shared() + kNextOffset); }
+  __device__ char* work() const { return dynamic_shared() + kWorkOffset; }
+  __device__ Sum* partial() const { return reinterpret_cast<Sum*>(work()); }
+
+  const StepPart& part_;
+  int block_;
+  int64_t first_;  // sequence of this tile of the batch
+  int count_;
+  Sums<Tile, kTiles> sums_;
+};
+
+// ---- Forward --------------------------------------------------------------------------------------------------
+
+template <class Tile, int kTiles>
+__device__ __forceinline__ void step_gates(const StepForward& params, StepBlock<Tile, kTiles>& block, int d) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const LayerForward& layer = params.layer;
+  const ForwardDirection& to = layer.direction[d];
+  const int64_t H = layer.shape.H, s = params.s;
+  if (layer.x) {
+    const auto x = [&](int64_t k, int n) {
+      const Row& row = block.row(n);
+      return row.active ? Tile::keep(*element<Number>(layer.x, layer.x_map, row.t, block.sequence(n), k))
+                        : Tile::on_chip(0);
+    };
+    block.add(to.weights.w_ih, to.weights.w_ih.row_stride, 1, layer.shape.I, x);
+  }
+  const auto h = [&](int64_t k, int n) {
+    const Row& row = block.row(n);
+    if (!row.active || row.forgets) return Tile::on_chip(0);
+    if (s == 0) return Tile::on_chip(state_at<Number>(to.state.h0, block.sequence(n), k));
+    return Tile::keep(*element<Number>(to.y, layer.y_map, row.t_before, block.sequence(n), k));
+  };
+  if (s > 0 || to.state.h0.data) {
+    block.add(to.weights.w_hh, params.part.row_stride, params.part.column_stride, layer.shape.P, h);
+  }
+  block.finish_sums();
+  block.for_units([&](int n, int j, int64_t unit) {
+    const Row& row = block.row(n);
+    const int64_t b = block.sequence(n);
+    const int64_t place = (d * layer.shape.B + b) * H + unit;
+    const Sum before = s == 0 ? state_at<Number>(to.state.c0, b, unit) : static_cast<Sum*>(params.state)[place];
+    if (s == 0 && length_of(layer.masks, layer.shape.T, b) == 0)
+      static_cast<Number*>(to.c_n)[b * H + unit] = narrow<Number>(before);
+    Sum c = row.forgets ? 0 : before;
+    const int width = params.part.rows.width;
+    Pre<Tile> pre{};
+    if (row.active) {
+      pre = plus(Pre<Tile>{block.product(n, j), block.product(n, width + j), block.product(n, 2 * width + j),
+                           block.product(n, 3 * width + j)},
+                 bias_of<Tile>(to.weights, H, unit));
+      if (params.xw[d]) pre = plus(read_gates<Sum>(params.xw[d], layer.gates_map, row.t, b, H, unit), pre);
+    }
+    const Sum out = forward_cell<Tile>(layer, to, row, b, unit, pre, c);
+    if (params.state) static_cast<Sum*>(params.state)[place] = c;
+    if (params.hidden) {
+      static_cast<Number*>(params.hidden)[place] = narrow<Number>(out);
+    } else {
+      forward_output<Tile>(layer, to, row, b, unit, out);
+    }
+  });
+}
+
+template <class Tile, int kTiles>
+__device__ __forceinline__ void step_projection(const StepForward& params, StepBlock<Tile, kTiles>& block, int d) {
+  using Number = typename Tile::Number;
+  const LayerForward& layer = params.layer;
+  const ForwardDirection& to = layer.direction[d];
+  const auto hidden = [&](int64_t k, int n) {
+    return Tile::keep(
+        static_cast<const Number*>(params.hidden)[(d * layer.shape.B + block.sequence(n)) * layer.shape.H + k]);
+  };
+  block.add(to.weights.w_hr, params.part.row_stride, params.part.column_stride, layer.shape.H, hidden);
+  block.finish_sums();
+  block.for_units([&](int n, int j, int64_t p) {
+    forward_output<Tile>(layer, to, block.row(n), block.sequence(n), p, block.product(n, j));
+  });
+}
+
+template <class Tile>
+__device__ void keep_initial_h(const LayerForward& layer, const ForwardDirection& to, int64_t b, int64_t p) {
+  using Number = typename Tile::Number;
+  if (to.h_n && length_of(layer.masks, layer.shape.T, b) == 0)
+    static_cast<Number*>(to.h_n)[b * layer.shape.P + p] = narrow<Number>(state_at<Number>(to.state.h0, b, p));
+}
+
+template <class Tile, int kTiles>
+__global__ void __launch_bounds__(kThreads, 2) step_forward(const __grid_constant__ StepForward params) {
+  const int d = blockIdx.y;
+  const LayerForward& layer = params.layer;
+  StepBlock<Tile, kTiles> block(params.part, layer.shape, layer.masks, layer.direction[d].reverse, params.s);
+  const bool makes_h = params.part.stage == 1 || !params.hidden;
+  if (makes_h && params.s == 0) {
+    block.for_units(
+        [&](int n, int, int64_t p) { keep_initial_h<Tile>(layer, layer.direction[d], block.sequence(n), p); });
+  }
+  if (params.part.stage == 0) {
+    step_gates(params, block, d);
+  } else {
+    step_projection(params, block, d);
+  }
+}
+
+// ---- Backward -------------------------------------------------------------------------------------------------
+
+template <class Tile, int kTiles>
+__device__ __forceinline__ void step_cell_backward(const StepBackward& params, StepBlock<Tile, kTiles>& block, int d,
+                                                   int n, int64_t unit, typename Tile::Sum d_h) {
+  const SequenceShape& shape = params.pass.layer.shape;
+  const int64_t b = block.sequence(n);
+  auto* state = static_cast<typename Tile::Sum*>(params.state) + (d * shape.B + b) * shape.H + unit;
+  typename Tile::Sum d_c = params.s + 1 < shape.T ? *state : 0;
+  backward_cell<Tile>(params.pass, d, block.row(n), params.s, b, unit, d_h, d_c);
+  *state = d_c;
+}
+
+// From the gates' gradients of step s + 1 to that of h after step s, and without a projection on to the gates'.
+template <class Tile, int kTiles>
+__device__ __forceinline__ void step_h_backward(const StepBackward& params, StepBlock<Tile, kTiles>& block, int d) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const BackwardPass& pass = params.pass;
+  const BackwardDirection& from = pass.layer.direction[d];
+  const SequenceShape& shape = pass.layer.shape;
+  const auto d_gates = [&](int64_t k, int n) {
+    const Row& next = block.next_row(n);
+    return next.active && !next.forgets
+               ? Tile::keep(*element<Number>(pass.outputs[d].d_gates, pass.d_gates_map, next.t, block.sequence(n), k))
+               : Tile::on_chip(0);
+  };
+  if (params.s + 1 < shape.T) {
+    block.add(from.weights.w_hh, params.part.row_stride, params.part.column_stride, 4 * shape.H, d_gates);
+  }
+  block.finish_sums();
+  block.for_units([&](int n, int j, int64_t p) {
+    const int64_t b = block.sequence(n);
+    if (params.s < 0) {
+      if (!from.dh0) return;
+      const bool empty = length_of(pass.layer.masks, shape.T, b) == 0;
+      const Sum d_h = empty ? state_at<Number>(from.dh_n, b, p) : block.product(n, j);
+      static_cast<Number*>(from.dh0)[b * shape.P + p] = narrow<Number>(d_h);
+    } else {
+      const Sum d_h = backward_output<Tile>(pass, d, block.row(n), params.s, b, p, block.product(n, j));
+      if (!shape.projected) step_cell_backward(params, block, d, n, p, d_h);
+    }
+  });
+}
+
+template <class Tile, int kTiles>
+__device__ __forceinline__ void step_projection_backward(const StepBackward& params, StepBlock<Tile, kTiles>& block,
+                                                         int d) {
+  using Number = typename Tile::Number;
+  const BackwardPass& pass = params.pass;
+  const auto d_h = [&](int64_t k, int n) {
+    const Row& row = block.row(n);
+    return row.active ? Tile::keep(*element<Number>(pass.outputs[d].d_h, pass.h_map, row.t, block.sequence(n), k))
+                      : Tile::on_chip(0);
+  };
+  block.add(pass.layer.direction[d].weights.w_hr, params.part.row_stride, params.part.column_stride, pass.layer.shape.P,
+            d_h);
+  block.finish_sums();
+  block.for_units(
+      [&](int n, int j, int64_t unit) { step_cell_backward(params, block, d, n, unit, block.product(n, j)); });
+}
+
+// The gradient of the initial c, once that of step 0 has left it in the state.
+template <class Tile, int kTiles>
+__device__ __forceinline__ void finish_cells(const StepBackward& params, StepBlock<Tile, kTiles>& block, int d) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const LayerBackward& layer = params.pass.layer;
+  const BackwardDirection& from = layer.direction[d];
+  const int64_t B = layer.shape.B, H = layer.shape.H;
+  if (!from.dc0) return;
+  block.for_units([&](int n, int, int64_t unit) {
+    const int64_t b = block.sequence(n);
+    const bool empty = length_of(layer.masks, layer.shape.T, b) == 0;
+    const Sum d_c =
+        empty ? state_at<Number>(from.dc_n, b, unit) : static_cast<const Sum*>(params.state)[(d * B + b) * H + unit];
+    static_cast<Number*>(from.dc0)[b * H + unit] = narrow<Number>(d_c);
+  });
+}
+
+template <class Tile, int kTiles>
+__global__ void __launch_bounds__(kThreads, 2) step_backward(const __grid_constant__ StepBackward params) {
+  const int d = blockIdx.y;
+  const LayerBackward& layer = params.pass.layer;
+  StepBlock<Tile, kTiles> block(params.part, layer.shape, layer.masks, layer.direction[d].reverse, params.s);
+  if (params.part.stage == 0) {
+    step_h_backward(params, block, d);
+  } else if (params.s >= 0) {
+    step_projection_backward(params, block, d);
+  }
+  const bool has_cells = params.part.stage == 1 || !layer.shape.projected;
+  if (has_cells && params.s < 0) finish_cells(params, block, d);
+}
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,162 @@
+// Tiles of a product on chip: which lane of a warp holds which numbers, for each kind of arithmetic.
+//
+// A tile of weights [kM, kK] is 16 bytes in each of 32 lanes. A tile of the operand [kK, 8] lies in shared memory so
+// that its readers meet no bank conflict. A lane has kSums sums of the product [kM, 8].
+#pragma once
+
+#include <cstring>
+
+#include "../gate_math.h"
+#include "ptx.h"
+#include "spread.h"
+
+namespace lstm_ext::cuda {
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+template <class T, class Sum>
+__device__ __forceinline__ T narrow(Sum x) {
+  return static_cast<T>(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half narrow<__half, float>(float x) {
+  return __float2half_rn(x);
+}
+
+struct ExactMath {
+  using Value = float;
+  static __device__ __forceinline__ float exp(float x) { return ::expf(x); }
+  static __device__ __forceinline__ float tanh(float x) { return ::tanhf(x); }
+};
+
+struct DoubleMath {
+  using Value = double;
+  static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
+  static __device__ __forceinline__ double tanh(double x) { return ::tanh(x); }
+};
+
+// To about 1e-7, absolutely: far below what half types and TF32 keep.
+struct FastMath {
+  using Value = float;
+  static __device__ __forceinline__ float exp(float x) { return fast_exp(x); }
+  static __device__ __forceinline__ float tanh(float x) { return 1 - 2 / (1 + fast_exp(2 * x)); }
+};
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// What bf16, fp16 and TF32 have in common: mma.sync, a lane's sums are of 2 rows and 2 columns.
+struct MmaTile {
+  static constexpr int kM = 16, kSums = 4, kRowTiles = 2;
+  static constexpr int kRegisterSteps = 16;
+  static __device__ __forceinline__ int sum_row(int lane, int n) { return lane / 4 + n / 2 * 8; }
+  static __device__ __forceinline__ int sum_column(int lane, int n) { return lane % 4 * 2 + n % 2; }
+};
+
+template <class T>
+struct HalfTile : MmaTile {
+  using Number = T;  // in global memory
+  using OnChip = T;
+  using Sum = float;
+  using Math = FastMath;
+  static constexpr int kK = 16;
+
+  static __device__ __forceinline__ OnChip on_chip(Sum x) { return narrow<T>(x); }
+  static __device__ __forceinline__ OnChip keep(Number x) { return x; }
+  // The row and column of number n of a lane's 16 bytes.
+  static __device__ __forceinline__ int row(int lane, int n) { return lane / 4 + n / 2 % 2 * 8; }
+  static __device__ __forceinline__ int column(int lane, int n) { return lane % 4 * 2 + n % 2 + n / 4 * 8; }
+  static __device__ __forceinline__ int operand_place(int k, int n) {
+    return (n * 4 + k % 8 / 2) * 4 + k / 8 * 2 + k % 2;
+  }
+  static __device__ __forceinline__ void multiply(float (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
+                                                  const OnChip* operand, int lane) {
+    const uint2 b = reinterpret_cast<const uint2*>(operand)[lane];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) multiply(sums[m], weights[m], b, T());
+  }
+
+ private:
+  static __device__ __forceinline__ void multiply(float (&d)[4], const uint4& a, const uint2& b, __half) {
+    mma_fp16(d, a, b);
+  }
+  static __device__ __forceinline__ void multiply(float (&d)[4], const uint4& a, const uint2& b, __nv_bfloat16) {
+    mma_bf16(d, a, b);
+  }
+};
+
+struct Tf32Tile : MmaTile {
+  using Number = float;
+  using OnChip = uint32_t;  // as to_tf32 gives it
+  using Sum = float;
+  using Math = FastMath;
+  static constexpr int kK = 8;
+
+  static __device__ __forceinline__ OnChip on_chip(Sum x) { return to_tf32(x); }
+  static __device__ __forceinline__ OnChip keep(Number x) { return to_tf32(x); }
+  static __device__ __forceinline__ int row(int lane, int n) { return lane / 4 + n % 2 * 8; }
+  static __device__ __forceinline__ int column(int lane, int n) { return lane % 4 + n / 2 * 4; }
+  static __device__ __forceinline__ int operand_place(int k, int n) { return (n * 4 + k % 4) * 2 + k / 4; }
+  static __device__ __forceinline__ void multiply(float (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
+                                                  const OnChip* operand, int lane) {
+    const uint2 b = reinterpret_cast<const uint2*>(operand)[lane];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) mma_tf32(sums[m], weights[m], b);
+  }
+};
+
+// float32 and float64 as they are: a lane has one row, and all 8 columns; the operand is read by all lanes at once.
+template <class T, class TMath>
+struct PlainTile {
+  using Number = T;
+  using OnChip = T;
+  using Sum = T;
+  using Math = TMath;
+  static constexpr int kM = 32, kK = 16 / sizeof(T), kSums = kColumns, kRowTiles = 1;
+  static constexpr int kRegisterSteps = 16;
+
+  static __device__ __forceinline__ OnChip on_chip(Sum x) { return x; }
+  static __device__ __forceinline__ OnChip keep(Number x) { return x; }
+  static __device__ __forceinline__ int row(int lane, int) { return lane; }
+  static __device__ __forceinline__ int column(int, int n) { return n; }
+  static __device__ __forceinline__ int sum_row(int lane, int) { return lane; }
+  static __device__ __forceinline__ int sum_column(int, int n) { return n; }
+  static __device__ __forceinline__ int operand_place(int k, int n) { return n * kK + k; }
+  static __device__ __forceinline__ void multiply(T (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
+                                                  const OnChip* operand, int) {
+    struct Numbers {
+      T at[kK];
+    };
+    const Numbers a = bits_as<Numbers>(weights[0]);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const Numbers b = bits_as<Numbers>(reinterpret_cast<const uint4*>(operand)[n]);
+#pragma unroll
+      for (int k = 0; k < kK; ++k) sums[0][n] += a.at[k] * b.at[k];
+    }
+  }
+};
+
+using Fp32Tile = PlainTile<float, ExactMath>;
+using Fp64Tile = PlainTile<double, DoubleMath>;
+
+// Where element (k, n) of an operand of `kTiles` column tiles lies.
+template <class Tile, int kTiles>
+__device__ __forceinline__ int operand_index(int k, int n) {
+  return (k / Tile::kK * kTiles + n / kColumns) * (Tile::kK * kColumns) +
+         Tile::operand_place(k % Tile::kK, n % kColumns);
+}
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,173 @@
+// What happens to one unit of one sequence at one step, between the products: the same for every way to spread the
+// work.
+#pragma once
+
+#include "tile.cuh"
+
+namespace lstm_ext::cuda {
+
+__device__ __forceinline__ int64_t length_of(const Masks& masks, int64_t T, int64_t b) {
+  return masks.lengths ? max(int64_t{0}, min(T, masks.lengths[b])) : T;
+}
+
+__device__ inline Row row_at(const Masks& masks, int64_t T, bool reverse, int64_t s, int64_t b) {
+  const int64_t length = length_of(masks, T, b);
+  const auto time = [&](int64_t step) { return reverse && step < length ? length - 1 - step : step; };
+  const auto forgets = [&](int64_t step) {
+    return masks.resets && step >= 0 && step < length &&
+           masks.resets[time(step) * masks.reset_t_stride + b * masks.reset_b_stride] != 0;
+  };
+  return {time(s), time(s - 1), s < length, s + 1 == length, forgets(s), forgets(s + 1)};
+}
+
+// Past its length a packed sequence has no rows.
+__device__ __forceinline__ bool has_row(const RowMap& map, const Row& row) { return row.active || !map.packed_offset; }
+
+template <class T>
+__device__ __forceinline__ T* element(void* rows, const RowMap& map, int64_t t, int64_t b, int64_t column) {
+  return static_cast<T*>(rows) + map.at(t, b) + column;
+}
+template <class T>
+__device__ __forceinline__ const T* element(const void* rows, const RowMap& map, int64_t t, int64_t b, int64_t column) {
+  return static_cast<const T*>(rows) + map.at(t, b) + column;
+}
+
+// An element of a state [B, width]; zero where there is none.
+template <class T>
+__device__ __forceinline__ auto state_at(const Matrix& state, int64_t b, int64_t column) {
+  using Wide = decltype(widen(T()));
+  return state.data ? widen(static_cast<const T*>(state.data)[b * state.row_stride + column]) : Wide(0);
+}
+
+template <class Tile>
+using Pre = GateValues<typename Tile::Sum>;
+
+// Stored as T: the gates, or what x contributes to them.
+template <class T>
+__device__ __forceinline__ auto read_gates(const void* gates, const RowMap& map, int64_t t, int64_t b, int64_t H,
+                                           int64_t unit) {
+  const T* at = element<T>(gates, map, t, b, unit);
+  return GateValues<decltype(widen(T()))>{widen(at[0]), widen(at[H]), widen(at[2 * H]), widen(at[3 * H])};
+}
+
+template <class Tile>
+__device__ __forceinline__ void write_gates(void* gates, const RowMap& map, int64_t t, int64_t b, int64_t H,
+                                            int64_t unit, const Pre<Tile>& values) {
+  using Number = typename Tile::Number;
+  Number* at = element<Number>(gates, map, t, b, unit);
+  at[0] = narrow<Number>(values.i);
+  at[H] = narrow<Number>(values.f);
+  at[2 * H] = narrow<Number>(values.g);
+  at[3 * H] = narrow<Number>(values.o);
+}
+
+template <class Tile>
+__device__ __forceinline__ Pre<Tile> bias_of(const LayerWeights& weights, int64_t H, int64_t unit) {
+  using Number = typename Tile::Number;
+  if (!weights.b_ih) return {0, 0, 0, 0};
+  const Number *ih = static_cast<const Number*>(weights.b_ih) + unit,
+               *hh = static_cast<const Number*>(weights.b_hh) + unit;
+  return {widen(ih[0]) + widen(hh[0]), widen(ih[H]) + widen(hh[H]), widen(ih[2 * H]) + widen(hh[2 * H]),
+          widen(ih[3 * H]) + widen(hh[3 * H])};
+}
+
+template <class Sum>
+__device__ __forceinline__ GateValues<Sum> plus(const GateValues<Sum>& a, const GateValues<Sum>& b) {
+  return {a.i + b.i, a.f + b.f, a.g + b.g, a.o + b.o};
+}
+
+// ---- Forward --------------------------------------------------------------------------------------------------
+
+// The output h of one step; returns what the next step starts from.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Sum forward_output(const LayerForward& layer, const ForwardDirection& to,
+                                                             const Row& row, int64_t b, int64_t p,
+                                                             typename Tile::Sum h) {
+  using Number = typename Tile::Number;
+  if (has_row(layer.y_map, row)) *element<Number>(to.y, layer.y_map, row.t, b, p) = narrow<Number>(row.active ? h : 0);
+  if (row.last && to.h_n) static_cast<Number*>(to.h_n)[b * layer.shape.P + p] = narrow<Number>(h);
+  return row.active && !row.forgets_next ? h : 0;
+}
+
+// One step of one unit from its gates' weighted sums; c is the state, zero where the step forgets. Returns h, and with
+// it c what the next step starts from.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Sum forward_cell(const LayerForward& layer, const ForwardDirection& to,
+                                                           const Row& row, int64_t b, int64_t unit,
+                                                           const Pre<Tile>& pre, typename Tile::Sum& c) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const int64_t H = layer.shape.H;
+  CellStep<Sum> step{};
+  if (row.active) step = cell_forward<typename Tile::Math>(pre, c);
+  if (has_row(layer.gates_map, row)) {
+    if (to.gates) write_gates<Tile>(to.gates, layer.gates_map, row.t, b, H, unit, step.gates);
+    if (to.cells) *element<Sum>(to.cells, layer.cells_map, row.t, b, unit) = step.c;
+  }
+  if (row.last) static_cast<Number*>(to.c_n)[b * H + unit] = narrow<Number>(step.c);
+  c = row.forgets_next ? 0 : step.c;
+  return step.h;
+}
+
+// ---- Backward -------------------------------------------------------------------------------------------------
+
+// The gradient of one step's h: what comes back through time, and from the outputs.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Sum backward_output(const BackwardPass& pass, int d, const Row& row,
+                                                              int64_t s, int64_t b, int64_t p, typename Tile::Sum d_h) {
+  using Number = typename Tile::Number;
+  const LayerBackward& layer = pass.layer;
+  const BackwardDirection& from = layer.direction[d];
+  const BackwardOutputs& to = pass.outputs[d];
+  typename Tile::Sum h_prev = 0;
+  if (!row.active) d_h = 0;
+  if (row.active) {
+    if (from.dy) d_h += widen(*element<Number>(from.dy, layer.dy_map, row.t, b, p));
+    if (row.last) d_h += state_at<Number>(from.dh_n, b, p);
+    if (!row.forgets)
+      h_prev = s > 0 ? widen(*element<Number>(from.y, layer.y_map, row.t_before, b, p))
+                     : state_at<Number>(from.state.h0, b, p);
+  }
+  if (has_row(pass.h_map, row)) {
+    *element<Number>(to.h_prev, pass.h_map, row.t, b, p) = narrow<Number>(h_prev);
+    if (to.d_h) *element<Number>(to.d_h, pass.h_map, row.t, b, p) = narrow<Number>(d_h);
+  }
+  return d_h;
+}
+
+// The gradients of one step of one unit, from that of its h; d_c is what later steps want of c, and then what the step
+// before is to know. Returns the gates' gradients as the step before is to know them.
+template <class Tile>
+__device__ __forceinline__ Pre<Tile> backward_cell(const BackwardPass& pass, int d, const Row& row, int64_t s,
+                                                   int64_t b, int64_t unit, typename Tile::Sum d_h,
+                                                   typename Tile::Sum& d_c) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const LayerBackward& layer = pass.layer;
+  const BackwardDirection& from = layer.direction[d];
+  const BackwardOutputs& to = pass.outputs[d];
+  const int64_t H = layer.shape.H;
+  CellStepGrad<Sum> grad{};
+  Sum hidden = 0;
+  if (row.active) {
+    const Pre<Tile> gates = read_gates<Number>(from.gates, layer.gates_map, row.t, b, H, unit);
+    Sum c_prev = 0;
+    if (!row.forgets)
+      c_prev = s > 0 ? *element<Sum>(from.cells, layer.cells_map, row.t_before, b, unit)
+                     : state_at<Number>(from.state.c0, b, unit);
+    const Sum tanh_c = Tile::Math::tanh(*element<Sum>(from.cells, layer.cells_map, row.t, b, unit));
+    if (row.last) d_c = state_at<Number>(from.dc_n, b, unit);
+    if (from.d_cells) d_c += *element<Sum>(from.d_cells, layer.d_cells_map, row.t, b, unit);
+    grad = cell_backward(gates, c_prev, tanh_c, d_h, d_c);
+    hidden = gates.o * tanh_c;
+  }
+  if (has_row(pass.d_gates_map, row)) {
+    write_gates<Tile>(to.d_gates, pass.d_gates_map, row.t, b, H, unit, grad.d_pre);
+    if (to.hidden) *element<Number>(to.hidden, pass.hidden_map, row.t, b, unit) = narrow<Number>(hidden);
+  }
+  d_c = row.forgets ? 0 : grad.d_c_prev;
+  if (row.forgets) grad.d_pre = {};
+  return grad.d_pre;
+}
+
+}  // namespace lstm_ext::cuda

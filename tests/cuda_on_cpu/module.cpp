@@ -1,0 +1,102 @@
+// The kernels and the harness for pytest.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "array.h"
+#include "broken_kernels.h"
+#include "kernels.h"
+#include "launch.h"
+#include "ptx.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace cuda_on_cpu {
+namespace {
+
+using Words = py::array_t<uint32_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style>;
+
+// One warp's collective on the fragments of its lanes.
+struct WarpParams {
+  std::string kind;
+  const uint32_t *a, *b;  // [32, 4], [32, 2]
+  float* d;               // [32, 4]
+};
+
+void mma_kernel(WarpParams p) {
+  const int lane = threadIdx.x;
+  const uint4 a = reinterpret_cast<const uint4*>(p.a)[lane];
+  const uint2 b = reinterpret_cast<const uint2*>(p.b)[lane];
+  float d[4];
+  std::copy_n(p.d + 4 * lane, 4, d);
+  if (p.kind == "float16") mma_fp16(d, a, b, Location::current());
+  if (p.kind == "bfloat16") mma_bf16(d, a, b, Location::current());
+  if (p.kind == "tf32") mma_tf32(d, a, b, Location::current());
+  std::copy_n(d, 4, p.d + 4 * lane);
+}
+
+Floats mma(const std::string& kind, const Words& a, const Words& b, const Floats& d) {
+  Floats result(d.request().shape);
+  std::copy_n(d.data(), d.size(), result.mutable_data());
+  const WarpParams params{kind, a.data(), b.data(), result.mutable_data()};
+  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<WarpParams>{"mma", mma_kernel}, {.threads = 32}, params);
+  synchronize(0);
+  return result;
+}
+
+struct LdmatrixParams {
+  const uint16_t* rows;  // [8 count, 8]
+  int count;
+  bool transposed;
+  uint32_t* fragments;  // [32, count]
+};
+
+void ldmatrix_kernel(LdmatrixParams p) {
+  const int lane = threadIdx.x, rows = 8 * p.count;
+  auto* shared = reinterpret_cast<uint16_t*>(lstm_ext::cuda::dynamic_shared());
+  if (lane < rows) std::copy_n(p.rows + 8 * lane, 8, shared + 8 * lane);
+  __syncwarp();
+  ldmatrix(p.fragments + p.count * lane, p.count, p.transposed, shared + 8 * (lane % rows), Location::current());
+}
+
+Words ldmatrix_of(const py::array_t<uint16_t, py::array::c_style>& rows, bool transposed) {
+  const int count = static_cast<int>(rows.shape(0)) / 8;
+  Words fragments({32, count});
+  const LdmatrixParams params{rows.data(), count, transposed, fragments.mutable_data()};
+  const lstm_ext::cuda::Launch how{.threads = 32, .shared_bytes = 128 * count};
+  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<LdmatrixParams>{"ldmatrix", ldmatrix_kernel}, how, params);
+  synchronize(0);
+  return fragments;
+}
+
+// Work on two streams; returns the order in which it ran.
+std::string stream_order(uint64_t seed) {
+  std::string order;
+  int first = 0, second = 0;  // whose addresses stand for streams
+  for (const char* name : {"a", "b", "c"}) enqueue(&first, [&order, name] { order += name; });
+  for (const char* name : {"x", "y", "z"}) enqueue(&second, [&order, name] { order += name; });
+  synchronize(seed);
+  return order;
+}
+
+}  // namespace
+}  // namespace cuda_on_cpu
+
+PYBIND11_MODULE(lstm_ext_cuda_on_cpu, m) {
+  using namespace cuda_on_cpu;
+  m.attr("address_sanitizer") = kAddressSanitizer;
+  py::class_<Options>(m, "Options")
+      .def(py::init<std::string, bool, int, uint64_t>(), "strategy"_a, py::kw_only(), "tf32"_a = false, "device"_a = 0,
+           "seed"_a = 0);
+  m.def("take_tensor_types", &lstm_ext::take_tensor_types);
+  m.def("layer_forward", &layer_forward);
+  m.def("layer_backward", &layer_backward);
+  m.def("plan", &plan);
+  m.def("broken_kernels", &broken_kernels);
+  m.def("run_broken_kernel", &run_broken_kernel, "name"_a, "broken"_a, "seed"_a);
+  m.def("mma", &mma, "kind"_a, "a"_a, "b"_a, "d"_a);
+  m.def("ldmatrix", &ldmatrix_of, "rows"_a, "transposed"_a);
+  m.def("stream_order", &stream_order, "seed"_a);
+}

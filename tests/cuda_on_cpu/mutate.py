@@ -1,0 +1,278 @@
+"""Takes barriers, waits, stores and guards out of the CUDA kernels, one at a time, and sees whether a test fails.
+
+    python tests/cuda_on_cpu/mutate.py [--only WORD] [--build FOLDER]
+
+All mutants are compiled into one module: a copy of csrc in which each place asks whether it is the mutant that the
+environment variable LSTM_EXT_MUTANT names. The quick
+cases of tests/test_cuda_on_cpu.py run once for each mutant, and mutations.md is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TIMEOUT = 120  # seconds for one mutant
+
+# Of mutants that no test catches: why they change nothing, or what is not tested.
+NOT_CAUGHT = {
+    "team.cuh without `__syncthreads()`": "another one follows before what it protects is used",
+    "never `if (step >= share_.steps)`": "it fetches weights that no step uses",
+    "always `if (step < share_.steps)`": "the steps that are not there multiply zeros",
+    "`row < stage.rows.each() ?` always true": "nobody reads the sums of those rows",
+    "without `team_.leave()`": "a block that is done has waited for the last stores into it",
+    "without `cluster_sync()`": "at the end: a block that is done has waited for the last stores into it",
+    "always `if (clustered())`": "a block without a cluster is a cluster of one",
+    "`index < count ?` always false": "the words are asked for once more",
+    "always `if (s > 0)`": "the rows of step 0 are found again, as they were",
+    "always `if (send)`": "nobody reads what the last step sends",
+    "always `if (this->is_empty(n))`": "the last step overwrites what is stored too early",
+    "never `if (!to_.h_n)`": "not tested: the harness always wants h_n",
+    "always `if (s > 0 || to.state.h0.data)`": "without h0 it multiplies zeros",
+    "always `if (to.h_n && length_of(layer.masks, layer.shape.T, b) == 0)`": "the last step overwrites h_n",
+    "always `if (makes_h && params.s == 0)`": "it stores what is there",
+}
+
+HEADER = """#pragma once
+#include <cstdlib>
+#include <type_traits>
+inline const int active_mutant = getenv("LSTM_EXT_MUTANT") ? atoi(getenv("LSTM_EXT_MUTANT")) : 0;
+constexpr bool mutant(int n) { return !std::is_constant_evaluated() && active_mutant == n; }
+"""
+
+# Calls that order threads or hand something over: taken out.
+CALLS = re.compile(
+    r"(?<![\w.>])(?:__syncthreads|__syncwarp|cluster_sync|mbarrier_\w+|named_barrier_\w+|st_\w+|fence\w*|clear_words"
+    r"|team_\.leave|copy_wait\w*)\("
+)
+WHILES = re.compile(r"\bwhile \(")
+IFS = re.compile(r"\bif \(")
+TERNARY = re.compile(
+    r"(?:= |return |\()(?P<condition>[^=?;{}]*?(?:[<>]|!=|==|&&|\|\||active|forgets|empty|sent)[^=?;{}]*?) \? "
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    file: str
+    line: int
+    what: str
+    start: int  # of the text that is replaced
+    end: int
+    before: str  # put before the text, after it; %d stands for the mutant's number
+    after: str
+
+
+def closing(text: str, opening: int) -> int:
+    """The place after the parenthesis that closes the one at `opening`."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place + 1
+    raise ValueError(f"unbalanced parentheses at {text[opening : opening + 60]!r}")
+
+
+def code_of(text: str) -> str:
+    """The text with comments blanked out, places kept."""
+    return re.sub(r"//[^\n]*|^#[^\n]*", lambda comment: " " * len(comment[0]), text, flags=re.MULTILINE)
+
+
+def mutations_of(path: Path) -> Iterator[Mutation]:
+    text = code_of(path.read_text(encoding="utf-8"))
+
+    def at(start: int, end: int, what: str, before: str, after: str) -> Mutation:
+        return Mutation(path.name, text.count("\n", 0, start) + 1, what, start, end, before, after)
+
+    for match in CALLS.finditer(text):
+        end = closing(text, match.end() - 1)
+        if text[end] == ";" and not re.search(r"(?:void|bool|inline) $", text[: match.start()]):
+            name = " ".join(text[match.start() : end].split())
+            yield at(match.start(), end, f"without `{name}`", "(mutant(%d) ? void() : ", ")")
+    for match in WHILES.finditer(text):
+        end = closing(text, match.end() - 1)
+        condition = " ".join(text[match.end() : end - 1].split())
+        yield at(match.end(), end - 1, f"without waiting while `{condition}`", "!mutant(%d) && (", ")")
+    for match in IFS.finditer(text):
+        end = closing(text, match.end() - 1)
+        condition = " ".join(text[match.end() : end - 1].split())
+        leaves = re.match(r"\s*(?:break|continue|return)\b", text[end:])
+        what, before = ("never", "!mutant(%d) && (") if leaves else ("always", "mutant(%d) || (")
+        if "constexpr" not in text[match.start() - 12 : match.end()] and "kM" not in condition:
+            yield at(match.end(), end - 1, f"{what} `if ({condition})`", before, ")")
+    for match in TERNARY.finditer(text):
+        start, end = match.span("condition")
+        while text[start:end].count("(") > text[start:end].count(")") and "(" in text[start:end]:
+            start = text.index("(", start) + 1  # the condition begins inside the call
+        condition = " ".join(text[start:end].split())
+        if "sizeof" in condition or "::kM" in condition:
+            continue  # of types
+        for what, before in (("true", "mutant(%d) || ("), ("false", "!mutant(%d) && (")):
+            yield at(start, end, f"`{condition} ?` always {what}", before, ")")
+
+
+def write_mutants(source: Path, mutations: list[Mutation]) -> None:
+    """Puts all mutations into the copy of csrc/cuda at `source`; mutant n is number n of the list, from 1."""
+    (source / "mutant.h").write_text(HEADER, encoding="utf-8")
+    for file in {mutation.file for mutation in mutations}:
+        path = source / file
+        text = path.read_text(encoding="utf-8")
+        inserts: list[tuple[int, int, str]] = []
+        for number, mutation in enumerate(mutations, 1):
+            if mutation.file == file:
+                width = mutation.end - mutation.start
+                # Of several insertions at one place the wider text's opens first and closes last.
+                inserts.append((mutation.start, -width * 1000 + number, mutation.before % number))
+                inserts.append((mutation.end, width * 1000 - number - 10**9, mutation.after))
+        for place, _, inserted in sorted(inserts, reverse=True):
+            text = text[:place] + inserted + text[place:]
+        path.write_text('#include "mutant.h"\n' + text, encoding="utf-8")
+
+
+def build(folder: Path, source: Path) -> None:
+    """Builds the module of the mutated sources, in tests/cuda_on_cpu of the folder."""
+    pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DLSTM_EXT_CUDA_ON_CPU=ON"]
+    configure += ["-DLSTM_EXT_SANITIZE=address,undefined", f"-DCUDA_ON_CPU_SOURCES={source}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
+    for command in (configure, ["cmake", "--build", folder, "--target", "lstm_ext_cuda_on_cpu", "-j", "2"]):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def sanitizer_environment() -> dict[str, str]:
+    compiler = os.environ.get("CXX", "g++")
+    libraries = [
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def run_tests() -> None:
+    """Runs the quick cases in every strategy; for a process of its own, with one mutant."""
+    from tests import test_cuda_on_cpu as tests
+
+    for case, dtype in tests.QUICK:
+        for strategy in tests.STRATEGIES:
+            for seed in range(2):
+                tests.check(case, dtype, strategy, seed=seed, data_seed=1)
+    for strategy in tests.STRATEGIES:
+        tests.test_what_is_not_there_or_not_wanted(tests.MASKED_CASE, strategy)
+        tests.check(tests.LARGE_BATCH_CASE, "float32", strategy, device=0 if strategy == "grid" else 1)
+    tests.check(replace(tests.MASKED_CASE, T=1), "float32", "step with x")
+    tests.check(tests.Case(2, 1, 3, 1), "float32", "cluster")
+    tests.check(tests.Case(3, 31, 63, 127), "float32", "block", seed=1)
+
+
+def outcome(number: int) -> str:
+    """What the tests say of a mutant; "" if nothing. A fork of this process, which has the heavy imports behind it."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os.environ["LSTM_EXT_MUTANT"] = str(number)
+            signal.alarm(TIMEOUT)
+            try:
+                run_tests()
+            except BaseException:  # whatever it is, it is what the mutant did
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        output.seek(0)
+        text = output.read()
+    if status == 0:
+        return ""
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        return f"no end after {TIMEOUT} s"
+    for said, pattern in {
+        "AddressSanitizer: {}": r"AddressSanitizer: ([\w-]+)",
+        "UBSan: {}": r"runtime error: ([^\n]{0,60})",
+        "harness: {}": r"RuntimeError: seed \d+, kernel [^:]+: ([^\n,]{0,60})",
+        "refused: {}": r"RuntimeError: (launch [^\n]{0,60})",
+        "wrong result: {}": r"AssertionError: ([\w\[\]]+)",
+    }.items():
+        if found := re.search(pattern, text):
+            return said.format(found[1])
+    raise RuntimeError(f"mutant {number}: the tests failed in an unknown way:\n{text[-3000:]}")
+
+
+def write_table(rows: list[tuple[Mutation, str]]) -> None:
+    caught = sum(1 for _, said in rows if said)
+    lines = [
+        "# Mutations of the CUDA kernels",
+        "",
+        f"{caught} of {len(rows)} are caught. Written by `python tests/cuda_on_cpu/mutate.py`.",
+        "",
+        "| place | kernel with | caught by |",
+        "|---|---|---|",
+    ]
+    for mutation, said in rows:
+        what = mutation.what.replace("|", "\\|")
+        why = NOT_CAUGHT.get(f"{mutation.file} {mutation.what}") or NOT_CAUGHT.get(mutation.what, "not looked into")
+        said = said or f"**nothing**: {why}"
+        lines.append(f"| {mutation.file}:{mutation.line} | {what} | {said} |")
+    (HERE / "mutations.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def prepare(folder: Path) -> None:
+    """Writes and builds the mutants; those that were caught before, in the same sources, stay so."""
+    csrc, record = folder / "csrc", folder / "mutations.pickle"
+    mutations = [mutation for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")) for mutation in mutations_of(path)]
+    if record.exists() and pickle.loads(record.read_bytes())[0] == mutations:
+        return
+    shutil.rmtree(csrc, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", csrc)
+    write_mutants(csrc / "cuda", mutations)
+    build(folder, csrc)
+    record.write_bytes(pickle.dumps((mutations, {})))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutations whose line in the table has this word; writes no table")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "mutants", help="build folder")
+    arguments = parser.parse_args()
+    if "LD_PRELOAD" not in os.environ:  # AddressSanitizer has to be there from the start of a process
+        prepare(arguments.build)
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | sanitizer_environment())
+
+    mutations, known = pickle.loads((arguments.build / "mutations.pickle").read_bytes())
+    sys.path[:0] = [str(ROOT), str(arguments.build / "tests" / "cuda_on_cpu")]
+    import pytest  # noqa: F401
+    import torch  # noqa: F401
+
+    import tests.cases
+    import tests.tolerances  # noqa: F401
+
+    if said := outcome(0):
+        raise SystemExit(f"the tests fail without a mutation: {said}")
+    rows = []
+    for number, mutation in enumerate(mutations, 1):
+        if arguments.only in f"{mutation.file}:{mutation.line} {mutation.what}":
+            known[mutation] = known.get(mutation) or outcome(number)
+            rows.append((mutation, known[mutation]))
+            place = f"{mutation.file}:{mutation.line}"
+            print(f"{number}/{len(mutations)} {place} {mutation.what}: {rows[-1][1] or 'NOT CAUGHT'}", flush=True)
+            (arguments.build / "mutations.pickle").write_bytes(pickle.dumps((mutations, known)))
+    if not arguments.only:
+        write_table(rows)
+
+
+if __name__ == "__main__":
+    main()

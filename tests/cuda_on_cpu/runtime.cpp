@@ -1,0 +1,89 @@
+#include "runtime.h"
+
+#include <deque>
+#include <map>
+#include <stdexcept>
+#include <utility>
+
+namespace cuda_on_cpu {
+
+Device device = devices[0];
+
+namespace {
+
+constexpr int kThreadsPerSm = 2048, kThreadsPerBlock = 1024, kMostBlocksPerSm = 32, kMostBlocksPerCluster = 8;
+constexpr int64_t kSharedReservedPerBlock = 1024;  // beside what it asks for, of 1024 more than a block may have
+// Registers are not counted here: two blocks of 256 threads fit with 128 each, as the kernels use.
+constexpr int kThreadsPerSmByRegisters = 512;
+
+std::map<void*, std::deque<std::function<void()>>> streams;
+Chance host_chance(0);
+uint64_t schedule_seed = 0;
+
+[[noreturn]] void refuse(const Grid& grid, const std::string& why) {
+  throw std::runtime_error("launch of " + grid.kernel + " refused: " + why);
+}
+
+void check(const Grid& grid, bool cooperative, int64_t capacity) {
+  const int64_t threads = grid.block_dim.volume(), blocks = grid.grid_dim.volume(), cluster = grid.cluster_dim.volume();
+  if (threads < 1 || threads > kThreadsPerBlock) refuse(grid, std::to_string(threads) + " threads in a block");
+  if (blocks < 1 || grid.grid_dim.y > 65535 || grid.grid_dim.z > 65535) {
+    refuse(grid, "a grid of " + text_of(grid.grid_dim) + " blocks");
+  }
+  if (static_cast<int64_t>(grid.shared_size) > device.shared_per_block) {
+    refuse(grid, std::to_string(grid.shared_size) + " bytes of shared memory in a block");
+  }
+  if (cluster < 1 || cluster > kMostBlocksPerCluster || (cluster > 1 && device.compute_capability < 90)) {
+    refuse(grid, "clusters of " + std::to_string(cluster) + " blocks");
+  }
+  if (grid.grid_dim.x % grid.cluster_dim.x || grid.grid_dim.y % grid.cluster_dim.y ||
+      grid.grid_dim.z % grid.cluster_dim.z) {
+    refuse(grid, "the grid is not a multiple of the cluster");
+  }
+  if (capacity < (cooperative ? blocks : cluster)) {
+    refuse(grid, std::to_string(blocks) + " blocks at the same time, of which " + std::to_string(capacity) + " fit");
+  }
+}
+
+}  // namespace
+
+int blocks_per_sm(int threads, int64_t shared_bytes) {
+  const int64_t by_shared =
+      (device.shared_per_block + kSharedReservedPerBlock) / (shared_bytes + kSharedReservedPerBlock);
+  const int64_t by_threads = std::max(kThreadsPerSmByRegisters / threads, threads <= kThreadsPerBlock ? 1 : 0);
+  return static_cast<int>(std::min({by_shared, by_threads, int64_t{kMostBlocksPerSm}}));
+}
+
+void enqueue(void* stream, std::function<void()> work) { streams[stream].push_back(std::move(work)); }
+
+void launch(Grid grid, bool cooperative, void* stream) {
+  const int64_t per_sm =
+      blocks_per_sm(static_cast<int>(grid.block_dim.volume()), static_cast<int64_t>(grid.shared_size));
+  const int64_t capacity = std::min<int64_t>(device.sms * per_sm, kMostResidentBlocks);
+  check(grid, cooperative, capacity);
+  const int clusters = static_cast<int>(capacity / grid.cluster_dim.volume());
+  enqueue(stream, [grid = std::move(grid), cooperative, clusters]() mutable {
+    // Others may be using the device: a launch that does not insist gets any part of it.
+    grid.resident_clusters =
+        cooperative ? clusters : 1 + static_cast<int>(host_chance.below(static_cast<size_t>(clusters)));
+    run_grid(grid, schedule_seed);
+    schedule_seed += 4;
+  });
+}
+
+void synchronize(uint64_t seed) {
+  host_chance = Chance(schedule_seed = seed);
+  auto work = std::exchange(streams, {});
+  try {
+    while (!work.empty()) {
+      const auto stream = std::next(work.begin(), static_cast<long>(host_chance.below(work.size())));
+      stream->second.front()();
+      stream->second.pop_front();
+      if (stream->second.empty()) work.erase(stream);
+    }
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error("seed " + std::to_string(seed) + ", " + error.what());
+  }
+}
+
+}  // namespace cuda_on_cpu

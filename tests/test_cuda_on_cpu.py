@@ -1,0 +1,170 @@
+"""The CUDA kernels against the float64 oracle, run on the CPU by tests/cuda_on_cpu."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lstm_ext import reference
+from lstm_ext.reference import BOTH, REVERSE
+
+from .cases import CASES, Case, Inputs, make_inputs, run_layer
+from .tolerances import assert_all_close, to_float64
+
+harness: Any = pytest.importorskip(
+    "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ImportError
+)
+
+try:
+    import torch
+
+    harness.take_tensor_types(torch.Tensor)
+except ImportError:
+    torch = None
+
+STRATEGIES = ["block", "cluster", "grid", "step"]
+needs_torch = pytest.mark.skipif(torch is None, reason="torch, which has bfloat16, is not installed")
+DTYPES = ["float32", "float64", "float16", "tf32", pytest.param("bfloat16", marks=needs_torch)]
+
+
+class OnGpu:
+    """A layer as a GPU runs it: the products over all time by the framework, the rest by our kernels."""
+
+    def __init__(self, case: Case, strategy: str, **options: Any):
+        self.case = case
+        self.fused = strategy == "step with x"
+        self.options = harness.Options(strategy.removesuffix(" with x"), **options)
+
+    def layer_forward(self, x: Any, h0: Any, c0: Any, weights: list[Any], *masks_and_save: Any) -> tuple[Any, ...]:
+        xw = None if self.fused else self.input_products(x, weights)
+        return harness.layer_forward(x, h0, c0, weights, *masks_and_save, xw, self.options)
+
+    def layer_backward(self, dy: Any, dh_n: Any, dc_n: Any, dcells: Any, x: Any, *args: Any) -> tuple[Any, ...]:
+        d_gates, h_prev, dh0, dc0, d_h, hidden = harness.layer_backward(dy, dh_n, dc_n, dcells, x, *args, self.options)
+        weights, lengths = args[2], args[6]
+        steps = self.time_major(to_float64(x), lengths)  # [rows, I]
+        dx, dweights = np.zeros_like(steps), []
+        for d, each in enumerate(self.by_direction(weights)):
+            d_pre = rows_of(d_gates[d])
+            dx += d_pre @ to_float64(each[0])
+            dweights += [d_pre.T @ steps, d_pre.T @ rows_of(h_prev[d])]
+            dweights += [d_pre.sum(axis=0)] * 2 if self.case.bias else []
+            dweights += [rows_of(d_h[d]).T @ rows_of(hidden[d])] if self.case.P else []
+        dx = dx.reshape(*d_gates.shape[1:-1], self.case.I)
+        return (dx.swapaxes(0, 1) if self.case.batch_first else dx), dh0, dc0, dweights
+
+    def by_direction(self, weights: list[Any]) -> list[list[Any]]:
+        each = len(weights) // self.case.num_directions
+        return [weights[d * each : (d + 1) * each] for d in range(self.case.num_directions)]
+
+    def time_major(self, x: np.ndarray, lengths: Any) -> np.ndarray:
+        """The rows of x in time order [T * B or N, I], zero past a length."""
+        if self.case.packed:
+            return x
+        x = np.array(x.swapaxes(0, 1) if self.case.batch_first else x)
+        if lengths is not None:
+            x[np.arange(self.case.T)[:, None] >= to_float64(lengths)] = 0
+        return x.reshape(self.case.T * self.case.B, self.case.I)
+
+    def input_products(self, x: Any, weights: list[Any]) -> Any:
+        """x W_ih' of each direction [D, T, B, 4H] (packed: [D, N, 4H]), float32 for half types, NaN past a length."""
+        rows = (len(x),) if self.case.packed else (self.case.T, self.case.B)
+        order = x.swapaxes(0, 1) if self.case.batch_first else x
+        products = [to_float64(order) @ to_float64(each[0]).T for each in self.by_direction(weights)]
+        stacked = np.stack(products).reshape(self.case.num_directions, *rows, 4 * self.case.H)
+        if torch and isinstance(x, torch.Tensor):
+            return torch.from_numpy(stacked).to(torch.promote_types(x.dtype, torch.float32))
+        return stacked.astype(np.result_type(x.dtype, np.float32))
+
+
+def rows_of(sequence: Any) -> np.ndarray:
+    """A sequence [.., width] as float64 rows."""
+    a = to_float64(sequence)
+    return a.reshape(int(np.prod(a.shape[:-1])), a.shape[-1])
+
+
+def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
+    return run_layer(reference, inputs.map(lambda a: a.astype(np.float64)))
+
+
+def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **options: Any) -> None:
+    """Skips, with the planner's reason, what cannot run: a strategy whose block would have to hold too many weights."""
+    number = "float16" if dtype == "tf32" else dtype  # TF32 keeps as many bits
+    inputs = make_inputs(case, number, data_seed)
+    given = inputs.to_torch(dtype) if dtype == "bfloat16" else inputs
+    if dtype == "tf32":
+        given = inputs.map(lambda a: a.astype(np.float32))
+    try:
+        actual = run_layer(OnGpu(case, strategy, tf32=dtype == "tf32", **options), given)
+    except RuntimeError as error:
+        needs = re.search(rf"'{strategy}' cannot run this: needs at least (\d+) bytes .* of (\d+)", str(error))
+        if not (needs and int(needs[1]) > int(needs[2])) and "with so much shared memory at a time" not in str(error):
+            raise
+        pytest.skip(str(error))
+    # On a GPU the gates' gradients are rounded to half types before torch multiplies and sums them: with a single
+    # unit nothing averages that out (tests/tolerances.py).
+    magnitude = 3.0 if case.H == 1 and dtype in ("float16", "bfloat16") else 1.0
+    assert_all_close(actual, run_oracle(inputs), case, number, gradient_magnitude=magnitude)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case, dtype: str, strategy: str) -> None:
+    check(case, dtype, strategy, seed=CASES.index(case) + STRATEGIES.index(strategy))
+
+
+# Cases that go through everything that a kernel does, and are quick: for several schedules, and for mutate.py.
+MASKED_CASE = Case(5, 9, 5, 17, lengths="with_zero", resets=True, directions=BOTH, batch_first=True)
+PROJECTED_CASE = Case(4, 5, 9, 33, P=11, lengths="ragged", resets=True, directions=REVERSE)
+PACKED_CASE = Case(5, 9, 3, 13, P=7, packed=True, bias=False, state=False)
+LARGE_BATCH_CASE = replace(MASKED_CASE, B=41)  # several tiles of the batch for a team, on a small device
+QUICK = [(MASKED_CASE, "float32"), (PROJECTED_CASE, "float16"), (PACKED_CASE, "float64"), (MASKED_CASE, "tf32")]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("case", "dtype"), QUICK, ids=str)
+def test_any_schedule_matches_the_oracle(case: Case, dtype: str, strategy: str, seed: int) -> None:
+    check(case, dtype, strategy, seed=seed, data_seed=1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("device", [1, 2], ids=["3 multiprocessors", "sm_75"])
+def test_other_devices_match_the_oracle(device: int, strategy: str) -> None:
+    refusals = {("grid", 1): "too few multiprocessors", ("cluster", 2): "no clusters before compute capability 9"}
+    if refusal := refusals.get((strategy, device)):
+        with pytest.raises(RuntimeError, match=refusal):
+            check(LARGE_BATCH_CASE, "float16", strategy, device=device)
+        return
+    for case in (LARGE_BATCH_CASE, PROJECTED_CASE):
+        check(case, "float16", strategy, device=device)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", [MASKED_CASE, PROJECTED_CASE], ids=str)
+def test_what_is_not_there_or_not_wanted(case: Case, strategy: str) -> None:
+    """No gradients of the outputs come as zeros do; what is not wanted is not written, and changes nothing else."""
+    inputs, layer = make_inputs(case, "float32"), OnGpu(case, strategy)
+    y, h_n, c_n, cells, gates = layer.layer_forward(*inputs.forward_args(2))
+    for save in (0, 1):
+        outputs = layer.layer_forward(*inputs.forward_args(save))
+        assert [a is None for a in outputs] == [False, False, False, save < 1, True]
+        np.testing.assert_equal(outputs[:3], (y, h_n, c_n))
+    names = ("dy", "dh_n", "dc_n", "dcells")
+    none = replace(inputs, **dict.fromkeys(names))
+    zeros = replace(inputs, **{name: np.zeros_like(getattr(inputs, name)) for name in names})
+    for needs in (15, 0):
+        ours, theirs = (layer.layer_backward(*of.backward_args(y, cells, gates, needs)) for of in (none, zeros))
+        assert [a is None for a in ours] == [False, needs == 0, needs == 0, False]
+        np.testing.assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.T == 1], ids=str)
+def test_the_cell_takes_x_itself(case: Case, dtype: str) -> None:
+    check(case, dtype, "step with x")

@@ -1,0 +1,637 @@
+"""The CUDA kernels on a GPU: against the float64 oracle, in torch's streams, graphs and modes, and without a hang."""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import gc
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lstm_ext import reference
+from lstm_ext.reference import BOTH, FORWARD, REVERSE
+
+from .cases import CASES, Case, Inputs, make_inputs, run_layer
+from .tolerances import assert_all_close, assert_close, assert_identical
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch.nn.utils.rnn import pack_sequence  # noqa: E402
+
+import lstm_ext  # noqa: E402
+from lstm_ext import gpu  # noqa: E402
+
+from .test_autograd import LAYERS, make_layer  # noqa: E402
+from .test_modules import OPTIONS, B, H, I, T, assert_same, make_state, pair, run, tensors  # noqa: E402
+from .test_process import succeed  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+STRATEGIES = ["chosen", "block", "cluster", "grid", "step"]
+STORED = {"tf32": "float32"} | {name: name for name in ("float32", "float64", "bfloat16", "float16")}
+DTYPES = list(STORED)
+LIMIT = 120  # s: a test that takes longer hangs
+
+# One case for each way through a layer.
+MASKED = Case(9, 7, 5, 33, lengths="with_zero", resets=True, directions=BOTH, batch_first=True)
+PROJECTED = Case(6, 5, 9, 65, P=31, lengths="with_zero", resets=True, directions=BOTH)
+PACKED = Case(6, 9, 17, 33, P=7, packed=True, directions=BOTH)
+WIDE = Case(4, 24, 20, 300, directions=BOTH)
+COMPACT = [Case(1, 1, 1, 1), MASKED, PROJECTED, PACKED, WIDE]
+
+strategies = pytest.mark.parametrize("strategy", STRATEGIES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(scope="session")
+def terminal(pytestconfig: pytest.Config) -> int:
+    """Where standard error went before pytest took it."""
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        return os.dup(2)
+
+
+@pytest.fixture(autouse=True)
+def _no_hang(terminal: int) -> Iterator[None]:
+    """A hang ends the run and says where: the process cannot go on with a GPU that never comes back."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=terminal)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """torch multiplies float32 as float32, and sums half types in float32, as TOLERANCES have it."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    switches = [(torch.backends.cudnn, "allow_tf32"), *((matmul, name) for name in names)]
+    before = [getattr(module, name) for module, name in switches]
+    for module, name in switches:
+        setattr(module, name, False)
+    yield
+    for (module, name), value in zip(switches, before, strict=True):
+        setattr(module, name, value)
+
+
+@contextmanager
+def running(strategy: str, case: Case, dtype: str) -> Iterator[None]:
+    """Layers in the block run by this strategy; skips a test where the planner says that it cannot run the case."""
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    name = "" if strategy == "chosen" else strategy
+    options = {"proj_size": case.P, "dtype": STORED[dtype], "tf32": dtype == "tf32", "strategy": name}
+    try:
+        for backward in (False, True):
+            both = case.directions == BOTH
+            lstm_ext.plan(case.T, max(case.B, 1), case.H, bidirectional=both, backward=backward, **options)
+    except RuntimeError as error:
+        if "cannot run this" not in str(error):
+            raise
+        pytest.skip(str(error))
+    with gpu.use_strategy(name):
+        yield
+
+
+def make(case: Case, dtype: str, seed: int = 0) -> Inputs:
+    """NumPy inputs; for TF32 the numbers of float16, which it can hold: so float16's tolerances are its own."""
+    return make_inputs(case, "float16" if dtype == "tf32" else dtype, seed)
+
+
+def judged_as(dtype: str) -> str:
+    """Whose entry in TOLERANCES counts."""
+    return "float16" if dtype == "tf32" else dtype
+
+
+def on_gpu(inputs: Inputs, dtype: str) -> Inputs:
+    given = inputs.to_torch(STORED[dtype])
+    moved = given.map(lambda a: a.cuda()).map_masks(lambda a: a.cuda())
+    return replace(moved, batch_sizes=given.batch_sizes)
+
+
+@cache
+def oracle(case: Case, dtype: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    return run_layer(reference, make(case, dtype, seed).map(lambda a: a.astype(np.float64)))
+
+
+# The kernels ---------------------------------------------------------------------------------------------------------
+
+
+@dtypes
+def test_every_strategy_runs_where_the_hardware_can(dtype: str) -> None:
+    """Or all tests of one could be skipped."""
+    for strategy in ("block", "cluster", "grid", "step"):
+        old = strategy == "cluster" and torch.cuda.get_device_capability() < (9, 0)
+        for backward in (False, True):
+            options = {"dtype": STORED[dtype], "tf32": dtype == "tf32", "backward": backward}
+            if old:
+                with pytest.raises(RuntimeError, match=r"cluster.*9\.0"):
+                    lstm_ext.plan(6, 5, 33, strategy=strategy, **options)
+            else:
+                plan = lstm_ext.plan(6, 5, 33, strategy=strategy, **options)
+                assert (plan.strategy, plan.refused) == (strategy, {})
+                assert 0 < plan.registers <= 255
+                assert plan.blocks % plan.team == 0
+                assert plan.microseconds_per_step > 0
+
+
+@strategies
+@dtypes
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case, dtype: str, strategy: str) -> None:
+    with running(strategy, case, dtype):
+        actual = run_layer(gpu, on_gpu(make(case, dtype), dtype))
+    half = dtype.endswith("float16")
+    for name, a in (actual[0] | actual[1]).items():
+        stored = "float32" if half and name == "cells" else STORED[dtype]
+        assert (a.is_cuda, str(a.dtype)) == (True, f"torch.{stored}"), name
+    assert_all_close(actual, oracle(case, dtype), case, judged_as(dtype))
+
+
+@strategies
+@dtypes
+@pytest.mark.parametrize("case", COMPACT, ids=str)
+def test_runs_agree_bit_for_bit(case: Case, dtype: str, strategy: str) -> None:
+    inputs = on_gpu(make(case, dtype), dtype)
+    with running(strategy, case, dtype):
+        first, *others = [run_layer(gpu, inputs) for _ in range(4)]
+    for other in others:
+        for actual, expected in zip(other, first, strict=True):
+            assert_identical(actual, expected)
+
+
+@strategies
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_do_not_see_their_neighbours(dtype: str, strategy: str) -> None:
+    case = Case(5, 19, 6, 40, directions=BOTH)
+    inputs, kept = on_gpu(make(case, dtype), dtype), slice(0, None, 2)
+    with running(strategy, case, dtype):
+        expected = gpu.layer_forward(*inputs.forward_args(1))
+        for name, axis in (("x", 1), ("h0", 1), ("c0", 1)):
+            getattr(inputs, name).movedim(axis, 0)[1::2] = torch.nan
+        actual = gpu.layer_forward(*inputs.forward_args(1))
+    for a, e, axis in zip(actual[:4], expected[:4], (1, 1, 1, 2), strict=True):
+        assert torch.equal(a.movedim(axis, 0)[kept], e.movedim(axis, 0)[kept])
+
+
+@strategies
+def test_save_and_needs_change_no_bits(strategy: str) -> None:
+    inputs = on_gpu(make(PROJECTED, "float32"), "float32")
+    with running(strategy, PROJECTED, "float32"):
+        full = gpu.layer_forward(*inputs.forward_args(2))
+        for save in (0, 1):
+            some = gpu.layer_forward(*inputs.forward_args(save))
+            assert [a is None for a in some] == [False, False, False, save < 1, True]
+            assert all(a is None or torch.equal(a, b) for a, b in zip(some, full, strict=True))
+        saved = (full[0], full[3], full[4])
+        gradients = gpu.layer_backward(*inputs.backward_args(*saved, 15))
+        for needs in range(15):
+            some = gpu.layer_backward(*inputs.backward_args(*saved, needs))
+            assert [a is not None for a in some] == [bool(needs & bit) for bit in (1, 2, 4, 8)]
+            for a, b in zip(some, gradients, strict=True):
+                assert a is None or all(map(torch.equal, tensors(a), tensors(b)))
+
+
+LAYOUTS = {
+    "every second": lambda a: a.repeat_interleave(2, dim=-1)[..., ::2],
+    "transposed": lambda a: a.transpose(0, -1).contiguous().transpose(0, -1),
+    "unaligned": lambda a: torch.cat([a.new_zeros(1), a.flatten()])[1:].view(a.shape),
+}
+
+
+@strategies
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [MASKED, PACKED], ids=str)
+def test_layout_does_not_matter(case: Case, dtype: str, layout: str, strategy: str) -> None:
+    strange = on_gpu(make(case, dtype), dtype).map(LAYOUTS[layout]).map_masks(LAYOUTS[layout])
+    with running(strategy, case, dtype):
+        actual = run_layer(gpu, strange)
+    assert_all_close(actual, oracle(case, dtype), case, judged_as(dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 13), (17, 65, 67), (0, 3, 5), (64, 100, 513)], ids=str)
+def test_cell_matches_the_oracle(sizes: tuple[int, int, int], bias: bool, state: bool, dtype: str) -> None:
+    case = Case(1, *sizes, bias=bias, state=state)
+
+    def cell_args(inputs: Inputs) -> list[Any]:
+        h, c = (inputs.h0[0], inputs.c0[0]) if state else (None, None)
+        return [inputs.x[0], h, c, *inputs.weights[:2], *(inputs.weights[2:] if bias else (None, None))]
+
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    x, h, c, *weights = cell_args(on_gpu(make(case, dtype), dtype))
+    actual = lstm_ext.lstm_cell(x, (h, c) if state else None, *weights)
+    expected = reference.cell_forward(*cell_args(make(case, dtype).map(lambda a: a.astype(np.float64))))
+    for name, ours, theirs in zip("hc", actual, expected, strict=True):
+        assert_close(ours, theirs, judged_as(dtype), terms=case.output_terms, name=name)
+
+
+# Large ---------------------------------------------------------------------------------------------------------------
+
+
+@strategies
+@pytest.mark.parametrize(
+    "case", [Case(70_000, 2, 3, 5), Case(66_000, 3, 1, 4, lengths="ragged", directions=BOTH)], ids=str
+)
+def test_long_sequences(case: Case, strategy: str) -> None:
+    with running(strategy, case, "float32"):
+        actual = run_layer(gpu, on_gpu(make(case, "float32"), "float32"))
+    assert_all_close(actual, oracle(case, "float32"), case, "float32")
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "units", "training"), [(8, 65_536, 1_100, True), (4_096, 8_192, 65, False)], ids=str
+)
+def test_more_than_two_to_the_31_elements(steps: int, rows: int, units: int, training: bool) -> None:
+    """The gates of the first, the outputs of the second. The last rows come out as they do alone."""
+    need = 30
+    free = torch.cuda.mem_get_info()[0] // 2**30
+    if free < need:
+        pytest.skip(f"needs {need} GiB of free GPU memory, there are {free}")
+    module = lstm_ext.LSTM(1, units, dtype=torch.bfloat16).cuda()
+    x, few = torch.randn(steps, rows, 1, dtype=torch.bfloat16).cuda(), 8
+    results = []
+    for own in (x, x[:, -few:].clone()):
+        own.requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            y, _ = module(own)
+        last = [y[:, -few:].detach().clone()]
+        if training:
+            last.append(torch.autograd.grad(y[:, -few:].sum(), own)[0][:, -few:].clone())
+        results.append(last)
+        del y
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, "bfloat16", terms=4 * units)
+
+
+# Functions and modules -----------------------------------------------------------------------------------------------
+
+
+def moved(a: Any) -> Any:
+    """Tensors, PackedSequences and tuples of them on the GPU; all else as it is."""
+    if type(a) is tuple:
+        return tuple(map(moved, a))
+    return a.cuda() if hasattr(a, "cuda") else a
+
+
+def assert_as_on_the_cpu(module: Any, *args: Any, **options: Any) -> None:
+    twin = copy.deepcopy(module).cuda()
+    actual = run(twin, *map(moved, args), **{name: moved(a) for name, a in options.items()})
+    assert_same([None if a is None else a.cpu() for a in actual], run(module, *args, **options))
+
+
+@OPTIONS
+def test_module_gives_the_numbers_of_the_cpu(options: dict[str, Any]) -> None:
+    module, state = lstm_ext.LSTM(I, H, **options), make_state(options)
+    x = torch.randn((B, T, I) if options["batch_first"] else (T, B, I))
+    assert_as_on_the_cpu(module, x)
+    assert_as_on_the_cpu(module, x, state)
+    assert_as_on_the_cpu(module, torch.randn(T, I), make_state(options, ()))
+    lengths, resets = torch.tensor([6, 0, 4], dtype=torch.int32), torch.rand(x.shape[:2]) < 0.3
+    assert_as_on_the_cpu(module, x, state, lengths=lengths, resets=resets, return_cells=True)
+    for sorted_ in (True, False):
+        rows = [torch.randn(n, I) for n in ((6, 4, 1) if sorted_ else (4, 6, 1))]
+        assert_as_on_the_cpu(module, pack_sequence(rows, enforce_sorted=sorted_), state)
+    cell = lstm_ext.LSTMCell(I, H, options["bias"])
+    assert_as_on_the_cpu(cell, torch.randn(B, I), (torch.randn(B, H), torch.randn(B, H)))
+
+
+@OPTIONS
+def test_module_equals_stock(options: dict[str, Any]) -> None:
+    stock, ours = (module.cuda() for module in pair(I, H, **options))
+    x = torch.randn((B, T, I) if options["batch_first"] else (T, B, I)).cuda()
+    assert_same(run(ours, x), run(stock, x))
+    state = moved(make_state(options))
+    assert_same(run(ours, x, state), run(stock, x, state))
+    with torch.no_grad():
+        assert_same(tensors(ours(x, state)), tensors(stock(x, state)))
+
+
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_training_is_as_near_to_float64_as_on_the_cpu(dtype: str, cell: bool) -> None:
+    module = (lstm_ext.LSTMCell if cell else lstm_ext.LSTM)(40, 96, dtype=getattr(torch, dtype)).cuda()
+    exact = (nn.LSTMCell if cell else nn.LSTM)(40, 96, dtype=torch.float64).cuda()
+    exact.load_state_dict(module.state_dict())
+    x = torch.randn(12, 40) if cell else torch.randn(50, 12, 40)
+    x = x.to(getattr(torch, dtype))
+    results = run(module, x.cuda()), run(exact, x.double().cuda())
+    for n, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert actual.dtype == x.dtype
+        assert_close(actual, expected, dtype, terms=50 * 12, name=f"result {n}")
+
+
+def test_lengths_come_from_anywhere_and_are_clamped() -> None:
+    """A range check would wait for the device."""
+    weights = [torch.randn(20, n).cuda() for n in (3, 5)]
+    x = torch.randn(4, 3, 3).cuda()
+    expected = lstm_ext.lstm(x, None, *weights, lengths=torch.tensor([4, 0, 2]).cuda())
+    for lengths in (torch.tensor([99, -7, 2]), torch.tensor([99, -7, 2], dtype=torch.int32).cuda()):
+        for a, e in zip(tensors(lstm_ext.lstm(x, None, *weights, lengths=lengths)), tensors(expected), strict=True):
+            assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_first_and_second_derivative(name: str) -> None:
+    arguments, (lengths, resets, sizes, *layout) = make_layer(2, 3, **LAYERS[name])
+    present = [a is not None for a in arguments]
+    masks = (moved(lengths), moved(resets), sizes, *layout)
+
+    def layer(*given: Any) -> tuple[Any, ...]:
+        rest = iter(given)
+        x, h0, c0, *weights = (next(rest) if p else None for p in present)
+        return lstm_ext.ops.layer(x, h0, c0, weights, *masks, True)
+
+    given = tuple(a.detach().cuda().requires_grad_() for a in arguments if a is not None)
+    assert gradcheck(layer, given)
+    assert gradgradcheck(layer, given, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_as_stock(dtype: Any) -> None:
+    """The dtypes of stock, and the numbers of float32 as far as the half type goes."""
+    stock, ours = (module.cuda() for module in pair(I, H))
+    stock_cell, cell = (module.cuda() for module in pair(I, H, cell=True))
+    x, state = torch.randn(T, B, I).cuda(), (torch.randn(B, H).cuda(), torch.randn(B, H).cuda())
+    for theirs, mine, args in (
+        (stock, ours, (x,)),
+        (stock, ours, (x, tuple(s[None] for s in state))),
+        (stock_cell, cell, (x[0],)),
+        (stock_cell, cell, (x[0].to(dtype), state)),
+    ):
+        exact = run(theirs, *(a.float() if hasattr(a, "float") else a for a in args))
+        with torch.autocast("cuda", dtype):
+            actual, expected = run(mine, *args), run(theirs, *args)
+        assert [a.dtype for a in actual] == [e.dtype for e in expected]
+        for a, e in zip(actual, exact, strict=True):
+            assert_close(a, e, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_equals_eager(backend: str) -> None:
+    if backend == "inductor" and not torch.utils._triton.has_triton():
+        pytest.skip("inductor needs Triton")
+    torch._dynamo.reset()
+    module, x = lstm_ext.LSTM(3, 4, 2, bidirectional=True).cuda(), torch.randn(5, 2, 3).cuda()
+    compiled = torch.compile(lambda x: module(x)[0].relu().sum(), fullgraph=True, backend=backend)
+    parameters, gradients = list(module.parameters()), []
+    for call in (compiled, lambda x: module(x)[0].relu().sum()):
+        gradients.append(torch.autograd.grad(call(x), parameters))
+    assert_same(*map(list, gradients))
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, w_ih, w_hh = torch.randn(4, 3, 3).cuda(), torch.randn(20, 3).cuda(), torch.randn(20, 5).cuda()
+    for error, message, call in (
+        (RuntimeError, "w_hh: expected on device cuda", lambda: lstm_ext.lstm(x, None, w_ih, w_hh.cpu())),
+        (RuntimeError, r"w_ih: expected shape \[4\*H, I\]", lambda: lstm_ext.lstm(x[..., :2], None, w_ih, w_hh)),
+        (RuntimeError, "w_ih: expected dtype float16", lambda: lstm_ext.lstm(x.half(), None, w_ih, w_hh)),
+        (TypeError, "resets: expected dtype bool", lambda: lstm_ext.lstm(x, None, w_ih, w_hh, resets=x[..., 0])),
+        (ValueError, "strategy: expected 'block'", lambda: lstm_ext.plan(4, 3, 5, strategy="tree")),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+# Streams, graphs, devices, processes ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """torch refuses whatever makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_all_same(actual: list[Any], expected: list[Any], dtype: str = "float32") -> None:
+    assert_same([a.float() for a in actual], [e.float() for e in expected], dtype)
+
+
+@strategies
+def test_runs_on_the_current_stream_and_does_not_wait(strategy: str) -> None:
+    """The input is ready only late; a kernel on another stream would read zeros."""
+    case = Case(9, 4, 16, 32, lengths="ragged", resets=True)
+    inputs, stream = on_gpu(make(case, "float32"), "float32"), torch.cuda.Stream()
+    late = replace(inputs, x=torch.zeros_like(inputs.x))
+    with running(strategy, case, "float32"):
+        run_layer(gpu, inputs)  # plans, and loads the kernels
+        stream.wait_stream(torch.cuda.current_stream())
+        with no_waiting(), torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000_000)  # clocks
+            late.x.copy_(inputs.x)
+            actual = run_layer(gpu, late)
+            assert not stream.query(), "the host waited for the device"
+    stream.synchronize()
+    assert_all_close(actual, oracle(case, "float32"), case, "float32")
+
+
+@strategies
+def test_two_streams_at_once(strategy: str) -> None:
+    """Launches that share the device at every moment, each on memory that others have just given back."""
+    cases = [Case(40, 9, 20, 70, directions=BOTH), Case(30, 5, 8, 90, P=20)]
+    inputs, streams = [on_gpu(make(case, "float32"), "float32") for case in cases], [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    results: list[list[Any]] = [[], []]
+    for _ in range(20):
+        for n, (case, stream) in enumerate(zip(cases, streams, strict=True)):
+            with running(strategy, case, "float32"), torch.cuda.stream(stream):
+                results[n].append(run_layer(gpu, inputs[n]))
+    torch.cuda.synchronize()
+    for case, runs in zip(cases, results, strict=True):
+        assert_all_close(runs[0], oracle(case, "float32"), case, "float32")
+        for each in runs[1:]:
+            assert_all_close(each, runs[0], case, "float32")
+
+
+def overwrite(inputs: Inputs, others: Inputs) -> None:
+    """Puts the values of `others` where those of `inputs` are."""
+    names = ("x", "h0", "c0", "lengths", "resets", "dy", "dh_n", "dc_n", "dcells")
+    pairs = [(getattr(inputs, name), getattr(others, name)) for name in names]
+    for mine, theirs in (*pairs, *zip(inputs.weights, others.weights, strict=True)):
+        if mine is not None:
+            mine.copy_(theirs)
+
+
+@strategies
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [MASKED, PROJECTED, WIDE], ids=str)
+def test_a_graph_replays_with_new_inputs(case: Case, dtype: str, strategy: str) -> None:
+    inputs, graph = on_gpu(make(case, dtype), dtype), torch.cuda.CUDAGraph()
+    with running(strategy, case, dtype):
+        run_layer(gpu, inputs)
+        with torch.cuda.graph(graph):
+            actual = run_layer(gpu, inputs)
+    for seed in (1, 2, 1):
+        overwrite(inputs, on_gpu(make(case, dtype, seed), dtype))
+        graph.replay()
+        assert_all_close(actual, oracle(case, dtype, seed), case, judged_as(dtype))
+
+
+def test_a_training_step_and_a_loop_of_cells_are_captured() -> None:
+    module, cell = lstm_ext.LSTM(8, 24, 2, bidirectional=True).cuda(), lstm_ext.LSTMCell(8, 24).cuda()
+    x, parameters = torch.randn(6, 5, 8).cuda(), list(module.parameters())
+
+    def step() -> list[Any]:
+        y, (h, c) = module(x)
+        state = None
+        with torch.no_grad():
+            for row in x:
+                state = cell(row, state)
+        return [y, h, c, *torch.autograd.grad(y.sum() + h.pow(2).sum() + c.sum(), parameters), *tensors(state)]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = step()
+    for _ in range(2):
+        x.copy_(torch.randn(6, 5, 8))
+        graph.replay()
+        assert_all_same(actual, step())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_tensors_counts() -> None:
+    module, x = lstm_ext.LSTM(I, H), torch.randn(T, B, I)
+    expected = run(module, x)
+    for device in range(torch.cuda.device_count()):
+        actual = run(copy.deepcopy(module).to(device), x.to(device))
+        assert torch.cuda.current_device() == 0
+        assert {a.device.index for a in actual} == {device}
+        assert_same([a.cpu() for a in actual], expected)
+
+
+def test_other_threads() -> None:
+    module, x = lstm_ext.LSTM(I, 40).cuda(), torch.randn(T, B, I).cuda()
+    expected = [a.detach() for a in run(module, x)]
+    torch.cuda.synchronize()
+
+    def work(_: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                assert_same([a.detach() for a in run(module, x)], expected)
+
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(work, range(4)))
+
+
+NEIGHBOUR = """
+import torch, lstm_ext
+from lstm_ext import gpu
+torch.manual_seed(0)
+weights = [torch.randn(480, n).cuda() / 11 for n in (20, 120)]
+x = torch.randn(50, 6, 20).cuda()
+for strategy in ("block", "cluster", "grid", "step"):
+    try:
+        lstm_ext.plan(50, 6, 120, strategy=strategy)
+    except RuntimeError:
+        continue
+    with gpu.use_strategy(strategy):
+        first, _ = lstm_ext.lstm(x, None, *weights)
+        for turn in range(100):
+            assert torch.equal(lstm_ext.lstm(x, None, *weights)[0], first), (strategy, turn)
+    print("ran", strategy)
+"""
+
+
+def test_several_processes_on_one_gpu() -> None:
+    with ThreadPoolExecutor(3) as executor:
+        outputs = list(executor.map(succeed, [NEIGHBOUR] * 3))
+    assert all("ran grid" in output and "ran step" in output for output in outputs), outputs
+
+
+# After a forbidden call a capture is invalid, and so is each launch into it.
+FAILED_LAUNCH = """
+import os, torch
+from lstm_ext import gpu
+import lstm_ext.ops
+arguments = [torch.zeros(*shape).cuda() for shape in ((2, 3), (2, 5), (2, 5), (20, 3), (20, 5))] + [None, None]
+gpu.cell_forward(*arguments)
+torch.cuda.synchronize()
+with torch.cuda.stream(torch.cuda.Stream()):
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    for call in (torch.cuda.synchronize, lambda: gpu.cell_forward(*arguments)):
+        try:
+            call()
+            print("no error", flush=True)
+        except RuntimeError as error:
+            print(error, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_launch_that_fails_names_its_kernel() -> None:
+    output = succeed(FAILED_LAUNCH)
+    assert "lstm_ext: step_forward<" in output, output
+    assert "no error" not in output
+
+
+# Endurance -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow() -> None:
+    module, x = lstm_ext.LSTM(20, 50, 2, bidirectional=True).cuda(), torch.randn(30, 8, 20).cuda()
+    lengths = torch.randint(0, 31, (8,)).cuda()
+
+    def steps(count: int) -> tuple[int, int]:
+        for _ in range(count):
+            y, _ = module(x, lengths=lengths)
+            torch.autograd.grad(y.sum(), list(module.parameters()))
+        del y
+        gc.collect()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    assert steps(3) == steps(100)
+
+
+def draw_case(rng: np.random.Generator) -> Case:
+    """Of any kind, small enough for thousands."""
+    steps, rows, width, units = (int(rng.integers(1, most + 1)) for most in (12, 40, 40, 200))
+    kind = rng.choice(["plain", "masked", "packed"])
+    return Case(
+        *(steps, rows, width, units),
+        P=int(rng.integers(1, units)) if units > 1 and rng.random() < 0.25 else 0,
+        directions=int(rng.choice([FORWARD, REVERSE, BOTH])),
+        batch_first=bool(kind == "masked" and rng.random() < 0.5),
+        lengths="with_zero" if kind == "masked" else None,
+        resets=bool(kind == "masked"),
+        packed=bool(kind == "packed"),
+    )
+
+
+def test_ten_thousand_random_launches() -> None:
+    """Of any kind in any order, none waited for: no hang, and the bits of the first time."""
+    rng = np.random.default_rng(0)
+    known: list[tuple[Any, ...]] = []
+    while len(known) < 120:
+        case, dtype, strategy = draw_case(rng), str(rng.choice(DTYPES)), str(rng.choice(STRATEGIES))
+        try:
+            with running(strategy, case, dtype):
+                inputs = on_gpu(make(case, dtype), dtype)
+                first = run_layer(gpu, inputs)
+        except pytest.skip.Exception:  # refused: another is drawn
+            continue
+        assert_all_close(first, oracle(case, dtype), case, judged_as(dtype), gradient_magnitude=3.0)
+        known.append((strategy, case, dtype, inputs, first))
+    same = torch.ones((), dtype=torch.bool).cuda()
+    for turn in range(5_000):  # a forward and a backward pass each
+        strategy, case, dtype, inputs, first = known[rng.integers(len(known))]
+        with running(strategy, case, dtype):
+            outputs, gradients = run_layer(gpu, inputs)
+        for actual, expected in ((outputs["y"], first[0]["y"]), (gradients["dweights[1]"], first[1]["dweights[1]"])):
+            same &= (actual == expected).all()
+        if turn % 500 == 499:
+            assert same.item(), f"other bits by turn {turn}"
