@@ -21,12 +21,4 @@ KernelSet kernel_set(const KernelNames& names) {
           [](int warps_m) { return int64_t{StepBlock<Tile, kTiles>::shared_bytes(warps_m)}; }};
 }
 
-// The planner knows the tiles by their sizes.
-template <class Tile>
-bool agrees(const TileSizes& sizes) {
-  return sizes.rows == Tile::kM && sizes.columns == Tile::kK && sizes.row_tiles == Tile::kRowTiles &&
-         sizes.register_steps == Tile::kRegisterSteps && sizes.on_chip_bytes == sizeof(typename Tile::OnChip) &&
-         sizes.number_bytes == sizeof(typename Tile::Number) && sizes.sum_bytes == sizeof(typename Tile::Sum);
-}
-
 }  // namespace lstm_ext::cuda
