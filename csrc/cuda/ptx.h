@@ -62,7 +62,7 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const uint4& a, const ui
 #if __CUDA_ARCH__ < 800
 // Turing has no tensor cores for bfloat16: the same sum from the numbers of the lanes that hold them. Not inlined, as
 // it stands in a hundred places of a kernel.
-__device__ __noinline__ float4 mma_bf16_by_shuffles(float4 d, uint4 a, uint2 b) {
+inline __device__ __noinline__ float4 mma_bf16_by_shuffles(float4 d, uint4 a, uint2 b) {
   const int lane = threadIdx.x % 32, row = lane & ~3, column = lane % 4 * 8;
   const auto low = [](uint32_t word) { return __uint_as_float(word << 16); };
   const auto high = [](uint32_t word) { return __uint_as_float(word & 0xffff0000u); };
