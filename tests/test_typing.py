@@ -22,7 +22,7 @@ from typing import Any
 from typing_extensions import assert_type
 
 import lstm_ext
-from lstm_ext import LSTM, BasicLSTMCell, LSTMCell, backends, build_info, lstm, lstm_cell, use_backend
+from lstm_ext import LSTM, BasicLSTMCell, LSTMCell, Plan, backends, build_info, lstm, lstm_cell, plan, use_backend
 from lstm_ext import replace_lstm, to_torch
 
 State = tuple[Tensor, Tensor]
@@ -70,6 +70,9 @@ assert_type({name: (each.available, each.reason) for name, each in backends().it
 with use_backend("numpy"):
     info: dict[str, Any] = build_info()
 version: str = lstm_ext.__version__
+if backends()["cuda"].available:
+    how: Plan = plan(num_steps=512, batch_size=16, hidden_size=768, dtype=torch.bfloat16, bidirectional=True, device=0)
+    assert_type((how.strategy, how.microseconds_per_step, how.refused), tuple[str, float, dict[str, str]])
 """
 
 WRONG_CODE = """
