@@ -14,6 +14,11 @@ from .reference import BOTH, FORWARD, REVERSE
 HALF = frozenset({torch.bfloat16, torch.float16})
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a layer of this dtype computes in, and keeps its cells in."""
+    return torch.float32 if dtype in HALF else dtype
+
+
 def split_weights(weights: Sequence[Tensor], num_directions: int) -> list[tuple[Any, ...]]:
     """Per direction (w_ih, w_hh, b or None, w_hr or None), the two biases added."""
     per_direction = len(weights) // num_directions
@@ -73,7 +78,7 @@ def composed_layer(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, h_n, c_n, cells) as `reference.layer_forward` gives them, on any device, differentiable to any order."""
-    result, dtype = x.dtype, torch.float32 if x.dtype in HALF else x.dtype
+    result, dtype = x.dtype, compute_dtype(x.dtype)
     valid_rows = None
     if batch_sizes is not None:
         batch_sizes = batch_sizes.to(x.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .composed import HALF
+from .composed import compute_dtype
 from .reference import BOTH, NEEDS_WEIGHTS, NEEDS_X
 
 _C: Any = _native.C
@@ -43,8 +43,12 @@ def tf32_allowed() -> bool:
     return bool(precision("cuda", "rnn") == "tf32")
 
 
-def _walk_of_packed(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The length of each row [B] and where the rows of each time start [T], on the device."""
+def _walk(
+    lengths: Tensor | None, batch_sizes: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The length of each row [B], or None; and where the rows of each time start [T], None if padded."""
+    if batch_sizes is None:
+        return None if lengths is None else lengths.contiguous(), None
     lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
     starts = batch_sizes.cumsum(0) - batch_sizes
     return lengths.to(device, non_blocking=True), starts.to(device, non_blocking=True)
@@ -76,17 +80,13 @@ def layer_forward(
     save: int,
 ) -> tuple[Any, ...]:
     """(y, h_n, c_n, cells, gates); what `save` leaves out is None."""
-    offsets = None
-    if batch_sizes is not None:
-        if lengths is not None or resets is not None or batch_first:
-            raise ValueError("lengths, resets, batch_first: expected none of them with batch_sizes, got one")
-        lengths, offsets = _walk_of_packed(batch_sizes, x.device)
-    elif lengths is not None:
-        lengths = lengths.contiguous()
+    if batch_sizes is not None and (lengths is not None or resets is not None or batch_first):
+        raise ValueError("lengths, resets, batch_first: expected none of them with batch_sizes, got one")
+    lengths, offsets = _walk(lengths, batch_sizes, x.device)
     w_ih, kept = _split(weights, directions)
     steps = x.shape[:1] if batch_sizes is not None else (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
     rows = _rows(x, batch_first)
-    wide = torch.float32 if x.dtype in HALF else x.dtype
+    wide = compute_dtype(x.dtype)
     xw = x.new_empty(len(w_ih), *steps, w_ih[0].shape[0], dtype=wide)
     for d, w in enumerate(w_ih):
         out = xw[d].view(rows.shape[0], w.shape[0])
@@ -121,11 +121,7 @@ def layer_backward(
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None]:
     """(dx, dh0, dc0, dweights); None for what is not needed."""
-    offsets = None
-    if batch_sizes is not None:
-        lengths, offsets = _walk_of_packed(batch_sizes, x.device)
-    elif lengths is not None:
-        lengths = lengths.contiguous()
+    lengths, offsets = _walk(lengths, batch_sizes, x.device)
     w_ih, kept = _split(weights, directions)
     d_gates, h_prev, d_h, hidden, dh0, dc0 = _C.cuda_layer_backward(
         *(dy, dh_n, dc_n, dcells, h0, c0, kept, y, cells, gates, lengths, resets, offsets),

@@ -39,7 +39,7 @@ from torch.nn import Parameter
 
 from . import _native, gpu, onnx, reference
 from .backend import backends, choose, warn_once
-from .composed import HALF, composed_layer, torch_layer
+from .composed import HALF, composed_layer, compute_dtype, torch_layer
 from .functional import check, check_cell, check_kind, check_values, weight_names
 from .reference import BOTH, FORWARD, NEEDS_C0, NEEDS_H0, NEEDS_WEIGHTS, NEEDS_X, REVERSE
 
@@ -133,7 +133,7 @@ def _run_forward(
     y, h_n, c_n, cells, gates = reference.layer_forward(
         *(*arrays[:3], [_to_numpy(w) for w in weights], *arrays[3:], directions, batch_first, save)
     )
-    kept = torch.float32 if x.dtype in HALF else x.dtype
+    kept = compute_dtype(x.dtype)
     return *(_from_numpy(a, x.dtype) for a in (y, h_n, c_n)), _from_numpy(cells, kept), _from_numpy(gates, x.dtype)
 
 
@@ -251,7 +251,7 @@ def _(
     if len(weights) // D % 2:
         P = weights[-1].shape[0]
     rows = (x.shape[0],) if batch_sizes is not None else (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
-    kept = torch.float32 if x.dtype in HALF else x.dtype
+    kept = compute_dtype(x.dtype)
     return (
         x.new_empty(*x.shape[:-1], D * P),
         x.new_empty(D, B, P),

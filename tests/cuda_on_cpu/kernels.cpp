@@ -18,12 +18,10 @@ using ops::LayerArgs;
 // Fresh device memory holds NaN in every floating-point type.
 constexpr int kNanByte = 0xff;
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
-
 Output fresh(const LayerArgs& args, bool wanted, Dtype dtype, const Shape& shape) {
   if (!wanted) return {};
   Output output = Allocator(args.x).empty(dtype, shape);
-  int64_t bytes = bytes_of(dtype);
+  int64_t bytes = ops::bytes_of(dtype);
   for (const int64_t size : shape) bytes *= size;
   if (bytes > 0) memset(output.data, kNanByte, static_cast<size_t>(bytes));
   return output;
@@ -65,28 +63,12 @@ py::tuple layer_forward(py::handle x, py::handle h0, py::handle c0, py::sequence
   const Output cells = fresh(args, save >= 1, args.compute_dtype, args.saved_shape(H));
   const Output gates = fresh(args, save >= 2, args.dtype, args.saved_shape(4 * H));
 
-  LayerForward layer{};
-  layer.dtype = args.dtype;
-  layer.shape = args.shape;
-  layer.masks = args.masks;
+  LayerForward layer = ops::describe_forward(args, y, h_n, c_n, cells, gates);
   layer.x = xw ? nullptr : args.x.data();
   layer.x_map = args.map_of(args.x);
-  layer.y_map = args.contiguous_map(args.D * P);
-  layer.cells_map = args.saved_map(H);
-  layer.gates_map = args.saved_map(4 * H);
-  layer.num_directions = args.D;
   const void* projections[2] = {};
-  const int64_t direction_bytes = args.saved_size(4 * H) * bytes_of(args.compute_dtype);
-  for (int n = 0; n < args.D; ++n) {
-    layer.direction[n] = {args.reverse(n),
-                          args.direction[n].pointers(),
-                          args.state(n),
-                          ops::offset_by(y, n * P, args.dtype),
-                          ops::offset_by(h_n, n * B * P, args.dtype),
-                          ops::offset_by(c_n, n * B * H, args.dtype),
-                          ops::offset_by(cells, n * args.saved_size(H), args.compute_dtype),
-                          ops::offset_by(gates, n * args.saved_size(4 * H), args.dtype)};
-    if (!xw) continue;
+  const int64_t direction_bytes = args.saved_size(4 * H) * ops::bytes_of(args.compute_dtype);
+  for (int n = 0; xw && n < args.D; ++n) {
     projections[n] = ops::at(xw, n, args.compute_dtype);
     void* to = layer.direction[n].gates;
     if (to && args.dtype == args.compute_dtype && direction_bytes > 0) {  // it may come in the array of the gates
@@ -100,49 +82,26 @@ py::tuple layer_forward(py::handle x, py::handle h0, py::handle c0, py::sequence
   return py::make_tuple(y.object, h_n.object, c_n.object, cells.object, gates.object);
 }
 
-py::tuple layer_backward(py::handle dy_, py::handle dh_n_, py::handle dc_n_, py::handle dcells_, py::handle x,
-                         py::handle h0, py::handle c0, py::sequence weights, py::handle y_, py::handle cells_,
-                         py::handle gates_, py::handle lengths, py::handle resets, py::handle batch_sizes,
+py::tuple layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, py::handle dcells, py::handle x,
+                         py::handle h0, py::handle c0, py::sequence weights, py::handle y, py::handle cells,
+                         py::handle gates, py::handle lengths, py::handle resets, py::handle batch_sizes,
                          int directions, bool batch_first, int needs, const Options& options) {
   const LayerArgs args(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first);
   const auto [T, B, I, H, P, projected] = args.shape;
-  const Array dy(dy_, "dy"), dh_n(dh_n_, "dh_n"), dc_n(dc_n_, "dc_n"), dcells(dcells_, "dcells"), y(y_, "y"),
-      cells(cells_, "cells"), gates(gates_, "gates");
+  const ops::BackwardArrays arrays(args, args.x, dy, dh_n, dc_n, dcells, y, cells, gates);
   const Output d_gates = fresh(args, true, args.dtype, args.saved_shape(4 * H));
   const Output h_prev = fresh(args, true, args.dtype, args.saved_shape(P));
   const Output d_h = fresh(args, projected, args.dtype, args.saved_shape(P));
   const Output hidden = fresh(args, projected, args.dtype, args.saved_shape(H));
-  const Output dh0 = fresh(args, needs & 2, args.dtype, {args.D, B, P});
-  const Output dc0 = fresh(args, needs & 4, args.dtype, {args.D, B, H});
+  const Output dh0 = fresh(args, needs & ops::kNeedH0, args.dtype, {args.D, B, P});
+  const Output dc0 = fresh(args, needs & ops::kNeedC0, args.dtype, {args.D, B, H});
 
   cuda::BackwardPass pass{};
   pass.d_gates_map = args.saved_map(4 * H);
   pass.h_map = args.saved_map(P);
   pass.hidden_map = args.saved_map(H);
-  LayerBackward& layer = pass.layer;
-  layer.dtype = args.dtype;
-  layer.shape = args.shape;
-  layer.masks = args.masks;
-  layer.y_map = args.map_of(y);
-  layer.dy_map = args.map_of(dy);
-  layer.cells_map = args.saved_map_of(cells);
-  layer.d_cells_map = args.saved_map_of(dcells);
-  layer.gates_map = args.saved_map_of(gates);
-  layer.num_directions = args.D;
+  pass.layer = arrays.describe(args, dh0, dc0);
   for (int n = 0; n < args.D; ++n) {
-    BackwardDirection& to = layer.direction[n];
-    to.reverse = args.reverse(n);
-    to.weights = args.direction[n].pointers();
-    to.state = args.state(n);
-    to.y = ops::column_of(y, n * P, args.dtype);
-    to.cells = ops::at(cells, n, args.compute_dtype);
-    to.gates = ops::at(gates, n, args.dtype);
-    to.dy = ops::column_of(dy, n * P, args.dtype);
-    to.d_cells = ops::at(dcells, n, args.compute_dtype);
-    to.dh_n = ops::matrix_at(dh_n, n, args.dtype);
-    to.dc_n = ops::matrix_at(dc_n, n, args.dtype);
-    to.dh0 = ops::offset_by(dh0, n * B * P, args.dtype);
-    to.dc0 = ops::offset_by(dc0, n * B * H, args.dtype);
     pass.outputs[n] = {ops::offset_by(d_gates, n * args.saved_size(4 * H), args.dtype),
                        ops::offset_by(h_prev, n * args.saved_size(P), args.dtype),
                        ops::offset_by(d_h, n * args.saved_size(P), args.dtype),
