@@ -12,8 +12,13 @@ struct KernelNames {
   const char *sequence_forward, *sequence_backward, *step_forward, *step_backward;
 };
 
-template <class Tile, int kTiles>
+template <Arithmetic arithmetic, class Tile, int kTiles>
 KernelSet kernel_set(const KernelNames& names) {
+  constexpr TileSizes kSizes = tile_sizes(arithmetic);
+  static_assert(kSizes.rows == Tile::kM && kSizes.columns == Tile::kK && kSizes.row_tiles == Tile::kRowTiles);
+  static_assert(kSizes.register_steps == Tile::kRegisterSteps && kTiles <= kSizes.most_column_tiles);
+  static_assert(kSizes.on_chip_bytes == sizeof(typename Tile::OnChip));
+  static_assert(kSizes.number_bytes == sizeof(typename Tile::Number) && kSizes.sum_bytes == sizeof(typename Tile::Sum));
   return {{names.sequence_forward, sequence_forward<Tile, kTiles>},
           {names.sequence_backward, sequence_backward<Tile, kTiles>},
           {names.step_forward, step_forward<Tile, kTiles>},

@@ -5,8 +5,9 @@ namespace lstm_ext::cuda {
 const KernelSet& tf32_kernels(int column_tiles) {
   static constexpr KernelNames kNames = {"sequence_forward<TF32>", "sequence_backward<TF32>", "step_forward<TF32>",
                                          "step_backward<TF32>"};
-  static const KernelSet sets[] = {kernel_set<Tf32Tile, 1>(kNames), kernel_set<Tf32Tile, 2>(kNames),
-                                   kernel_set<Tf32Tile, 4>(kNames)};
+  static const KernelSet sets[] = {kernel_set<Arithmetic::kTf32, Tf32Tile, 1>(kNames),
+                                   kernel_set<Arithmetic::kTf32, Tf32Tile, 2>(kNames),
+                                   kernel_set<Arithmetic::kTf32, Tf32Tile, 4>(kNames)};
   return sets[column_tiles / 2];
 }
 

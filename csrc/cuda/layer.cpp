@@ -55,10 +55,11 @@ Launch how_to_launch(const Plan& plan, int directions, void* stream) {
   return how;
 }
 
-// The strides of a stage's weights, which are those of both directions.
-void take_strides(Stage& stage, const Matrix& weights, bool transposed) {
-  stage.row_stride = transposed ? 1 : weights.row_stride;
-  stage.column_stride = transposed ? weights.row_stride : 1;
+// The strides of the weights of a stage or part, which are those of both directions.
+template <class Part>
+void take_strides(Part& part, const Matrix& weights, bool transposed) {
+  part.row_stride = transposed ? 1 : weights.row_stride;
+  part.column_stride = transposed ? weights.row_stride : 1;
 }
 
 Spread spread_of(const Plan& plan, const LayerWeights& weights, bool backward, void* workspace, void* stream) {
@@ -79,9 +80,7 @@ struct Steps {
                   numbers = question.directions * question.shape.B * question.shape.H;
     for (int n = 0; n < num_parts; ++n) {
       part[n] = step_part(question, n, plan.column_tiles);
-      const Matrix& matrix = n == 0 ? weights.w_hh : weights.w_hr;
-      part[n].row_stride = question.backward ? 1 : matrix.row_stride;
-      part[n].column_stride = question.backward ? matrix.row_stride : 1;
+      take_strides(part[n], n == 0 ? weights.w_hh : weights.w_hr, question.backward);
       how[n].grid_x = static_cast<int>(part[n].row_blocks * ((question.shape.B + tile - 1) / tile));
       how[n].grid_y = question.directions;
       how[n].threads = kThreads;

@@ -9,11 +9,6 @@
 namespace lstm_ext::cuda {
 namespace {
 
-constexpr TileSizes kTileSizes[kArithmetics] = {
-    {"bfloat16", 16, 16, 2, 16, 2, 2, 4, 4}, {"float16", 16, 16, 2, 16, 2, 2, 4, 4}, {"TF32", 16, 8, 2, 16, 4, 4, 4, 4},
-    {"float32", 32, 4, 1, 16, 4, 4, 4, 2},   {"float64", 32, 2, 1, 16, 8, 8, 8, 1},
-};
-
 // Clocks and bytes of an H100; assumed, until they are measured. COST_MODEL.md says what each stands for.
 constexpr double kSyncClocks = 40, kProductClocks = 150, kEpilogueClocks = 700, kEpilogueItemClocks = 90;
 constexpr double kClusterClocks = 700, kGridClocks = 1500;
@@ -115,7 +110,7 @@ class Planner {
     for (int n = 0; n < spread.num_stages; ++n) {
       share_out(spread.stage[n], n == 0 ? sizes_.register_steps : 0, spread.ranks);
       const int rows = spread.stage[n].row_tiles * sizes_.rows;
-      spread.partial_stride = std::max(spread.partial_stride, rows + 4);
+      spread.partial_stride = std::max(spread.partial_stride, rows + kPartialPadding);
     }
     for (int n = 0; n < spread.num_stages; ++n) {
       Stage& stage = spread.stage[n];
@@ -291,8 +286,6 @@ std::string slower(double microseconds, const Plan& chosen) {
 }
 
 }  // namespace
-
-const TileSizes& tile_sizes(Arithmetic arithmetic) { return kTileSizes[static_cast<int>(arithmetic)]; }
 
 Arithmetic arithmetic_of(Dtype dtype, bool tf32) {
   switch (dtype) {

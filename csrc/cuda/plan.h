@@ -11,11 +11,9 @@
 namespace lstm_ext::cuda {
 
 enum class Arithmetic : int { kBf16, kFp16, kTf32, kFp32, kFp64 };
-inline constexpr int kArithmetics = 5;
 
-// What a kernel's tiles measure (tile.cuh): the planner's view of a Tile.
+// What a kernel's tiles measure: the planner's view of a Tile, which kernels.cuh holds against the Tile itself.
 struct TileSizes {
-  const char* name;
   int rows, columns;                           // of a tile of weights
   int row_tiles;                               // that are multiplied together
   int register_steps;                          // of which a warp keeps the weights in registers
@@ -23,7 +21,15 @@ struct TileSizes {
   int most_column_tiles;                       // 1, 2 or 4: of the batch, in one block
 };
 
-const TileSizes& tile_sizes(Arithmetic arithmetic);
+inline constexpr TileSizes kTileSizes[] = {
+    {16, 16, 2, 16, 2, 2, 4, 4},  // bfloat16
+    {16, 16, 2, 16, 2, 2, 4, 4},  // float16
+    {16, 8, 2, 16, 4, 4, 4, 4},   // TF32
+    {32, 4, 1, 16, 4, 4, 4, 2},   // float32
+    {32, 2, 1, 16, 8, 8, 8, 1},   // float64
+};
+constexpr const TileSizes& tile_sizes(Arithmetic arithmetic) { return kTileSizes[static_cast<int>(arithmetic)]; }
+
 Arithmetic arithmetic_of(Dtype dtype, bool tf32);
 
 struct Question {

@@ -8,7 +8,8 @@ namespace lstm_ext::cuda {
 
 inline constexpr int kThreads = 256;  // of every block
 inline constexpr int kWarps = kThreads / 32;
-inline constexpr int kColumns = 8;  // sequences in a column tile of a product
+inline constexpr int kColumns = 8;         // sequences in a column tile of a product
+inline constexpr int kPartialPadding = 4;  // of a row of partial sums: keeps the lanes of a warp on different banks
 
 // Where one sequence stands at step s of its walk through time.
 struct Row {

@@ -8,8 +8,7 @@
 
 namespace lstm_ext::cuda {
 
-inline constexpr int kChunkTiles = 32;     // column tiles of the operand that are in shared memory at a time
-inline constexpr int kPartialPadding = 4;  // keeps the lanes of a warp on different banks
+inline constexpr int kChunkTiles = 32;  // column tiles of the operand that are in shared memory at a time
 
 template <class Tile, int kTiles>
 class StepBlock {
