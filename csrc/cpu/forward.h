@@ -112,32 +112,23 @@ class Forward {
 
   // ---- the input projection of a chunk ---------------------------------------------------------
 
-  // The rows of step s in a chunk are first_row + 0 .. active(s) - 1. Members who share rows, and walk through all
-  // of them, count them without gaps. Those who have their own may be in different chunks at a time: there a slot
-  // must have the same places in each, whatever other slots have ended.
-  template <class F>
-  void for_steps(const Share& share, int64_t s0, const F& f) const {
-    int64_t first_row = 0;
-    for (int64_t s = s0; s < s0 + chunk_steps_ && s < shape_.T; ++s) {
-      f(s, first_row);
-      first_row += share.by_rows ? shape_.B : steps_.active(s);
-    }
+  // The rows of a chunk lie group after group and, in a group, step after step, without gaps for slots that have ended:
+  // a tile of rows may reach over steps. Members who have their own groups may be in different chunks at a time.
+  int64_t place(const Share::Group& group, int64_t s0, int64_t s) const {
+    return group.first * chunk_steps_ + steps_.count(group.first, group.last, s0, s);
   }
 
   void run_chunk(const Share& share, int64_t s0) const {
-    for_steps(share, s0, [&](int64_t s, int64_t first_row) {
-      const auto fetch = [&](int64_t slot) { fetch_x(s, slot, first_row + slot); };
-      if (share.by_rows) {
-        share.for_tiles(steps_.active(s), [&](int64_t first, int count) {
-          for (int m = 0; m < count; ++m) fetch(first + m);
-        });
-      } else {
-        share.for_part(steps_.active(s), fetch);
+    const int64_t s1 = s0 + chunk_steps_ < shape_.T ? s0 + chunk_steps_ : shape_.T;
+    share.for_groups([&](const Share::Group& group) {
+      for (int64_t s = s0; s < s1; ++s) {
+        const int64_t row = place(group, s0, s) - group.first;
+        share.for_slots(group, steps_.active(s), [&](int64_t slot) { fetch_x(s, slot, row + slot); });
       }
     });
     share.sync_rows();
-    share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, p); });
-    for_steps(share, s0, [&](int64_t s, int64_t first_row) { run_step(share, s, first_row); });
+    share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, s1, p); });
+    for (int64_t s = s0; s < s1; ++s) run_step(share, s0, s);
   }
 
   void fetch_x(int64_t s, int64_t slot, int64_t row) const {
@@ -153,28 +144,21 @@ class Forward {
 
   C* tile(int64_t p, int64_t row) const { return pre_ + (p * chunk_rows_ + row) * kPanelWidth<C>; }
 
-  void project_input(const Share& share, int64_t s0, int64_t p) const {
+  void project_input(const Share& share, int64_t s0, int64_t s1, int64_t p) const {
     const int64_t I = shape_.I;
     int64_t k0 = 0;
     do {  // at least once: with no input there is still the bias
       const int64_t k1 = I - k0 < kBlockDepth ? I : k0 + kBlockDepth;
-      const auto rows = [&](int64_t row, int count) {
-        if (k0 == 0) start_from_bias(p, row, count);
-        const F* x[kTileRows];
-        for (int m = 0; m < count; ++m) x[m] = x_rows_[row + m] + k0;
-        w_ih_.multiply(count, x, p, k0, k1, tile(p, row));
-      };
-      if (share.by_rows) {
-        for_steps(share, s0, [&](int64_t s, int64_t first_row) {
-          share.for_tiles(steps_.active(s), [&](int64_t first, int count) { rows(first_row + first, count); });
-        });
-      } else {
-        int64_t all = 0;
-        for_steps(share, s0, [&](int64_t s, int64_t first_row) { all = first_row + steps_.active(s); });
-        for (int64_t row = 0; row < all; row += kTileRows) {
-          rows(row, static_cast<int>(all - row < kTileRows ? all - row : kTileRows));
+      share.for_groups([&](const Share::Group& group) {
+        const int64_t end = place(group, s0, s1);
+        for (int64_t row = place(group, s0, s0); row < end; row += kTileRows) {
+          const int count = static_cast<int>(end - row < kTileRows ? end - row : kTileRows);
+          if (k0 == 0) start_from_bias(p, row, count);
+          const F* x[kTileRows];
+          for (int m = 0; m < count; ++m) x[m] = x_rows_[row + m] + k0;
+          w_ih_.multiply(count, x, p, k0, k1, tile(p, row));
         }
-      }
+      });
       k0 = k1;
     } while (k0 < I);
   }
@@ -193,14 +177,17 @@ class Forward {
 
   // The panels go by forth and back on alternate steps: what a cache smaller than the weights has kept from the end of
   // one step is what the next one begins with.
-  void run_step(const Share& share, int64_t s, int64_t first_row) const {
+  void run_step(const Share& share, int64_t s0, int64_t s) const {
     const auto run_panel = [&](int64_t p) {
-      share.for_tiles(steps_.active(s), [&](int64_t first, int count) {
-        const F* a[kTileRows];
-        for (int m = 0; m < count; ++m) a[m] = h(s, first + m);
-        C* pre = tile(p, first_row + first);
-        w_hh_.multiply(count, a, p, 0, shape_.P, pre);
-        for (int m = 0; m < count; ++m) finish_unit(s, first + m, p, pre + m * kPanelWidth<C>);
+      share.for_groups([&](const Share::Group& group) {
+        const int64_t row = place(group, s0, s) - group.first;
+        share.for_tiles(group, steps_.active(s), [&](int64_t first, int count) {
+          const F* a[kTileRows];
+          for (int m = 0; m < count; ++m) a[m] = h(s, first + m);
+          C* pre = tile(p, row + first);
+          w_hh_.multiply(count, a, p, 0, shape_.P, pre);
+          for (int m = 0; m < count; ++m) finish_unit(s, first + m, p, pre + m * kPanelWidth<C>);
+        });
       });
     };
     share.for_panels(panels_, run_panel, s % 2 != 0);

@@ -20,6 +20,16 @@ class Steps {
   int64_t length(int64_t slot) const { return rows_ ? lengths_[rows_[slot]] : T; }
   int64_t active(int64_t step) const { return rows_ ? active_[step] : (step < T ? B : 0); }
 
+  // How many of the slots first .. last - 1 are active at the steps from .. to - 1, all steps together.
+  int64_t count(int64_t first, int64_t last, int64_t from, int64_t to) const {
+    if (!rows_) return (last - first) * (to - from);
+    int64_t sum = 0;
+    for (int64_t slot = first; slot < last && length(slot) > from; ++slot) {
+      sum += (length(slot) < to ? length(slot) : to) - from;
+    }
+    return sum;
+  }
+
   int64_t time(int64_t step, int64_t slot, bool reverse) const { return reverse ? length(slot) - 1 - step : step; }
 
   // Whether the state is forgotten before this step.
@@ -44,15 +54,41 @@ class Share {
   const Team team;
   const bool by_rows;
 
-  // f(first, count) for the tiles of mine among rows 0 .. active - 1
+  // Slots first .. last - 1, whose work is done together: a tile of one member's own, or all of them.
+  struct Group {
+    int64_t first, last;
+  };
+
+  // f(group) for the groups of mine
   template <class F>
-  void for_tiles(int64_t active, const F& f) const {
-    for (int64_t tile = by_rows ? team.rank : 0; tile < tiles_; tile += by_rows ? team.size : 1) {
-      const int64_t first = tile * rows_ / tiles_;
-      int64_t last = (tile + 1) * rows_ / tiles_;
+  void for_groups(const F& f) const {
+    if (!by_rows) return f(Group{0, rows_});
+    for (int64_t tile = team.rank; tile < tiles_; tile += team.size) {
+      f(Group{tile * rows_ / tiles_, (tile + 1) * rows_ / tiles_});
+    }
+  }
+
+  // f(slot) for those of a group among slots 0 .. active - 1, each done by one member
+  template <class F>
+  void for_slots(const Group& group, int64_t active, const F& f) const {
+    if (!by_rows) return for_part(active, f);
+    for (int64_t slot = group.first; slot < group.last && slot < active; ++slot) f(slot);
+  }
+
+  // f(first, count) for the tiles of a group among slots 0 .. active - 1
+  template <class F>
+  void for_tiles(const Group& group, int64_t active, const F& f) const {
+    const int64_t slots = group.last - group.first, tiles = by_rows ? 1 : tiles_;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = group.first + tile * slots / tiles;
+      int64_t last = group.first + (tile + 1) * slots / tiles;
       if (last > active) last = active;
       if (first < last) f(first, static_cast<int>(last - first));
     }
+  }
+  template <class F>
+  void for_tiles(int64_t active, const F& f) const {
+    for_groups([&](const Group& group) { for_tiles(group, active, f); });
   }
 
   // f(panel) for the panels of mine, the last one first if `backwards`
