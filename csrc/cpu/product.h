@@ -189,7 +189,7 @@ class Weights {
       const int vectors = rows_.template vectors<C>(p);
       multiply_panel(rows, vectors, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + k0 / kPer * vectors * L, tile);
     } else {
-      for (int g = 0; g < 4; ++g) multiply_in_place(rows, a, p, g, k0, k1, tile);
+      multiply_in_place(rows, a, p, k0, k1, tile);
     }
   }
 
@@ -198,52 +198,76 @@ class Weights {
   C* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
   static int64_t panel_size(int64_t K) { return ceil_div(K, kPer) * kPanelWidth<C>; }
 
-  // Vectors run along k, one sum per unit; lane n of the result is unit n.
-  void multiply_in_place(int rows, const F* const* a, int64_t p, int g, int64_t k0, int64_t k1, C* tile) const {
-    const int64_t count = rows_.template count<C>(p, g), K = k1 - k0;
-    if (count <= 0) return;
-    const S* units = row(p, g) + k0;
-    for (int m = 0; m < rows; ++m) {
-      Vec<C> sum[L];
-#pragma GCC unroll 16
-      for (int lane = 0; lane < L; lane += kStreams) {
-        if (lane < count) {
-          multiply_streams(a[m], units + lane * row_stride_, count - 1 - lane, K, sum + lane);
-        } else {
-          for (int n = 0; n < kStreams; ++n) sum[lane + n] = Vec<C>{};
-        }
-      }
-      C* to = tile + m * kPanelWidth<C> + g * rows_.template width<C>(p);
-      store_up_to(to, load_up_to(to, count) + sum_rows<C>(sum), count);
+  // Vectors run along k, one sum per unit and row; lane n of the result is unit n.
+  template <int most = kTileRows>
+  void multiply_in_place(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, C* tile) const {
+    if constexpr (most > 1) {
+      if (rows < most) return multiply_in_place<most - 1>(rows, a, p, k0, k1, tile);
+    }
+    for (int g = 0; g < 4; ++g) {
+      const int64_t count = rows_.template count<C>(p, g);
+      if (count > 0) multiply_group<most>(a, row(p, g) + k0, count, k1 - k0, tile + g * rows_.template width<C>(p));
     }
   }
 
-  // As many rows at once as the hardware's prefetchers follow well.
-  static constexpr int kStreams = L < 8 ? L : 8;
+  template <int rows>
+  LSTM_EXT_INLINE void multiply_group(const F* const* a, const S* units, int64_t count, int64_t K, C* tile) const {
+    constexpr int kStreams = streams(rows);
+    Vec<C> sums[rows][L / kStreams] = {};
+#pragma GCC unroll 4
+    for (int n = 0; n < L / kStreams; ++n) {
+      const int64_t last = count - 1 - n * kStreams;
+      if (last >= 0) multiply_streams(a, units + n * kStreams * row_stride_, last, K, n, sums);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+      C* to = tile + m * kPanelWidth<C>;
+      store_up_to(to, load_up_to(to, count) + sum_lanes(sums[m]), count);
+    }
+  }
 
-  // Sums of a times `first`, the row after it, and so on up to `last`, which stands for those behind it too: their
-  // lanes are not stored.
-  LSTM_EXT_INLINE void multiply_streams(const F* a, const S* first, int64_t last, int64_t K, Vec<C>* sum) const {
-    const S* row[kStreams];
-#pragma GCC unroll 16
+  // How many units at once: as many as there are registers for their sums, and as the hardware's prefetchers follow.
+  static constexpr int streams(int rows) {
+    const int most = rows * 8 <= kTileRows * 4 ? 8 : 4;
+    return L < most ? L : most;
+  }
+
+  // Sums of each row of a times the unit `first`, the one after it, and so on up to `last`, which stands for those
+  // behind it too: their lanes are not stored.
+  template <int rows, int vectors>
+  LSTM_EXT_INLINE void multiply_streams(const F* const* a, const S* first, int64_t last, int64_t K, int to,
+                                        Vec<C> (&sums)[rows][vectors]) const {
+    constexpr int kStreams = L / vectors;
+    const S* unit[kStreams];
+    const F* row[rows];
+    Vec<C> sum[rows][kStreams];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) row[m] = a[m];
+#pragma GCC unroll 8
     for (int n = 0; n < kStreams; ++n) {
-      row[n] = n == 0 ? first : row[n - 1] + (n <= last ? row_stride_ : 0);
-      sum[n] = Vec<C>{};
+      unit[n] = n == 0 ? first : unit[n - 1] + (n <= last ? row_stride_ : 0);
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; ++m) sum[m][n] = Vec<C>{};
     }
+    const auto add = [&](const auto& load_vector, int64_t k) {
+      Vec<C> values[rows];
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; ++m) values[m] = load_vector(row[m] + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < kStreams; ++n) {
+        const Vec<C> weights = load_vector(unit[n] + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) sum[m][n] = multiply_add(sum[m][n], values[m], weights, F{});
+      }
+    };
     int64_t k = 0;
-    for (; k + L * kPer <= K; k += L * kPer) {
-      const Vec<C> value = load_factors(a + k);
-#pragma GCC unroll 16
-      for (int n = 0; n < kStreams; ++n) sum[n] = multiply_add(sum[n], value, load_factors(row[n] + k), F{});
-    }
+    for (; k + L * kPer <= K; k += L * kPer) add([](const auto* from) { return load_factors(from); }, k);
     if (k < K) {
       const int rest = static_cast<int>(K - k);
-      const Vec<C> value = load_some_factors(a + k, rest);
-#pragma GCC unroll 16
-      for (int n = 0; n < kStreams; ++n) {
-        sum[n] = multiply_add(sum[n], value, load_some_factors(row[n] + k, rest), F{});
-      }
+      add([rest](const auto* from) { return load_some_factors(from, rest); }, k);
     }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) sums[m][to] = sum_lanes(sum[m]);
   }
 
   const S* data_ = nullptr;

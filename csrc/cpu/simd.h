@@ -286,19 +286,20 @@ LSTM_EXT_INLINE V interleave(V a, V b, std::integer_sequence<int, lane...>) {
   return __builtin_shufflevector(a, b, (lane % 2 * kCount + offset + lane / 2)...);
 }
 
-// Lane n of the result is the sum of all lanes of rows[n].
-template <class C>
-LSTM_EXT_INLINE Vec<C> sum_rows(Vec<C> (&rows)[kLanes<C>]) {
-  constexpr std::make_integer_sequence<int, kLanes<C>> kAll;
+// Sums neighbouring lanes of each of some rows, a power of two, until all fit into one vector, row after row. Of as
+// many rows as lanes, lane n of the result is the sum of all lanes of rows[n].
+template <class V, int rows>
+LSTM_EXT_INLINE V sum_lanes(V (&row)[rows]) {
+  constexpr std::make_integer_sequence<int, sizeof(V) / sizeof(row[0][0])> kAll;
 #pragma GCC unroll 8
-  for (int count = kLanes<C>; count > 1; count /= 2) {
+  for (int count = rows; count > 1; count /= 2) {
 #pragma GCC unroll 16
     for (int n = 0; n < count / 2; ++n) {
-      const Vec<C> a = rows[2 * n], b = rows[2 * n + 1];
-      rows[n] = even_lanes(a, b, kAll) + odd_lanes(a, b, kAll);
+      const V a = row[2 * n], b = row[2 * n + 1];
+      row[n] = even_lanes(a, b, kAll) + odd_lanes(a, b, kAll);
     }
   }
-  return rows[0];
+  return row[0];
 }
 
 template <class C>
