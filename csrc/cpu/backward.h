@@ -79,12 +79,6 @@ class Backward {
     pack_matrix(share, d_.weights.w_hh, 4 * H, P, w_hh_);
     if (projected) pack_matrix(share, d_.weights.w_hr, P, H, w_hr_);
     if (layer_.dx) pack_matrix(share, d_.weights.w_ih, 4 * H, I, w_ih_);
-    if (d_.grads.wanted) {
-      zero_part(share, dw_ih_, 4 * H * I);
-      zero_part(share, dw_hh_, 4 * H * P);
-      if (db_) zero_part(share, db_, 4 * H);
-      if (projected) zero_part(share, dw_hr_, P * H);
-    }
     share.team.sync();
   }
 
@@ -93,12 +87,6 @@ class Backward {
     share.for_part(K, [&](int64_t k) { source_rows_[k] = static_cast<const S*>(matrix.data) + k * matrix.row_stride; });
     share.team.sync();
     share.for_part(column_panels(N), [&](int64_t p) { pack_columns(source_rows_, K, N, p, panels + p * K * kWidth); });
-  }
-
-  static void zero_part(const Share& share, C* sums, int64_t count) {
-    const int64_t first = count * share.team.rank / share.team.size;
-    const int64_t last = count * (share.team.rank + 1) / share.team.size;
-    if (last > first) __builtin_memset(sums + first, 0, static_cast<size_t>(last - first) * sizeof(C));
   }
 
   // ---- a chunk: the recurrence, then the products over all of its rows ---------------------------
@@ -125,7 +113,7 @@ class Backward {
     if (share.by_rows) share.team.sync();  // members who share rows have just waited
     share.for_part(steps_.active(s0),
                    [&](int64_t slot) { copy_row(dgates_ + slot * 4 * shape_.H, later_dgates_ + slot * 4 * shape_.H); });
-    if (d_.grads.wanted) add_weight_grads(share, rows);
+    if (d_.grads.wanted) add_weight_grads(share, rows, s1 == shape_.T);
     if (layer_.dx) input_grads(share, rows);
     share.team.sync();
   }
@@ -245,7 +233,8 @@ class Backward {
 
   // ---- products over the rows of a chunk ---------------------------------------------------------
 
-  void add_weight_grads(const Share& share, int64_t rows) const {
+  // `start`: the sums of this chunk, which is the first to be run, are the first.
+  void add_weight_grads(const Share& share, int64_t rows, bool start) const {
     const int64_t H = shape_.H, P = shape_.P;
     const auto x_row = [&](int64_t row) {
       const int64_t slot = row_slot_[row];
@@ -254,11 +243,11 @@ class Backward {
     };
     gather(share, rows, x_row);
     pack_source(share, rows, shape_.I);
-    add_product(share, dgates_, 4 * H, rows, shape_.I, dw_ih_);
+    add_product(share, dgates_, 4 * H, rows, shape_.I, start, dw_ih_);
 
     gather(share, rows, [&](int64_t row) { return h_before(row_step_[row], row_slot_[row]); });
     pack_source(share, rows, P);
-    add_product(share, dgates_, 4 * H, rows, P, dw_hh_);
+    add_product(share, dgates_, 4 * H, rows, P, start, dw_hh_);
     if (shape_.projected) {
       share.team.sync();
       share.for_part(column_panels(H), [&](int64_t p) {
@@ -269,9 +258,9 @@ class Backward {
         }
       });
       share.team.sync();
-      add_product(share, dh_, P, rows, H, dw_hr_);
+      add_product(share, dh_, P, rows, H, start, dw_hr_);
     }
-    if (db_) add_bias_grad(share, rows);
+    if (db_) add_bias_grad(share, rows, start);
   }
 
   template <class RowOf>
@@ -297,12 +286,13 @@ class Backward {
     return static_cast<const S*>(d_.y) + layer_.y_map.at(steps_.time(s - 1, slot, d_.reverse), b);
   }
 
-  // sums [M, N] += transpose of a [rows, M] times the packed columns [rows, N]
-  void add_product(const Share& share, const C* a, int64_t M, int64_t rows, int64_t N, C* sums) const {
+  // sums [M, N] += transpose of a [rows, M] times the packed columns [rows, N]; if `start`, whatever sums held
+  void add_product(const Share& share, const C* a, int64_t M, int64_t rows, int64_t N, bool start, C* sums) const {
     const int64_t tiles = ceil_div(M, kTileRows);
     for (int64_t p = 0; p < column_panels(N); ++p) {
       const int vectors = panel_vectors<C>(N, p);
-      for (int64_t k0 = 0; k0 < rows; k0 += kBlockDepth) {
+      int64_t k0 = 0;
+      do {  // at least once: the sum of no rows is zero
         const int64_t k1 = rows - k0 < kBlockDepth ? rows : k0 + kBlockDepth;
         share.for_part(tiles, [&](int64_t tile) {
           alignas(64) C product[kTileRows * kWidth];
@@ -311,8 +301,9 @@ class Backward {
           const C* column[kTileRows];
           for (int m = 0; m < count; ++m) {
             column[m] = a + k0 * M + m0 + m;
-            for_vectors(sums + (m0 + m) * N, N, p, product + m * kWidth,
-                        [](C* sum, C* part, int64_t left) { store(part, load_up_to(sum, left)); });
+            for_vectors(sums + (m0 + m) * N, N, p, product + m * kWidth, [&](C* sum, C* part, int64_t left) {
+              store(part, start && k0 == 0 ? Vec<C>{} : load_up_to(sum, left));
+            });
           }
           multiply_panel(count, vectors, column, M, k1 - k0, columns_ + p * rows * kWidth + k0 * vectors * L, product);
           for (int m = 0; m < count; ++m) {
@@ -320,7 +311,8 @@ class Backward {
                         [](C* sum, C* part, int64_t left) { store_up_to(sum, load(part), left); });
           }
         });
-      }
+        k0 = k1;
+      } while (k0 < rows);
     }
   }
 
@@ -333,24 +325,25 @@ class Backward {
     }
   }
 
-  void add_bias_grad(const Share& share, int64_t rows) const {
+  void add_bias_grad(const Share& share, int64_t rows, bool start) const {
     const int64_t N = 4 * shape_.H;
     share.for_part(ceil_div(N, L), [&](int64_t part) {
       const int64_t n = part * L;
-      Vec<C> sum = load_up_to(db_ + n, N - n);
+      Vec<C> sum = start ? Vec<C>{} : load_up_to(db_ + n, N - n);
       for (int64_t row = 0; row < rows; ++row) sum += load_up_to(dgates_ + row * N + n, N - n);
       store_up_to(db_ + n, sum, N - n);
     });
   }
 
+  // A panel of w_ih stays near while rows pass.
   void input_grads(const Share& share, int64_t rows) const {
-    share.for_part(ceil_div(rows, kTileRows), [&](int64_t tile) {
-      const int64_t first = tile * kTileRows, I = shape_.I, K = 4 * shape_.H;
-      const int count = static_cast<int>(rows - first < kTileRows ? rows - first : kTileRows);
-      const C* a[kTileRows];
-      for (int m = 0; m < count; ++m) a[m] = dgates_ + (first + m) * K;
-      for (int64_t p = 0; p < column_panels(I); ++p) {
+    for (int64_t p = 0; p < column_panels(shape_.I); ++p) {
+      share.for_part(ceil_div(rows, kTileRows), [&](int64_t tile) {
+        const int64_t first = tile * kTileRows, I = shape_.I, K = 4 * shape_.H;
+        const int count = static_cast<int>(rows - first < kTileRows ? rows - first : kTileRows);
         alignas(64) C sums[kTileRows * kWidth] = {};
+        const C* a[kTileRows];
+        for (int m = 0; m < count; ++m) a[m] = dgates_ + (first + m) * K;
         multiply_panel(count, panel_vectors<C>(I, p), a, 1, K, w_ih_ + p * K * kWidth, sums);
         for (int m = 0; m < count; ++m) {
           for_vectors(dx_row(row_step_[first + m], row_slot_[first + m]), I, p, sums + m * kWidth,
@@ -360,8 +353,8 @@ class Backward {
                         store_up_to(dx, value, left);
                       });
         }
-      }
-    });
+      });
+    }
   }
 
   S* dx_row(int64_t s, int64_t slot) const {
