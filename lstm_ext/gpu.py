@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _native
 from .composed import compute_dtype
-from .reference import BOTH, NEEDS_WEIGHTS, NEEDS_X
+from .reference import BOTH, NEEDS_H0, NEEDS_WEIGHTS, NEEDS_X
 
 _C: Any = _native.C
 
@@ -123,10 +123,16 @@ def layer_backward(
     """(dx, dh0, dc0, dweights); None for what is not needed."""
     lengths, offsets = _walk(lengths, batch_sizes, x.device)
     w_ih, kept = _split(weights, directions)
+    # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
+    alone = y.shape[1 if batch_first else 0] == 1 and lengths is None and resets is None
     d_gates, h_prev, d_h, hidden, dh0, dc0 = _C.cuda_layer_backward(
         *(dy, dh_n, dc_n, dcells, h0, c0, kept, y, cells, gates, lengths, resets, offsets),
-        *(directions, batch_first, needs, tf32_allowed(), _strategy),
+        *(directions, batch_first, needs & ~NEEDS_H0 if alone else needs, tf32_allowed()),
+        _strategy or ("step" if alone else ""),
     )
+    if alone and needs & NEEDS_H0:
+        w_hh = kept[:: len(kept) // len(w_ih)]
+        dh0 = torch.stack([d_gates[d].flatten(0, -2) @ w for d, w in enumerate(w_hh)])
     by_direction = [(d_gates[d].flatten(0, -2), w) for d, w in enumerate(w_ih)]
     dx = None
     if needs & NEEDS_X:

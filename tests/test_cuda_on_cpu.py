@@ -168,3 +168,59 @@ def test_what_is_not_there_or_not_wanted(case: Case, strategy: str) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.T == 1], ids=str)
 def test_the_cell_takes_x_itself(case: Case, dtype: str) -> None:
     check(case, dtype, "step with x")
+
+
+class CompiledCore:
+    """`lstm_ext._C` as gpu.py calls it, the kernels behind it run here: what torch does around them is under test."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, str]] = []  # (needs, strategy) of each backward pass
+
+    def cuda_layer_forward(
+        self, xw: Any, h0: Any, c0: Any, kept: list[Any], lengths: Any, resets: Any, starts: Any, *layout: Any
+    ) -> tuple[Any, ...]:
+        directions, batch_first, save, _, strategy = layout
+        rows = xw.shape[1:3] if not batch_first or starts is not None else xw.shape[2:0:-1]
+        x = xw.new_zeros(*(rows[:1] if starts is not None else rows), 1)
+        arrays = (x, h0, c0, self.with_input_weights(kept, len(xw)), *self.walk(lengths, starts, resets))
+        return harness.layer_forward(*arrays, directions, batch_first, save, xw, harness.Options(strategy))
+
+    def cuda_layer_backward(self, *args: Any) -> tuple[Any, ...]:
+        gradients, (h0, c0, kept, y, cells, gates), (lengths, resets, starts) = args[:4], args[4:10], args[10:13]
+        directions, batch_first, needs, _, strategy = args[13:]
+        self.asked.append((needs, strategy))
+        weights = self.with_input_weights(kept, 2 if directions == BOTH else 1)
+        arrays = (*gradients, y.new_zeros(*y.shape[:-1], 1), h0, c0, weights, y, cells, gates)
+        layout = (directions, batch_first, needs, harness.Options(strategy))
+        d_gates, h_prev, dh0, dc0, d_h, hidden = harness.layer_backward(
+            *arrays, *self.walk(lengths, starts, resets), *layout
+        )
+        return d_gates, h_prev, d_h, hidden, dh0, dc0
+
+    def with_input_weights(self, kept: list[Any], directions: int) -> list[Any]:
+        """The kernels do not read w_ih here: x has one feature, zero."""
+        each = len(kept) // directions
+        parts = [kept[d * each : (d + 1) * each] for d in range(directions)]
+        return [w for part in parts for w in (part[0].new_zeros(len(part[0]), 1), *part)]
+
+    def walk(self, lengths: Any, starts: Any, resets: Any) -> tuple[Any, Any, Any]:
+        """(lengths, resets, batch_sizes) of what gpu.py makes of them."""
+        if starts is None:
+            return lengths, resets, None
+        return None, resets, (lengths[:, None] > torch.arange(len(starts))).sum(0)
+
+
+@needs_torch
+@pytest.mark.parametrize("strategy", ["", "step"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.H < 100], ids=str)
+def test_a_layer_through_torch(case: Case, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu: Any = pytest.importorskip("lstm_ext.gpu")
+    core = CompiledCore()
+    monkeypatch.setattr(gpu, "_C", core)
+    inputs = make_inputs(case, "float32")
+    with gpu.use_strategy(strategy):
+        actual = run_layer(gpu, inputs.to_torch("float32"))
+    assert_all_close(actual, run_oracle(inputs), case, "float32")
+    # One step needs no product with w_hh but that for h0, which is torch's: one launch, as a cell's backward pass.
+    alone = case.T == 1 and not (case.lengths or case.resets or case.packed)
+    assert core.asked == [(13, "step") if alone else (15, strategy)]

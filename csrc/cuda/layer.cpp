@@ -10,6 +10,8 @@
 namespace lstm_ext::cuda {
 namespace {
 
+constexpr size_t kMostPlans = 1024;  // that are kept
+
 const KernelSet& kernels(Arithmetic arithmetic, int column_tiles) {
   switch (arithmetic) {
     case Arithmetic::kBf16: return bf16_kernels(column_tiles);
@@ -100,20 +102,19 @@ struct Steps {
 
 }  // namespace
 
-const Plan& plan_layer(const SequenceShape& shape, int directions, bool backward, const LayerOptions& options,
-                       int device) {
+std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int directions, bool backward,
+                                       const LayerOptions& options, int device) {
   using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, bool, int, bool, Dtype, bool, std::string>;
   static std::mutex mutex;
-  static std::map<Key, std::unique_ptr<Plan>> plans;
+  static std::map<Key, std::shared_ptr<const Plan>> plans;
   const Key key{device,     shape.T,  shape.B,       shape.H,      shape.P,         shape.projected,
                 directions, backward, options.dtype, options.tf32, options.strategy};
   const std::lock_guard<std::mutex> lock(mutex);
-  std::unique_ptr<Plan>& plan = plans[key];
-  if (!plan) {
-    const Question question = question_of(shape, directions, backward, options, device);
-    plan = std::make_unique<Plan>(make_plan(question, options.strategy));
-  }
-  return *plan;
+  if (const auto known = plans.find(key); known != plans.end()) return known->second;
+  const Question question = question_of(shape, directions, backward, options, device);
+  auto plan = std::make_shared<const Plan>(make_plan(question, options.strategy));
+  if (plans.size() >= kMostPlans) plans.clear();  // batches and lengths may never come again
+  return plans[key] = std::move(plan);
 }
 
 int plan_registers(const Plan& plan, const SequenceShape& shape, bool backward, const LayerOptions& options,
@@ -156,11 +157,12 @@ void layer_backward(const BackwardPass& pass, const Plan& plan, const LayerOptio
     return;
   }
   const Steps steps(question, plan, weights, workspace, stream);
-  const bool wants_state = layer.direction[0].dh0 || layer.direction[0].dc0;
-  for (int64_t s = layer.shape.T - 1; s >= (wants_state ? -1 : 0); --s) {
+  for (int64_t s = layer.shape.T - 1; s >= 0; --s) {
     for (int n = 0; n < steps.num_parts; ++n)
       launch(steps.set.step_backward, steps.how[n], StepBackward{pass, s, steps.part[n], steps.state});
   }
+  if (layer.direction[0].dh0)
+    launch(steps.set.step_backward, steps.how[0], StepBackward{pass, -1, steps.part[0], steps.state});
 }
 
 }  // namespace lstm_ext::cuda

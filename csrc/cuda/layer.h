@@ -1,6 +1,8 @@
 // A layer on a GPU, one or both directions of it: planned, and launched on a stream.
 #pragma once
 
+#include <memory>
+
 #include "plan.h"
 
 namespace lstm_ext::cuda {
@@ -12,9 +14,10 @@ struct LayerOptions {
   std::string strategy;  // forces one; empty chooses
 };
 
-// Of the current device, whose number `device` is. Plans are kept: the same question is answered once.
-const Plan& plan_layer(const SequenceShape& shape, int directions, bool backward, const LayerOptions& options,
-                       int device);
+// Of the current device, whose number `device` is. The latest plans are kept: a question that comes again soon is
+// answered once.
+std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int directions, bool backward,
+                                       const LayerOptions& options, int device);
 
 // The registers of a thread of the kernel that the plan runs.
 int plan_registers(const Plan& plan, const SequenceShape& shape, bool backward, const LayerOptions& options,

@@ -6,10 +6,11 @@
 namespace lstm_ext::cuda {
 
 // The part of a stage's tiles that is one warp's: pairs of row tiles first_pair, first_pair + warps_m, ..., of each the
-// column tiles from first_column on. A step takes one column tile of one pair.
+// column tiles from first_column on. A step takes one column tile of one pair. Registers hold it through all steps, so
+// it has nothing that the stage has.
 struct WarpShare {
   int slice;  // which part of the columns
-  int first_pair, pair_stride;
+  int first_pair;
   int first_column, columns;
   int steps;
 
@@ -21,7 +22,6 @@ struct WarpShare {
     WarpShare share;
     share.slice = warp / stage.warps_m;
     share.first_pair = warp % stage.warps_m;
-    share.pair_stride = stage.warps_m;
     share.first_column = share.slice * each;
     share.columns = max(0, min(each, stage.column_tiles - share.first_column));
     const int own_pairs = (pairs - share.first_pair + stage.warps_m - 1) / stage.warps_m;
@@ -108,13 +108,13 @@ class OnChipWeights {
       if (step >= share_.steps) continue;
 #pragma unroll
       for (int m = 0; m < Tile::kRowTiles; ++m) registers_[step][m] = fetch(pair * Tile::kRowTiles + m, column);
-      advance(pair, column);
+      advance(stage, pair, column);
     }
     for (int step = kRegisterSteps; step < share_.steps; ++step) {
       for (int m = 0; m < Tile::kRowTiles; ++m)
         shared_[((step - kRegisterSteps) * Tile::kRowTiles + m) * 32 + lane] =
             fetch(pair * Tile::kRowTiles + m, column);
-      advance(pair, column);
+      advance(stage, pair, column);
     }
   }
 
@@ -126,7 +126,7 @@ class OnChipWeights {
     partial += share_.slice * kTiles * kColumns * stride;
     Sums<Tile, kTiles> sums;
     sums.clear();
-    if (share_.columns == 0) return store_zeros(sums, partial, stride, rows);
+    if (share_.columns == 0) return store_zeros(stage, sums, partial, stride);
     constexpr int kOperandTile = kTiles * Tile::kK * kColumns;
     const typename Tile::OnChip* first = operand + share_.first_column * kOperandTile;
     int pair = share_.first_pair, column = 0;
@@ -136,7 +136,7 @@ class OnChipWeights {
         sums.store(partial, stride, pair * Tile::kRowTiles * Tile::kM, rows, lane);
         sums.clear();
       }
-      advance(pair, column);
+      advance(stage, pair, column);
     };
 #pragma unroll
     for (int step = 0; step < kRegisterSteps; ++step) {
@@ -152,17 +152,18 @@ class OnChipWeights {
   }
 
  private:
-  __device__ __forceinline__ void advance(int& pair, int& column) const {
+  __device__ __forceinline__ void advance(const Stage& stage, int& pair, int& column) const {
     if (++column == share_.columns) {
       column = 0;
-      pair += share_.pair_stride;
+      pair += stage.warps_m;
     }
   }
 
-  __device__ void store_zeros(const Sums<Tile, kTiles>& zeros, typename Tile::Sum* partial, int stride,
-                              int rows) const {
+  __device__ void store_zeros(const Stage& stage, const Sums<Tile, kTiles>& zeros, typename Tile::Sum* partial,
+                              int stride) const {
     constexpr int kPairRows = Tile::kRowTiles * Tile::kM;
-    for (int row = share_.first_pair * kPairRows; row < rows; row += share_.pair_stride * kPairRows)
+    const int rows = stage.row_tiles * Tile::kM;
+    for (int row = share_.first_pair * kPairRows; row < rows; row += stage.warps_m * kPairRows)
       zeros.store(partial, stride, row, rows, threadIdx.x % 32);
   }
 

@@ -268,12 +268,18 @@ __global__ void __launch_bounds__(kThreads, 2) step_forward(const __grid_constan
 template <class Tile, int kTiles>
 __device__ __forceinline__ void step_cell_backward(const StepBackward& params, StepBlock<Tile, kTiles>& block, int d,
                                                    int n, int64_t unit, typename Tile::Sum d_h) {
-  const SequenceShape& shape = params.pass.layer.shape;
+  using Number = typename Tile::Number;
+  const LayerBackward& layer = params.pass.layer;
+  const BackwardDirection& from = layer.direction[d];
+  const SequenceShape& shape = layer.shape;
   const int64_t b = block.sequence(n);
   auto* state = static_cast<typename Tile::Sum*>(params.state) + (d * shape.B + b) * shape.H + unit;
   typename Tile::Sum d_c = params.s + 1 < shape.T ? *state : 0;
   backward_cell<Tile>(params.pass, d, block.row(n), params.s, b, unit, d_h, d_c);
   *state = d_c;
+  if (params.s > 0 || !from.dc0) return;
+  if (length_of(layer.masks, shape.T, b) == 0) d_c = state_at<Number>(from.dc_n, b, unit);
+  static_cast<Number*>(from.dc0)[b * shape.H + unit] = narrow<Number>(d_c);
 }
 
 // From the gates' gradients of step s + 1 to that of h after step s, and without a projection on to the gates'.
@@ -325,24 +331,6 @@ __device__ __forceinline__ void step_projection_backward(const StepBackward& par
       [&](int n, int j, int64_t unit) { step_cell_backward(params, block, d, n, unit, block.product(n, j)); });
 }
 
-// The gradient of the initial c, once that of step 0 has left it in the state.
-template <class Tile, int kTiles>
-__device__ __forceinline__ void finish_cells(const StepBackward& params, StepBlock<Tile, kTiles>& block, int d) {
-  using Number = typename Tile::Number;
-  using Sum = typename Tile::Sum;
-  const LayerBackward& layer = params.pass.layer;
-  const BackwardDirection& from = layer.direction[d];
-  const int64_t B = layer.shape.B, H = layer.shape.H;
-  if (!from.dc0) return;
-  block.for_units([&](int n, int, int64_t unit) {
-    const int64_t b = block.sequence(n);
-    const bool empty = length_of(layer.masks, layer.shape.T, b) == 0;
-    const Sum d_c =
-        empty ? state_at<Number>(from.dc_n, b, unit) : static_cast<const Sum*>(params.state)[(d * B + b) * H + unit];
-    static_cast<Number*>(from.dc0)[b * H + unit] = narrow<Number>(d_c);
-  });
-}
-
 template <class Tile, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2) step_backward(const __grid_constant__ StepBackward params) {
   const int d = blockIdx.y;
@@ -350,11 +338,9 @@ __global__ void __launch_bounds__(kThreads, 2) step_backward(const __grid_consta
   StepBlock<Tile, kTiles> block(params.part, layer.shape, layer.masks, layer.direction[d].reverse, params.s);
   if (params.part.stage == 0) {
     step_h_backward(params, block, d);
-  } else if (params.s >= 0) {
+  } else {
     step_projection_backward(params, block, d);
   }
-  const bool has_cells = params.part.stage == 1 || !layer.shape.projected;
-  if (has_cells && params.s < 0) finish_cells(params, block, d);
 }
 
 }  // namespace lstm_ext::cuda

@@ -93,7 +93,7 @@ py::tuple cuda_layer_forward(py::handle xw_, py::handle h0, py::handle c0, py::s
   const auto [T, B, I, H, P, projected] = args.shape;
   const cuda::DeviceGuard guard(xw.device().id);
   const cuda::LayerOptions options{args.dtype, tf32, strategy};
-  const cuda::Plan& plan = cuda::plan_layer(args.shape, args.D, false, options, xw.device().id);
+  const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, false, options, xw.device().id);
 
   const Allocator allocator(xw);
   const Output y = allocator.empty(args.dtype, args.sequence_shape(args.D * P));
@@ -102,7 +102,7 @@ py::tuple cuda_layer_forward(py::handle xw_, py::handle h0, py::handle c0, py::s
   const Output cells = save >= 1 ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
   const bool in_place = args.dtype == args.compute_dtype;
   const Output gates = save >= 2 && !in_place ? allocator.empty(args.dtype, args.saved_shape(4 * H)) : Output{};
-  const Output workspace = workspace_of(allocator, plan.workspace_bytes);
+  const Output workspace = workspace_of(allocator, plan->workspace_bytes);
 
   LayerForward layer = describe_forward(args, y, h_n, c_n, cells, gates);
   const void* projected_x[2] = {};
@@ -113,7 +113,7 @@ py::tuple cuda_layer_forward(py::handle xw_, py::handle h0, py::handle c0, py::s
   void* const stream = xw.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_forward(layer, projected_x, plan, options, xw.device().id, workspace.data, stream);
+    cuda::layer_forward(layer, projected_x, *plan, options, xw.device().id, workspace.data, stream);
   }
   const py::object saved = save >= 2 && in_place ? py::reinterpret_borrow<py::object>(xw_) : gates.object;
   return py::make_tuple(y.object, h_n.object, c_n.object, cells.object, saved);
@@ -132,7 +132,7 @@ py::tuple cuda_layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, p
   const BackwardArrays arrays(args, gates, dy, dh_n, dc_n, dcells, y, cells, gates_);
   const cuda::DeviceGuard guard(gates.device().id);
   const cuda::LayerOptions options{args.dtype, tf32, strategy};
-  const cuda::Plan& plan = cuda::plan_layer(args.shape, args.D, true, options, gates.device().id);
+  const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, true, options, gates.device().id);
 
   const Allocator allocator(gates);
   const Output d_gates = allocator.empty(args.dtype, args.saved_shape(4 * H));
@@ -141,7 +141,7 @@ py::tuple cuda_layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, p
   const Output hidden = projected ? allocator.empty(args.dtype, args.saved_shape(H)) : Output{};
   const Output dh0 = needs & kNeedH0 ? allocator.empty(args.dtype, {D, B, P}) : Output{};
   const Output dc0 = needs & kNeedC0 ? allocator.empty(args.dtype, {D, B, H}) : Output{};
-  const Output workspace = workspace_of(allocator, plan.workspace_bytes);
+  const Output workspace = workspace_of(allocator, plan->workspace_bytes);
 
   cuda::BackwardPass pass{};
   pass.d_gates_map = args.saved_map(4 * H);
@@ -157,7 +157,7 @@ py::tuple cuda_layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, p
   void* const stream = gates.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_backward(pass, plan, options, gates.device().id, workspace.data, stream);
+    cuda::layer_backward(pass, *plan, options, gates.device().id, workspace.data, stream);
   }
   return py::make_tuple(d_gates.object, h_prev.object, d_h.object, hidden.object, dh0.object, dc0.object);
 }
@@ -170,7 +170,7 @@ py::tuple cuda_cell_forward(py::handle x_, py::handle h_, py::handle c_, py::han
   const cuda::DeviceGuard guard(x.device().id);
   const cuda::LayerOptions options{cell.dtype, tf32, "step"};
   const SequenceShape shape{1, cell.B, cell.I, cell.H, cell.H, false};
-  const cuda::Plan& plan = cuda::plan_layer(shape, 1, false, options, x.device().id);
+  const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, 1, false, options, x.device().id);
 
   const Allocator allocator(x);
   const Output h_next = allocator.empty(cell.dtype, cell.state);
@@ -180,7 +180,7 @@ py::tuple cuda_cell_forward(py::handle x_, py::handle h_, py::handle c_, py::han
   void* const stream = x.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_forward(layer, {}, plan, options, x.device().id, nullptr, stream);
+    cuda::layer_forward(layer, {}, *plan, options, x.device().id, nullptr, stream);
   }
   return py::make_tuple(h_next.object, c_next.object);
 }
@@ -190,15 +190,15 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, c
   const cuda::DeviceGuard guard(device);
   const SequenceShape shape{T, B, 0, H, projected ? P : H, projected};
   const cuda::LayerOptions options{dtype_named(dtype), tf32, strategy};
-  const cuda::Plan& plan = cuda::plan_layer(shape, num_directions, backward, options, device);
+  const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, num_directions, backward, options, device);
   py::dict result, refused;
-  for (const auto& [name, why] : plan.refused) refused[py::str(name)] = why;
-  result["strategy"] = plan.strategy;
-  result["blocks"] = plan.blocks;
-  result["team"] = plan.strategy == "step" ? 1 : plan.spread.ranks;
-  result["registers"] = cuda::plan_registers(plan, shape, backward, options, device);
-  result["shared_bytes"] = plan.shared_bytes;
-  result["microseconds_per_step"] = plan.microseconds;
+  for (const auto& [name, why] : plan->refused) refused[py::str(name)] = why;
+  result["strategy"] = plan->strategy;
+  result["blocks"] = plan->blocks;
+  result["team"] = plan->strategy == "step" ? 1 : plan->spread.ranks;
+  result["registers"] = cuda::plan_registers(*plan, shape, backward, options, device);
+  result["shared_bytes"] = plan->shared_bytes;
+  result["microseconds_per_step"] = plan->microseconds;
   result["refused"] = refused;
   return result;
 }

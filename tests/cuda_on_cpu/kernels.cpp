@@ -34,18 +34,18 @@ std::unique_ptr<void, void (*)(void*)> fresh_workspace(int64_t bytes) {
   return {memory, free};
 }
 
-const lstm_ext::cuda::Plan& plan_of(const LayerArgs& args, bool backward, const Options& options) {
+std::shared_ptr<const lstm_ext::cuda::Plan> plan_of(const LayerArgs& args, bool backward, const Options& options) {
   return cuda::plan_layer(args.shape, args.D, backward, {args.dtype, options.tf32, options.strategy}, options.device);
 }
 
 // Runs `work(plan, workspace, stream)` to its end.
 template <class Work>
 void run(const LayerArgs& args, bool backward, const Options& options, const Work& work) {
-  const cuda::Plan& plan = plan_of(args, backward, options);
-  const auto workspace = fresh_workspace(plan.workspace_bytes);
+  const std::shared_ptr<const cuda::Plan> plan = plan_of(args, backward, options);
+  const auto workspace = fresh_workspace(plan->workspace_bytes);
   device = devices.at(static_cast<size_t>(options.device));
   int stream = 0;  // its address is a stream of our own: what goes to another one runs in another order
-  work(plan, workspace.get(), &stream);
+  work(*plan, workspace.get(), &stream);
   synchronize(options.seed);
 }
 
@@ -116,14 +116,14 @@ py::tuple layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, py::ha
 
 py::dict plan(py::handle x, py::sequence weights, int directions, bool backward, const Options& options) {
   const LayerArgs args(x, py::none(), py::none(), weights, py::none(), py::none(), py::none(), directions, false);
-  const cuda::Plan& plan = plan_of(args, backward, options);
+  const std::shared_ptr<const cuda::Plan> plan = plan_of(args, backward, options);
   py::dict facts;
-  facts["strategy"] = plan.strategy;
-  facts["column_tiles"] = plan.column_tiles;
-  facts["ranks"] = plan.strategy == "step" ? 1 : plan.spread.ranks;
-  facts["teams"] = plan.strategy == "step" ? 1 : plan.spread.teams;
-  facts["blocks"] = plan.blocks;
-  facts["shared_bytes"] = plan.shared_bytes;
+  facts["strategy"] = plan->strategy;
+  facts["column_tiles"] = plan->column_tiles;
+  facts["ranks"] = plan->strategy == "step" ? 1 : plan->spread.ranks;
+  facts["teams"] = plan->strategy == "step" ? 1 : plan->spread.teams;
+  facts["blocks"] = plan->blocks;
+  facts["shared_bytes"] = plan->shared_bytes;
   return facts;
 }
 
