@@ -18,17 +18,17 @@ Array = Any  # a NumPy array or a torch tensor; all of one call are of one kind
 A = TypeVar("A")  # an array of any kind, or of the kinds of another library
 
 
-_ops: Any = None
+_dispatch: Any = None
 
 
-def torch_ops() -> Any:
-    """`lstm_ext.ops`, which imports torch, once tensors have come."""
-    global _ops
-    if _ops is None:
-        from . import ops
+def tensor_dispatch() -> Any:
+    """`lstm_ext.dispatch`, which imports torch, once tensors have come."""
+    global _dispatch
+    if _dispatch is None:
+        from . import dispatch
 
-        _ops = ops
-    return _ops
+        _dispatch = dispatch
+    return _dispatch
 
 
 # What the arguments are ----------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def layer(
 ) -> tuple[Array, Array, Array, Array | None]:
     """One layer, one or both directions: (y, h_n, c_n, cells), the last in the layout of `reference.layer_forward`."""
     if is_tensor(x):
-        return torch_ops().layer(
+        return tensor_dispatch().layer(
             x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first, cells_wanted
         )
     check(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first)
@@ -398,9 +398,9 @@ def cell(
 ) -> tuple[Array, Array]:
     """One step of x [B, I] from h, c [B, H]; both biases or none."""
     if is_tensor(x):
-        ops = torch_ops()
-        quick = ops.quick_cell(x, h, c, w_ih, w_hh, b_ih, b_hh) if x.dim() == 2 else None
-        return quick or ops.cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        dispatch = tensor_dispatch()
+        quick = dispatch.quick_cell(x, h, c, w_ih, w_hh, b_ih, b_hh) if x.dim() == 2 else None
+        return quick or dispatch.cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
     arguments: list[Any] = [_plain(a) for a in (x, h, c, w_ih, w_hh, b_ih, b_hh)]
     if choose("cpu", x.dtype.newbyteorder("=")).name == "cpu":

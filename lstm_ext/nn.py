@@ -20,7 +20,7 @@ from .backend import warn_once
 from .reference import BOTH, FORWARD
 from .swap import recast, swap
 
-_ops = functional.torch_ops()
+_dispatch = functional.tensor_dispatch()
 
 # Inputs that torch gives to oneDNN's LSTM.
 _ONE_DNN_DTYPES: frozenset[torch.dtype] = frozenset()
@@ -166,7 +166,7 @@ class LSTM(RNNBase):
         rank = input.dim()
         if rank == 3 and hx is None and not return_cells and self.num_layers == 1:  # often small, and called often
             directions = BOTH if self.bidirectional else FORWARD
-            quick = _ops.quick_layer(
+            quick = _dispatch.quick_layer(
                 input, None, None, self._flat_weights, lengths, resets, None, directions, self.batch_first, False
             )
             if quick is not None:
@@ -249,18 +249,18 @@ class LSTM(RNNBase):
         L, directions = self.num_layers, BOTH if self.bidirectional else FORWARD
         batch_first = self.batch_first and batch_sizes is None
         layout = (lengths, resets, batch_sizes, directions, batch_first)
-        if not x.is_cpu and lengths is None and resets is None and not return_cells and not _ops.serves(x):
+        if not x.is_cpu and lengths is None and resets is None and not return_cells and not _dispatch.serves(x):
             return *self._torch_layers(x, hx, weights, batch_sizes), None
         if L == 1:
             h0, c0 = (None, None) if hx is None else hx
-            y, h_n, c_n, cells = _ops.layer(x, h0, c0, weights, *layout, return_cells)
+            y, h_n, c_n, cells = _dispatch.layer(x, h0, c0, weights, *layout, return_cells)
         else:
             h_ns, c_ns = [], []
             D, per_layer = 2 if self.bidirectional else 1, len(weights) // L
             for n in range(L):
                 h0, c0 = (None, None) if hx is None else (hx[0][n * D : (n + 1) * D], hx[1][n * D : (n + 1) * D])
                 own = weights[n * per_layer : (n + 1) * per_layer]
-                x, h_n, c_n, cells = _ops.layer(x, h0, c0, own, *layout, return_cells and n == L - 1)
+                x, h_n, c_n, cells = _dispatch.layer(x, h0, c0, own, *layout, return_cells and n == L - 1)
                 h_ns.append(h_n)
                 c_ns.append(c_n)
                 if n < L - 1 and self.dropout and self.training:
@@ -275,12 +275,12 @@ class LSTM(RNNBase):
         dtype = torch.get_autocast_dtype("cpu")
         packed = x.dim() == 2
         one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and not packed and not self.proj_size
-        wide = dtype if one_dnn else _ops.autocast_state_dtype(x, *(hx or (None, None)), weights)
-        x, cast_hx, weights = _ops.autocast(wide, x, hx, weights)
+        wide = dtype if one_dnn else _dispatch.autocast_state_dtype(x, *(hx or (None, None)), weights)
+        x, cast_hx, weights = _dispatch.autocast(wide, x, hx, weights)
         with torch.autocast("cpu", enabled=False):
             y, h_n, c_n, cells = self._layers(x, cast_hx, weights, *masks)
         if self.proj_size:
-            y, h_n = _ops.autocast(dtype, y, h_n)
+            y, h_n = _dispatch.autocast(dtype, y, h_n)
         return y, h_n, c_n, cells
 
     def _drop(self, x: Tensor, batch_first: bool) -> Tensor:
@@ -365,7 +365,7 @@ class LSTMCell(RNNCellBase):
             b_ih, b_hh = parameters["bias_ih"], parameters["bias_hh"]
         except KeyError:  # a parametrization computes them
             w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        quick = _ops.quick_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
+        quick = _dispatch.quick_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
         return quick or self._checked(input, h, c, w_ih, w_hh, b_ih, b_hh)
 
     if TYPE_CHECKING:
@@ -393,9 +393,9 @@ class LSTMCell(RNNCellBase):
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Any) -> State:
         """One step of x [B, I] from h, c [B, H]."""
         try:
-            return _ops.cell(x, h, c, *weights)
+            return _dispatch.cell(x, h, c, *weights)
         except RuntimeError as error:
-            if x.dtype in _ops.DTYPES and x.layout == torch.strided and (c is None or c.dtype == x.dtype):
+            if x.dtype in _dispatch.DTYPES and x.layout == torch.strided and (c is None or c.dtype == x.dtype):
                 raise
             warn_once(f"lstm_ext runs torch's own LSTM cell: {error}")
             zeros = torch.zeros(x.shape[0], self.hidden_size, dtype=x.dtype, device=x.device)

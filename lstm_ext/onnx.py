@@ -57,7 +57,7 @@ def layer(
     batch_first: bool,
     cells_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n) of `ops.layer` while `torch.onnx.export` records: an LSTM node.
+    """(y, h_n, c_n) of `dispatch.layer` while `torch.onnx.export` records: an LSTM node.
 
     Raises:
         NotImplementedError: a projection, resets, cells or a packed sequence.

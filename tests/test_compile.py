@@ -171,14 +171,15 @@ def test_a_compiled_call_runs_the_kernel_once_a_layer(training: bool, monkeypatc
     compiled(*inputs).sum().backward()
     counts = {"forward": 0, "backward": 0}
     for name in counts:
-        run = getattr(lstm_ext.ops, f"_run_{name}")
+        run = getattr(lstm_ext.ops, f"run_{name}")
 
         def counted(*arguments: Any, name: str = name, run: Any = run) -> Any:
             counts[name] += 1
             return run(*arguments)
 
-        monkeypatch.setattr(lstm_ext.ops, f"_run_{name}", counted)
-    monkeypatch.setattr(lstm_ext.ops, "composed_layer", None)
+        monkeypatch.setattr(lstm_ext.ops, f"run_{name}", counted)
+    for module in (lstm_ext.ops, lstm_ext.dispatch):
+        monkeypatch.setattr(module, "composed_layer", None)
     compiled.zero_grad()
     with torch.set_grad_enabled(training):
         y = compiled(*inputs)

@@ -17,7 +17,7 @@ from torch.func import functional_call, stack_module_state  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import lstm_ext  # noqa: E402
-from lstm_ext import ops  # noqa: E402
+from lstm_ext import dispatch, ops  # noqa: E402
 from lstm_ext.composed import composed_layer  # noqa: E402
 from lstm_ext.reference import BOTH, FORWARD, REVERSE  # noqa: E402
 
@@ -37,7 +37,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counts = {"forward": 0, "backward": 0}
 
     def counting(name: str) -> Callable[..., Any]:
-        run = getattr(ops, f"_run_{name}")
+        run = getattr(ops, f"run_{name}")
 
         def counted(*arguments: Any) -> Any:
             counts[name] += 1
@@ -46,7 +46,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return counted
 
     for name in counts:
-        monkeypatch.setattr(ops, f"_run_{name}", counting(name))
+        counted = counting(name)
+        for module in (ops, dispatch):
+            monkeypatch.setattr(module, f"run_{name}", counted)
     return counts
 
 
@@ -92,7 +94,9 @@ class Layer:
         return torch.randn(N, *shape, dtype=torch.float64)
 
     def run(self, x: Any, h0: Any, c0: Any, lengths: Any, resets: Any, weights: Any) -> Any:
-        return ops.layer(x, h0, c0, weights, lengths, resets, self.batch_sizes, self.directions, self.batch_first, True)
+        return dispatch.layer(
+            x, h0, c0, weights, lengths, resets, self.batch_sizes, self.directions, self.batch_first, True
+        )
 
     def compose(self, x: Any, h0: Any, c0: Any, lengths: Any, resets: Any, weights: Any) -> Any:
         masks = (lengths, resets, self.batch_sizes)

@@ -350,7 +350,7 @@ def test_first_and_second_derivative(name: str) -> None:
     def layer(*given: Any) -> tuple[Any, ...]:
         rest = iter(given)
         x, h0, c0, *weights = (next(rest) if p else None for p in present)
-        return lstm_ext.ops.layer(x, h0, c0, weights, *masks, True)
+        return lstm_ext.dispatch.layer(x, h0, c0, weights, *masks, True)
 
     given = tuple(a.detach().cuda().requires_grad_() for a in arguments if a is not None)
     assert gradcheck(layer, given)
