@@ -10,9 +10,12 @@ namespace lstm_ext::cuda {
 // it has nothing that the stage has.
 struct WarpShare {
   int slice;  // which part of the columns
-  int first_pair;
   int first_column, columns;
   int steps;
+
+  static __device__ __forceinline__ int first_pair(const Stage& stage) {
+    return static_cast<int>(threadIdx.x / 32) & (stage.warps_m - 1);  // which is a power of two
+  }
 
   template <class Tile>
   static __device__ WarpShare of(const Stage& stage) {
@@ -21,10 +24,9 @@ struct WarpShare {
     const int each = (stage.column_tiles + slices - 1) / slices;
     WarpShare share;
     share.slice = warp / stage.warps_m;
-    share.first_pair = warp % stage.warps_m;
     share.first_column = share.slice * each;
     share.columns = max(0, min(each, stage.column_tiles - share.first_column));
-    const int own_pairs = (pairs - share.first_pair + stage.warps_m - 1) / stage.warps_m;
+    const int own_pairs = (pairs - first_pair(stage) + stage.warps_m - 1) / stage.warps_m;
     share.steps = own_pairs * share.columns;
     return share;
   }
@@ -100,7 +102,7 @@ class OnChipWeights {
       return fetch_tile<Tile>(stage, weights, rank, row_tile, share_.first_column + column_tile);
     };
     const int lane = threadIdx.x % 32;
-    int pair = share_.first_pair, column = 0;
+    int pair = WarpShare::first_pair(stage), column = 0;
 #pragma unroll
     for (int step = 0; step < kRegisterSteps; ++step) {
 #pragma unroll
@@ -129,7 +131,7 @@ class OnChipWeights {
     if (share_.columns == 0) return store_zeros(stage, sums, partial, stride);
     constexpr int kOperandTile = kTiles * Tile::kK * kColumns;
     const typename Tile::OnChip* first = operand + share_.first_column * kOperandTile;
-    int pair = share_.first_pair, column = 0;
+    int pair = WarpShare::first_pair(stage), column = 0;
     const auto take = [&](const uint4(&weights)[Tile::kRowTiles]) {
       sums.add(weights, first + column * kOperandTile, lane);
       if (column == share_.columns - 1) {
@@ -163,7 +165,7 @@ class OnChipWeights {
                               int stride) const {
     constexpr int kPairRows = Tile::kRowTiles * Tile::kM;
     const int rows = stage.row_tiles * Tile::kM;
-    for (int row = share_.first_pair * kPairRows; row < rows; row += stage.warps_m * kPairRows)
+    for (int row = WarpShare::first_pair(stage) * kPairRows; row < rows; row += stage.warps_m * kPairRows)
       zeros.store(partial, stride, row, rows, threadIdx.x % 32);
   }
 
