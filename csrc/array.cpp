@@ -29,19 +29,6 @@ dlpack::DataType dlpack_of(Dtype dtype) {
 
 bool same(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
-const dlpack::ExchangeApi* api_of_type(py::handle type) {
-  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
-  if (!PyCapsule_CheckExact(capsule.ptr())) {
-    throw py::type_error("types: expected types with the DLPack C exchange API, got " + std::string(py::str(type)));
-  }
-  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr()));
-  if (!pointer) throw py::error_already_set();
-  auto header = static_cast<const dlpack::ExchangeHeader*>(pointer);
-  while (header && header->version.major != dlpack::kMajorVersion) header = header->previous;
-  if (!header) throw py::type_error("types: expected version 1 of the DLPack C exchange API, got another alone");
-  return reinterpret_cast<const dlpack::ExchangeApi*>(header);
-}
-
 // The types are kept alive for good, so that an address stands for its type.
 struct TensorTypes {
   static constexpr int kMost = 4;
@@ -65,11 +52,24 @@ void report_allocation(void*, const char* kind, const char* message) {
 
 }  // namespace
 
+const dlpack::ExchangeApi* exchange_api_of(py::handle type) {
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_CheckExact(capsule.ptr())) {
+    throw py::type_error("types: expected types with the DLPack C exchange API, got " + std::string(py::str(type)));
+  }
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr()));
+  if (!pointer) throw py::error_already_set();
+  auto header = static_cast<const dlpack::ExchangeHeader*>(pointer);
+  while (header && header->version.major != dlpack::kMajorVersion) header = header->previous;
+  if (!header) throw py::type_error("types: expected version 1 of the DLPack C exchange API, got another alone");
+  return reinterpret_cast<const dlpack::ExchangeApi*>(header);
+}
+
 void take_tensor_types(py::args types) {
   if (types.size() > TensorTypes::kMost) throw py::value_error("types: expected at most 4, got more");
   TensorTypes taken;
   for (const py::handle type : types) {
-    const dlpack::ExchangeApi* api = api_of_type(type);
+    const dlpack::ExchangeApi* api = exchange_api_of(type);
     if (taken.api && taken.api != api) throw py::value_error("types: expected types of one framework, got several");
     taken.api = api;
     taken.types[taken.count++] = type.inc_ref().ptr();
@@ -219,11 +219,12 @@ void Array::expect_bool() const {
 
 bool Array::contiguous() const {
   int64_t expected = 1;
+  bool adjacent = true;
   for (int dim = ndim_ - 1; dim >= 0; --dim) {
-    if (shape_[dim] > 1 && stride_[dim] != expected) return false;
+    adjacent = adjacent && (shape_[dim] == 1 || stride_[dim] == expected);
     expected *= shape_[dim];
   }
-  return true;
+  return adjacent || expected == 0;  // an empty array may have any strides
 }
 
 void* Array::current_stream() const {

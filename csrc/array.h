@@ -15,8 +15,11 @@ namespace lstm_ext {
 
 namespace py = pybind11;
 
+// What a framework's type of tensors offers. Throws TypeError for a type without the API.
+const dlpack::ExchangeApi* exchange_api_of(py::handle type);
+
 // From now on arrays of exactly these types, which share one exchange API, are taken. Subclasses are not: they mean
-// more than their memory. Throws TypeError for a type without the API.
+// more than their memory. Throws as exchange_api_of does.
 void take_tensor_types(py::args types);
 
 // The sizes of an array: a short vector that takes no memory of its own.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lstm_ext import reference
-from lstm_ext.reference import BOTH, REVERSE
+from lstm_ext.composed import compute_dtype
+from lstm_ext.reference import BOTH, NEEDS_C0, NEEDS_H0, REVERSE
 
 from .cases import CASES, Case, Inputs, make_inputs, run_layer
 from .tolerances import assert_all_close, to_float64
@@ -18,34 +20,64 @@ from .tolerances import assert_all_close, to_float64
 harness: Any = pytest.importorskip(
     "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ImportError
 )
-
-try:
-    import torch
-
-    harness.take_tensor_types(torch.Tensor)
-except ImportError:
-    torch = None
+torch: Any = pytest.importorskip("torch")
+gpu: Any = pytest.importorskip("lstm_ext.gpu")  # needs the native module
+harness.take_tensors(torch.Tensor)
 
 STRATEGIES = ["block", "cluster", "grid", "step"]
-needs_torch = pytest.mark.skipif(torch is None, reason="torch, which has bfloat16, is not installed")
-DTYPES = ["float32", "float64", "float16", "tf32", pytest.param("bfloat16", marks=needs_torch)]
+DTYPES = ["float32", "float64", "float16", "bfloat16", "tf32"]
+
+
+@dataclass
+class Core:
+    """`lstm_ext._C` as gpu.py calls it: csrc/ops/cuda_layer.cpp with the kernels behind it, run here."""
+
+    device: int = 0  # a number of `devices` in tests/cuda_on_cpu/runtime.h
+    seed: int = 0  # of the schedule
+    tf32: bool = False  # whatever torch is set to
+    asked: list[tuple[int, str]] = field(default_factory=list)  # (needs, strategy) of each backward pass
+
+    def run(self, function: Any, *args: Any) -> Any:
+        harness.use_device(self.device)
+        outputs = function(*args)
+        harness.run_launched(self.seed)
+        return outputs
+
+    def cuda_layer_forward(self, *args: Any) -> Any:
+        *arguments, _, strategy = args
+        return self.run(harness.cuda_layer_forward, *arguments, self.tf32, strategy)
+
+    def cuda_layer_backward(self, *args: Any) -> Any:
+        *arguments, needs, _, strategy = args
+        self.asked.append((needs, strategy))
+        return self.run(harness.cuda_layer_backward, *arguments, needs, self.tf32, strategy)
+
+    def cuda_cell_forward(self, *args: Any) -> Any:
+        return self.run(harness.cuda_cell_forward, *args[:-1], self.tf32)
 
 
 class OnGpu:
-    """A layer as a GPU runs it: the products over all time by the framework, the rest by our kernels."""
+    """A layer as a GPU runs it: the products over all time in float64 here, the rest by our kernels."""
 
-    def __init__(self, case: Case, strategy: str, **options: Any):
+    def __init__(self, case: Case, strategy: str, **core: Any):
         self.case = case
-        self.fused = strategy == "step with x"
-        self.options = harness.Options(strategy.removesuffix(" with x"), **options)
+        self.strategy = strategy
+        self.core = Core(**core)
 
     def layer_forward(self, x: Any, h0: Any, c0: Any, weights: list[Any], *masks_and_save: Any) -> tuple[Any, ...]:
-        xw = None if self.fused else self.input_products(x, weights)
-        return harness.layer_forward(x, h0, c0, weights, *masks_and_save, xw, self.options)
+        lengths, resets, batch_sizes, *layout = masks_and_save
+        _, kept = gpu._split(weights, self.case.directions)
+        walk = self.walk(lengths, resets, batch_sizes)
+        xw = self.input_products(x, weights)
+        return self.core.cuda_layer_forward(xw, h0, c0, kept, *walk, *layout, False, self.strategy)
 
     def layer_backward(self, dy: Any, dh_n: Any, dc_n: Any, dcells: Any, x: Any, *args: Any) -> tuple[Any, ...]:
-        d_gates, h_prev, dh0, dc0, d_h, hidden = harness.layer_backward(dy, dh_n, dc_n, dcells, x, *args, self.options)
-        weights, lengths = args[2], args[6]
+        h0, c0, weights, y, cells, gates, lengths, resets, batch_sizes, *layout = args
+        _, kept = gpu._split(weights, self.case.directions)
+        walk = self.walk(lengths, resets, batch_sizes)
+        d_gates, h_prev, d_h, hidden, dh0, dc0 = self.core.cuda_layer_backward(
+            dy, dh_n, dc_n, dcells, h0, c0, kept, y, cells, gates, *walk, *layout, False, self.strategy
+        )
         steps = self.time_major(to_float64(x), lengths)  # [rows, I]
         dx, dweights = np.zeros_like(steps), []
         for d, each in enumerate(self.by_direction(weights)):
@@ -56,6 +88,10 @@ class OnGpu:
             dweights += [rows_of(d_h[d]).T @ rows_of(hidden[d])] if self.case.P else []
         dx = dx.reshape(*d_gates.shape[1:-1], self.case.I)
         return (dx.swapaxes(0, 1) if self.case.batch_first else dx), dh0, dc0, dweights
+
+    def walk(self, lengths: Any, resets: Any, batch_sizes: Any) -> tuple[Any, Any, Any]:
+        lengths, starts = gpu._walk(lengths, batch_sizes, torch.device("cpu"))
+        return lengths, resets, starts
 
     def by_direction(self, weights: list[Any]) -> list[list[Any]]:
         each = len(weights) // self.case.num_directions
@@ -76,9 +112,7 @@ class OnGpu:
         order = x.swapaxes(0, 1) if self.case.batch_first else x
         products = [to_float64(order) @ to_float64(each[0]).T for each in self.by_direction(weights)]
         stacked = np.stack(products).reshape(self.case.num_directions, *rows, 4 * self.case.H)
-        if torch and isinstance(x, torch.Tensor):
-            return torch.from_numpy(stacked).to(torch.promote_types(x.dtype, torch.float32))
-        return stacked.astype(np.result_type(x.dtype, np.float32))
+        return torch.from_numpy(stacked).to(compute_dtype(x.dtype))
 
 
 def rows_of(sequence: Any) -> np.ndarray:
@@ -91,15 +125,18 @@ def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
     return run_layer(reference, inputs.map(lambda a: a.astype(np.float64)))
 
 
-def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **options: Any) -> None:
+def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_equal(a if a is None else to_float64(a), b if b is None else to_float64(b))
+
+
+def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **core: Any) -> None:
     """Skips, with the planner's reason, what cannot run: a strategy whose block would have to hold too many weights."""
     number = "float16" if dtype == "tf32" else dtype  # TF32 keeps as many bits
     inputs = make_inputs(case, number, data_seed)
-    given = inputs.to_torch(dtype) if dtype == "bfloat16" else inputs
-    if dtype == "tf32":
-        given = inputs.map(lambda a: a.astype(np.float32))
+    layer = OnGpu(case, strategy, tf32=dtype == "tf32", **core)
     try:
-        actual = run_layer(OnGpu(case, strategy, tf32=dtype == "tf32", **options), given)
+        actual = run_layer(layer, inputs.to_torch("float32" if dtype == "tf32" else dtype))
     except RuntimeError as error:
         needs = re.search(rf"'{strategy}' cannot run this: needs at least (\d+) bytes .* of (\d+)", str(error))
         if not (needs and int(needs[1]) > int(needs[2])) and "with so much shared memory at a time" not in str(error):
@@ -109,6 +146,17 @@ def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **option
     # unit nothing averages that out (tests/tolerances.py).
     magnitude = 3.0 if case.H == 1 and dtype in ("float16", "bfloat16") else 1.0
     assert_all_close(actual, run_oracle(inputs), case, number, gradient_magnitude=magnitude)
+
+
+def check_cell(case: Case, dtype: str, **core: Any) -> None:
+    number = "float16" if dtype == "tf32" else dtype
+    inputs = make_inputs(case, number)
+    given = inputs.to_torch("float32" if dtype == "tf32" else dtype)
+    states = [given.h0, given.c0] if case.state else [[None], [None]]
+    arguments = (given.x[0], *(state[0] for state in states), *given.weights, *(() if case.bias else (None, None)))
+    h, c = Core(tf32=dtype == "tf32", **core).cuda_cell_forward(*arguments, False)
+    outputs, _ = run_oracle(inputs)
+    assert_all_close(({"h_n": h[None], "c_n": c[None]}, {}), (outputs, {}), case, number)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -122,7 +170,7 @@ def test_matches_the_oracle(case: Case, dtype: str, strategy: str) -> None:
 MASKED_CASE = Case(5, 9, 5, 17, lengths="with_zero", resets=True, directions=BOTH, batch_first=True)
 PROJECTED_CASE = Case(4, 5, 9, 33, P=11, lengths="ragged", resets=True, directions=REVERSE)
 PACKED_CASE = Case(5, 9, 3, 13, P=7, packed=True, bias=False, state=False)
-LARGE_BATCH_CASE = replace(MASKED_CASE, B=41)  # several tiles of the batch for a team, on a small device
+LARGE_BATCH_CASE = replace(MASKED_CASE, B=107)  # several tiles of the batch for a team, on a small device
 QUICK = [(MASKED_CASE, "float32"), (PROJECTED_CASE, "float16"), (PACKED_CASE, "float64"), (MASKED_CASE, "tf32")]
 
 
@@ -149,73 +197,34 @@ def test_other_devices_match_the_oracle(device: int, strategy: str) -> None:
 @pytest.mark.parametrize("case", [MASKED_CASE, PROJECTED_CASE], ids=str)
 def test_what_is_not_there_or_not_wanted(case: Case, strategy: str) -> None:
     """No gradients of the outputs come as zeros do; what is not wanted is not written, and changes nothing else."""
-    inputs, layer = make_inputs(case, "float32"), OnGpu(case, strategy)
+    inputs, layer = make_inputs(case, "float32").to_torch("float32"), OnGpu(case, strategy)
     y, h_n, c_n, cells, gates = layer.layer_forward(*inputs.forward_args(2))
     for save in (0, 1):
         outputs = layer.layer_forward(*inputs.forward_args(save))
         assert [a is None for a in outputs] == [False, False, False, save < 1, True]
-        np.testing.assert_equal(outputs[:3], (y, h_n, c_n))
+        assert_same(outputs[:3], (y, h_n, c_n))
     names = ("dy", "dh_n", "dc_n", "dcells")
     none = replace(inputs, **dict.fromkeys(names))
-    zeros = replace(inputs, **{name: np.zeros_like(getattr(inputs, name)) for name in names})
-    for needs in (15, 0):
+    zeros = replace(inputs, **{name: torch.zeros_like(getattr(inputs, name)) for name in names})
+    for needs in (NEEDS_H0 | NEEDS_C0, NEEDS_H0, NEEDS_C0, 0):
         ours, theirs = (layer.layer_backward(*of.backward_args(y, cells, gates, needs)) for of in (none, zeros))
-        assert [a is None for a in ours] == [False, needs == 0, needs == 0, False]
-        np.testing.assert_equal(ours, theirs)
+        assert [a is None for a in ours[:3]] == [False, not needs & NEEDS_H0, not needs & NEEDS_C0]
+        assert_same([*ours[:3], *ours[3]], [*theirs[:3], *theirs[3]])
+
+
+CELLS = [Case(1, 1, 1, 1), Case(1, 3, 32, 33, state=False), Case(1, 16, 64, 64), Case(1, 9, 45, 17, bias=False)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [case for case in CASES if case.T == 1], ids=str)
-def test_the_cell_takes_x_itself(case: Case, dtype: str) -> None:
-    check(case, dtype, "step with x")
+@pytest.mark.parametrize("case", CELLS, ids=str)
+def test_a_cell_matches_the_oracle(case: Case, dtype: str) -> None:
+    check_cell(case, dtype, seed=CELLS.index(case))
 
 
-class CompiledCore:
-    """`lstm_ext._C` as gpu.py calls it, the kernels behind it run here: what torch does around them is under test."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, str]] = []  # (needs, strategy) of each backward pass
-
-    def cuda_layer_forward(
-        self, xw: Any, h0: Any, c0: Any, kept: list[Any], lengths: Any, resets: Any, starts: Any, *layout: Any
-    ) -> tuple[Any, ...]:
-        directions, batch_first, save, _, strategy = layout
-        rows = xw.shape[1:3] if not batch_first or starts is not None else xw.shape[2:0:-1]
-        x = xw.new_zeros(*(rows[:1] if starts is not None else rows), 1)
-        arrays = (x, h0, c0, self.with_input_weights(kept, len(xw)), *self.walk(lengths, starts, resets))
-        return harness.layer_forward(*arrays, directions, batch_first, save, xw, harness.Options(strategy))
-
-    def cuda_layer_backward(self, *args: Any) -> tuple[Any, ...]:
-        gradients, (h0, c0, kept, y, cells, gates), (lengths, resets, starts) = args[:4], args[4:10], args[10:13]
-        directions, batch_first, needs, _, strategy = args[13:]
-        self.asked.append((needs, strategy))
-        weights = self.with_input_weights(kept, 2 if directions == BOTH else 1)
-        arrays = (*gradients, y.new_zeros(*y.shape[:-1], 1), h0, c0, weights, y, cells, gates)
-        layout = (directions, batch_first, needs, harness.Options(strategy))
-        d_gates, h_prev, dh0, dc0, d_h, hidden = harness.layer_backward(
-            *arrays, *self.walk(lengths, starts, resets), *layout
-        )
-        return d_gates, h_prev, d_h, hidden, dh0, dc0
-
-    def with_input_weights(self, kept: list[Any], directions: int) -> list[Any]:
-        """The kernels do not read w_ih here: x has one feature, zero."""
-        each = len(kept) // directions
-        parts = [kept[d * each : (d + 1) * each] for d in range(directions)]
-        return [w for part in parts for w in (part[0].new_zeros(len(part[0]), 1), *part)]
-
-    def walk(self, lengths: Any, starts: Any, resets: Any) -> tuple[Any, Any, Any]:
-        """(lengths, resets, batch_sizes) of what gpu.py makes of them."""
-        if starts is None:
-            return lengths, resets, None
-        return None, resets, (lengths[:, None] > torch.arange(len(starts))).sum(0)
-
-
-@needs_torch
 @pytest.mark.parametrize("strategy", ["", "step"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.H < 100], ids=str)
 def test_a_layer_through_torch(case: Case, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu: Any = pytest.importorskip("lstm_ext.gpu")
-    core = CompiledCore()
+    core = Core()
     monkeypatch.setattr(gpu, "_C", core)
     inputs = make_inputs(case, "float32")
     with gpu.use_strategy(strategy):

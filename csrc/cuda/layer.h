@@ -23,8 +23,8 @@ std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int direction
 int plan_registers(const Plan& plan, const SequenceShape& shape, bool backward, const LayerOptions& options,
                    int device);
 
-// `workspace` has the plan's workspace_bytes, aligned to 16. With layer.x, x W_ih' is part of the steps (strategy
-// "step" alone); else it comes as xw, for each direction, rows by gates_map.
+// `workspace` has the plan's workspace_bytes, aligned to 16. x W_ih' comes as xw, for each direction, rows by
+// gates_map. A cell, one step without masks by the strategy "step", has layer.x instead, but no h_n and no workspace.
 void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const Plan& plan, const LayerOptions& options,
                    int device, void* workspace, void* stream);
 void layer_backward(const BackwardPass& pass, const Plan& plan, const LayerOptions& options, int device,

@@ -61,7 +61,6 @@ class ForwardBlock : SequenceBlock<Tile, kTiles> {
       team_.state()[index] = this->row(0, n).forgets ? 0 : c0;
       if (this->is_empty(n)) static_cast<Number*>(to_.c_n)[(first_ + n) * shape_.H + unit] = narrow<Number>(c0);
     });
-    if (!to_.h_n) return;
     this->for_units(spread_.stage[0].columns, [&](int n, int, int64_t p, int) {
       if (this->is_empty(n))
         static_cast<Number*>(to_.h_n)[(first_ + n) * shape_.P + p] =

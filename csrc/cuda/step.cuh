@@ -22,10 +22,9 @@ class StepBlock {
   static constexpr int kNextOffset = kRowsOffset + kBatchTile * static_cast<int>(sizeof(Row));
   static constexpr int kWorkOffset = (kNextOffset + kBatchTile * static_cast<int>(sizeof(Row)) + 15) / 16 * 16;
   static constexpr int kOperandBytes = kChunk * kBatchTile * static_cast<int>(sizeof(OnChip));
-  // The operand and the sums follow one another in the same place.
+  static_assert(kOperandBytes <= kWarps * kStepRows * kBatchTile * int{sizeof(Sum)}, "they lie where the sums do");
   static constexpr int shared_bytes(int warps_m) {
-    const int partial = kWarps / warps_m * kBatchTile * (warps_m * kStepRows + kPartialPadding) * int{sizeof(Sum)};
-    return kWorkOffset + (partial > kOperandBytes ? partial : kOperandBytes);
+    return kWorkOffset + kWarps / warps_m * kBatchTile * (warps_m * kStepRows + kPartialPadding) * int{sizeof(Sum)};
   }
 
   __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks, bool reverse, int64_t s)
@@ -181,9 +180,7 @@ __device__ __forceinline__ void step_gates(const StepForward& params, StepBlock<
   const int64_t H = layer.shape.H, s = params.s;
   if (layer.x) {
     const auto x = [&](int64_t k, int n) {
-      const Row& row = block.row(n);
-      return row.active ? Tile::keep(*element<Number>(layer.x, layer.x_map, row.t, block.sequence(n), k))
-                        : Tile::on_chip(0);
+      return Tile::keep(*element<Number>(layer.x, layer.x_map, block.row(n).t, block.sequence(n), k));
     };
     block.add(to.weights.w_ih, to.weights.w_ih.row_stride, 1, layer.shape.I, x);
   }
@@ -242,7 +239,7 @@ __device__ __forceinline__ void step_projection(const StepForward& params, StepB
 template <class Tile>
 __device__ void keep_initial_h(const LayerForward& layer, const ForwardDirection& to, int64_t b, int64_t p) {
   using Number = typename Tile::Number;
-  if (to.h_n && length_of(layer.masks, layer.shape.T, b) == 0)
+  if (length_of(layer.masks, layer.shape.T, b) == 0)
     static_cast<Number*>(to.h_n)[b * layer.shape.P + p] = narrow<Number>(state_at<Number>(to.state.h0, b, p));
 }
 
@@ -303,7 +300,6 @@ __device__ __forceinline__ void step_h_backward(const StepBackward& params, Step
   block.for_units([&](int n, int j, int64_t p) {
     const int64_t b = block.sequence(n);
     if (params.s < 0) {
-      if (!from.dh0) return;
       const bool empty = length_of(pass.layer.masks, shape.T, b) == 0;
       const Sum d_h = empty ? state_at<Number>(from.dh_n, b, p) : block.product(n, j);
       static_cast<Number*>(from.dh0)[b * shape.P + p] = narrow<Number>(d_h);

@@ -46,7 +46,7 @@ int blocks_per_sm(const Kernel<Params>&, int threads, int64_t shared_bytes) {
 
 template <class Params>
 int active_clusters(const Kernel<Params>&, const Launch& how) {
-  return cuda_on_cpu::device.sms * cuda_on_cpu::blocks_per_sm(how.threads, how.shared_bytes) / how.cluster;
+  return cuda_on_cpu::device().sms * cuda_on_cpu::blocks_per_sm(how.threads, how.shared_bytes) / how.cluster;
 }
 
 template <class Params>

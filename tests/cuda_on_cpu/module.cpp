@@ -3,11 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "array.h"
 #include "broken_kernels.h"
-#include "kernels.h"
 #include "launch.h"
+#include "ops/cuda_layer.h"
 #include "ptx.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -87,13 +87,13 @@ std::string stream_order(uint64_t seed) {
 PYBIND11_MODULE(lstm_ext_cuda_on_cpu, m) {
   using namespace cuda_on_cpu;
   m.attr("address_sanitizer") = kAddressSanitizer;
-  py::class_<Options>(m, "Options")
-      .def(py::init<std::string, bool, int, uint64_t>(), "strategy"_a, py::kw_only(), "tf32"_a = false, "device"_a = 0,
-           "seed"_a = 0);
-  m.def("take_tensor_types", &lstm_ext::take_tensor_types);
-  m.def("layer_forward", &layer_forward);
-  m.def("layer_backward", &layer_backward);
-  m.def("plan", &plan);
+  m.def("take_tensors", &take_tensors);
+  m.def("use_device", &use_device);
+  m.def("run_launched", &run_launched, "seed"_a = 0);
+  m.def("cuda_layer_forward", &lstm_ext::ops::cuda_layer_forward);
+  m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward);
+  m.def("cuda_cell_forward", &lstm_ext::ops::cuda_cell_forward);
+  m.def("cuda_plan", &lstm_ext::ops::cuda_plan);
   m.def("broken_kernels", &broken_kernels);
   m.def("run_broken_kernel", &run_broken_kernel, "name"_a, "broken"_a, "seed"_a);
   m.def("mma", &mma, "kind"_a, "a"_a, "b"_a, "d"_a);

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -172,7 +172,8 @@ def run_tests() -> None:
     for strategy in tests.STRATEGIES:
         tests.test_what_is_not_there_or_not_wanted(tests.MASKED_CASE, strategy)
         tests.check(tests.LARGE_BATCH_CASE, "float32", strategy, device=0 if strategy == "grid" else 1)
-    tests.check(replace(tests.MASKED_CASE, T=1), "float32", "step with x")
+    for case in tests.CELLS:
+        tests.check_cell(case, "float32")
     tests.check(tests.Case(2, 1, 3, 1), "float32", "cluster")
     tests.check(tests.Case(3, 31, 63, 127), "float32", "block", seed=1)
 

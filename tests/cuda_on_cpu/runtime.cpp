@@ -7,7 +7,7 @@
 
 namespace cuda_on_cpu {
 
-Device device = devices[0];
+int current_device = 0;
 
 namespace {
 
@@ -30,10 +30,10 @@ void check(const Grid& grid, bool cooperative, int64_t capacity) {
   if (blocks < 1 || grid.grid_dim.y > 65535 || grid.grid_dim.z > 65535) {
     refuse(grid, "a grid of " + text_of(grid.grid_dim) + " blocks");
   }
-  if (static_cast<int64_t>(grid.shared_size) > device.shared_per_block) {
+  if (static_cast<int64_t>(grid.shared_size) > device().shared_per_block) {
     refuse(grid, std::to_string(grid.shared_size) + " bytes of shared memory in a block");
   }
-  if (cluster < 1 || cluster > kMostBlocksPerCluster || (cluster > 1 && device.compute_capability < 90)) {
+  if (cluster < 1 || cluster > kMostBlocksPerCluster || (cluster > 1 && device().compute_capability < 90)) {
     refuse(grid, "clusters of " + std::to_string(cluster) + " blocks");
   }
   if (grid.grid_dim.x % grid.cluster_dim.x || grid.grid_dim.y % grid.cluster_dim.y ||
@@ -49,7 +49,7 @@ void check(const Grid& grid, bool cooperative, int64_t capacity) {
 
 int blocks_per_sm(int threads, int64_t shared_bytes) {
   const int64_t by_shared =
-      (device.shared_per_block + kSharedReservedPerBlock) / (shared_bytes + kSharedReservedPerBlock);
+      (device().shared_per_block + kSharedReservedPerBlock) / (shared_bytes + kSharedReservedPerBlock);
   const int64_t by_threads = std::max(kThreadsPerSmByRegisters / threads, threads <= kThreadsPerBlock ? 1 : 0);
   return static_cast<int>(std::min({by_shared, by_threads, int64_t{kMostBlocksPerSm}}));
 }
@@ -59,7 +59,7 @@ void enqueue(void* stream, std::function<void()> work) { streams[stream].push_ba
 void launch(Grid grid, bool cooperative, void* stream) {
   const int64_t per_sm =
       blocks_per_sm(static_cast<int>(grid.block_dim.volume()), static_cast<int64_t>(grid.shared_size));
-  const int64_t capacity = std::min<int64_t>(device.sms * per_sm, kMostResidentBlocks);
+  const int64_t capacity = std::min<int64_t>(device().sms * per_sm, kMostResidentBlocks);
   check(grid, cooperative, capacity);
   const int clusters = static_cast<int>(capacity / grid.cluster_dim.volume());
   enqueue(stream, [grid = std::move(grid), cooperative, clusters]() mutable {

@@ -20,7 +20,8 @@ struct Device {
 inline constexpr std::array<Device, 3> devices = {
     {{90, 8, 227 * 1024, 1'700'000}, {90, 3, 227 * 1024, 1'700'000}, {75, 4, 64 * 1024, 1'500'000}}};
 
-extern Device device;  // the current one
+extern int current_device;  // its number
+inline const Device& device() { return devices[static_cast<size_t>(current_device)]; }
 
 // Work of one stream runs in its order, that of several in any. Nothing runs before synchronize.
 void enqueue(void* stream, std::function<void()> work);
