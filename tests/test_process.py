@@ -161,6 +161,24 @@ def test_many_python_threads_at_once() -> None:
 
 
 @needs_native
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinities that can be read")
+def test_threads_are_bound_to_no_processor() -> None:
+    """They may move at the beginning of a call, but stay free to run wherever the process may."""
+    succeed(
+        """
+        import os, time, torch, lstm_ext
+        torch.set_num_threads(2)
+        lstm, x = lstm_ext.LSTM(64, 128), torch.randn(20, 4, 64)
+        for _ in range(30):
+            lstm(x)
+            time.sleep(0.01)
+        allowed = os.sched_getaffinity(0)
+        assert [t for t in os.listdir("/proc/self/task") if os.sched_getaffinity(int(t)) != allowed] == []
+        """
+    )
+
+
+@needs_native
 def test_flushing_denormals_does_not_depend_on_the_thread() -> None:
     inputs = make_inputs(SHARED_CASE, "float32").map(lambda a: a * np.float32(1e-37))
     assert torch.set_flush_denormal(True)

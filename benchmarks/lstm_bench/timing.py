@@ -21,7 +21,17 @@ Call = Callable[[], Any]
 
 ROUNDS, MIN_ROUNDS = 5, 3
 PATIENCE = 10  # fewer rounds do where they take this many times as long as planned
-SETTLE = 0.005  # s between blocks: after a parallel region the threads of OpenMP and of ONNX Runtime spin for a while
+SETTLING = 0.2  # s at most
+
+
+def settle() -> None:
+    """Waits until no thread of this process runs: OpenMP's spin for some ms after a call, ONNX Runtime's for forty."""
+    end, quiet = time.perf_counter() + SETTLING, 0.01  # two ticks of a clock that counts the time of running threads
+    while time.perf_counter() < end:
+        used = time.process_time()
+        time.sleep(quiet)
+        if time.process_time() - used < quiet / 10:
+            return
 
 
 def time_cpu(calls: Mapping[str, Call], threads: int, seconds: float) -> dict[str, tuple[float, float]]:
@@ -36,7 +46,7 @@ def time_cpu(calls: Mapping[str, Call], threads: int, seconds: float) -> dict[st
         if done >= MIN_ROUNDS and time.perf_counter() > end:
             break
         for name, timer in timers.items():
-            time.sleep(SETTLE)
+            settle()
             blocks[name].append(timer.blocked_autorange(min_run_time=seconds / ROUNDS))
     merged = {name: Measurement.merge(measured)[0] for name, measured in blocks.items()}
     return {name: (1e6 * m.median, 1e6 * m.iqr) for name, m in merged.items()}

@@ -38,18 +38,29 @@ bool spin_until(const Ready& ready) {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
+// Longer than a member that is about to run needs to get there: one that sleeps may be woken on the CPU of the one that
+// wakes it, for both to share.
+constexpr Clock::duration kYielding = milliseconds(1);
+
 thread_local Clock::duration slept{};  // in barriers, since the member's call began
 
 // Whether teams pay, on cores that other processes may want too.
 class Crowding {
  public:
-  bool alone() const { return Clock::now().time_since_epoch().count() < until_.load(std::memory_order_relaxed); }
+  bool alone(Clock::time_point now) const {
+    return now.time_since_epoch().count() < until_.load(std::memory_order_relaxed);
+  }
 
-  // Of a call of `size` members that began at `start`, `lost` was spent waiting for one that did not run. If one member
-  // would have been faster alone it is tried alone, the longer the sooner the last try of a team ended in the same way.
-  void learn(Clock::time_point start, Clock::duration lost, int size) {
-    const Clock::time_point now = Clock::now();
-    if ((now - start - lost) * size >= now - start) return;
+  // Of a call of `size` members from `start` to `now`, `lost` was spent waiting for one that did not run. If over some
+  // time one member would have been faster alone it is tried alone, the longer the sooner the last try of a team ended
+  // in the same way. Over some time, since a single short call may have waited for a thread that slept.
+  void learn(Clock::time_point start, Clock::time_point now, Clock::duration lost, int size) {
+    const Clock::rep total = spent_.fetch_add((now - start).count(), std::memory_order_relaxed) + (now - start).count();
+    const Clock::rep in_vain = lost_.fetch_add(lost.count(), std::memory_order_relaxed) + lost.count();
+    if (total < kJudged) return;
+    spent_.store(0, std::memory_order_relaxed);
+    lost_.store(0, std::memory_order_relaxed);
+    if ((total - in_vain) * size >= total) return;
     const Clock::rep since = start.time_since_epoch().count() - until_.load(std::memory_order_relaxed);
     Clock::rep pause = pause_.load(std::memory_order_relaxed);
     pause = since < pause ? (pause < kLongest ? 2 * pause : pause) : kShortest;
@@ -58,12 +69,16 @@ class Crowding {
   }
 
  private:
+  static constexpr Clock::rep kJudged = Clock::duration(milliseconds(5)).count();
   static constexpr Clock::rep kShortest = Clock::duration(milliseconds(10)).count();
   static constexpr Clock::rep kLongest = 16 * kShortest;
-  std::atomic<Clock::rep> until_{0}, pause_{0};
+  std::atomic<Clock::rep> spent_{0}, lost_{0}, until_{0}, pause_{0};
 };
 
 Crowding crowding;
+
+constexpr Clock::duration kAwake = milliseconds(5);  // after a team's call; then OpenMP's threads sleep too
+std::atomic<Clock::rep> last_end{0};                 // of a team's call
 
 // Workers sleep on a condition variable between calls. The pool is never destroyed: at exit its sleeping
 // threads end with the process.
@@ -194,8 +209,31 @@ void Barrier::wait(int size) {
   const auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
   if (spin_until(passed)) return;
   const Clock::time_point start = Clock::now();
+  while (!passed() && Clock::now() - start < kYielding) std::this_thread::yield();
   while (!passed()) phase_.wait(phase, std::memory_order_acquire);
   slept += Clock::now() - start;
+}
+
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Moves the calling thread away from a CPU, if it is there and may be elsewhere.
+void leave_cpu(int cpu) {
+#if defined(__linux__)
+  cpu_set_t allowed, others;
+  if (sched_getcpu() != cpu || sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+  others = allowed;
+  CPU_CLR(static_cast<size_t>(cpu), &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others) != 0) return;
+  sched_setaffinity(0, sizeof(allowed), &allowed);
+#else
+  (void)cpu;
+#endif
 }
 
 // What every member does around the body. Members compute in the caller's floating-point mode
@@ -205,6 +243,8 @@ struct Member {
   void* context;
   std::atomic<Clock::rep> all_slept{0};
   Clock::time_point first_done{};  // rank 0
+  int caller_cpu = current_cpu();
+  bool asleep = false;  // the others, most likely
 #if defined(__x86_64__)
   unsigned mode = __builtin_ia32_stmxcsr();
 #endif
@@ -212,6 +252,10 @@ struct Member {
   static void run(void* self, int rank, int size) {
     Member& member = *static_cast<Member*>(self);
     slept = {};
+    // Linux, most of all on virtual machines, may wake a thread on the CPU of the one that calls it, idle ones or not.
+    // There it would wait, to be moved some milliseconds later: it moves at once instead.
+    if (rank > 0) leave_cpu(member.caller_cpu);
+    if (rank == 0 && member.asleep) std::this_thread::yield();
 #if defined(__x86_64__)
     const unsigned own_mode = __builtin_ia32_stmxcsr();
     __builtin_ia32_ldmxcsr(member.mode);
@@ -226,9 +270,11 @@ struct Member {
 };
 
 void run_team(int threads, int size, void (*body)(void*, int, int), void* context) {
-  if (size <= 1 || crowding.alone()) return body(context, 0, 1);
+  if (size <= 1) return body(context, 0, 1);
   const Clock::time_point start = Clock::now();
+  if (crowding.alone(start)) return body(context, 0, 1);
   Member member{body, context};
+  member.asleep = start.time_since_epoch() - Clock::duration(last_end.load(std::memory_order_relaxed)) > kAwake;
   if (!openmp.parallel) {
     the_pool().run(size, Member::run, &member);
   } else {
@@ -238,7 +284,9 @@ void run_team(int threads, int size, void (*body)(void*, int, int), void* contex
   }
   // While one member is late all others sleep in a barrier, or the caller waits here at the end.
   const Clock::duration in_barriers(member.all_slept.load(std::memory_order_relaxed) / (size - 1));
-  crowding.learn(start, in_barriers + (Clock::now() - member.first_done), size);
+  const Clock::time_point end = Clock::now();
+  last_end.store(end.time_since_epoch().count(), std::memory_order_relaxed);
+  crowding.learn(start, end, in_barriers + (end - member.first_done), size);
 }
 
 bool share_openmp_threads(const char* library) {

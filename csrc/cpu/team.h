@@ -7,7 +7,7 @@
 
 namespace lstm_ext::cpu {
 
-// `size` members wait for each other; reusable. Spins a little, then sleeps.
+// `size` members wait for each other; reusable. Spins a little, then yields, then sleeps.
 class Barrier {
  public:
   void wait(int size);
