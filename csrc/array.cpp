@@ -1,5 +1,6 @@
 #include "array.h"
 
+#include <cstdlib>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -43,6 +44,39 @@ const dlpack::ExchangeApi* api_of(py::handle object) {
     if (tensor_types.types[n] == type) return tensor_types.api;
   }
   return nullptr;
+}
+
+constexpr int64_t kSmallBytes = 1 << 15;
+
+// A tensor of at most kSmallBytes on the CPU, in memory of ours: a framework's own allocation takes as long as a small
+// layer. Null if it is larger, for the framework to account for.
+dlpack::ManagedTensor* small_tensor(Dtype dtype, const Shape& shape) {
+  struct Small {
+    dlpack::ManagedTensor managed;
+    int64_t shape[Shape::kMaxDims], strides[Shape::kMaxDims];
+  };
+  constexpr size_t kAlignment = 64, kHead = (sizeof(Small) + kAlignment - 1) / kAlignment * kAlignment;
+  Small head{};
+  int64_t count = 1;
+  for (int dim = shape.size() - 1; dim >= 0; --dim) {
+    head.shape[dim] = shape.begin()[dim];
+    head.strides[dim] = count;
+    count *= shape.begin()[dim];
+  }
+  const dlpack::DataType type = dlpack_of(dtype);
+  const int64_t bytes = count * (type.bits / 8);
+  if (bytes > kSmallBytes) return nullptr;
+  void* memory =
+      std::aligned_alloc(kAlignment, kHead + (static_cast<size_t>(bytes) + kAlignment) / kAlignment * kAlignment);
+  if (!memory) throw std::bad_alloc();
+  auto* small = new (memory) Small(head);
+  small->managed = {
+      {dlpack::kMajorVersion, 0},
+      nullptr,
+      [](dlpack::ManagedTensor* self) { std::free(self); },
+      0,
+      {static_cast<char*>(memory) + kHead, {dlpack::kCpu, 0}, shape.size(), type, small->shape, small->strides, 0}};
+  return &small->managed;
 }
 
 void report_allocation(void*, const char* kind, const char* message) {
@@ -242,10 +276,10 @@ Output Allocator::empty(Dtype dtype, const Shape& shape) const {
     output.object = std::move(array);
     return output;
   }
+  dlpack::ManagedTensor* managed = device_.type == dlpack::kCpu ? small_tensor(dtype, shape) : nullptr;
   Shape sizes = shape;
   dlpack::Tensor prototype{nullptr, device_, sizes.size(), dlpack_of(dtype), sizes.begin(), nullptr, 0};
-  dlpack::ManagedTensor* managed = nullptr;
-  if (api_->allocate(&prototype, &managed, nullptr, report_allocation) != 0) {
+  if (!managed && api_->allocate(&prototype, &managed, nullptr, report_allocation) != 0) {
     if (!PyErr_Occurred()) throw std::bad_alloc();
     throw py::error_already_set();
   }

@@ -164,14 +164,16 @@ class LSTM(RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, resets, return_cells)
         rank = input.dim()
-        if rank == 3 and hx is None and not return_cells and self.num_layers == 1:  # often small, and called often
-            directions = BOTH if self.bidirectional else FORWARD
-            quick = _dispatch.quick_layer(
-                input, None, None, self._flat_weights, lengths, resets, None, directions, self.batch_first, False
-            )
-            if quick is not None:
-                y, h_n, c_n, _ = quick
-                return y, (h_n, c_n)
+        if rank == 3 and not return_cells and self.num_layers == 1:  # often small, and called often
+            h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (None, None)
+            if hx is None or (h0 is not None and c0 is not None):
+                directions = BOTH if self.bidirectional else FORWARD
+                quick = _dispatch.quick_layer(
+                    input, h0, c0, self._flat_weights, lengths, resets, None, directions, self.batch_first, False
+                )
+                if quick is not None:
+                    y, h_n, c_n, _ = quick
+                    return y, (h_n, c_n)
         if rank == 2:
             return self._forward_unbatched(input, hx, lengths, resets, return_cells)
         if rank != 3:

@@ -33,6 +33,7 @@ NOT_CAUGHT = {
     "never `if (step >= share_.steps)`": "it fetches weights that no step uses",
     "always `if (step < share_.steps)`": "the steps that are not there multiply zeros",
     "`row < stage.rows.each() ?` always true": "nobody reads the sums of those rows",
+    "`j < rows.each() ?` always true": "nobody reads the sums of those rows",
     "without `team_.leave()`": "a block that is done has waited for the last stores into it",
     "without `cluster_sync()`": "at the end: a block that is done has waited for the last stores into it",
     "always `if (clustered())`": "a block without a cluster is a cluster of one",
@@ -40,10 +41,12 @@ NOT_CAUGHT = {
     "always `if (s > 0)`": "the rows of step 0 are found again, as they were",
     "always `if (send)`": "nobody reads what the last step sends",
     "always `if (this->is_empty(n))`": "the last step overwrites what is stored too early",
-    "never `if (!to_.h_n)`": "not tested: the harness always wants h_n",
+    "always `if (layer.x)`": "a layer that has no x here has no features either: nothing is multiplied",
     "always `if (s > 0 || to.state.h0.data)`": "without h0 it multiplies zeros",
-    "always `if (to.h_n && length_of(layer.masks, layer.shape.T, b) == 0)`": "the last step overwrites h_n",
     "always `if (makes_h && params.s == 0)`": "it stores what is there",
+    "`params.s + 1 < shape.T ?` always true": "no sequence is active before its last step, which sets what is read",
+    "always `if (params.s + 1 < shape.T)`": "after the last step no sequence is active: it multiplies zeros",
+    "`row.active ?` always true": "the h of a sequence that is not active is zero, unless the weights are not finite",
 }
 
 HEADER = """#pragma once
