@@ -52,8 +52,13 @@ class Backward {
     }
   }
 
+  StepWork step_work() const {
+    const int64_t panels = column_panels(shape_.P);
+    return {shape_.B, kTileRows, panels, panels * 4 * shape_.H * kWidth * static_cast<int64_t>(sizeof(C))};
+  }
+
   void run(const Team& team) const {
-    const Share share(team, shape_.B, kTileRows);
+    const Share share(team, step_work());
     prepare(share);
     const int64_t chunks = ceil_div(shape_.T, chunk_steps_);
     for (int64_t n = chunks - 1; n >= 0; --n) run_chunk(share, n * chunk_steps_);

@@ -53,8 +53,12 @@ class Forward {
     }
   }
 
+  StepWork step_work() const {
+    return {shape_.B, kTileRows, panels_, w_hh_.packed_size() * static_cast<int64_t>(sizeof(C))};
+  }
+
   void run(const Team& team) const {
-    const Share share(team, shape_.B, kTileRows);
+    const Share share(team, step_work());
     prepare(share);
     team.sync();
     for (int64_t s = 0; s < shape_.T; s += chunk_steps_) run_chunk(share, s);

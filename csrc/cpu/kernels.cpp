@@ -26,17 +26,17 @@ void with_storage(Dtype dtype, const F& f) {
 // less work than this one thread, or fewer of them, are faster.
 constexpr double kLeastFlops = 4e5, kLeastFlopsPerStepAndMember = 5e4;
 
-// How many of `threads` to use for directions at the same time, each of which has `panels` to share where rows are few.
-int threads_worth_having(int threads, const SequenceShape& shape, int directions, int64_t panels) {
+// How many of `threads` to use for directions at the same time, each of which has so much work at a step.
+int threads_worth_having(int threads, const SequenceShape& shape, int directions, const StepWork& work) {
   const double step =
       8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P);
   if (step * static_cast<double>(shape.T) < kLeastFlops) return 1;
   if (threads <= directions) return threads;
   const int each = threads / directions;
-  if (Share({0, each, nullptr}, shape.B, kTileRows).by_rows) return threads;
+  if (Share({0, each, nullptr}, work).by_rows) return threads;
   const double members = step / kLeastFlopsPerStepAndMember;
   int64_t worth = members < each ? static_cast<int64_t>(members) : each;
-  if (worth > panels) worth = panels;
+  if (worth > work.panels) worth = work.panels;
   return directions * (worth > 1 ? static_cast<int>(worth) : 1);
 }
 
@@ -83,8 +83,7 @@ void layer_forward(const LayerForward& layer) {
       call.direction[n] = new (arena.get<Forward<S>>(1)) Forward<S>(layer, layer.direction[n], steps, arena);
     }
     run_team(layer.num_threads,
-             threads_worth_having(layer.num_threads, layer.shape, layer.num_directions,
-                                  ceil_div(layer.shape.H, kLanes<Compute<S>>)),
+             threads_worth_having(layer.num_threads, layer.shape, layer.num_directions, call.direction[0]->step_work()),
              ForwardCall<S>::body, &call);
   });
 }
@@ -99,8 +98,7 @@ void layer_backward(const LayerBackward& layer) {
     for (int n = 0; n < layer.num_directions; ++n) {
       call.direction[n] = new (arena.get<Backward<S>>(1)) Backward<S>(layer, layer.direction[n], steps, n > 0, arena);
     }
-    run_team(layer.num_threads,
-             threads_worth_having(layer.num_threads, layer.shape, 1, ceil_div(layer.shape.P, kPanelWidth<Compute<S>>)),
+    run_team(layer.num_threads, threads_worth_having(layer.num_threads, layer.shape, 1, call.direction[0]->step_work()),
              BackwardCall<S>::body, &call);
   });
 }

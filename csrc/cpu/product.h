@@ -169,6 +169,7 @@ class Weights {
   static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * panel_size(K); }
 
   int64_t panels() const { return rows_.template panels<C>(); }
+  int64_t packed_size() const { return packed_size(rows_, K_); }
 
   void pack(int64_t p) const {
     if (!panels_) return;

@@ -20,14 +20,21 @@ Steps::Steps(const SequenceShape& shape, const Masks& masks, Arena& arena)
 }
 
 namespace {
-bool rows_for_all(const Team& team, int64_t rows, int tile_rows) {
-  return team.size == 1 || 2 * rows >= tile_rows * static_cast<int64_t>(team.size);
+
+constexpr int64_t kHeldBytes = 1 << 19;  // of weights: half of a usual second-level cache
+
+bool divide_rows(const Team& team, const StepWork& work) {
+  if (team.size == 1) return true;
+  const int64_t most_panels = (work.panels + team.size - 1) / team.size;  // of one member
+  const bool even = 10 * most_panels * team.size <= 11 * work.panels;
+  const int64_t tile_rows = work.tile_rows * static_cast<int64_t>(team.size);  // a tile for each member
+  return even ? work.rows >= tile_rows && work.bytes <= kHeldBytes : 2 * work.rows >= tile_rows;
 }
+
 }  // namespace
 
-Share::Share(const Team& t, int64_t rows, int tile_rows)
-    : team(t), by_rows(rows_for_all(t, rows, tile_rows)), rows_(rows) {
-  tiles_ = (rows + tile_rows - 1) / tile_rows;
+Share::Share(const Team& t, const StepWork& work) : team(t), by_rows(divide_rows(t, work)), rows_(work.rows) {
+  tiles_ = (work.rows + work.tile_rows - 1) / work.tile_rows;
   if (by_rows) tiles_ = (tiles_ + t.size - 1) / t.size * t.size;
 }
 

@@ -45,11 +45,19 @@ class Steps {
   int64_t* active_ = nullptr;  // [T + 1]
 };
 
-// What one member of a team does: some tiles of rows and all panels when there are rows enough for
-// everybody (then members need not wait for each other), else all rows and some panels.
+// What there is to share out at each step: sequences, and panels of the recurrent weights.
+struct StepWork {
+  int64_t rows;
+  int tile_rows;
+  int64_t panels, bytes;  // of the weights
+};
+
+// What one member of a team does: some tiles of rows and all panels, or all rows and some panels. With rows of their
+// own members need not wait for each other, but each reads all weights at each step: so they share rows where these are
+// few, or the weights more than a core's cache holds.
 class Share {
  public:
-  Share(const Team& team, int64_t rows, int tile_rows);
+  Share(const Team& team, const StepWork& work);
 
   const Team team;
   const bool by_rows;
