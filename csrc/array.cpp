@@ -51,11 +51,10 @@ constexpr int64_t kSmallBytes = 1 << 15;
 // A tensor of at most kSmallBytes on the CPU, in memory of ours: a framework's own allocation takes as long as a small
 // layer. Null if it is larger, for the framework to account for.
 dlpack::ManagedTensor* small_tensor(Dtype dtype, const Shape& shape) {
-  struct Small {
+  struct alignas(64) Small {  // the elements follow
     dlpack::ManagedTensor managed;
     int64_t shape[Shape::kMaxDims], strides[Shape::kMaxDims];
   };
-  constexpr size_t kAlignment = 64, kHead = (sizeof(Small) + kAlignment - 1) / kAlignment * kAlignment;
   Small head{};
   int64_t count = 1;
   for (int dim = shape.size() - 1; dim >= 0; --dim) {
@@ -66,16 +65,15 @@ dlpack::ManagedTensor* small_tensor(Dtype dtype, const Shape& shape) {
   const dlpack::DataType type = dlpack_of(dtype);
   const int64_t bytes = count * (type.bits / 8);
   if (bytes > kSmallBytes) return nullptr;
-  void* memory =
-      std::aligned_alloc(kAlignment, kHead + (static_cast<size_t>(bytes) + kAlignment) / kAlignment * kAlignment);
+  const size_t units = (static_cast<size_t>(bytes) + sizeof(Small) - 1) / sizeof(Small);
+  void* memory = std::aligned_alloc(alignof(Small), (1 + units) * sizeof(Small));
   if (!memory) throw std::bad_alloc();
   auto* small = new (memory) Small(head);
-  small->managed = {
-      {dlpack::kMajorVersion, 0},
-      nullptr,
-      [](dlpack::ManagedTensor* self) { std::free(self); },
-      0,
-      {static_cast<char*>(memory) + kHead, {dlpack::kCpu, 0}, shape.size(), type, small->shape, small->strides, 0}};
+  small->managed = {{dlpack::kMajorVersion, 0},
+                    nullptr,
+                    [](dlpack::ManagedTensor* self) { std::free(self); },
+                    0,
+                    {small + 1, {dlpack::kCpu, 0}, shape.size(), type, small->shape, small->strides, 0}};
   return &small->managed;
 }
 
@@ -252,13 +250,13 @@ void Array::expect_bool() const {
 }
 
 bool Array::contiguous() const {
+  if (std::count(shape_, shape_ + ndim_, 0) > 0) return true;  // an empty array may have any strides
   int64_t expected = 1;
-  bool adjacent = true;
   for (int dim = ndim_ - 1; dim >= 0; --dim) {
-    adjacent = adjacent && (shape_[dim] == 1 || stride_[dim] == expected);
+    if (shape_[dim] > 1 && stride_[dim] != expected) return false;
     expected *= shape_[dim];
   }
-  return adjacent || expected == 0;  // an empty array may have any strides
+  return true;
 }
 
 void* Array::current_stream() const {

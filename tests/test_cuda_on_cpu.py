@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from lstm_ext import reference
-from lstm_ext.composed import compute_dtype
 from lstm_ext.reference import BOTH, NEEDS_C0, NEEDS_H0, REVERSE
 
 from .cases import CASES, Case, Inputs, make_inputs, run_layer
@@ -21,7 +20,10 @@ harness: Any = pytest.importorskip(
     "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ImportError
 )
 torch: Any = pytest.importorskip("torch")
-gpu: Any = pytest.importorskip("lstm_ext.gpu")  # needs the native module
+
+from lstm_ext import gpu  # noqa: E402
+from lstm_ext.composed import compute_dtype  # noqa: E402
+
 harness.take_tensors(torch.Tensor)
 
 STRATEGIES = ["block", "cluster", "grid", "step"]
@@ -121,22 +123,27 @@ def rows_of(sequence: Any) -> np.ndarray:
     return a.reshape(int(np.prod(a.shape[:-1])), a.shape[-1])
 
 
-def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
-    return run_layer(reference, inputs.map(lambda a: a.astype(np.float64)))
-
-
 def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_equal(a if a is None else to_float64(a), b if b is None else to_float64(b))
 
 
+def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
+    return run_layer(reference, inputs.map(lambda a: a.astype(np.float64)))
+
+
+def draw(case: Case, dtype: str, seed: int = 0) -> tuple[Inputs, Inputs, str]:
+    """Inputs for the oracle, the same as tensors for the kernels, and the dtype whose tolerance counts."""
+    number = "float16" if dtype == "tf32" else dtype  # TF32 keeps as many bits
+    inputs = make_inputs(case, number, seed)
+    return inputs, inputs.to_torch("float32" if dtype == "tf32" else dtype), number
+
+
 def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **core: Any) -> None:
     """Skips, with the planner's reason, what cannot run: a strategy whose block would have to hold too many weights."""
-    number = "float16" if dtype == "tf32" else dtype  # TF32 keeps as many bits
-    inputs = make_inputs(case, number, data_seed)
-    layer = OnGpu(case, strategy, tf32=dtype == "tf32", **core)
+    inputs, given, number = draw(case, dtype, data_seed)
     try:
-        actual = run_layer(layer, inputs.to_torch("float32" if dtype == "tf32" else dtype))
+        actual = run_layer(OnGpu(case, strategy, tf32=dtype == "tf32", **core), given)
     except RuntimeError as error:
         needs = re.search(rf"'{strategy}' cannot run this: needs at least (\d+) bytes .* of (\d+)", str(error))
         if not (needs and int(needs[1]) > int(needs[2])) and "with so much shared memory at a time" not in str(error):
@@ -149,9 +156,7 @@ def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **core: 
 
 
 def check_cell(case: Case, dtype: str, **core: Any) -> None:
-    number = "float16" if dtype == "tf32" else dtype
-    inputs = make_inputs(case, number)
-    given = inputs.to_torch("float32" if dtype == "tf32" else dtype)
+    inputs, given, number = draw(case, dtype)
     states = [given.h0, given.c0] if case.state else [[None], [None]]
     arguments = (given.x[0], *(state[0] for state in states), *given.weights, *(() if case.bias else (None, None)))
     h, c = Core(tf32=dtype == "tf32", **core).cuda_cell_forward(*arguments, False)
@@ -210,6 +215,15 @@ def test_what_is_not_there_or_not_wanted(case: Case, strategy: str) -> None:
         ours, theirs = (layer.layer_backward(*of.backward_args(y, cells, gates, needs)) for of in (none, zeros))
         assert [a is None for a in ours[:3]] == [False, not needs & NEEDS_H0, not needs & NEEDS_C0]
         assert_same([*ours[:3], *ours[3]], [*theirs[:3], *theirs[3]])
+
+
+@pytest.mark.parametrize("strategy", ["block", "cluster"])
+def test_a_plan_says_how_the_large_batch_is_spread(strategy: str) -> None:
+    """It has more sequences than all teams take at a time, as its name says."""
+    case, directions, most_in_a_tile = LARGE_BATCH_CASE, 2, 32
+    plan = harness.cuda_plan(case.T, case.B, case.H, 0, False, "float32", False, directions, False, strategy, 1)
+    assert plan["strategy"] == strategy
+    assert 0 < plan["blocks"] // (directions * plan["team"]) * most_in_a_tile < case.B
 
 
 CELLS = [Case(1, 1, 1, 1), Case(1, 3, 32, 33, state=False), Case(1, 16, 64, 64), Case(1, 9, 45, 17, bias=False)]

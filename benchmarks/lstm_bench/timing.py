@@ -21,7 +21,7 @@ Call = Callable[[], Any]
 
 ROUNDS, MIN_ROUNDS = 5, 3
 PATIENCE = 10  # fewer rounds do where they take this many times as long as planned
-SETTLING = 0.2  # s at most
+SETTLING = 0.2  # s, at most, before a block
 
 
 def settle() -> None:

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "runtime.h"
 
@@ -74,8 +75,12 @@ inline const DeviceLimits& device_limits(int device) {
 
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int) {}
+  explicit DeviceGuard(int device) : former_(std::exchange(cuda_on_cpu::current_device, device)) {}
+  ~DeviceGuard() { cuda_on_cpu::current_device = former_; }
   DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int former_;
 };
 
 }  // namespace lstm_ext::cuda

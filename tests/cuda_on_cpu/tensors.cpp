@@ -16,6 +16,8 @@ constexpr const char* kAttribute = "__dlpack_c_exchange_api__";
 constexpr int kNanByte = 0xff;  // so filled, every floating-point number is NaN
 
 const dlpack::ExchangeApi* original = nullptr;
+int device_of_tensors = 0;
+
 std::vector<py::object>& allocated() {
   static auto* const objects = new std::vector<py::object>;  // the interpreter may end first
   return *objects;
@@ -23,7 +25,7 @@ std::vector<py::object>& allocated() {
 
 int view(void* object, dlpack::Tensor* out) {
   const int failed = original->view_of_object(object, out);
-  if (!failed && out->device.type == dlpack::kCpu) out->device = {dlpack::kCuda, current_device};
+  if (!failed && out->device.type == dlpack::kCpu) out->device = {dlpack::kCuda, device_of_tensors};
   return failed;
 }
 
@@ -70,7 +72,7 @@ void take_tensors(py::type type) {
 
 void use_device(int number) {
   (void)devices.at(static_cast<size_t>(number));
-  current_device = number;
+  device_of_tensors = number;
 }
 
 void run_launched(uint64_t seed) {
