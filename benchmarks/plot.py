@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from lstm_bench.cases import Case
-from lstm_bench.ceilings import ITEM_BYTES
+from lstm_bench.ceilings import ITEM_BYTES, product_gflops
 from lstm_bench.rows import BASE, OURS, Row, geomean, load
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
@@ -96,7 +96,7 @@ def roofline(rows: Sequence[Row], ceilings: Meta) -> Any:
         return None
     threads = rows[0].case.threads
     figure, axis = plt.subplots(figsize=(7, 5))
-    peak = ceilings["fma_gflops"]["float32"]
+    peak = product_gflops(ceilings, "float32")
     for arm in dict.fromkeys(arm for row in rows for arm in row.us):
         points = []
         for row in rows:

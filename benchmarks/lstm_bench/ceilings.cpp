@@ -2,13 +2,16 @@
 //
 //     ceilings THREADS BYTES...
 //
-// fma_gflops   multiply-adds of the widest vectors in registers, by dtype; all threads together
+// fma_gflops   multiply-adds of the widest vectors in registers, by dtype, and of bfloat16 in tile registers ("tiles",
+//              of numbers at random: those draw more power than zeros, and slow a core down); all threads together
 // read_gbs     reads of a buffer of BYTES that each thread has for itself, one figure for each BYTES; per thread
 // barrier_us   a barrier of all threads, from one to the next
 //
 // Compiled for this machine when the benchmark runs; the best of several repetitions counts.
 
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -99,6 +102,48 @@ struct Bf16Burst {
     unroll<kChains>([&](size_t n) { total = _mm512_add_ps(total, chains[n]); });
     sink = total[0];
   }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+#define HAVE_TILES
+// Linux lends the tile registers only to a process that asks for them.
+bool tiles_usable() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+
+class TileBurst {
+ public:
+  TileBurst() {
+    struct alignas(64) {
+      unsigned char palette = 1, start = 0, reserved[14] = {};
+      unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+    unsigned state = 1;
+    for (unsigned short& factor : factors_) {  // from -2 to 2
+      state = state * 1664525u + 1013904223u;
+      factor = static_cast<unsigned short>((state >> 16 & 0x807f) | (0x3f00 + (state >> 9 & 0x80)));
+    }
+  }
+
+  static double work() { return 4.0 * kSteps * 2 * 16 * 16 * 32; }
+
+  void operator()() const {
+    for (int step = 0; step < kSteps; ++step) {
+      _tile_loadd(4, factors_, 64);
+      _tile_loadd(5, factors_ + 512, 64);
+      _tile_loadd(6, factors_ + 1024, 64);
+      _tile_loadd(7, factors_ + 1536, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+
+ private:
+  static constexpr int kSteps = 4096;
+  alignas(64) unsigned short factors_[2048];
 };
 #endif
 
@@ -238,6 +283,9 @@ int main(int argc, char** argv) {
   std::printf("{\"fma_gflops\": {\"float32\": %.1f, ", 1e-9 * rate(threads, [] { return FmaBurst<float>(); }));
 #if defined(__AVX512BF16__)
   std::printf("\"bfloat16\": %.1f, ", 1e-9 * rate(threads, [] { return Bf16Burst(); }));
+#endif
+#if defined(HAVE_TILES)
+  if (tiles_usable()) std::printf("\"tiles\": %.1f, ", 1e-9 * rate(threads, [] { return TileBurst(); }));
 #endif
   std::printf("\"float64\": %.1f}, \"read_gbs\": [", 1e-9 * rate(threads, [] { return FmaBurst<double>(); }));
   for (int n = 2; n < argc; ++n) {

@@ -12,8 +12,9 @@ every thread its own) or the rows of the batch (each reads all weights, no barri
 the backward pass: the recurrent term and the barrier again (dh), gate math again, and at peak the products dR, dW, dx.
 
 Peak is the fused multiply-adds of the row's dtype in vector registers (bfloat16: its dot product where the machine has
-one; otherwise half types compute in float32). Left out: reading x, writing y and what the backward pass keeps, all that
-happens once a call, and matrix units (AMX). What a core's cache keeps from one step to the next is in it
+one; otherwise half types compute in float32), or, where that is more, those of its bfloat16 tile registers (AMX) over
+how many of them a product of that dtype takes; gates are computed in vectors. Left out: reading x, writing y and what
+the backward pass keeps, and all that happens once a call. What a core's cache keeps from one step to the next is in it
 only as the level: a kernel that walks its weights forth and back can get below the floor at batch 1.
 """
 
@@ -38,6 +39,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # 3 sigmoids and 2 tanhs a unit, each about 11 multiply-adds for the exponential and a division worth 10.
 GATE_FLOPS = 2 * 5 * 21
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+TILE_PRODUCTS = {"float32": 6, "bfloat16": 1, "float16": 4}  # of bfloat16, for one product of the dtype (csrc/cpu/tiles.h)
 
 
 def cpu_list_length(text: str) -> int:
@@ -96,11 +98,20 @@ def read_us(ceilings: Ceilings, weights: float, volume: float) -> float:
     return float(volume / (1e3 * level["read_gbs"]))
 
 
+def product_gflops(ceilings: Ceilings, dtype: str) -> float:
+    """Of matrix products, at most, by all threads together."""
+    peaks = ceilings["fma_gflops"]
+    by_vectors: float = peaks.get(dtype, peaks["float32"])
+    by_tiles: float = peaks.get("tiles", 0) / TILE_PRODUCTS[dtype] if dtype in TILE_PRODUCTS else 0
+    return max(by_vectors, by_tiles)
+
+
 def layer_step_us(case: Case, width: int, threads: int, ceilings: Ceilings, active: float) -> float:
     """The floor of a step of one layer with inputs `width` wide, for so many threads."""
     training, rows, D, item = case.mode == "training", active * case.B, case.directions, ITEM_BYTES[case.stored]
     peaks = ceilings["fma_gflops"]
-    peak: float = 1e3 * peaks.get(case.dtype, peaks["float32"])  # flops per µs
+    peak = 1e3 * product_gflops(ceilings, case.dtype)  # flops per µs
+    gate_peak = 1e3 * (peaks["float64"] if case.dtype == "float64" else peaks["float32"])
     recurrent_weights, input_weights = D * (4 * case.H * case.width + case.P * case.H), D * 4 * case.H * width
     recurrent_flops, input_flops = 2 * rows * recurrent_weights, 2 * rows * input_weights
 
@@ -114,8 +125,8 @@ def layer_step_us(case: Case, width: int, threads: int, ceilings: Ceilings, acti
     step = products(threads, 0.0 if apart else ceilings["barrier_us"])
     if threads <= case.B:
         step = min(step, products(1, 0.0))
-    at_peak = (1 + training) * GATE_FLOPS * rows * D * case.H + training * (recurrent_flops + 2 * input_flops)
-    return step + at_peak / peak
+    gate_flops = (1 + training) * GATE_FLOPS * rows * D * case.H
+    return step + training * (recurrent_flops + 2 * input_flops) / peak + gate_flops / gate_peak
 
 
 def floor_us(case: Case, ceilings: Ceilings, active: float = 1.0) -> float | None:
