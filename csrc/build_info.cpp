@@ -33,6 +33,10 @@ pybind11::dict build_info() {
                                       ,
                                       "avx512bf16"
 #endif
+#if defined(LSTM_EXT_HAVE_AMX)
+                                      ,
+                                      "amx"
+#endif
   );
   info["simd_available"] = py::tuple(available);
   info["simd"] = cpu::kernels().level;

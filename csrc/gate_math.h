@@ -18,9 +18,9 @@ struct GateValues {
 };
 
 template <class V>
-struct CellStep {
+struct CellState {
   GateValues<V> gates;  // activated
-  V c, h;               // h before a projection
+  V c;
 };
 
 template <class V>
@@ -44,12 +44,17 @@ LSTM_EXT_HOST_DEVICE V d_tanh(V tanh_output) {
   return 1 - tanh_output * tanh_output;
 }
 
-// c = f c_prev + i g,  h = o tanh(c)
+// c = f c_prev + i g
 template <class Math, class V = typename Math::Value>
-LSTM_EXT_HOST_DEVICE CellStep<V> cell_forward(const GateValues<V>& pre, V c_prev) {
+LSTM_EXT_HOST_DEVICE CellState<V> cell_state(const GateValues<V>& pre, V c_prev) {
   const GateValues<V> gates{sigmoid<Math>(pre.i), sigmoid<Math>(pre.f), Math::tanh(pre.g), sigmoid<Math>(pre.o)};
-  const V c = gates.f * c_prev + gates.i * gates.g;
-  return {gates, c, gates.o * Math::tanh(c)};
+  return {gates, gates.f * c_prev + gates.i * gates.g};
+}
+
+// h before a projection
+template <class Math, class V = typename Math::Value>
+LSTM_EXT_HOST_DEVICE V cell_output(V o, V c) {
+  return o * Math::tanh(c);
 }
 
 // d_c is what later steps and a caller of c want; what arrives through h is added here.

@@ -43,7 +43,12 @@ MASKED_CASE = Case(9, 7, 5, 33, lengths="with_zero", resets=True, directions=BOT
 PROJECTED_CASE = Case(6, 5, 9, 65, P=31, lengths="with_zero", resets=True, directions=BOTH)
 PACKED_CASE = Case(6, 9, 17, 33, P=7, packed=True, directions=BOTH)
 WIDE_CASE = Case(4, 24, 20, 300, directions=BOTH)
-COMPACT_CASES = [Case(1, 1, 1, 1), Case(2, 3, 129, 257), MASKED_CASE, PROJECTED_CASE, PACKED_CASE, WIDE_CASE]
+# Of batches that are multiplied by tiles where a processor has them, in both passes; the last tiles are not full.
+TILE_CASES = [
+    Case(5, 37, 60, 164, lengths="with_zero", resets=True, directions=BOTH),
+    Case(4, 21, 64, 190, P=128, packed=True, directions=BOTH),
+]
+COMPACT_CASES = [Case(1, 1, 1, 1), Case(2, 3, 129, 257), MASKED_CASE, PROJECTED_CASE, PACKED_CASE, WIDE_CASE, *TILE_CASES]
 
 
 def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,7 +104,14 @@ def rows_of(results: tuple[dict[str, Any], dict[str, Any]], case: Case, rows: An
     return {name: np.take(array, rows, axes[name]) for name, array in arrays.items() if name in axes}
 
 
-ROW_CASES = [Case(3, 31, 63, 127), MASKED_CASE, PROJECTED_CASE, WIDE_CASE, Case(3, 9, 4, 8, directions=REVERSE)]
+ROW_CASES = [
+    Case(3, 31, 63, 127),
+    MASKED_CASE,
+    PROJECTED_CASE,
+    WIDE_CASE,
+    *TILE_CASES[:1],
+    Case(3, 9, 4, 8, directions=REVERSE),
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -185,8 +197,9 @@ def test_cell_matches_the_oracle(
 
 
 @pytest.mark.parametrize("directions", [FORWARD, REVERSE])
-def test_nan_and_infinity_arrive_where_they_must(directions: int) -> None:
-    case = Case(5, 4, 3, 17, directions=directions)
+@pytest.mark.parametrize("sizes", [(5, 4, 3, 17), (5, 18, 32, 160)], ids=str)
+def test_nan_and_infinity_arrive_where_they_must(sizes: tuple[int, int, int, int], directions: int) -> None:
+    case = Case(*sizes, directions=directions)
     inputs = make_inputs(case, "float32")
     inputs.x[2, 1, 0], inputs.x[2, 2, 1], inputs.x[3, 3] = np.nan, np.inf, 1e30
     names = ("y", "h_n", "c_n", "cells", "gates")
@@ -196,6 +209,24 @@ def test_nan_and_infinity_arrive_where_they_must(directions: int) -> None:
     assert np.isnan(expected[0]).any()
     for name, ours, theirs in zip(names, actual, expected, strict=True):
         assert_close(ours, theirs, "float32", terms=case.output_terms, name=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("sizes", [(3, 4, 3, 17), (3, 18, 64, 160)], ids=str)
+def test_infinite_weights_and_gradients_arrive_where_they_must(sizes: tuple[int, int, int, int], dtype: str) -> None:
+    """An infinity times a finite number is one, and not NaN as in the planes that tiles make of a float."""
+    case = Case(*sizes)
+    inputs = make_inputs(case, dtype)
+    w_ih, w_hh = inputs.weights[:2]
+    w_ih[1, 2], w_hh[2 * case.H + 3, 5] = np.inf, -np.inf
+    inputs.dy[0, 1, 4], inputs.dy[1, 2, 7], inputs.dy[2, 3, 0] = np.inf, np.nan, np.finfo(dtype).max
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = run_oracle(inputs)
+        expected = tuple({name: array.astype(dtype) for name, array in arrays.items()} for arrays in expected)
+    for arrays, same in zip(run_layer(C, inputs, 2), expected, strict=True):
+        for name, array in arrays.items():
+            for kind in (np.isnan, np.isposinf, np.isneginf):
+                np.testing.assert_array_equal(kind(array), kind(same[name]), err_msg=f"{name}, {kind.__name__}")
 
 
 def test_saturated_gates_are_exact() -> None:

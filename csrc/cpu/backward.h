@@ -6,14 +6,18 @@
 // over all its rows, each element summed in the order of the rows.
 #pragma once
 
+#include <initializer_list>
+
 #include "forward.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-template <class S>
+template <class S, class Products>
 class Backward {
  public:
   using C = Compute<S>;
+  using F = typename Products::F;
+  using Packed = typename Products::Packed;
   static constexpr int L = kLanes<C>;
   static constexpr int kWidth = kPanelWidth<C>;
 
@@ -28,37 +32,38 @@ class Backward {
     if (chunk_steps_ > T) chunk_steps_ = T;
     chunk_rows_ = chunk_steps_ * B;
 
-    dgates_ = arena.get<C>(chunk_rows_ * 4 * H);
-    later_dgates_ = arena.get<C>(B * 4 * H);
+    gate_size_ = Products::kSplitsFloats ? ceil_div(H, L) * L : H;
+    dgates_ = place(chunk_rows_, 4 * H, 4 * gate_size_, arena);
+    later_dgates_ = place(B, 4 * H, 4 * gate_size_, arena);
     row_slot_ = arena.get<int64_t>(chunk_rows_);
     row_step_ = arena.get<int64_t>(chunk_rows_);
     dc_ = arena.get<C>(B * ceil_div(H, L) * L);
-    w_hh_ = arena.get<C>(column_panels(P) * 4 * H * kWidth);
+    const int64_t gate_panel = Products::panel_size(4 * gate_size_);
+    w_hh_ = arena.get<Packed>(column_panels(P) * gate_panel);
     if (projected) {
-      dh_ = arena.get<C>(chunk_rows_ * P);
-      hidden_ = arena.get<C>(chunk_rows_ * H);
-      w_hr_ = arena.get<C>(column_panels(H) * P * kWidth);
+      dh_ = place(chunk_rows_, P, P, arena);
+      hidden_ = arena.get<S>(chunk_rows_ * H);
+      w_hr_ = arena.get<Packed>(column_panels(H) * Products::panel_size(P));
     }
-    if (layer_.dx) w_ih_ = arena.get<C>(column_panels(I) * 4 * H * kWidth);
-    const int64_t widest = I > P ? (I > H ? I : H) : (P > H ? P : H);
-    const int64_t most_rows = 4 * H > P ? 4 * H : P;  // of a weight matrix
-    source_rows_ = arena.get<const S*>(most_rows > chunk_rows_ ? most_rows : chunk_rows_);
+    if (layer_.dx) w_ih_ = arena.get<Packed>(column_panels(I) * gate_panel);
+    matrix_rows_ = arena.get<const S*>(4 * gate_size_ > P ? 4 * gate_size_ : P);
     if (d_.grads.wanted) {
-      columns_ = arena.get<C>(column_panels(widest) * chunk_rows_ * kWidth);
-      dw_ih_ = sums_for(d_.grads.w_ih, 4 * H * I, arena);
-      dw_hh_ = sums_for(d_.grads.w_hh, 4 * H * P, arena);
+      dw_ih_ = product_for(d_.grads.w_ih, 4 * H, I, arena);
+      dw_hh_ = product_for(d_.grads.w_hh, 4 * H, P, arena);
       if (d_.grads.b_ih) db_ = sums_for(d_.grads.b_ih, 4 * H, arena);
-      if (projected) dw_hr_ = sums_for(d_.grads.w_hr, P * H, arena);
+      if (projected) dw_hr_ = product_for(d_.grads.w_hr, P, H, arena);
     }
   }
 
   StepWork step_work() const {
-    const int64_t panels = column_panels(shape_.P);
-    return {shape_.B, kTileRows, panels, panels * 4 * shape_.H * kWidth * static_cast<int64_t>(sizeof(C))};
+    const int64_t panels = column_panels(shape_.P), panel_size = Products::panel_size(4 * gate_size_);
+    return {shape_.B, Products::kRows, Products::kLeastRows, panels,
+            panels * panel_size * static_cast<int64_t>(sizeof(Packed))};
   }
 
   void run(const Team& team) const {
     const Share share(team, step_work());
+    [[maybe_unused]] const typename Products::Session session;
     prepare(share);
     const int64_t chunks = ceil_div(shape_.T, chunk_steps_);
     for (int64_t n = chunks - 1; n >= 0; --n) run_chunk(share, n * chunk_steps_);
@@ -67,8 +72,56 @@ class Backward {
   }
 
  private:
+  static constexpr int64_t kChunkBytes = 1 << 19;  // of gate gradients: half of a usual second-level cache
   // Enough rows per chunk for the weight gradients to be worth a pass over their sums.
   static constexpr int64_t kLeastChunkRows = 256;
+
+  // Rows of floats, and the same as they are multiplied
+  struct GradRows {
+    C* values = nullptr;
+    F* factors = nullptr;
+    int64_t width = 0, factors_width = 0, factors_size = 0;
+
+    C* row(int64_t n) const { return values + n * width; }
+    F* factors_of(int64_t n) const { return factors + n * factors_size; }
+    GradRows from(int64_t n) const { return {row(n), factors_of(n), width, factors_width, factors_size}; }
+
+    // `count` elements of row n, which among its factors start elsewhere
+    void put(int64_t n, int64_t at, int64_t at_factors, Vec<C> value, int64_t count) const {
+      store_up_to(row(n) + at, value, count);
+      if constexpr (Products::kSplitsFloats) Products::put(factors_of(n), at_factors, value, factors_width);
+    }
+    void copy_row(int64_t n, const GradRows& to) const {
+      __builtin_memcpy(to.row(n), row(n), static_cast<size_t>(width) * sizeof(C));
+      if constexpr (Products::kSplitsFloats) {
+        __builtin_memcpy(to.factors_of(n), factors_of(n), static_cast<size_t>(factors_size) * sizeof(F));
+      }
+    }
+  };
+
+  static GradRows place(int64_t rows, int64_t width, int64_t factors_width, Arena& arena) {
+    GradRows placed{arena.get<C>(rows * width), nullptr, width, factors_width, width};
+    if constexpr (Products::kSplitsFloats) {
+      placed.factors_size = Products::row_size(factors_width);
+      placed.factors = arena.get<F>(rows * placed.factors_size);
+    } else {
+      placed.factors = placed.values;
+    }
+    return placed;
+  }
+
+  // A weight gradient: sums over a chunk's rows of the products of gradients and these
+  struct WeightGrad {
+    const S** rows = nullptr;  // [chunk_rows], null for zeros
+    Packed* panels = nullptr;  // the same, packed as columns
+    int64_t N = 0;
+    C* sums = nullptr;  // [.., N]
+  };
+
+  WeightGrad product_for(void* out, int64_t M, int64_t N, Arena& arena) const {
+    return {arena.get<const S*>(chunk_rows_), arena.get<Packed>(column_panels(N) * Products::panel_size(chunk_rows_)),
+            N, sums_for(out, M * N, arena)};
+  }
 
   static int64_t column_panels(int64_t N) { return ceil_div(N, kWidth); }
 
@@ -81,17 +134,26 @@ class Backward {
 
   void prepare(const Share& share) const {
     const auto [T, B, I, H, P, projected] = shape_;
-    pack_matrix(share, d_.weights.w_hh, 4 * H, P, w_hh_);
-    if (projected) pack_matrix(share, d_.weights.w_hr, P, H, w_hr_);
-    if (layer_.dx) pack_matrix(share, d_.weights.w_ih, 4 * H, I, w_ih_);
+    pack_matrix(share, d_.weights.w_hh, 4, H, gate_size_, P, w_hh_);
+    if (projected) pack_matrix(share, d_.weights.w_hr, 1, P, P, H, w_hr_);
+    if (layer_.dx) pack_matrix(share, d_.weights.w_ih, 4, H, gate_size_, I, w_ih_);
     share.team.sync();
   }
 
-  void pack_matrix(const Share& share, const Matrix& matrix, int64_t K, int64_t N, C* panels) const {
-    share.team.sync();  // source_rows_ is shared
-    share.for_part(K, [&](int64_t k) { source_rows_[k] = static_cast<const S*>(matrix.data) + k * matrix.row_stride; });
+  // Some blocks of rows, each filled up to `size`
+  void pack_matrix(const Share& share, const Matrix& matrix, int64_t blocks, int64_t rows, int64_t size, int64_t N,
+                   Packed* panels) const {
+    share.team.sync();  // matrix_rows_ is shared
+    share.for_part(blocks * size, [&](int64_t k) {
+      const int64_t block = k / size, row = k % size;
+      matrix_rows_[k] = row < rows ? matrix_row(matrix, block * rows + row) : nullptr;
+    });
     share.team.sync();
-    share.for_part(column_panels(N), [&](int64_t p) { pack_columns(source_rows_, K, N, p, panels + p * K * kWidth); });
+    pack_rows(share, matrix_rows_, blocks * size, N, panels);
+  }
+
+  static const S* matrix_row(const Matrix& matrix, int64_t row) {
+    return static_cast<const S*>(matrix.data) + row * matrix.row_stride;
   }
 
   // ---- a chunk: the recurrence, then the products over all of its rows ---------------------------
@@ -107,31 +169,26 @@ class Backward {
       rows += steps_.active(s);
     }
     // dgates rows of the step after the current one: in the chunk, or left over from the chunk before
-    const C* later = later_dgates_;
+    GradRows later = later_dgates_;
     int64_t end = rows;
     for (int64_t s = s1 - 1; s >= s0; --s) {
       const int64_t first_row = end - steps_.active(s);
       run_step(share, s, first_row, later);
-      later = dgates_ + first_row * 4 * shape_.H;
+      later = dgates_.from(first_row);
       end = first_row;
     }
     if (share.by_rows) share.team.sync();  // members who share rows have just waited
-    share.for_part(steps_.active(s0),
-                   [&](int64_t slot) { copy_row(dgates_ + slot * 4 * shape_.H, later_dgates_ + slot * 4 * shape_.H); });
+    share.for_part(steps_.active(s0), [&](int64_t slot) { dgates_.copy_row(slot, later_dgates_); });
     if (d_.grads.wanted) add_weight_grads(share, rows, s1 == shape_.T);
     if (layer_.dx) input_grads(share, rows);
     share.team.sync();
   }
 
-  void copy_row(const C* from, C* to) const {
-    __builtin_memcpy(to, from, static_cast<size_t>(4 * shape_.H) * sizeof(C));
-  }
-
-  void run_step(const Share& share, int64_t s, int64_t first_row, const C* later) const {
+  void run_step(const Share& share, int64_t s, int64_t first_row, const GradRows& later) const {
     const int64_t N = shape_.P, active = steps_.active(s);
     share.for_panels(column_panels(N), [&](int64_t p) {
       share.for_tiles(active, [&](int64_t first, int count) {
-        alignas(64) C sums[kTileRows * kWidth];
+        alignas(64) C sums[Products::kRows * kWidth];
         recurrent_grad(s, first, count, p, later, sums);
         for (int m = 0; m < count; ++m) {
           for (int g = 0; g < 4; ++g) {
@@ -150,13 +207,11 @@ class Backward {
   }
 
   // sums = what the step after s, or the end of the sequence, wants of h at step s
-  void recurrent_grad(int64_t s, int64_t first, int count, int64_t p, const C* later, C* sums) const {
-    const int64_t K = 4 * shape_.H, running = steps_.active(s + 1);
-    __builtin_memset(sums, 0, static_cast<size_t>(count) * kWidth * sizeof(C));
-    const C* a[kTileRows] = {};
-    int rows = 0;  // slots that go on after s come first
-    for (; rows < count && first + rows < running; ++rows) a[rows] = later + (first + rows) * K;
-    if (rows > 0) multiply_panel(rows, panel_vectors<C>(shape_.P, p), a, 1, K, w_hh_ + p * K * kWidth, sums);
+  void recurrent_grad(int64_t s, int64_t first, int count, int64_t p, const GradRows& later, C* sums) const {
+    const int64_t running = steps_.active(s + 1) - first;  // slots that go on after s come first
+    const int rows = running < count ? (running > 0 ? static_cast<int>(running) : 0) : count;
+    multiply(later, first, rows, w_hh_, d_.weights.w_hh, shape_.P, p, sums);
+    __builtin_memset(sums + rows * kWidth, 0, static_cast<size_t>(count - rows) * kWidth * sizeof(C));
     for (int m = 0; m < rows; ++m) {
       if (steps_.resets_before(s + 1, first + m, d_.reverse)) {
         __builtin_memset(sums + m * kWidth, 0, kWidth * sizeof(C));
@@ -164,6 +219,39 @@ class Backward {
     }
     for (int m = rows; m < count; ++m) {
       copy_from(d_.dh_n, steps_.row(first + m), shape_.P, p, sums + m * kWidth);
+    }
+  }
+
+  // sums = rows first .. first + count of a times panel p of a matrix [a.width, N]
+  void multiply(const GradRows& a, int64_t first, int count, const Packed* panels, const Matrix& matrix, int64_t N,
+                int64_t p, C* sums) const {
+    if (count <= 0) return;
+    const F* factors[Products::kRows] = {};
+    for (int m = 0; m < count; ++m) factors[m] = a.factors_of(first + m);
+    __builtin_memset(sums, 0, static_cast<size_t>(count) * kWidth * sizeof(C));
+    Products::multiply(count, panel_vectors<C>(N, p), factors, a.factors_width,
+                       panels + p * Products::panel_size(a.factors_width), sums);
+    if constexpr (Products::kSplitsFloats) {
+      for (int m = 0; m < count; ++m) {
+        C* row = sums + m * kWidth;
+        if (!Products::has_nan(row, panel_vectors<C>(N, p))) continue;
+        __builtin_memset(row, 0, kWidth * sizeof(C));
+        const auto row_of = [&](int64_t k) { return matrix_row(matrix, k); };
+        multiply_exactly(a.row(first + m), 1, a.width, row_of, N, p, row);
+      }
+    }
+  }
+
+  // sum += K numbers, some way apart, times rows of N at panel p: of products that have met an infinity, or a NaN
+  template <class RowOf>
+  static void multiply_exactly(const C* a, int64_t apart, int64_t K, const RowOf& row_of, int64_t N, int64_t p,
+                               C* sum) {
+    for (int64_t k = 0; k < K; ++k) {
+      const S* row = row_of(k);
+      if (!row) continue;
+      for_vectors(row, N, p, sum, [&](const S* from, C* part, int64_t left) {
+        store(part, load(part) + a[k * apart] * load_up_to(from, left));
+      });
     }
   }
 
@@ -179,17 +267,15 @@ class Backward {
     const int64_t b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse), count = shape_.P - n;
     if (d_.dy) dh += load_up_to(static_cast<const S*>(d_.dy) + layer_.dy_map.at(t, b) + n, count);
     if (shape_.projected) {
-      store_up_to(dh_ + row * shape_.P + n, dh, count);
+      dh_.put(row, n, n, dh, count);
     } else {
       unit_grad(s, slot, row, n, dh);
     }
   }
 
   void unproject(int64_t s, int64_t first, int rows, int64_t first_row, int64_t p) const {
-    alignas(64) C sums[kTileRows * kWidth] = {};
-    const C* a[kTileRows];
-    for (int m = 0; m < rows; ++m) a[m] = dh_ + (first_row + first + m) * shape_.P;
-    multiply_panel(rows, panel_vectors<C>(shape_.H, p), a, 1, shape_.P, w_hr_ + p * shape_.P * kWidth, sums);
+    alignas(64) C sums[Products::kRows * kWidth];
+    multiply(dh_, first_row + first, rows, w_hr_, d_.weights.w_hr, shape_.H, p, sums);
     for (int m = 0; m < rows; ++m) {
       for (int g = 0; g < 4; ++g) {
         const int64_t u = p * kWidth + g * L;
@@ -198,7 +284,7 @@ class Backward {
     }
   }
 
-  // Gate gradients of one row and one vector of units; not inlined, as Forward::finish_unit.
+  // Gate gradients of one row and one vector of units; not inlined, as Forward::finish_units.
   [[gnu::noinline]] void unit_grad(int64_t s, int64_t slot, int64_t row, int64_t u, Vec<C> dh) const {
     const int64_t H = shape_.H, count = H - u, b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse);
     const S* gates = static_cast<const S*>(d_.gates) + layer_.gates_map.at(t, b) + u;
@@ -214,13 +300,12 @@ class Backward {
     if (d_.d_cells) dc += load_up_to(static_cast<const C*>(d_.d_cells) + layer_.d_cells_map.at(t, b) + u, count);
 
     const auto grad = cell_backward(gate, c_before(s, slot, u, count), tanh_c, dh, dc);
-    C* to = dgates_ + row * 4 * H + u;
-    store_up_to(to, grad.d_pre.i, count);
-    store_up_to(to + H, grad.d_pre.f, count);
-    store_up_to(to + 2 * H, grad.d_pre.g, count);
-    store_up_to(to + 3 * H, grad.d_pre.o, count);
+    dgates_.put(row, u, u, grad.d_pre.i, count);
+    dgates_.put(row, H + u, gate_size_ + u, grad.d_pre.f, count);
+    dgates_.put(row, 2 * H + u, 2 * gate_size_ + u, grad.d_pre.g, count);
+    dgates_.put(row, 3 * H + u, 3 * gate_size_ + u, grad.d_pre.o, count);
     store(dc_state, steps_.resets_before(s, slot, d_.reverse) ? Vec<C>{} : grad.d_c_prev);
-    if (shape_.projected) store_up_to(hidden_ + row * H + u, rounded_to<S>(gate.o * tanh_c), count);
+    if (shape_.projected) store_up_to(hidden_ + row * H + u, gate.o * tanh_c, count);
   }
 
   static Vec<C> load_matrix(const Matrix& matrix, int64_t row, int64_t n, int64_t count, bool wanted) {
@@ -240,45 +325,25 @@ class Backward {
 
   // `start`: the sums of this chunk, which is the first to be run, are the first.
   void add_weight_grads(const Share& share, int64_t rows, bool start) const {
-    const int64_t H = shape_.H, P = shape_.P;
-    const auto x_row = [&](int64_t row) {
-      const int64_t slot = row_slot_[row];
-      const int64_t t = steps_.time(row_step_[row], slot, d_.reverse);
-      return static_cast<const S*>(layer_.x) + layer_.x_map.at(t, steps_.row(slot));
-    };
-    gather(share, rows, x_row);
-    pack_source(share, rows, shape_.I);
-    add_product(share, dgates_, 4 * H, rows, shape_.I, start, dw_ih_);
-
-    gather(share, rows, [&](int64_t row) { return h_before(row_step_[row], row_slot_[row]); });
-    pack_source(share, rows, P);
-    add_product(share, dgates_, 4 * H, rows, P, start, dw_hh_);
-    if (shape_.projected) {
-      share.team.sync();
-      share.for_part(column_panels(H), [&](int64_t p) {
-        C* panel = columns_ + p * rows * kWidth;
-        for (int64_t row = 0; row < rows; ++row) {
-          const C* hidden = hidden_ + row * H;
-          pack_columns<C, C>(&hidden, 1, H, p, panel + row * panel_vectors<C>(H, p) * L);
-        }
-      });
-      share.team.sync();
-      add_product(share, dh_, P, rows, H, start, dw_hr_);
-    }
+    share.for_part(rows, [&](int64_t row) {
+      const int64_t s = row_step_[row], slot = row_slot_[row];
+      const int64_t x_row = layer_.x_map.at(steps_.time(s, slot, d_.reverse), steps_.row(slot));
+      dw_ih_.rows[row] = static_cast<const S*>(layer_.x) + x_row;
+      dw_hh_.rows[row] = h_before(s, slot);
+      if (shape_.projected) dw_hr_.rows[row] = hidden_ + row * shape_.H;
+    });
+    share.team.sync();
+    for (const WeightGrad* grad : {&dw_ih_, &dw_hh_, &dw_hr_})
+      pack_rows(share, grad->rows, rows, grad->N, grad->panels);
+    share.team.sync();
+    add_products(share, dgates_, rows, {&dw_ih_, &dw_hh_}, start);
+    if (shape_.projected) add_products(share, dh_, rows, {&dw_hr_}, start);
     if (db_) add_bias_grad(share, rows, start);
   }
 
-  template <class RowOf>
-  void gather(const Share& share, int64_t rows, const RowOf& row_of) const {
-    share.team.sync();
-    share.for_part(rows, [&](int64_t row) { source_rows_[row] = row_of(row); });
-    share.team.sync();
-  }
-
-  void pack_source(const Share& share, int64_t rows, int64_t N) const {
+  void pack_rows(const Share& share, const S* const* from, int64_t rows, int64_t N, Packed* panels) const {
     share.for_part(column_panels(N),
-                   [&](int64_t p) { pack_columns(source_rows_, rows, N, p, columns_ + p * rows * kWidth); });
-    share.team.sync();
+                   [&](int64_t p) { Products::pack(from, rows, N, p, panels + p * Products::panel_size(rows)); });
   }
 
   const S* h_before(int64_t s, int64_t slot) const {
@@ -291,33 +356,65 @@ class Backward {
     return static_cast<const S*>(d_.y) + layer_.y_map.at(steps_.time(s - 1, slot, d_.reverse), b);
   }
 
-  // sums [M, N] += transpose of a [rows, M] times the packed columns [rows, N]; if `start`, whatever sums held
-  void add_product(const Share& share, const C* a, int64_t M, int64_t rows, int64_t N, bool start, C* sums) const {
-    const int64_t tiles = ceil_div(M, kTileRows);
-    for (int64_t p = 0; p < column_panels(N); ++p) {
-      const int vectors = panel_vectors<C>(N, p);
-      int64_t k0 = 0;
-      do {  // at least once: the sum of no rows is zero
-        const int64_t k1 = rows - k0 < kBlockDepth ? rows : k0 + kBlockDepth;
+  // The sums of each += transpose of some rows of a, times its own rows; if `start`, whatever the sums held. What has
+  // to be transposed for it serves all panels; otherwise a panel stays near while columns pass.
+  void add_products(const Share& share, const GradRows& a, int64_t rows, std::initializer_list<const WeightGrad*> grads,
+                    bool start) const {
+    const int64_t M = a.width, tiles = ceil_div(M, Products::kRows);
+    int64_t k0 = 0;
+    do {  // at least once: the sum of no rows is zero
+      const int64_t K = rows - k0 < kSumDepth ? rows - k0 : kSumDepth;
+      const auto columns = [&](int64_t tile) {
+        const int64_t m = tile * Products::kRows;
+        return typename Products::Transposed(a.row(k0) + m, M, K, tile_count(M, m));
+      };
+      const auto add = [&](int64_t tile, const typename Products::Transposed& transposed, const WeightGrad& grad,
+                           int64_t p) {
+        add_tile(a, tile * Products::kRows, transposed, k0, K, rows, p, start && k0 == 0, grad);
+      };
+      if constexpr (Products::kSplitsFloats) {
         share.for_part(tiles, [&](int64_t tile) {
-          alignas(64) C product[kTileRows * kWidth];
-          const int64_t m0 = tile * kTileRows;
-          const int count = static_cast<int>(M - m0 < kTileRows ? M - m0 : kTileRows);
-          const C* column[kTileRows];
-          for (int m = 0; m < count; ++m) {
-            column[m] = a + k0 * M + m0 + m;
-            for_vectors(sums + (m0 + m) * N, N, p, product + m * kWidth, [&](C* sum, C* part, int64_t left) {
-              store(part, start && k0 == 0 ? Vec<C>{} : load_up_to(sum, left));
-            });
-          }
-          multiply_panel(count, vectors, column, M, k1 - k0, columns_ + p * rows * kWidth + k0 * vectors * L, product);
-          for (int m = 0; m < count; ++m) {
-            for_vectors(sums + (m0 + m) * N, N, p, product + m * kWidth,
-                        [](C* sum, C* part, int64_t left) { store_up_to(sum, load(part), left); });
+          const auto transposed = columns(tile);
+          for (const WeightGrad* grad : grads) {
+            for (int64_t p = 0; p < column_panels(grad->N); ++p) add(tile, transposed, *grad, p);
           }
         });
-        k0 = k1;
-      } while (k0 < rows);
+      } else {
+        for (const WeightGrad* grad : grads) {
+          for (int64_t p = 0; p < column_panels(grad->N); ++p) {
+            share.for_part(tiles, [&](int64_t tile) { add(tile, columns(tile), *grad, p); });
+          }
+        }
+      }
+      k0 += K;
+    } while (k0 < rows);
+  }
+
+  static int tile_count(int64_t M, int64_t m) {
+    return static_cast<int>(M - m < Products::kRows ? M - m : Products::kRows);
+  }
+
+  void add_tile(const GradRows& a, int64_t m0, const typename Products::Transposed& transposed, int64_t k0, int64_t K,
+                int64_t rows, int64_t p, bool start, const WeightGrad& grad) const {
+    const int64_t N = grad.N;
+    const int count = tile_count(a.width, m0), vectors = panel_vectors<C>(N, p);
+    alignas(64) C product[Products::kRows * kWidth];
+    const auto load_sums = [&](int m) {
+      for_vectors(grad.sums + (m0 + m) * N, N, p, product + m * kWidth,
+                  [&](C* sum, C* part, int64_t left) { store(part, start ? Vec<C>{} : load_up_to(sum, left)); });
+    };
+    for (int m = 0; m < count; ++m) load_sums(m);
+    Products::multiply(count, vectors, transposed, k0, K, grad.panels + p * Products::panel_size(rows), product);
+    for (int m = 0; m < count; ++m) {
+      if constexpr (Products::kSplitsFloats) {
+        if (Products::has_nan(product + m * kWidth, vectors)) {
+          load_sums(m);
+          const auto row_of = [&](int64_t k) { return grad.rows[k0 + k]; };
+          multiply_exactly(a.row(k0) + m0 + m, a.width, K, row_of, N, p, product + m * kWidth);
+        }
+      }
+      for_vectors(grad.sums + (m0 + m) * N, N, p, product + m * kWidth,
+                  [](C* sum, C* part, int64_t left) { store_up_to(sum, load(part), left); });
     }
   }
 
@@ -335,7 +432,7 @@ class Backward {
     share.for_part(ceil_div(N, L), [&](int64_t part) {
       const int64_t n = part * L;
       Vec<C> sum = start ? Vec<C>{} : load_up_to(db_ + n, N - n);
-      for (int64_t row = 0; row < rows; ++row) sum += load_up_to(dgates_ + row * N + n, N - n);
+      for (int64_t row = 0; row < rows; ++row) sum += load_up_to(dgates_.row(row) + n, N - n);
       store_up_to(db_ + n, sum, N - n);
     });
   }
@@ -343,13 +440,11 @@ class Backward {
   // A panel of w_ih stays near while rows pass.
   void input_grads(const Share& share, int64_t rows) const {
     for (int64_t p = 0; p < column_panels(shape_.I); ++p) {
-      share.for_part(ceil_div(rows, kTileRows), [&](int64_t tile) {
-        const int64_t first = tile * kTileRows, I = shape_.I, K = 4 * shape_.H;
-        const int count = static_cast<int>(rows - first < kTileRows ? rows - first : kTileRows);
-        alignas(64) C sums[kTileRows * kWidth] = {};
-        const C* a[kTileRows];
-        for (int m = 0; m < count; ++m) a[m] = dgates_ + (first + m) * K;
-        multiply_panel(count, panel_vectors<C>(I, p), a, 1, K, w_ih_ + p * K * kWidth, sums);
+      share.for_part(ceil_div(rows, Products::kRows), [&](int64_t tile) {
+        const int64_t first = tile * Products::kRows, I = shape_.I;
+        const int count = tile_count(rows, first);
+        alignas(64) C sums[Products::kRows * kWidth];
+        multiply(dgates_, first, count, w_ih_, d_.weights.w_ih, I, p, sums);
         for (int m = 0; m < count; ++m) {
           for_vectors(dx_row(row_step_[first + m], row_slot_[first + m]), I, p, sums + m * kWidth,
                       [&](S* dx, C* sum, int64_t left) {
@@ -377,9 +472,9 @@ class Backward {
     }
     share.for_part(B, [&](int64_t slot) { finish_row(slot); });
     if (!d_.grads.wanted) return;
-    convert_part(share, dw_ih_, 4 * H * I, d_.grads.w_ih);
-    convert_part(share, dw_hh_, 4 * H * P, d_.grads.w_hh);
-    if (projected) convert_part(share, dw_hr_, P * H, d_.grads.w_hr);
+    convert_part(share, dw_ih_.sums, 4 * H * I, d_.grads.w_ih);
+    convert_part(share, dw_hh_.sums, 4 * H * P, d_.grads.w_hh);
+    if (projected) convert_part(share, dw_hr_.sums, P * H, d_.grads.w_hr);
     if (db_) {
       convert_part(share, db_, 4 * H, d_.grads.b_ih);
       convert_part(share, db_, 4 * H, d_.grads.b_hh);
@@ -387,7 +482,7 @@ class Backward {
   }
 
   void initial_h_grad(int64_t first, int count, int64_t p) const {
-    alignas(64) C sums[kTileRows * kWidth];
+    alignas(64) C sums[Products::kRows * kWidth];
     recurrent_grad(-1, first, count, p, later_dgates_, sums);
     for (int m = 0; m < count; ++m) {
       for_vectors(static_cast<S*>(d_.dh0) + steps_.row(first + m) * shape_.P, shape_.P, p, sums + m * kWidth,
@@ -426,15 +521,17 @@ class Backward {
   const SequenceShape shape_;
   const bool add_to_dx_;
   int64_t chunk_steps_, chunk_rows_;
-  C* dgates_;                                    // [chunk_rows, 4H]
-  C* later_dgates_;                              // [B, 4H], the first step of the chunk that was run before
-  int64_t *row_slot_, *row_step_;                // [chunk_rows]
-  C* dc_;                                        // [B, H rounded up to vectors]
-  C *w_hh_, *w_hr_ = nullptr, *w_ih_ = nullptr;  // packed as columns
-  C *dh_ = nullptr, *hidden_ = nullptr;          // [chunk_rows, P] and [chunk_rows, H], with a projection
-  const S** source_rows_;                        // rows that are being packed
-  C* columns_ = nullptr;                         // and where they are packed
-  C *dw_ih_ = nullptr, *dw_hh_ = nullptr, *db_ = nullptr, *dw_hr_ = nullptr;
+  int64_t gate_size_;                                 // H, filled up
+  GradRows dgates_;                                   // [chunk_rows, 4H]
+  GradRows later_dgates_;                             // [B, 4H], the first step of the chunk that was run before
+  int64_t *row_slot_, *row_step_;                     // [chunk_rows]
+  C* dc_;                                             // [B, H rounded up to vectors]
+  Packed *w_hh_, *w_hr_ = nullptr, *w_ih_ = nullptr;  // packed as columns
+  GradRows dh_;                                       // [chunk_rows, P], with a projection
+  S* hidden_ = nullptr;                               // [chunk_rows, H], as well
+  const S** matrix_rows_;                             // of a weight matrix that is being packed
+  WeightGrad dw_ih_, dw_hh_, dw_hr_;
+  C* db_ = nullptr;
 };
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

@@ -1,3 +1,9 @@
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -24,11 +30,31 @@ namespace avx512bf16 {
 extern const Kernels kKernels;
 }
 #endif
+#if defined(LSTM_EXT_HAVE_AMX)
+namespace amx {
+extern const Kernels kKernels;
+}
+#endif
 
 namespace {
 
+// Linux lends the tile registers only to a process that asks for them.
+[[maybe_unused]] bool tiles_usable() {
+#if defined(__SANITIZE_ADDRESS__)
+  return true;  // tiles.h has arrays in their place
+#elif defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;          // in edx of leaf 7
+  constexpr unsigned long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & kAmxBf16 && d & kAmxTile &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Available {
-  const Kernels* levels[5] = {};
+  const Kernels* levels[6] = {};
   int count = 0;
 
   Available() {
@@ -46,6 +72,9 @@ struct Available {
     if (count > 1 && levels[count - 1] == &avx512::kKernels && __builtin_cpu_supports("avx512bf16")) {
       levels[count++] = &avx512bf16::kKernels;
     }
+#endif
+#if defined(LSTM_EXT_HAVE_AMX)
+    if (levels[count - 1] == &avx512bf16::kKernels && tiles_usable()) levels[count++] = &amx::kKernels;
 #endif
   }
 };

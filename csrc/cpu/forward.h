@@ -9,22 +9,26 @@
 #include "../gate_math.h"
 #include "product.h"
 #include "steps.h"
+#include "tiles.h"
 #include "vec_math.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-inline constexpr int64_t kChunkBytes = 1 << 19;  // of `pre`: half of a usual second-level cache
-inline constexpr int64_t kBlockDepth = 512;      // of a product: a block of the panel stays near while rows pass
+// Of `pre`. The more weights there are, the more rows they should be read for; but not more rows than are read back
+// from a cache.
+inline constexpr int64_t kLeastChunkBytes = 1 << 17, kMostChunkBytes = 1 << 21;
 
-template <class S>
+template <class S, class Products>
 class Forward {
  public:
   using C = Compute<S>;
-  using F = Factor<S>;
+  using F = typename Products::F;
+  template <class Rows>
+  using Weights = typename Products::template WeightsOf<Rows>;
   static constexpr int L = kLanes<C>;
 
   Forward(const LayerForward& layer, const ForwardDirection& direction, const Steps& steps, Arena& arena)
-      : layer_(layer), d_(direction), steps_(steps), shape_(layer.shape), gates_{layer.shape.H} {
+      : layer_(layer), d_(direction), steps_(steps), shape_(layer.shape), gates_{layer.shape.H}, units_{layer.shape.P} {
     const auto [T, B, I, H, P, projected] = shape_;
     const int64_t rows = T * B;
     panels_ = gates_.panels<C>();
@@ -33,32 +37,34 @@ class Forward {
     bias_ = arena.get<C>(panels_ * kPanelWidth<C>);
 
     const int64_t row_bytes = panels_ * kPanelWidth<C> * static_cast<int64_t>(sizeof(C));
-    chunk_steps_ = row_bytes * B > 0 ? kChunkBytes / (row_bytes * B) : T;
+    chunk_steps_ = row_bytes * B > 0 ? chunk_bytes(w_ih_.packed_bytes()) / (row_bytes * B) : T;
     if (chunk_steps_ < 1) chunk_steps_ = 1;
     if (chunk_steps_ > T) chunk_steps_ = T;
     chunk_rows_ = chunk_steps_ * B;
     pre_ = arena.get<C>(panels_ * chunk_rows_ * kPanelWidth<C>);
     x_rows_ = arena.get<const F*>(chunk_rows_);
-    x_width_ = ceil_div(I, kFactorsPerLane<F>) * kFactorsPerLane<F>;
-    if (sizeof(S) != sizeof(F) || x_width_ != I) x_copy_ = arena.get<F>(chunk_rows_ * x_width_);
+    x_width_ = Products::row_size(I);
+    const bool as_it_lies = Products::kBorrowsRows && sizeof(S) == sizeof(F) && I % kFactorsPerLane<F> == 0;
+    if (!as_it_lies) x_copy_ = arena.get<F>(chunk_rows_ * x_width_);
 
-    h_width_ = ceil_div(P, L) * L;
+    h_width_ = Products::row_size(P);
     c_width_ = panels_ * L;
     h_ = arena.get<F>(2 * B * h_width_);
     c_ = arena.get<C>(B * c_width_);
     if (projected) {
-      const PlainRows units{P};
-      w_hr_ = place<PlainRows>(d_.weights.w_hr, units, H, rows, arena);
-      unprojected_ = arena.get<F>(B * c_width_);
+      w_hr_ = place<PlainRows>(d_.weights.w_hr, units_, H, rows, arena);
+      hidden_width_ = Products::row_size(H);
+      hidden_ = arena.get<F>(B * hidden_width_);
     }
   }
 
   StepWork step_work() const {
-    return {shape_.B, kTileRows, panels_, w_hh_.packed_size() * static_cast<int64_t>(sizeof(C))};
+    return {shape_.B, Products::kRows, Products::kLeastRows, panels_, w_hh_.packed_bytes()};
   }
 
   void run(const Team& team) const {
     const Share share(team, step_work());
+    [[maybe_unused]] const typename Products::Session session;
     prepare(share);
     team.sync();
     for (int64_t s = 0; s < shape_.T; s += chunk_steps_) run_chunk(share, s);
@@ -67,10 +73,26 @@ class Forward {
 
  private:
   template <class Rows>
-  static Weights<S, Rows> place(const Matrix& matrix, Rows rows, int64_t K, int64_t product_rows, Arena& arena) {
-    using W = Weights<S, Rows>;
-    C* panels = W::in_place_pays(product_rows, K) ? nullptr : arena.get<C>(W::packed_size(rows, K));
-    return W(matrix.data, matrix.row_stride, rows, K, panels);
+  static Weights<Rows> place(const Matrix& matrix, Rows rows, int64_t K, int64_t product_rows, Arena& arena) {
+    using W = Weights<Rows>;
+    const bool in_place = W::in_place_pays(product_rows, K);
+    return W(matrix.data, matrix.row_stride, rows, K,
+             in_place ? nullptr : arena.get<typename W::Packed>(W::packed_size(rows, K)));
+  }
+
+  static int64_t chunk_bytes(int64_t weights) {
+    return weights < kLeastChunkBytes ? kLeastChunkBytes : weights > kMostChunkBytes ? kMostChunkBytes : weights;
+  }
+
+  // f(k0, k1) for the blocks of 0 .. K, at least once
+  template <class Body>
+  static void for_blocks(int64_t K, const Body& body) {
+    int64_t k0 = 0;
+    do {
+      const int64_t k1 = K - k0 < Products::kBlockDepth ? K : k0 + Products::kBlockDepth;
+      body(k0, k1);
+      k0 = k1;
+    } while (k0 < K);
   }
 
   // ---- before the first step -------------------------------------------------------------------
@@ -92,7 +114,7 @@ class Forward {
     for (int g = 0; g < 4; ++g) {
       const int64_t at = gates_.first<C>(p, g), count = gates_.count<C>(p, g);
       const Vec<C> sum = b_ih ? load_up_to(b_ih + at, count) + load_up_to(b_hh + at, count) : Vec<C>{};
-      store_up_to(bias_ + p * kPanelWidth<C> + g * width, sum, width);
+      store_up_to(bias(p) + g * width, sum, width);
     }
   }
 
@@ -100,16 +122,18 @@ class Forward {
     const int64_t b = steps_.row(slot);
     const bool keep = !steps_.resets_before(0, slot, d_.reverse);
     const bool empty = steps_.length(slot) == 0;
-    start_state(d_.state.h0, b, keep, h_ + slot * h_width_, shape_.P, empty ? d_.h_n : nullptr);
-    start_state(d_.state.c0, b, keep, c_ + slot * c_width_, shape_.H, empty ? d_.c_n : nullptr);
+    start_state(d_.state.h0, b, keep, shape_.P, empty ? d_.h_n : nullptr,
+                [&](int64_t n, Vec<C> value) { Products::put(h_ + slot * h_width_, n, value, shape_.P); });
+    start_state(d_.state.c0, b, keep, shape_.H, empty ? d_.c_n : nullptr,
+                [&](int64_t n, Vec<C> value) { store(c_ + slot * c_width_ + n, value); });
   }
 
-  template <class E>
-  static void start_state(const Matrix& initial, int64_t b, bool keep, E* state, int64_t width, void* final) {
+  template <class Put>
+  static void start_state(const Matrix& initial, int64_t b, bool keep, int64_t width, void* final, const Put& put) {
     const S* from = static_cast<const S*>(initial.data);
     for (int64_t n = 0; n < width; n += L) {
       const Vec<C> value = from ? load_up_to(from + b * initial.row_stride + n, width - n) : Vec<C>{};
-      store(state + n, keep ? value : Vec<C>{});
+      put(n, keep ? value : Vec<C>{});
       if (final) store_up_to(static_cast<S*>(final) + b * width + n, value, width - n);
     }
   }
@@ -142,37 +166,27 @@ class Forward {
       return;
     }
     F* copy = x_copy_ + row * x_width_;
-    for (int64_t n = 0; n < shape_.I; n += L) store_up_to(copy + n, load_up_to(x + n, shape_.I - n), x_width_ - n);
+    for (int64_t n = 0; n < shape_.I; n += L) Products::put(copy, n, load_up_to(x + n, shape_.I - n), shape_.I);
     x_rows_[row] = copy;
   }
 
+  C* bias(int64_t p) const { return bias_ + p * kPanelWidth<C>; }
   C* tile(int64_t p, int64_t row) const { return pre_ + (p * chunk_rows_ + row) * kPanelWidth<C>; }
 
   void project_input(const Share& share, int64_t s0, int64_t s1, int64_t p) const {
-    const int64_t I = shape_.I;
-    int64_t k0 = 0;
-    do {  // at least once: with no input there is still the bias
-      const int64_t k1 = I - k0 < kBlockDepth ? I : k0 + kBlockDepth;
+    for_blocks(shape_.I, [&](int64_t k0, int64_t k1) {  // at least once: with no input there is still the bias
       share.for_groups([&](const Share::Group& group) {
         const int64_t end = place(group, s0, s1);
-        for (int64_t row = place(group, s0, s0); row < end; row += kTileRows) {
-          const int count = static_cast<int>(end - row < kTileRows ? end - row : kTileRows);
-          if (k0 == 0) start_from_bias(p, row, count);
-          const F* x[kTileRows];
+        for (int64_t row = place(group, s0, s0); row < end; row += Products::kRows) {
+          const int count = static_cast<int>(end - row < Products::kRows ? end - row : Products::kRows);
+          const F* x[Products::kRows];
           for (int m = 0; m < count; ++m) x[m] = x_rows_[row + m] + k0;
-          w_ih_.multiply(count, x, p, k0, k1, tile(p, row));
+          const bool begins = k0 == 0;
+          w_ih_.multiply(count, x, p, k0, k1, begins ? bias(p) : tile(p, row), begins ? 0 : kPanelWidth<C>,
+                         tile(p, row));
         }
       });
-      k0 = k1;
-    } while (k0 < I);
-  }
-
-  void start_from_bias(int64_t p, int64_t row, int count) const {
-    for (int m = 0; m < count; ++m) {
-      for (int g = 0; g < gates_.vectors<C>(p); ++g) {
-        store(tile(p, row + m) + g * L, load(bias_ + p * kPanelWidth<C> + g * L));
-      }
-    }
+    });
   }
 
   // ---- one step --------------------------------------------------------------------------------
@@ -183,14 +197,17 @@ class Forward {
   // one step is what the next one begins with.
   void run_step(const Share& share, int64_t s0, int64_t s) const {
     const auto run_panel = [&](int64_t p) {
-      share.for_groups([&](const Share::Group& group) {
-        const int64_t row = place(group, s0, s) - group.first;
-        share.for_tiles(group, steps_.active(s), [&](int64_t first, int count) {
-          const F* a[kTileRows];
-          for (int m = 0; m < count; ++m) a[m] = h(s, first + m);
-          C* pre = tile(p, row + first);
-          w_hh_.multiply(count, a, p, 0, shape_.P, pre);
-          for (int m = 0; m < count; ++m) finish_unit(s, first + m, p, pre + m * kPanelWidth<C>);
+      for_blocks(shape_.P, [&](int64_t k0, int64_t k1) {
+        share.for_groups([&](const Share::Group& group) {
+          const int64_t row = place(group, s0, s) - group.first;
+          share.for_tiles(group, steps_.active(s), [&](int64_t first, int count) {
+            const F* a[Products::kRows];
+            for (int m = 0; m < count; ++m) a[m] = h(s, first + m) + k0;
+            C* pre = tile(p, row + first);
+            w_hh_.multiply(count, a, p, k0, k1, pre, kPanelWidth<C>, pre);
+            if (k1 < shape_.P) return;
+            finish_units(s, first, count, p, row + first);
+          });
         });
       });
     };
@@ -203,40 +220,90 @@ class Forward {
     share.sync_rows();
   }
 
-  // Gates, c and h of one row and one vector of units, from their sums. Not inlined into the differently
-  // tall tiles: one piece of code, so that a row's bits do not depend on the tile it was in.
-  [[gnu::noinline]] void finish_unit(int64_t s, int64_t slot, int64_t p, const C* pre) const {
-    using Math = VecMath<C>;
-    const int64_t u = p * L, count = gates_.count<C>(p, 0), width = gates_.width<C>(p);
-    C* c = c_ + slot * c_width_ + u;
-    const auto sum = [&](int g) { return load_up_to(pre + g * width, count); };
-    const auto step = cell_forward<Math>(GateValues<Vec<C>>{sum(0), sum(1), sum(2), sum(3)}, load(c));
-
-    const int64_t b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse);
-    if (d_.gates) {
-      S* gates = static_cast<S*>(d_.gates) + layer_.gates_map.at(t, b) + u;
-      store_up_to(gates, step.gates.i, count);
-      store_up_to(gates + shape_.H, step.gates.f, count);
-      store_up_to(gates + 2 * shape_.H, step.gates.g, count);
-      store_up_to(gates + 3 * shape_.H, step.gates.o, count);
+  // Gates, c and h of some rows and one vector of units, from their sums. In passes over the rows, so that while one
+  // waits for its exp or division the next ones are under way. Not inlined into the differently tall tiles: one piece
+  // of code, so that a row's bits do not depend on the tile it was in.
+  [[gnu::noinline]] void finish_units(int64_t s, int64_t first, int count, int64_t p, int64_t first_row) const {
+    const int64_t u = p * L, units = gates_.template count<C>(p, 0), width = gates_.template width<C>(p);
+    C* const sums = tile(p, first_row);
+    C* const c = c_ + first * c_width_ + u;
+    if constexpr (!Products::kKeepsInfinity) {
+      for (int m = 0; m < count; ++m) {
+        const bool lost = Products::has_nan(sums + m * kPanelWidth<C>, gates_.template vectors<C>(p));
+        if (lost) sum_exactly(s, first + m, p, first_row + m);
+      }
     }
-    if (d_.cells) store_up_to(static_cast<C*>(d_.cells) + layer_.cells_map.at(t, b) + u, step.c, count);
-    if (s == steps_.length(slot) - 1) store_up_to(static_cast<S*>(d_.c_n) + b * shape_.H + u, step.c, count);
-    store(c, steps_.resets_before(s + 1, slot, d_.reverse) ? Vec<C>{} : step.c);
-
-    if (shape_.projected) {
-      store_factors<S>(unprojected_ + slot * c_width_ + u, step.h);
+    Vec<C> h[Products::kRows];
+    if (units == L) {  // as numbers that the compiler knows
+      run_cells(sums, L, L, count, c, h);
     } else {
-      finish_h(s, slot, u, step.h);
+      run_cells(sums, units, width, count, c, h);
+    }
+    if (d_.gates || d_.cells || !steps_.uniform() || s + 1 == shape_.T) {
+      for (int m = 0; m < count; ++m) {
+        save_cell(s, first + m, u, units, sums + m * kPanelWidth<C>, width, c + m * c_width_);
+      }
+    }
+    for (int m = 0; m < count; ++m) {
+      if (shape_.projected) {
+        Products::put_rounded(hidden_ + (first + m) * hidden_width_, u, h[m], shape_.H);
+      } else {
+        finish_h(s, first + m, u, h[m]);
+      }
     }
   }
 
+  // The sums become the gates.
+  LSTM_EXT_INLINE void run_cells(C* sums, int64_t units, int64_t width, int count, C* c, Vec<C>* h) const {
+    for (int m = 0; m < count; ++m) {
+      C* gates = sums + m * kPanelWidth<C>;
+      const auto sum = [&](int g) { return load_up_to(gates + g * width, units); };
+      const auto state =
+          cell_state<VecMath<C>>(GateValues<Vec<C>>{sum(0), sum(1), sum(2), sum(3)}, load(c + m * c_width_));
+      store_up_to(gates, state.gates.i, units);
+      store_up_to(gates + width, state.gates.f, units);
+      store_up_to(gates + 2 * width, state.gates.g, units);
+      store_up_to(gates + 3 * width, state.gates.o, units);
+      store(c + m * c_width_, state.c);
+    }
+    for (int m = 0; m < count; ++m) {
+      const Vec<C> o = load_up_to(sums + m * kPanelWidth<C> + 3 * width, units);
+      h[m] = cell_output<VecMath<C>>(o, load(c + m * c_width_));
+    }
+  }
+
+  // To the outputs, of one row and vector of units; c is then what the next step starts from.
+  void save_cell(int64_t s, int64_t slot, int64_t u, int64_t units, const C* gates, int64_t width, C* c) const {
+    const int64_t b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse);
+    if (d_.gates) {
+      S* to = static_cast<S*>(d_.gates) + layer_.gates_map.at(t, b) + u;
+      for (int g = 0; g < 4; ++g) store_up_to(to + g * shape_.H, load_up_to(gates + g * width, units), units);
+    }
+    if (d_.cells) store_up_to(static_cast<C*>(d_.cells) + layer_.cells_map.at(t, b) + u, load(c), units);
+    if (s == steps_.length(slot) - 1) store_up_to(static_cast<S*>(d_.c_n) + b * shape_.H + u, load(c), units);
+    if (steps_.resets_before(s + 1, slot, d_.reverse)) store(c, Vec<C>{});
+  }
+
+  // The sums of a row whose products have met an infinity, or a NaN
+  void sum_exactly(int64_t s, int64_t slot, int64_t p, int64_t row) const {
+    __builtin_memcpy(tile(p, row), bias(p), kPanelWidth<C> * sizeof(C));
+    w_ih_.multiply_exactly(x_rows_[row], p, tile(p, row));
+    w_hh_.multiply_exactly(h(s, slot), p, tile(p, row));
+  }
+
   void project_output(int64_t s, int64_t first, int rows, int64_t p) const {
-    alignas(64) C sums[kTileRows * kPanelWidth<C>] = {};
-    const F* a[kTileRows];
-    for (int m = 0; m < rows; ++m) a[m] = unprojected_ + (first + m) * c_width_;
-    w_hr_.multiply(rows, a, p, 0, shape_.H, sums);
+    alignas(64) C sums[Products::kRows * kPanelWidth<C>] = {};
+    const F* a[Products::kRows] = {};
+    for (int m = 0; m < rows; ++m) a[m] = hidden_ + (first + m) * hidden_width_;
+    w_hr_.multiply(rows, a, p, 0, shape_.H, sums, kPanelWidth<C>, sums);
     for (int m = 0; m < rows; ++m) {
+      if constexpr (!Products::kKeepsInfinity) {
+        C* row = sums + m * kPanelWidth<C>;
+        if (Products::has_nan(row, units_.template vectors<C>(p))) {
+          __builtin_memset(row, 0, kPanelWidth<C> * sizeof(C));
+          w_hr_.multiply_exactly(a[m], p, row);
+        }
+      }
       for (int g = 0; g < 4; ++g) {
         const int64_t n = p * kPanelWidth<C> + g * L;
         if (n < shape_.P) finish_h(s, first + m, n, load(sums + (m * 4 + g) * L));
@@ -252,7 +319,7 @@ class Forward {
       store_up_to(static_cast<S*>(d_.h_n) + b * shape_.P + n, value, count);
     }
     const bool forget = steps_.resets_before(s + 1, slot, d_.reverse);
-    store_factors<S>(h(s + 1, slot) + n, forget ? Vec<C>{} : value);
+    Products::put_rounded(h(s + 1, slot), n, forget ? Vec<C>{} : value, shape_.P);
   }
 
   // ---- after the last step ---------------------------------------------------------------------
@@ -277,16 +344,17 @@ class Forward {
   const Steps& steps_;
   const SequenceShape shape_;
   const GateRows gates_;
-  Weights<S, GateRows> w_ih_, w_hh_;
-  Weights<S, PlainRows> w_hr_;
-  int64_t panels_, chunk_steps_, chunk_rows_, x_width_, h_width_, c_width_;
-  C* bias_;                   // [panels][4 * lanes]
-  C* pre_;                    // [panels][chunk_rows][4 * lanes]
-  const F** x_rows_;          // [chunk_rows]
-  F* x_copy_ = nullptr;       // [chunk_rows, x_width], where x cannot be multiplied as it lies
-  F* h_;                      // [2][B, h_width]
-  C* c_;                      // [B, c_width]
-  F* unprojected_ = nullptr;  // [B, c_width]
+  const PlainRows units_;
+  Weights<GateRows> w_ih_, w_hh_;
+  Weights<PlainRows> w_hr_;
+  int64_t panels_, chunk_steps_, chunk_rows_, x_width_, h_width_, c_width_, hidden_width_ = 0;
+  C* bias_;              // [panels][4 * lanes]
+  C* pre_;               // [panels][chunk_rows][4 * lanes]
+  const F** x_rows_;     // [chunk_rows]
+  F* x_copy_ = nullptr;  // [chunk_rows, x_width], where x cannot be multiplied as it lies
+  F* h_;                 // [2][B, h_width]
+  C* c_;                 // [B, c_width]
+  F* hidden_ = nullptr;  // [B, hidden_width], h before its projection
 };
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

@@ -26,10 +26,11 @@ void with_storage(Dtype dtype, const F& f) {
 // less work than this one thread, or fewer of them, are faster.
 constexpr double kLeastFlops = 4e5, kLeastFlopsPerStepAndMember = 5e4;
 
-// How many of `threads` to use for directions at the same time, each of which has so much work at a step.
-int threads_worth_having(int threads, const SequenceShape& shape, int directions, const StepWork& work) {
+// How many of `threads` to use for directions at the same time, each of which has so much work at a step, done so many
+// times as fast as vectors of floats would do it.
+int threads_worth_having(int threads, const SequenceShape& shape, int directions, const StepWork& work, double speed) {
   const double step =
-      8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P);
+      8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P) / speed;
   if (step * static_cast<double>(shape.T) < kLeastFlops) return 1;
   if (threads <= directions) return threads;
   const int each = threads / directions;
@@ -40,9 +41,9 @@ int threads_worth_having(int threads, const SequenceShape& shape, int directions
   return directions * (worth > 1 ? static_cast<int>(worth) : 1);
 }
 
-template <class S>
+template <class Pass>
 struct ForwardCall {
-  Forward<S>* direction[2];
+  Pass* direction[2];
   int directions;
   Barrier barrier[2];
 
@@ -59,9 +60,9 @@ struct ForwardCall {
   }
 };
 
-template <class S>
+template <class Pass>
 struct BackwardCall {
-  Backward<S>* direction[2];
+  Pass* direction[2];
   int directions;
   Barrier barrier;
 
@@ -72,34 +73,57 @@ struct BackwardCall {
   }
 };
 
+template <class S, class Products>
+void run_forward(const LayerForward& layer) {
+  using Pass = Forward<S, Products>;
+  Arena arena;
+  const Steps steps(layer.shape, layer.masks, arena);
+  static_assert(std::is_trivially_destructible_v<Pass>);  // it lies in the arena
+  ForwardCall<Pass> call{{}, layer.num_directions, {}};
+  for (int n = 0; n < layer.num_directions; ++n) {
+    call.direction[n] = new (arena.get<Pass>(1)) Pass(layer, layer.direction[n], steps, arena);
+  }
+  const int threads = threads_worth_having(layer.num_threads, layer.shape, layer.num_directions,
+                                           call.direction[0]->step_work(), Products::kSpeed);
+  run_team(layer.num_threads, threads, ForwardCall<Pass>::body, &call);
+}
+
 void layer_forward(const LayerForward& layer) {
   with_storage(layer.dtype, [&](auto storage) {
     using S = decltype(storage);
-    Arena arena;
-    const Steps steps(layer.shape, layer.masks, arena);
-    static_assert(std::is_trivially_destructible_v<Forward<S>>);  // it lies in the arena
-    ForwardCall<S> call{{}, layer.num_directions, {}};
-    for (int n = 0; n < layer.num_directions; ++n) {
-      call.direction[n] = new (arena.get<Forward<S>>(1)) Forward<S>(layer, layer.direction[n], steps, arena);
+#if defined(LSTM_EXT_TILES)
+    if constexpr (std::is_same_v<Compute<S>, float>) {
+      if (tiles_pay<S>(layer.shape)) return run_forward<S, Tiles<S>>(layer);
     }
-    run_team(layer.num_threads,
-             threads_worth_having(layer.num_threads, layer.shape, layer.num_directions, call.direction[0]->step_work()),
-             ForwardCall<S>::body, &call);
+#endif
+    run_forward<S, Vectors<S>>(layer);
   });
+}
+
+template <class S, class Products>
+void run_backward(const LayerBackward& layer) {
+  using Pass = Backward<S, Products>;
+  Arena arena;
+  const Steps steps(layer.shape, layer.masks, arena);
+  static_assert(std::is_trivially_destructible_v<Pass>);
+  BackwardCall<Pass> call{{}, layer.num_directions, {}};
+  for (int n = 0; n < layer.num_directions; ++n) {
+    call.direction[n] = new (arena.get<Pass>(1)) Pass(layer, layer.direction[n], steps, n > 0, arena);
+  }
+  const int threads =
+      threads_worth_having(layer.num_threads, layer.shape, 1, call.direction[0]->step_work(), Products::kSpeed);
+  run_team(layer.num_threads, threads, BackwardCall<Pass>::body, &call);
 }
 
 void layer_backward(const LayerBackward& layer) {
   with_storage(layer.dtype, [&](auto storage) {
     using S = decltype(storage);
-    Arena arena;
-    const Steps steps(layer.shape, layer.masks, arena);
-    static_assert(std::is_trivially_destructible_v<Backward<S>>);
-    BackwardCall<S> call{{}, layer.num_directions, {}};
-    for (int n = 0; n < layer.num_directions; ++n) {
-      call.direction[n] = new (arena.get<Backward<S>>(1)) Backward<S>(layer, layer.direction[n], steps, n > 0, arena);
+#if defined(LSTM_EXT_TILES)
+    if constexpr (std::is_same_v<Compute<S>, float>) {
+      if (tiles_pay_backward<S>(layer.shape)) return run_backward<S, Tiles<S, kPlanes<float>>>(layer);
     }
-    run_team(layer.num_threads, threads_worth_having(layer.num_threads, layer.shape, 1, call.direction[0]->step_work()),
-             BackwardCall<S>::body, &call);
+#endif
+    run_backward<S, Vectors<Compute<S>>>(layer);
   });
 }
 

@@ -1,4 +1,5 @@
-// The one matrix product of the CPU backend: a tile of up to kTileRows rows by up to four vectors.
+// The matrix product by vectors: a tile of up to kTileRows rows by up to four vectors. (tiles.h has that of processors
+// with tile registers.)
 //
 // The vectors are the four gates of one vector of units where gates are computed, and neighbouring vectors of columns
 // elsewhere; the last panel has as few of them as hold its units or columns. A *panel* holds the other factor as
@@ -14,7 +15,10 @@ namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 template <class C>
 inline constexpr int kPanelWidth = 4 * kLanes<C>;
 
-LSTM_EXT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t kBlockBytes = 24 << 10;  // of a panel
+inline constexpr int64_t kSumDepth = 512;         // rows whose products are added before sums of them are written
+
+LSTM_EXT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <int rows, int vectors, class F, class C = Compute<F>>
 void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
@@ -132,6 +136,17 @@ struct PlainRows {  // of a matrix [N, K]: a group for each vector
   }
 };
 
+// The rows that are the lanes of vector n of panel p, of a matrix with such rows; null where there is none.
+template <class S, class Rows, class C = Compute<S>>
+void find_lanes(const S* data, int64_t row_stride, const Rows& rows, int64_t p, int n, const S* (&lanes)[kLanes<C>]) {
+  const int width = rows.template width<C>(p);
+  for (int lane = 0; lane < kLanes<C>; ++lane) {
+    const int g = (n * kLanes<C> + lane) / width, unit = (n * kLanes<C> + lane) % width;
+    const bool present = unit < rows.template count<C>(p, g);
+    lanes[lane] = present ? data + (rows.template first<C>(p, g) + unit) * row_stride : nullptr;
+  }
+}
+
 // Transposes a row for each lane into one of the vectors of a panel; absent rows are zero.
 template <class S, class C = Compute<S>>
 void pack_vector(const S* const (&rows)[kLanes<C>], int64_t K, int vectors, C* to) {
@@ -156,6 +171,7 @@ class Weights {
  public:
   using C = Compute<S>;
   using F = Factor<S>;
+  using Packed = C;
   static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
 
   // Reading in place costs a horizontal sum per result; packing costs about as much as one product row
@@ -169,23 +185,29 @@ class Weights {
   static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * panel_size(K); }
 
   int64_t panels() const { return rows_.template panels<C>(); }
-  int64_t packed_size() const { return packed_size(rows_, K_); }
+  int64_t packed_bytes() const { return packed_size(rows_, K_) * static_cast<int64_t>(sizeof(Packed)); }
 
   void pack(int64_t p) const {
     if (!panels_) return;
-    const int vectors = rows_.template vectors<C>(p), width = rows_.template width<C>(p);
+    const int vectors = rows_.template vectors<C>(p);
     for (int n = 0; n < vectors; ++n) {
-      const S* rows[L];
-      for (int lane = 0; lane < L; ++lane) {
-        const int g = (n * L + lane) / width, unit = (n * L + lane) % width;
-        rows[lane] = unit < rows_.template count<C>(p, g) ? row(p, g) + unit * row_stride_ : nullptr;
-      }
-      pack_vector(rows, K_, vectors, panel(p) + n * L);
+      const S* lanes[L];
+      find_lanes(data_, row_stride_, rows_, p, n, lanes);
+      pack_vector(lanes, K_, vectors, panel(p) + n * L);
     }
   }
 
-  // tile[m] += a[m] times panel p, over columns k0 .. k1; k0 and the rows a[m] hold whole lanes
-  void multiply(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, C* tile) const {
+  // tile[m] = start[m * start_stride] + a[m] times panel p, over columns k0 .. k1; k0 and the rows a[m] hold whole
+  // lanes
+  void multiply(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, const C* start, int64_t start_stride,
+                C* tile) const {
+    if (start != tile) {
+      for (int m = 0; m < rows; ++m) {
+        for (int n = 0; n < rows_.template vectors<C>(p); ++n) {
+          store(tile + m * kPanelWidth<C> + n * L, load(start + m * start_stride + n * L));
+        }
+      }
+    }
     if (panels_) {
       const int vectors = rows_.template vectors<C>(p);
       multiply_panel(rows, vectors, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + k0 / kPer * vectors * L, tile);
@@ -290,5 +312,63 @@ void pack_columns(const S* const* rows, int64_t K, int64_t N, int64_t p, C* pane
     }
   }
 }
+
+// What a pass over the steps has to know of its products, here those of vectors: how rows of S are laid out to be
+// multiplied, how many of them at a time, and by what.
+template <class S>
+struct Vectors {
+  using C = Compute<S>;
+  using F = Factor<S>;
+  template <class Rows>
+  using WeightsOf = Weights<S, Rows>;
+  struct Session {};  // held by whoever multiplies
+
+  static constexpr int kRows = kTileRows, kLeastRows = kTileRows;
+  // Of a panel, so that it stays in a first-level cache while rows pass.
+  static constexpr int64_t kBlockDepth = kBlockBytes / (kPanelWidth<C> * sizeof(C)) * kFactorsPerLane<F>;
+  static constexpr double kSpeed = 1;         // of large products, over that of vectors of floats (measured)
+  static constexpr bool kBorrowsRows = true;  // rows may be multiplied where they lie
+  static constexpr bool kKeepsInfinity = true, kSplitsFloats = false;
+
+  // Elements of a row of K factors.
+  static constexpr int64_t row_size(int64_t K) { return ceil_div(K, kLanes<C>) * kLanes<C>; }
+
+  // Factors n .. n + lanes of a row of K
+  static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t) { store(row + n, value); }
+  // The same, rounded as S rounds: h is at each step what one cell call would return.
+  static LSTM_EXT_INLINE void put_rounded(F* row, int64_t n, Vec<C> value, int64_t) {
+    if constexpr (sizeof(F) == sizeof(S)) {
+      store(row + n, value);
+    } else {
+      store(row + n, rounded_to<S>(value));
+    }
+  }
+
+  // A matrix of T, [K, N], whose columns stay columns, in panels
+  using Packed = C;
+  static constexpr int64_t panel_size(int64_t K) { return K * kPanelWidth<C>; }
+  template <class T>
+  static void pack(const T* const* rows, int64_t K, int64_t N, int64_t p, Packed* panel) {
+    pack_columns(rows, K, N, p, panel);
+  }
+
+  // tile[m] += a[m], K factors, times a panel of so many vectors
+  static void multiply(int rows, int vectors, const F* const* a, int64_t K, const Packed* panel, C* tile) {
+    multiply_panel(rows, vectors, a, 1, K, panel, tile);
+  }
+
+  // Columns as rows: tile[m] += column m of a [K, M] times K rows of a panel, from its row k0 on
+  struct Transposed {
+    const C* a;
+    int64_t M;
+    Transposed(const C* from, int64_t m, int64_t, int) : a(from), M(m) {}
+  };
+  static void multiply(int rows, int vectors, const Transposed& columns, int64_t k0, int64_t K, const Packed* panel,
+                       C* tile) {
+    const C* column[kRows];
+    for (int m = 0; m < rows; ++m) column[m] = columns.a + m;
+    multiply_panel(rows, vectors, column, columns.M, K, panel + k0 * vectors * kLanes<C>, tile);
+  }
+};
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

@@ -98,6 +98,20 @@ LSTM_EXT_INLINE Vec<C> broadcast(C value) {
   return value - Vec<C>{};
 }
 
+// x, but no less than `low`, or no more than `high`; NaN stays NaN.
+#if defined(__AVX512F__)  // the instruction returns its second operand if either is NaN
+LSTM_EXT_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm512_maskz_max_ps(0xffff, broadcast(low), x); }
+LSTM_EXT_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm512_maskz_min_ps(0xffff, broadcast(high), x); }
+#endif
+template <class C>
+LSTM_EXT_INLINE Vec<C> at_least(Vec<C> x, C low) {
+  return x < low ? broadcast(low) : x;
+}
+template <class C>
+LSTM_EXT_INLINE Vec<C> at_most(Vec<C> x, C high) {
+  return x > high ? broadcast(high) : x;
+}
+
 // ---- 16-bit floats, in registers -------------------------------------------------------------
 
 using U32 = Vec<uint32_t>;
@@ -105,12 +119,39 @@ struct U16 {
   typedef uint16_t Type __attribute__((vector_size(kVecBytes / 2)));
 };
 
-LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, BFloat16) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(raw, U32) << 16);
+#if defined(__AVX512F__)  // one instruction, where compilers make several of a conversion
+LSTM_EXT_INLINE U32 to_32_bits(U16::Type raw) {
+  return bit_cast<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(raw)));
+}
+LSTM_EXT_INLINE U16::Type to_16_bits(U32 bits) {
+  return bit_cast<U16::Type>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(bits)));
+}
+#else
+LSTM_EXT_INLINE U32 to_32_bits(U16::Type raw) { return __builtin_convertvector(raw, U32); }
+LSTM_EXT_INLINE U16::Type to_16_bits(U32 bits) { return __builtin_convertvector(bits, U16::Type); }
+#endif
+
+LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, BFloat16) { return bit_cast<Vec<float>>(to_32_bits(raw) << 16); }
+
+// Rounds to nearest, ties to even, and keeps NaN a quiet NaN.
+LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, BFloat16) {
+  const U32 bits = bit_cast<U32>(value);
+  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32 quiet = (bits >> 16) | 0x40;
+  return to_16_bits((bits & 0x7fffffff) > 0x7f800000u ? quiet : rounded);
 }
 
+#if defined(__AVX512F__)
 LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, Float16) {
-  const U32 bits = __builtin_convertvector(raw, U32);
+  return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(raw)));
+}
+LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, Float16) {
+  return bit_cast<U16::Type>(
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, Float16) {
+  const U32 bits = to_32_bits(raw);
   const U32 magnitude = (bits & 0x7fff) << 13;
   // Multiplying by 2^112 moves the exponent and normalises subnormal numbers in one go.
   const U32 scaled = bit_cast<U32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
@@ -118,14 +159,7 @@ LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, Float16) {
   return bit_cast<Vec<float>>(scaled | special | ((bits & 0x8000) << 16));
 }
 
-// Both round to nearest, ties to even, and keep NaN a quiet NaN.
-LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, BFloat16) {
-  const U32 bits = bit_cast<U32>(value);
-  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const U32 quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000u ? quiet : rounded, U16::Type);
-}
-
+// As for bfloat16.
 LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, Float16) {
   const U32 bits = bit_cast<U32>(value);
   const U32 magnitude = bits & 0x7fffffff;
@@ -135,8 +169,9 @@ LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, Float16) {
   U32 half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? U32{} + 0x7c00u : half;  // 65520 and above
   half = magnitude > 0x7f800000u ? ((magnitude >> 13) & 0x3ff) | 0x7e00u : half;
-  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), U16::Type);
+  return to_16_bits(half | ((bits >> 16) & 0x8000));
 }
+#endif
 
 // ---- memory --------------------------------------------------------------------------------------
 
@@ -257,16 +292,6 @@ LSTM_EXT_INLINE Vec<Compute<S>> load_factors(const S* from) {
 template <class S>
 LSTM_EXT_INLINE Vec<Compute<S>> load_some_factors(const S* from, int count) {
   return load_some(from, count);
-}
-
-// Values become factors, rounded as storage type S rounds: h is at each step what one cell call would return.
-template <class S>
-LSTM_EXT_INLINE void store_factors(Factor<S>* to, Vec<Compute<S>> value) {
-  if constexpr (sizeof(Factor<S>) == sizeof(S)) {
-    store(to, value);
-  } else {
-    store(to, rounded_to<S>(value));
-  }
 }
 
 // ---- shuffles ------------------------------------------------------------------------------------

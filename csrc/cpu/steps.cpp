@@ -27,8 +27,8 @@ bool divide_rows(const Team& team, const StepWork& work) {
   if (team.size == 1) return true;
   const int64_t most_panels = (work.panels + team.size - 1) / team.size;  // of one member
   const bool even = 10 * most_panels * team.size <= 11 * work.panels;
-  const int64_t tile_rows = work.tile_rows * static_cast<int64_t>(team.size);  // a tile for each member
-  return even ? work.rows >= tile_rows && work.bytes <= kHeldBytes : 2 * work.rows >= tile_rows;
+  const int64_t least_rows = work.least_rows * static_cast<int64_t>(team.size);  // a tile for each member
+  return even ? work.rows >= least_rows && work.bytes <= kHeldBytes : 2 * work.rows >= least_rows;
 }
 
 }  // namespace

@@ -16,6 +16,9 @@ class Steps {
 
   int64_t T, B;
 
+  // No row is shorter than another or forgets its state.
+  bool uniform() const { return !rows_ && !masks_.resets; }
+
   int64_t row(int64_t slot) const { return rows_ ? rows_[slot] : slot; }
   int64_t length(int64_t slot) const { return rows_ ? lengths_[rows_[slot]] : T; }
   int64_t active(int64_t step) const { return rows_ ? active_[step] : (step < T ? B : 0); }
@@ -48,8 +51,8 @@ class Steps {
 // What there is to share out at each step: sequences, and panels of the recurrent weights.
 struct StepWork {
   int64_t rows;
-  int tile_rows;
-  int64_t panels, bytes;  // of the weights
+  int tile_rows, least_rows;  // of a tile: as many as it holds, and as few as it is still worth having
+  int64_t panels, bytes;      // of the weights
 };
 
 // What one member of a team does: some tiles of rows and all panels, or all rows and some panels. With rows of their

@@ -54,18 +54,15 @@ struct VecMath {
   }
 
   static LSTM_EXT_INLINE Value exp(Value x) {
-    x = x < K::kLowest ? broadcast(K::kLowest) : x;  // written so that NaN stays NaN
-    x = x > K::kHighest ? broadcast(K::kHighest) : x;
-    const Reduced reduced = reduce(x);
+    const Reduced reduced = reduce(at_most(at_least(x, K::kLowest), K::kHighest));
     return scale(1 + reduced.m1, reduced.n);
   }
 
   // -m / (2 + m) with m = exp(-2|x|) - 1: no cancellation near 0, no overflow; 0 - m, since tanh(0) is no -0
   static LSTM_EXT_INLINE Value tanh(Value x) {
     const Int sign = bit_cast<Int>(x) & bit_cast<Int>(broadcast(C(-0.)));
-    Value twice = -2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign);
-    twice = twice < K::kTanhLowest ? broadcast(K::kTanhLowest) : twice;
-    const Reduced reduced = reduce(twice);
+    const Value twice = -2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign);
+    const Reduced reduced = reduce(at_least(twice, K::kTanhLowest));
     const Value power = scale(broadcast(C(1)), reduced.n);
     const Value m = power * reduced.m1 + (power - 1);
     return bit_cast<Value>(bit_cast<Int>((0 - m) / (2 + m)) | sign);

@@ -98,15 +98,19 @@ __device__ __forceinline__ typename Tile::Sum forward_cell(const LayerForward& l
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   const int64_t H = layer.shape.H;
-  CellStep<Sum> step{};
-  if (row.active) step = cell_forward<typename Tile::Math>(pre, c);
-  if (has_row(layer.gates_map, row)) {
-    if (to.gates) write_gates<Tile>(to.gates, layer.gates_map, row.t, b, H, unit, step.gates);
-    if (to.cells) *element<Sum>(to.cells, layer.cells_map, row.t, b, unit) = step.c;
+  CellState<Sum> state{};
+  Sum h = 0;
+  if (row.active) {
+    state = cell_state<typename Tile::Math>(pre, c);
+    h = cell_output<typename Tile::Math>(state.gates.o, state.c);
   }
-  if (row.last) static_cast<Number*>(to.c_n)[b * H + unit] = narrow<Number>(step.c);
-  c = row.forgets_next ? 0 : step.c;
-  return step.h;
+  if (has_row(layer.gates_map, row)) {
+    if (to.gates) write_gates<Tile>(to.gates, layer.gates_map, row.t, b, H, unit, state.gates);
+    if (to.cells) *element<Sum>(to.cells, layer.cells_map, row.t, b, unit) = state.c;
+  }
+  if (row.last) static_cast<Number*>(to.c_n)[b * H + unit] = narrow<Number>(state.c);
+  c = row.forgets_next ? 0 : state.c;
+  return h;
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------
