@@ -84,12 +84,12 @@ class Forward {
     return weights < kLeastChunkBytes ? kLeastChunkBytes : weights > kMostChunkBytes ? kMostChunkBytes : weights;
   }
 
-  // f(k0, k1) for the blocks of 0 .. K, at least once
+  // f(k0, k1) for the blocks of 0 .. K, at least once; one tile of rows has no use for several
   template <class Body>
-  static void for_blocks(int64_t K, const Body& body) {
+  static void for_blocks(int64_t K, int64_t depth, int64_t rows, const Body& body) {
     int64_t k0 = 0;
     do {
-      const int64_t k1 = K - k0 < Products::kBlockDepth ? K : k0 + Products::kBlockDepth;
+      const int64_t k1 = K - k0 < depth || rows <= Products::kRows ? K : k0 + depth;
       body(k0, k1);
       k0 = k1;
     } while (k0 < K);
@@ -174,19 +174,20 @@ class Forward {
   C* tile(int64_t p, int64_t row) const { return pre_ + (p * chunk_rows_ + row) * kPanelWidth<C>; }
 
   void project_input(const Share& share, int64_t s0, int64_t s1, int64_t p) const {
-    for_blocks(shape_.I, [&](int64_t k0, int64_t k1) {  // at least once: with no input there is still the bias
-      share.for_groups([&](const Share::Group& group) {
-        const int64_t end = place(group, s0, s1);
-        for (int64_t row = place(group, s0, s0); row < end; row += Products::kRows) {
-          const int count = static_cast<int>(end - row < Products::kRows ? end - row : Products::kRows);
-          const F* x[Products::kRows];
-          for (int m = 0; m < count; ++m) x[m] = x_rows_[row + m] + k0;
-          const bool begins = k0 == 0;
-          w_ih_.multiply(count, x, p, k0, k1, begins ? bias(p) : tile(p, row), begins ? 0 : kPanelWidth<C>,
-                         tile(p, row));
-        }
-      });
-    });
+    for_blocks(shape_.I, w_ih_.block_depth(), chunk_rows_,
+               [&](int64_t k0, int64_t k1) {  // at least once: with no input there is still the bias
+                 share.for_groups([&](const Share::Group& group) {
+                   const int64_t end = place(group, s0, s1);
+                   for (int64_t row = place(group, s0, s0); row < end; row += Products::kRows) {
+                     const int count = static_cast<int>(end - row < Products::kRows ? end - row : Products::kRows);
+                     const F* x[Products::kRows];
+                     for (int m = 0; m < count; ++m) x[m] = x_rows_[row + m] + k0;
+                     const bool begins = k0 == 0;
+                     w_ih_.multiply(count, x, p, k0, k1, begins ? bias(p) : tile(p, row), begins ? 0 : kPanelWidth<C>,
+                                    tile(p, row));
+                   }
+                 });
+               });
   }
 
   // ---- one step --------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ class Forward {
   // one step is what the next one begins with.
   void run_step(const Share& share, int64_t s0, int64_t s) const {
     const auto run_panel = [&](int64_t p) {
-      for_blocks(shape_.P, [&](int64_t k0, int64_t k1) {
+      for_blocks(shape_.P, w_hh_.block_depth(), shape_.B, [&](int64_t k0, int64_t k1) {
         share.for_groups([&](const Share::Group& group) {
           const int64_t row = place(group, s0, s) - group.first;
           share.for_tiles(group, steps_.active(s), [&](int64_t first, int count) {

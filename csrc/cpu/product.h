@@ -15,8 +15,10 @@ namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 template <class C>
 inline constexpr int kPanelWidth = 4 * kLanes<C>;
 
-inline constexpr int64_t kBlockBytes = 24 << 10;  // of a panel
-inline constexpr int64_t kSumDepth = 512;         // rows whose products are added before sums of them are written
+// How much of a panel is multiplied by all rows before the next block of it: what a first-level cache holds; more where
+// weights are read in place, and each block costs sums over lanes.
+inline constexpr int64_t kBlockBytes = 24 << 10, kInPlaceDepth = 512;
+inline constexpr int64_t kSumDepth = 512;  // rows whose products are added before sums of them are written
 
 LSTM_EXT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -186,6 +188,9 @@ class Weights {
 
   int64_t panels() const { return rows_.template panels<C>(); }
   int64_t packed_bytes() const { return packed_size(rows_, K_) * static_cast<int64_t>(sizeof(Packed)); }
+  int64_t block_depth() const {
+    return panels_ ? kBlockBytes / (kPanelWidth<C> * static_cast<int64_t>(sizeof(C))) * kPer : kInPlaceDepth;
+  }
 
   void pack(int64_t p) const {
     if (!panels_) return;
@@ -324,8 +329,6 @@ struct Vectors {
   struct Session {};  // held by whoever multiplies
 
   static constexpr int kRows = kTileRows, kLeastRows = kTileRows;
-  // Of a panel, so that it stays in a first-level cache while rows pass.
-  static constexpr int64_t kBlockDepth = kBlockBytes / (kPanelWidth<C> * sizeof(C)) * kFactorsPerLane<F>;
   static constexpr double kSpeed = 1;         // of large products, over that of vectors of floats (measured)
   static constexpr bool kBorrowsRows = true;  // rows may be multiplied where they lie
   static constexpr bool kKeepsInfinity = true, kSplitsFloats = false;

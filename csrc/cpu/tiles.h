@@ -61,6 +61,7 @@ class TileWeights {
 
   int64_t panels() const { return rows_.template panels<C>(); }
   int64_t packed_bytes() const { return packed_size(rows_, K_) * static_cast<int64_t>(sizeof(Packed)); }
+  static constexpr int64_t block_depth() { return kTileBlockBytes / (4 * planes * kTileBytes) * kTileDepth; }
 
   void pack(int64_t p) const {
     const int vectors = rows_.template vectors<C>(p);
@@ -155,7 +156,6 @@ struct Tiles {
   using Session = TileSession;
 
   static constexpr int kRows = kTileHeight, kLeastRows = kTileHeight / 2, planes = kPlanes<S>;
-  static constexpr int64_t kBlockDepth = kTileBlockBytes / (4 * planes * kTileBytes) * kTileDepth;
   static constexpr double kSpeed = planes == 1 ? 6 : planes == 2 ? 1.5 : 1;
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
