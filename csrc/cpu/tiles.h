@@ -166,19 +166,18 @@ struct Tiles {
   // Planes of rows are cut off, which takes fewer instructions than rounding, and is as exact. The products left out
   // differ in sign all the same, since the rounded planes of weights do.
   static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t K) {
-    const int64_t size = filled_up(K);
-    const bool fill = n + kLanes<C> >= K && n + kLanes<C> < size;  // half a tile is left
     for (int plane = 0; plane < row_planes; ++plane) {
       const U32 bits = bit_cast<U32>(value);
-      const U16::Type cut = to_16_bits(bits >> 16);
-      F* to = row + plane * size + n;
-      __builtin_memcpy(to, &cut, sizeof(cut));
-      if (fill) __builtin_memset(to + kLanes<C>, 0, sizeof(cut));
+      put_plane(row + plane * filled_up(K), n, to_16_bits(bits >> 16), K);
       value -= bit_cast<Vec<C>>(bits & 0xffff0000u);
     }
   }
   static LSTM_EXT_INLINE void put_rounded(F* row, int64_t n, Vec<C> value, int64_t K) {
-    put(row, n, rounded_to<S>(value), K);
+    if constexpr (row_planes == 1) {
+      put_plane(row, n, narrow(value, S{}), K);
+    } else {
+      put(row, n, rounded_to<S>(value), K);
+    }
   }
 
   // The planes of rows of T, [K, N], as Vectors packs them: [K / 32][vectors][planes] tiles
@@ -254,6 +253,13 @@ struct Tiles {
       found |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     }
     return found != 0;
+  }
+
+ private:
+  static LSTM_EXT_INLINE void put_plane(F* plane, int64_t n, U16::Type value, int64_t K) {
+    __builtin_memcpy(plane + n, &value, sizeof(value));
+    const bool half_left = n + kLanes<C> >= K && n + kLanes<C> < filled_up(K);  // of a tile
+    if (half_left) __builtin_memset(plane + n + kLanes<C>, 0, sizeof(value));
   }
 };
 
