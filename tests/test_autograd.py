@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import lstm_ext  # noqa: E402
-from lstm_ext import _native, reference  # noqa: E402
+from lstm_ext import _native, dispatch, reference  # noqa: E402
 from lstm_ext.ops import layer_backward, layer_forward  # noqa: E402
 from lstm_ext.reference import BOTH, FORWARD, REVERSE  # noqa: E402
 
@@ -78,7 +78,7 @@ def test_first_and_second_derivative(name: str, backend: str) -> None:
     def layer(*given: Any) -> tuple[Any, ...]:
         rest = iter(given)
         x, h0, c0, *weights = (next(rest) if p else None for p in present)
-        return lstm_ext.dispatch.layer(x, h0, c0, weights, *masks, True)
+        return dispatch.layer(x, h0, c0, weights, *masks, True)
 
     given = tuple(a for a in arguments if a is not None)
     assert gradcheck(layer, given)
@@ -141,7 +141,7 @@ def test_missing_output_gradients(used: tuple[int, ...], backend: str) -> None:
     """An output that nothing uses counts as one whose gradient is zero."""
     arguments, masks = make_layer(2, 3, state=True, directions=BOTH, lengths=[3, 2])
     x, h0, c0, *weights = arguments
-    outputs = lstm_ext.dispatch.layer(x, h0, c0, weights, *masks, True)
+    outputs = dispatch.layer(x, h0, c0, weights, *masks, True)
     seeds = [torch.randn_like(a) for a in outputs]
     some = torch.autograd.grad([outputs[n] for n in used], arguments, [seeds[n] for n in used], retain_graph=True)
     full = [seed if n in used else torch.zeros_like(seed) for n, seed in enumerate(seeds)]
@@ -153,14 +153,12 @@ def test_missing_output_gradients(used: tuple[int, ...], backend: str) -> None:
 def test_only_what_is_needed(wanted: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen argument gets no gradient, and the backward pass is told so."""
     arguments, masks = make_layer(2, 3, state=True)
-    expected = torch.autograd.grad(
-        lstm_ext.dispatch.layer(*arguments[:3], arguments[3:], *masks, False)[0].sum(), arguments
-    )
+    expected = torch.autograd.grad(dispatch.layer(*arguments[:3], arguments[3:], *masks, False)[0].sum(), arguments)
     frozen = [a.detach().requires_grad_(n == wanted) for n, a in enumerate(arguments)]
     told: list[int] = []
-    run_backward = lstm_ext.dispatch.run_backward
-    monkeypatch.setattr(lstm_ext.dispatch, "run_backward", lambda *a: told.append(a[-1]) or run_backward(*a))
-    lstm_ext.dispatch.layer(*frozen[:3], frozen[3:], *masks, False)[0].sum().backward()
+    run_backward = dispatch.run_backward
+    monkeypatch.setattr(dispatch, "run_backward", lambda *a: told.append(a[-1]) or run_backward(*a))
+    dispatch.layer(*frozen[:3], frozen[3:], *masks, False)[0].sum().backward()
     assert told == [(1, 2, 4, 8, 8, 8, 8)[wanted]]
     assert [a.grad is not None for a in frozen] == [n == wanted for n in range(7)]
     assert_close(frozen[wanted].grad, expected[wanted], "float64")

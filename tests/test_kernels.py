@@ -48,7 +48,15 @@ TILE_CASES = [
     Case(5, 37, 60, 164, lengths="with_zero", resets=True, directions=BOTH),
     Case(4, 21, 64, 190, P=128, packed=True, directions=BOTH),
 ]
-COMPACT_CASES = [Case(1, 1, 1, 1), Case(2, 3, 129, 257), MASKED_CASE, PROJECTED_CASE, PACKED_CASE, WIDE_CASE, *TILE_CASES]
+COMPACT_CASES = [
+    Case(1, 1, 1, 1),
+    Case(2, 3, 129, 257),
+    MASKED_CASE,
+    PROJECTED_CASE,
+    PACKED_CASE,
+    WIDE_CASE,
+    *TILE_CASES,
+]
 
 
 def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,11 +219,23 @@ def test_nan_and_infinity_arrive_where_they_must(sizes: tuple[int, int, int, int
         assert_close(ours, theirs, "float32", terms=case.output_terms, name=name)
 
 
+@pytest.mark.parametrize("B", [4, 18])
+def test_a_signalling_nan_is_nan(B: int) -> None:
+    inputs = make_inputs(Case(2, B, 32, 160), "float32")
+    inputs.x.view(np.uint32)[0, 1, 2] = 0x7F800001  # cut to its upper half it would be an infinity
+    y = C.layer_forward(*inputs.forward_args(), 1)[0]
+    assert np.isnan(y[:, 1]).all()
+    assert not np.isnan(np.delete(y, 1, axis=1)).any()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("sizes", [(3, 4, 3, 17), (3, 18, 64, 160)], ids=str)
-def test_infinite_weights_and_gradients_arrive_where_they_must(sizes: tuple[int, int, int, int], dtype: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"state": False}, {"resets": True}], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 4, 3, 17), (3, 18, 64, 155)], ids=str)
+def test_infinite_weights_and_gradients_arrive_where_they_must(
+    sizes: tuple[int, int, int, int], options: dict[str, bool], dtype: str
+) -> None:
     """An infinity times a finite number is one, and not NaN as in the planes that tiles make of a float."""
-    case = Case(*sizes)
+    case = Case(*sizes, **options)
     inputs = make_inputs(case, dtype)
     w_ih, w_hh = inputs.weights[:2]
     w_ih[1, 2], w_hh[2 * case.H + 3, 5] = np.inf, -np.inf

@@ -19,7 +19,18 @@ PACKAGE = ROOT / "lstm_ext"
 PLAIN = {"gate_math.h", "params.h"}
 SYSTEM = {"cpuid.h", "dlfcn.h", "immintrin.h", "pthread.h", "sched.h", "sys/syscall.h", "unistd.h"}
 ALLOWED = {
-    "cpu": {"simd.h", "vec_math.h", "product.h", "amx.h", "tiles.h", "team.h", "steps.h", "forward.h", "backward.h", "kernels.h"},
+    "cpu": {
+        "simd.h",
+        "vec_math.h",
+        "product.h",
+        "amx.h",
+        "tiles.h",
+        "team.h",
+        "steps.h",
+        "forward.h",
+        "backward.h",
+        "kernels.h",
+    },
     "cuda": {
         *("device.h", "launch.h", "spread.h", "plan.h", "kernels.h", "layer.h", "ptx.h", "cuda_on_cpu/ptx.h"),
         *("cuda_on_cpu/launch.h", "tile.cuh", "product.cuh", "unit.cuh", "team.cuh", "sequence.cuh", "step.cuh"),

@@ -39,7 +39,11 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # 3 sigmoids and 2 tanhs a unit, each about 11 multiply-adds for the exponential and a division worth 10.
 GATE_FLOPS = 2 * 5 * 21
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-TILE_PRODUCTS = {"float32": 6, "bfloat16": 1, "float16": 4}  # of bfloat16, for one product of the dtype (csrc/cpu/tiles.h)
+TILE_PRODUCTS = {
+    "float32": 6,
+    "bfloat16": 1,
+    "float16": 4,
+}  # of bfloat16, for one product of the dtype (csrc/cpu/tiles.h)
 
 
 def cpu_list_length(text: str) -> int:

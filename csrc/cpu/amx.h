@@ -6,11 +6,7 @@
 
 #include "simd.h"
 
-#if defined(__AMX_BF16__) || (defined(__SANITIZE_ADDRESS__) && defined(__AVX512BF16__))
-#define LSTM_EXT_TILES
-#endif
-
-#if defined(LSTM_EXT_TILES)
+#if defined(LSTM_EXT_TILES)  // the build defines it for the level that may use them
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
@@ -22,7 +18,7 @@ inline constexpr int kTileFactors = kTileBytes / sizeof(BFloat16);  // of a tile
 
 inline constexpr int kRowTile = 4, kPanelTile = 7;
 
-#if !defined(__SANITIZE_ADDRESS__)
+#if !defined(LSTM_EXT_TILES_IN_ARRAYS)
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -55,7 +51,7 @@ LSTM_EXT_INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(rows), "i"(kPanelTile));
 }
 
-#else  // a sanitizer sees no access of a tile instruction: there tiles are arrays
+#else  // of a build with sanitizers, which see no access of a tile instruction
 
 struct Tile {
   alignas(64) unsigned char row[kTileHeight][64];

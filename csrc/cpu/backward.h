@@ -89,7 +89,10 @@ class Backward {
     // `count` elements of row n, which among its factors start elsewhere
     void put(int64_t n, int64_t at, int64_t at_factors, Vec<C> value, int64_t count) const {
       store_up_to(row(n) + at, value, count);
-      if constexpr (Products::kSplitsFloats) Products::put(factors_of(n), at_factors, value, factors_width);
+      if constexpr (Products::kSplitsFloats) {
+        const Vec<C> kept = count >= L ? value : load_up_to(row(n) + at, count);  // nothing in the lanes behind
+        Products::put(factors_of(n), at_factors, kept, factors_width);
+      }
     }
     void copy_row(int64_t n, const GradRows& to) const {
       __builtin_memcpy(to.row(n), row(n), static_cast<size_t>(width) * sizeof(C));
@@ -247,11 +250,11 @@ class Backward {
   static void multiply_exactly(const C* a, int64_t apart, int64_t K, const RowOf& row_of, int64_t N, int64_t p,
                                C* sum) {
     for (int64_t k = 0; k < K; ++k) {
-      const S* row = row_of(k);
-      if (!row) continue;
-      for_vectors(row, N, p, sum, [&](const S* from, C* part, int64_t left) {
-        store(part, load(part) + a[k * apart] * load_up_to(from, left));
-      });
+      const S* row = row_of(k);  // null for zeros, which are not nothing to an infinity
+      for (int64_t n = p * kWidth; n < N && n < (p + 1) * kWidth; n += L) {
+        C* part = sum + (n - p * kWidth);
+        store(part, load(part) + a[k * apart] * (row ? load_up_to(row + n, N - n) : Vec<C>{}));
+      }
     }
   }
 

@@ -40,8 +40,8 @@ namespace {
 
 // Linux lends the tile registers only to a process that asks for them.
 [[maybe_unused]] bool tiles_usable() {
-#if defined(__SANITIZE_ADDRESS__)
-  return true;  // tiles.h has arrays in their place
+#if defined(LSTM_EXT_TILES_IN_ARRAYS)
+  return true;
 #elif defined(__linux__) && defined(__x86_64__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;          // in edx of leaf 7
   constexpr unsigned long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h

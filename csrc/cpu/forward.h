@@ -14,8 +14,8 @@
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-// Of `pre`. The more weights there are, the more rows they should be read for; but not more rows than are read back
-// from a cache.
+// Of `pre`, or of copies of x where those are larger. The more weights there are, the more rows they should be read
+// for; but not more rows than are read back from a cache.
 inline constexpr int64_t kLeastChunkBytes = 1 << 17, kMostChunkBytes = 1 << 21;
 
 template <class S, class Products>
@@ -36,15 +36,17 @@ class Forward {
     w_hh_ = place<GateRows>(d_.weights.w_hh, gates_, P, rows, arena);
     bias_ = arena.get<C>(panels_ * kPanelWidth<C>);
 
-    const int64_t row_bytes = panels_ * kPanelWidth<C> * static_cast<int64_t>(sizeof(C));
-    chunk_steps_ = row_bytes * B > 0 ? chunk_bytes(w_ih_.packed_bytes()) / (row_bytes * B) : T;
+    x_width_ = Products::row_size(I);
+    const bool as_it_lies = Products::kBorrowsRows && sizeof(S) == sizeof(F) && I % kFactorsPerLane<F> == 0;
+    const int64_t pre_bytes = panels_ * kPanelWidth<C> * static_cast<int64_t>(sizeof(C));
+    const int64_t copy_bytes = as_it_lies ? 0 : x_width_ * static_cast<int64_t>(sizeof(F));
+    const int64_t step_bytes = B * (pre_bytes > copy_bytes ? pre_bytes : copy_bytes);
+    chunk_steps_ = step_bytes > 0 ? chunk_bytes(w_ih_.packed_bytes()) / step_bytes : T;
     if (chunk_steps_ < 1) chunk_steps_ = 1;
     if (chunk_steps_ > T) chunk_steps_ = T;
     chunk_rows_ = chunk_steps_ * B;
     pre_ = arena.get<C>(panels_ * chunk_rows_ * kPanelWidth<C>);
     x_rows_ = arena.get<const F*>(chunk_rows_);
-    x_width_ = Products::row_size(I);
-    const bool as_it_lies = Products::kBorrowsRows && sizeof(S) == sizeof(F) && I % kFactorsPerLane<F> == 0;
     if (!as_it_lies) x_copy_ = arena.get<F>(chunk_rows_ * x_width_);
 
     h_width_ = Products::row_size(P);

@@ -29,6 +29,13 @@ inline constexpr int kPlanes = sizeof(S) == 4 ? 3 : 2;
 template <>
 inline constexpr int kPlanes<BFloat16> = 1;
 
+// How many products of planes one product is made of
+inline constexpr int products(int row_planes, int column_planes) {
+  int count = 0;
+  for (int n = 0; n < row_planes; ++n) count += column_planes < 3 - n ? column_planes : 3 - n;
+  return count;
+}
+
 // f(plane, value of the plane) for each, as float vectors
 template <int planes, class F>
 LSTM_EXT_INLINE void for_planes(Vec<float> value, const F& f) {
@@ -156,7 +163,7 @@ struct Tiles {
   using Session = TileSession;
 
   static constexpr int kRows = kTileHeight, kLeastRows = kTileHeight / 2, planes = kPlanes<S>;
-  static constexpr double kSpeed = planes == 1 ? 6 : planes == 2 ? 1.5 : 1;
+  static constexpr double kSpeed = 6. / products(row_planes, planes);
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
 
@@ -166,6 +173,7 @@ struct Tiles {
   // Planes of rows are cut off, which takes fewer instructions than rounding, and is as exact. The products left out
   // differ in sign all the same, since the rounded planes of weights do.
   static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t K) {
+    value += Vec<C>{};  // makes a signalling NaN a quiet one, which is one still when it is cut
     for (int plane = 0; plane < row_planes; ++plane) {
       const U32 bits = bit_cast<U32>(value);
       put_plane(row + plane * filled_up(K), n, to_16_bits(bits >> 16), K);
@@ -266,13 +274,14 @@ struct Tiles {
 // Sequences in a batch from which on tiles are faster, by the number of planes (measured)
 inline constexpr int64_t kLeastTileRows[] = {1, 8, 16}, kLeastTileRowsBackward[] = {8, 12, 16};
 
-// Whether a layer is computed faster by tiles than by vectors, which read weights in place for few rows, and make no
-// planes.
+// Whether a layer is computed faster by tiles than by vectors, which read weights in place for few rows, make no
+// planes, and multiply no zeros that fill tiles up.
 template <class S>
 bool tiles_pay(const SequenceShape& shape) {
-  const bool in_place = Weights<S, GateRows>::in_place_pays(shape.T * shape.B, shape.P);
-  const bool fits = kPlanes<S> == 1 || 6 * (filled_up(shape.I) + filled_up(shape.P)) < 7 * (shape.I + shape.P);
-  return !in_place && fits && shape.B >= kLeastTileRows[kPlanes<S> - 1];
+  constexpr int64_t kLeastRows = kLeastTileRows[kPlanes<S> - 1];
+  const int64_t depth = shape.I + shape.P, filled = filled_up(shape.I) + filled_up(shape.P);
+  const bool fits = kPlanes<S> == 1 || (shape.B < 2 * kLeastRows ? 6 * filled < 7 * depth : 10 * filled < 13 * depth);
+  return fits && shape.B >= kLeastRows && !Weights<S, GateRows>::in_place_pays(shape.T * shape.B, shape.P);
 }
 
 // Columns that a gradient has to be multiplied by to be worth transposing
