@@ -364,7 +364,7 @@ struct Vectors {
   struct Transposed {
     const C* a;
     int64_t M;
-    Transposed(const C* from, int64_t m, int64_t, int) : a(from), M(m) {}
+    Transposed(const C* matrix, int64_t width, int64_t, int) : a(matrix), M(width) {}
   };
   static void multiply(int rows, int vectors, const Transposed& columns, int64_t k0, int64_t K, const Packed* panel,
                        C* tile) {

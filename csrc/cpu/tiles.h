@@ -29,6 +29,12 @@ inline constexpr int kPlanes = sizeof(S) == 4 ? 3 : 2;
 template <>
 inline constexpr int kPlanes<BFloat16> = 1;
 
+// Factors of a panel that holds K rows or columns of S
+template <class S>
+constexpr int64_t tile_panel_size(int64_t K) {
+  return filled_up(K) / kTileDepth * 4 * kPlanes<S> * kTileFactors;
+}
+
 // How many products of planes one product is made of
 inline constexpr int products(int row_planes, int column_planes) {
   int count = 0;
@@ -64,7 +70,7 @@ class TileWeights {
       : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
 
   static constexpr bool in_place_pays(int64_t, int64_t) { return false; }
-  static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * panel_size(K); }
+  static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * tile_panel_size<S>(K); }
 
   int64_t panels() const { return rows_.template panels<C>(); }
   int64_t packed_bytes() const { return packed_size(rows_, K_) * static_cast<int64_t>(sizeof(Packed)); }
@@ -104,8 +110,7 @@ class TileWeights {
   }
 
  private:
-  F* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
-  static int64_t panel_size(int64_t K) { return ceil_div(K, kTileDepth) * 4 * planes * kTileFactors; }
+  F* panel(int64_t p) const { return panels_ + p * tile_panel_size<S>(K_); }
 
   // Sixteen rows, columns k .. k + 32
   void pack_tiles(const S* const (&lanes)[L], int64_t k, F* to) const {
@@ -190,7 +195,7 @@ struct Tiles {
 
   // The planes of rows of T, [K, N], as Vectors packs them: [K / 32][vectors][planes] tiles
   using Packed = BFloat16;
-  static constexpr int64_t panel_size(int64_t K) { return filled_up(K) / kTileDepth * 4 * planes * kTileFactors; }
+  static constexpr int64_t panel_size(int64_t K) { return tile_panel_size<S>(K); }
   template <class T>
   static void pack(const T* const* rows, int64_t K, int64_t N, int64_t p, Packed* panel) {
     static_assert(kPlanes<T> == planes);
