@@ -104,7 +104,18 @@ struct TileSession {
   ~TileSession() { release_tiles(); }
 };
 
+// The unit that stores tiles falls asleep when it is not used for about half a microsecond, and takes a quarter of one
+// to wake up (measured). So in long products a tile is stored now and then, after about as many multiplications.
+inline constexpr int kProductsAwake = 24;
+
 // ---- products ---------------------------------------------------------------------------------------------
+
+// How many products of planes one product is made of
+inline constexpr int products(int row_planes, int column_planes) {
+  int count = 0;
+  for (int n = 0; n < row_planes; ++n) count += column_planes < 3 - n ? column_planes : 3 - n;
+  return count;
+}
 
 // Rows of factors in planes (tiles.h), in elements: the first row's, the way to the next row, to the row's next plane,
 // and to its next 32 factors.
@@ -138,7 +149,9 @@ LSTM_EXT_INLINE void add_products(const BFloat16* columns) {
 template <int row_planes, int column_planes, int vectors>
 LSTM_EXT_INLINE void multiply_blocks(TileRows rows, int64_t blocks, const BFloat16* panel, const float* start,
                                      int64_t start_stride, float* tile) {
-  constexpr int64_t kFactor = sizeof(BFloat16), kSum = sizeof(float);
+  constexpr int64_t kFactor = sizeof(BFloat16), kSum = sizeof(float), kTileStride = 4 * kLanes<float> * kSum;
+  constexpr int kOfBlock = vectors * products(row_planes, column_planes);
+  constexpr int kBlocksAwake = (kProductsAwake + kOfBlock - 1) / kOfBlock;
   for_vectors<vectors>([&](auto n) { load_tile<n>(start + n * kLanes<float>, start_stride * kSum); });
   for (int64_t block = 0; block < blocks; ++block) {
     load_tile<kRowTile>(rows.first, rows.next_row * kFactor);
@@ -146,10 +159,11 @@ LSTM_EXT_INLINE void multiply_blocks(TileRows rows, int64_t blocks, const BFloat
     if constexpr (row_planes > 2) load_tile<kRowTile + 2>(rows.first + 2 * rows.next_plane, rows.next_row * kFactor);
     for_vectors<vectors>(
         [&](auto n) { add_products<n, row_planes, column_planes>(panel + n * column_planes * kTileFactors); });
+    if (block % kBlocksAwake == 0) store_tile<kRowTile>(tile, kTileStride);  // anything, to where sums will be
     rows.first += rows.next_block;
     panel += vectors * column_planes * kTileFactors;
   }
-  for_vectors<vectors>([&](auto n) { store_tile<n>(tile + n * kLanes<float>, 4 * kLanes<float> * kSum); });
+  for_vectors<vectors>([&](auto n) { store_tile<n>(tile + n * kLanes<float>, kTileStride); });
 }
 
 // The same for `count` rows and 1 to 4 vectors

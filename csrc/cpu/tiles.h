@@ -17,8 +17,6 @@
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-inline constexpr int64_t kTileBlockBytes = 36 << 10;  // of a panel: first-level caches beside tile registers have 48 KB
-
 // ---- planes ---------------------------------------------------------------------------------------------
 
 // K, to a whole number of tiles
@@ -33,13 +31,6 @@ inline constexpr int kPlanes<BFloat16> = 1;
 template <class S>
 constexpr int64_t tile_panel_size(int64_t K) {
   return filled_up(K) / kTileDepth * 4 * kPlanes<S> * kTileFactors;
-}
-
-// How many products of planes one product is made of
-inline constexpr int products(int row_planes, int column_planes) {
-  int count = 0;
-  for (int n = 0; n < row_planes; ++n) count += column_planes < 3 - n ? column_planes : 3 - n;
-  return count;
 }
 
 // f(plane, value of the plane) for each, as float vectors
@@ -74,7 +65,8 @@ class TileWeights {
 
   int64_t panels() const { return rows_.template panels<C>(); }
   int64_t packed_bytes() const { return packed_size(rows_, K_) * static_cast<int64_t>(sizeof(Packed)); }
-  static constexpr int64_t block_depth() { return kTileBlockBytes / (4 * planes * kTileBytes) * kTileDepth; }
+  // All at once: to load and store sums more often costs more than to read a panel from a second-level cache again.
+  int64_t block_depth() const { return filled_up(K_); }
 
   void pack(int64_t p) const {
     const int vectors = rows_.template vectors<C>(p);
@@ -172,8 +164,9 @@ struct Tiles {
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
 
-  // Plane after plane, each filled up with zeros to a whole number of tiles
-  static constexpr int64_t row_size(int64_t K) { return row_planes * filled_up(K); }
+  // Plane after plane, each filled up with zeros to a whole number of tiles. An odd number of cache lines, so that
+  // those of neighbouring rows fall into different sets.
+  static constexpr int64_t row_size(int64_t K) { return (row_planes * filled_up(K) / kTileDepth | 1) * kTileDepth; }
 
   // Planes of rows are cut off, which takes fewer instructions than rounding, and is as exact. The products left out
   // differ in sign all the same, since the rounded planes of weights do.
