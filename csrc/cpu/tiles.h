@@ -269,17 +269,24 @@ struct Tiles {
   }
 };
 
-// Sequences in a batch from which on tiles are faster, by the number of planes (measured)
-inline constexpr int64_t kLeastTileRows[] = {1, 8, 16}, kLeastTileRowsBackward[] = {8, 12, 16};
+// Sequences in a batch from which on tiles are faster, by the number of planes (measured); where planes are several, and
+// few columns are multiplied, from twice as many on.
+inline constexpr int64_t kLeastTileRows[] = {1, 4, 8}, kLeastTileRowsBackward[] = {4, 4, 8};
+
+template <class S>
+bool enough_rows(const int64_t (&least)[3], const SequenceShape& shape, int64_t few_columns) {
+  const bool few = kPlanes<S> > 1 && shape.I + shape.P < few_columns;
+  return shape.B >= least[kPlanes<S> - 1] * (few ? 2 : 1);
+}
 
 // Whether a layer is computed faster by tiles than by vectors, which read weights in place for few rows, make no
 // planes, and multiply no zeros that fill tiles up.
 template <class S>
 bool tiles_pay(const SequenceShape& shape) {
-  constexpr int64_t kLeastRows = kLeastTileRows[kPlanes<S> - 1];
   const int64_t depth = shape.I + shape.P, filled = filled_up(shape.I) + filled_up(shape.P);
-  const bool fits = kPlanes<S> == 1 || (shape.B < 2 * kLeastRows ? 6 * filled < 7 * depth : 10 * filled < 13 * depth);
-  return fits && shape.B >= kLeastRows && !Weights<S, GateRows>::in_place_pays(shape.T * shape.B, shape.P);
+  const bool fits = kPlanes<S> == 1 || (shape.B < kTileHeight ? 6 * filled < 7 * depth : 10 * filled < 13 * depth);
+  return fits && enough_rows<S>(kLeastTileRows, shape, 160) &&
+         !Weights<S, GateRows>::in_place_pays(shape.T * shape.B, shape.P);
 }
 
 // Columns that a gradient has to be multiplied by to be worth transposing
@@ -289,7 +296,7 @@ inline constexpr int64_t kLeastTransposedFor = 192;
 template <class S>
 bool tiles_pay_backward(const SequenceShape& shape) {
   const bool fits = 6 * (ceil_div(shape.H, kTileHeight) * kTileHeight) < 7 * shape.H;
-  return fits && shape.I + shape.P >= kLeastTransposedFor && shape.B >= kLeastTileRowsBackward[kPlanes<S> - 1];
+  return fits && shape.I + shape.P >= kLeastTransposedFor && enough_rows<S>(kLeastTileRowsBackward, shape, 384);
 }
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL
