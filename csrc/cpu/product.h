@@ -37,7 +37,7 @@ void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const C* pane
   do {
     Vec<C> w[vectors];
 #pragma GCC unroll 4
-    for (int g = 0; g < vectors; ++g) w[g] = load(panel + g * L);
+    for (int g = 0; g < vectors; ++g) w[g] = in_register<(rows + 1) * vectors>(load(panel + g * L));
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
       const Vec<C> value = broadcast_lane(row[m] + at);
@@ -283,7 +283,7 @@ class Weights {
       for (int m = 0; m < rows; ++m) values[m] = load_vector(row[m] + k);
 #pragma GCC unroll 8
       for (int n = 0; n < kStreams; ++n) {
-        const Vec<C> weights = load_vector(unit[n] + k);
+        const Vec<C> weights = in_register<rows*(kStreams + 1)>(load_vector(unit[n] + k));
 #pragma GCC unroll 8
         for (int m = 0; m < rows; ++m) sum[m][n] = multiply_add(sum[m][n], values[m], weights, F{});
       }

@@ -23,6 +23,12 @@
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kRegisters = 32;  // of vectors
+#else
+inline constexpr int kRegisters = 16;
+#endif
+
 #if defined(__AVX512F__)
 inline constexpr int kVecBytes = 64;
 inline constexpr int kTileRows = 6;  // 24 accumulators, 4 weights, 1 broadcast of 32 registers
@@ -96,6 +102,16 @@ LSTM_EXT_INLINE To bit_cast(const From& from) {
 template <class C>
 LSTM_EXT_INLINE Vec<C> broadcast(C value) {
   return value - Vec<C>{};
+}
+
+// A loaded value that stays in a register, if there is room beside `others`: compilers would rather make it an operand
+// in memory of each instruction that uses it, and load it several times from where the first load is still under way.
+template <int others, class V>
+LSTM_EXT_INLINE V in_register(V value) {
+#if defined(__x86_64__)
+  if constexpr (others < kRegisters) asm("" : "+v"(value));
+#endif
+  return value;
 }
 
 // x, but no less than `low`, or no more than `high`; NaN stays NaN.

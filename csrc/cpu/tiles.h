@@ -269,8 +269,8 @@ struct Tiles {
   }
 };
 
-// Sequences in a batch from which on tiles are faster, by the number of planes (measured); where planes are several, and
-// few columns are multiplied, from twice as many on.
+// Sequences in a batch from which on tiles are faster, by the number of planes (measured); where planes are several,
+// and few columns are multiplied, from twice as many on.
 inline constexpr int64_t kLeastTileRows[] = {1, 4, 8}, kLeastTileRowsBackward[] = {4, 4, 8};
 
 template <class S>
