@@ -27,8 +27,16 @@ class Forward {
   using Weights = typename Products::template WeightsOf<Rows>;
   static constexpr int L = kLanes<C>;
 
-  Forward(const LayerForward& layer, const ForwardDirection& direction, const Steps& steps, Arena& arena)
-      : layer_(layer), d_(direction), steps_(steps), shape_(layer.shape), gates_{layer.shape.H}, units_{layer.shape.P} {
+  // `first_step`: how many steps calls before this one have done, which may have left weights in a cache.
+  Forward(const LayerForward& layer, const ForwardDirection& direction, const Steps& steps, int64_t first_step,
+          Arena& arena)
+      : layer_(layer),
+        d_(direction),
+        steps_(steps),
+        shape_(layer.shape),
+        first_step_(first_step),
+        gates_{layer.shape.H},
+        units_{layer.shape.P} {
     const auto [T, B, I, H, P, projected] = shape_;
     const int64_t rows = T * B;
     panels_ = gates_.panels<C>();
@@ -157,8 +165,9 @@ class Forward {
       }
     });
     share.sync_rows();
-    share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, s1, p); });
-    for (int64_t s = s0; s < s1; ++s) run_step(share, s0, s);
+    const bool one_step = s1 - s0 == 1;  // then a panel's sums go from one product to the other through a near cache
+    if (!one_step) share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, s1, p); });
+    for (int64_t s = s0; s < s1; ++s) run_step(share, s0, s, one_step);
   }
 
   void fetch_x(int64_t s, int64_t slot, int64_t row) const {
@@ -198,8 +207,9 @@ class Forward {
 
   // The panels go by forth and back on alternate steps: what a cache smaller than the weights has kept from the end of
   // one step is what the next one begins with.
-  void run_step(const Share& share, int64_t s0, int64_t s) const {
+  void run_step(const Share& share, int64_t s0, int64_t s, bool projects) const {
     const auto run_panel = [&](int64_t p) {
+      if (projects) project_input(share, s, s + 1, p);
       for_blocks(shape_.P, w_hh_.block_depth(), shape_.B, [&](int64_t k0, int64_t k1) {
         share.for_groups([&](const Share::Group& group) {
           const int64_t row = place(group, s0, s) - group.first;
@@ -214,7 +224,7 @@ class Forward {
         });
       });
     };
-    share.for_panels(panels_, run_panel, s % 2 != 0);
+    share.for_panels(panels_, run_panel, (s + first_step_) % 2 != 0);
     share.sync_rows();
     if (!shape_.projected) return;
     share.for_panels(w_hr_.panels(), [&](int64_t p) {
@@ -346,6 +356,7 @@ class Forward {
   const ForwardDirection& d_;
   const Steps& steps_;
   const SequenceShape shape_;
+  const int64_t first_step_;
   const GateRows gates_;
   const PlainRows units_;
   Weights<GateRows> w_ih_, w_hh_;

@@ -76,16 +76,18 @@ struct BackwardCall {
 template <class S, class Products>
 void run_forward(const LayerForward& layer) {
   using Pass = Forward<S, Products>;
+  static thread_local int64_t steps_done = 0;
   Arena arena;
   const Steps steps(layer.shape, layer.masks, arena);
   static_assert(std::is_trivially_destructible_v<Pass>);  // it lies in the arena
   ForwardCall<Pass> call{{}, layer.num_directions, {}};
   for (int n = 0; n < layer.num_directions; ++n) {
-    call.direction[n] = new (arena.get<Pass>(1)) Pass(layer, layer.direction[n], steps, arena);
+    call.direction[n] = new (arena.get<Pass>(1)) Pass(layer, layer.direction[n], steps, steps_done, arena);
   }
   const int threads = threads_worth_having(layer.num_threads, layer.shape, layer.num_directions,
                                            call.direction[0]->step_work(), Products::kSpeed);
   run_team(layer.num_threads, threads, ForwardCall<Pass>::body, &call);
+  steps_done += layer.shape.T;
 }
 
 void layer_forward(const LayerForward& layer) {
