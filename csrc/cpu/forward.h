@@ -38,10 +38,10 @@ class Forward {
         gates_{layer.shape.H},
         units_{layer.shape.P} {
     const auto [T, B, I, H, P, projected] = shape_;
-    const int64_t rows = T * B;
+    const int64_t passes = ceil_div(T * B, Products::kRows), step_passes = T * ceil_div(B, Products::kRows);
     panels_ = gates_.panels<C>();
-    w_ih_ = place<GateRows>(d_.weights.w_ih, gates_, I, rows, arena);
-    w_hh_ = place<GateRows>(d_.weights.w_hh, gates_, P, rows, arena);
+    w_ih_ = place<GateRows>(d_.weights.w_ih, gates_, I, passes, arena);
+    w_hh_ = place<GateRows>(d_.weights.w_hh, gates_, P, step_passes, arena);
     bias_ = arena.get<C>(panels_ * kPanelWidth<C>);
 
     x_width_ = Products::row_size(I);
@@ -62,7 +62,7 @@ class Forward {
     h_ = arena.get<F>(2 * B * h_width_);
     c_ = arena.get<C>(B * c_width_);
     if (projected) {
-      w_hr_ = place<PlainRows>(d_.weights.w_hr, units_, H, rows, arena);
+      w_hr_ = place<PlainRows>(d_.weights.w_hr, units_, H, step_passes, arena);
       hidden_width_ = Products::row_size(H);
       hidden_ = arena.get<F>(B * hidden_width_);
     }
@@ -82,10 +82,12 @@ class Forward {
   }
 
  private:
+  // `passes`: over the matrix, in all
   template <class Rows>
-  static Weights<Rows> place(const Matrix& matrix, Rows rows, int64_t K, int64_t product_rows, Arena& arena) {
+  Weights<Rows> place(const Matrix& matrix, Rows rows, int64_t K, int64_t passes, Arena& arena) const {
     using W = Weights<Rows>;
-    const bool in_place = W::in_place_pays(product_rows, K);
+    const int64_t across_lines = W::across_lines(matrix.data, matrix.row_stride, rows, K, passes);
+    const bool in_place = W::in_place_pays(shape_.T * shape_.B, K, across_lines);
     return W(matrix.data, matrix.row_stride, rows, K,
              in_place ? nullptr : arena.get<typename W::Packed>(W::packed_size(rows, K)));
   }

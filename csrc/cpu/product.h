@@ -18,6 +18,7 @@ inline constexpr int kPanelWidth = 4 * kLanes<C>;
 // How much of a panel is multiplied by all rows before the next block of it: what a first-level cache holds; more where
 // weights are read in place, and each block costs sums over lanes.
 inline constexpr int64_t kBlockBytes = 24 << 10, kInPlaceDepth = 512;
+inline constexpr int64_t kCopiedBytes = 5 << 18;
 inline constexpr int64_t kSumDepth = 512;  // rows whose products are added before sums of them are written
 
 LSTM_EXT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -176,9 +177,20 @@ class Weights {
   using Packed = C;
   static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
 
-  // Reading in place costs a horizontal sum per result; packing costs about as much as one product row
-  // for each vector of lanes (measured; the break-even is flat).
-  static bool in_place_pays(int64_t rows_to_multiply, int64_t K) { return rows_to_multiply * 6 < K; }
+  // Reading in place costs a horizontal sum per result, and, where vectors of weights cross cache lines, twice as many
+  // loads; packing costs about as much as one product row for each vector of lanes (measured; the break-even is flat).
+  static bool in_place_pays(int64_t rows_to_multiply, int64_t K, int64_t passes_across_lines = 0) {
+    return rows_to_multiply * 6 + passes_across_lines * 14 < K;
+  }
+
+  // How many of so many passes over a matrix load vectors across cache lines, and would not if it were packed. Packing
+  // does not help where both copies do not fit into a second-level cache, since that is then what a pass waits for.
+  static int64_t across_lines(const void* data, int64_t row_stride, Rows rows, int64_t K, int64_t passes) {
+    constexpr int64_t kLoaded = L * kPer * static_cast<int64_t>(sizeof(S));
+    const bool whole =
+        reinterpret_cast<uintptr_t>(data) % kLoaded == 0 && row_stride * static_cast<int64_t>(sizeof(S)) % kLoaded == 0;
+    return whole || packed_size(rows, K) * static_cast<int64_t>(sizeof(C)) > kCopiedBytes ? 0 : passes;
+  }
 
   Weights() = default;
   Weights(const void* data, int64_t row_stride, Rows rows, int64_t K, C* panels)

@@ -60,7 +60,8 @@ class TileWeights {
   TileWeights(const void* data, int64_t row_stride, Rows rows, int64_t K, Packed* panels)
       : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
 
-  static constexpr bool in_place_pays(int64_t, int64_t) { return false; }
+  static constexpr bool in_place_pays(int64_t, int64_t, int64_t) { return false; }
+  static constexpr int64_t across_lines(const void*, int64_t, Rows, int64_t, int64_t) { return 0; }
   static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * tile_panel_size<S>(K); }
 
   int64_t panels() const { return rows_.template panels<C>(); }
