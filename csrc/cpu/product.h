@@ -8,6 +8,7 @@
 // of the tile that computed it, so that results do not depend on how rows were dealt out to threads.
 #pragma once
 
+#include "../params.h"
 #include "simd.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
@@ -18,8 +19,8 @@ inline constexpr int kPanelWidth = 4 * kLanes<C>;
 // How much of a panel is multiplied by all rows before the next block of it: what a first-level cache holds; more where
 // weights are read in place, and each block costs sums over lanes.
 inline constexpr int64_t kBlockBytes = 24 << 10, kInPlaceDepth = 512;
-inline constexpr int64_t kCopiedBytes = 5 << 18;
-inline constexpr int64_t kSumDepth = 512;  // rows whose products are added before sums of them are written
+inline constexpr int64_t kNearBytes = 1 << 20;  // of a packed matrix: half of a large second-level cache
+inline constexpr int64_t kSumDepth = 512;       // rows whose products are added before sums of them are written
 
 LSTM_EXT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -177,19 +178,18 @@ class Weights {
   using Packed = C;
   static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
 
-  // Reading in place costs a horizontal sum per result, and, where vectors of weights cross cache lines, twice as many
-  // loads; packing costs about as much as one product row for each vector of lanes (measured; the break-even is flat).
-  static bool in_place_pays(int64_t rows_to_multiply, int64_t K, int64_t passes_across_lines = 0) {
-    return rows_to_multiply * 6 + passes_across_lines * 14 < K;
-  }
-
-  // How many of so many passes over a matrix load vectors across cache lines, and would not if it were packed. Packing
-  // does not help where both copies do not fit into a second-level cache, since that is then what a pass waits for.
-  static int64_t across_lines(const void* data, int64_t row_stride, Rows rows, int64_t K, int64_t passes) {
+  // Whether to read a matrix in place that so many rows are multiplied by, in so many passes over it. That costs a
+  // horizontal sum per result, and, where vectors of weights cross cache lines, twice as many loads. Packing costs
+  // about as much as some product rows for each vector of lanes; more where a second-level cache does not hold both
+  // copies; and then lines are not what a pass waits for. (All measured.)
+  static bool in_place_pays(const Matrix& matrix, Rows rows, int64_t K, int64_t rows_to_multiply, int64_t passes) {
     constexpr int64_t kLoaded = L * kPer * static_cast<int64_t>(sizeof(S));
-    const bool whole =
-        reinterpret_cast<uintptr_t>(data) % kLoaded == 0 && row_stride * static_cast<int64_t>(sizeof(S)) % kLoaded == 0;
-    return whole || packed_size(rows, K) * static_cast<int64_t>(sizeof(C)) > kCopiedBytes ? 0 : passes;
+    const bool across_lines = reinterpret_cast<uintptr_t>(matrix.data) % kLoaded != 0 ||
+                              matrix.row_stride * static_cast<int64_t>(sizeof(S)) % kLoaded != 0;
+    const int64_t bytes = packed_size(rows, K) * static_cast<int64_t>(sizeof(C));
+    const int64_t sums = rows_to_multiply * (bytes < kNearBytes ? 6 : 3);
+    const int64_t loads = across_lines && bytes < kNearBytes + kNearBytes / 4 ? passes * 14 : 0;
+    return sums + loads < K;
   }
 
   Weights() = default;

@@ -60,8 +60,7 @@ class TileWeights {
   TileWeights(const void* data, int64_t row_stride, Rows rows, int64_t K, Packed* panels)
       : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
 
-  static constexpr bool in_place_pays(int64_t, int64_t, int64_t) { return false; }
-  static constexpr int64_t across_lines(const void*, int64_t, Rows, int64_t, int64_t) { return 0; }
+  static constexpr bool in_place_pays(const Matrix&, Rows, int64_t, int64_t, int64_t) { return false; }
   static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * tile_panel_size<S>(K); }
 
   int64_t panels() const { return rows_.template panels<C>(); }
@@ -286,8 +285,7 @@ template <class S>
 bool tiles_pay(const SequenceShape& shape) {
   const int64_t depth = shape.I + shape.P, filled = filled_up(shape.I) + filled_up(shape.P);
   const bool fits = kPlanes<S> == 1 || (shape.B < kTileHeight ? 6 * filled < 7 * depth : 10 * filled < 13 * depth);
-  return fits && enough_rows<S>(kLeastTileRows, shape, 160) &&
-         !Weights<S, GateRows>::in_place_pays(shape.T * shape.B, shape.P);
+  return fits && enough_rows<S>(kLeastTileRows, shape, 160) && 6 * shape.T * shape.B >= shape.P;
 }
 
 // Columns that a gradient has to be multiplied by to be worth transposing
