@@ -100,7 +100,7 @@ class Forward {
   static void for_blocks(int64_t K, int64_t depth, int64_t rows, const Body& body) {
     int64_t k0 = 0;
     do {
-      const int64_t k1 = K - k0 < depth || rows <= Products::kRows ? K : k0 + depth;
+      const int64_t k1 = K - k0 <= depth || rows <= Products::kRows ? K : k0 + depth;
       body(k0, k1);
       k0 = k1;
     } while (k0 < K);
@@ -209,16 +209,22 @@ class Forward {
   // The panels go by forth and back on alternate steps: what a cache smaller than the weights has kept from the end of
   // one step is what the next one begins with.
   void run_step(const Share& share, int64_t s0, int64_t s, bool projects) const {
+    const bool together = projects && sums_together();
     const auto run_panel = [&](int64_t p) {
-      if (projects) project_input(share, s, s + 1, p);
-      for_blocks(shape_.P, w_hh_.block_depth(), shape_.B, [&](int64_t k0, int64_t k1) {
+      if (projects && !together) project_input(share, s, s + 1, p);
+      const int64_t depth = together ? shape_.P : w_hh_.block_depth();
+      for_blocks(shape_.P, depth, shape_.B, [&](int64_t k0, int64_t k1) {
         share.for_groups([&](const Share::Group& group) {
           const int64_t row = place(group, s0, s) - group.first;
           share.for_tiles(group, steps_.active(s), [&](int64_t first, int count) {
             const F* a[Products::kRows];
             for (int m = 0; m < count; ++m) a[m] = h(s, first + m) + k0;
             C* pre = tile(p, row + first);
-            w_hh_.multiply(count, a, p, k0, k1, pre, kPanelWidth<C>, pre);
+            if (together) {
+              multiply_together(count, x_rows_ + row + first, a, p, pre);
+            } else {
+              w_hh_.multiply(count, a, p, k0, k1, pre, kPanelWidth<C>, pre);
+            }
             if (k1 < shape_.P) return;
             finish_units(s, first, count, p, row + first);
           });
@@ -232,6 +238,22 @@ class Forward {
       share.for_tiles(steps_.active(s), [&](int64_t first, int count) { project_output(s, first, count, p); });
     });
     share.sync_rows();
+  }
+
+  // Of weights in place both products of a step are one sum, of lanes that are added up once.
+  bool sums_together() const {
+    if constexpr (Products::kBorrowsRows) {
+      const bool short_rows = shape_.I <= kInPlaceDepth && shape_.P <= kInPlaceDepth;  // not worth several blocks
+      return w_ih_.in_place() && w_hh_.in_place() && (short_rows || shape_.B <= Products::kRows);
+    }
+    return false;
+  }
+
+  void multiply_together(int count, const F* const* x, const F* const* a, int64_t p, C* sums) const {
+    if constexpr (Products::kBorrowsRows) {
+      for (int m = 0; m < count; ++m) __builtin_memcpy(sums + m * kPanelWidth<C>, bias(p), kPanelWidth<C> * sizeof(C));
+      w_hh_.multiply_in_place(count, {{&w_ih_, x, 0, shape_.I}, {&w_hh_, a, 0, shape_.P}}, p, sums);
+    }
   }
 
   // Gates, c and h of some rows and one vector of units, from their sums. In passes over the rows, so that while one

@@ -24,7 +24,7 @@ void with_storage(Dtype dtype, const F& f) {
 
 // Waking a second thread costs some microseconds, and waiting for each other at every step some tenths of one: with
 // less work than this one thread, or fewer of them, are faster.
-constexpr double kLeastFlops = 4e5, kLeastFlopsPerStepAndMember = 5e4;
+constexpr double kLeastFlops = 6e5, kLeastFlopsPerStepAndMember = 5e4;
 
 // How many of `threads` to use for directions at the same time, each of which has so much work at a step, done so many
 // times as fast as vectors of floats would do it.

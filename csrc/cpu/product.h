@@ -8,6 +8,8 @@
 // of the tile that computed it, so that results do not depend on how rows were dealt out to threads.
 #pragma once
 
+#include <initializer_list>
+
 #include "../params.h"
 #include "simd.h"
 
@@ -229,7 +231,30 @@ class Weights {
       const int vectors = rows_.template vectors<C>(p);
       multiply_panel(rows, vectors, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + k0 / kPer * vectors * L, tile);
     } else {
-      multiply_in_place(rows, a, p, k0, k1, tile);
+      multiply_in_place(rows, {{this, a, k0, k1}}, p, tile);
+    }
+  }
+
+  bool in_place() const { return !panels_; }
+
+  // Columns k0 .. k1 of a matrix in place, and the rows that they are multiplied by
+  struct InPlace {
+    const Weights* weights;
+    const F* const* a;
+    int64_t k0, k1;
+  };
+
+  // tile[m] += a[m] times panel p, of all these together. Vectors run along k, one sum per unit and row; lane n of the
+  // result is unit n.
+  template <int most = kTileRows>
+  static void multiply_in_place(int rows, std::initializer_list<InPlace> factors, int64_t p, C* tile) {
+    if constexpr (most > 1) {
+      if (rows < most) return multiply_in_place<most - 1>(rows, factors, p, tile);
+    }
+    const Rows& groups = factors.begin()->weights->rows_;
+    for (int g = 0; g < 4; ++g) {
+      const int64_t count = groups.template count<C>(p, g);
+      if (count > 0) multiply_group<most>(factors, p, g, count, tile + g * groups.template width<C>(p));
     }
   }
 
@@ -238,26 +263,15 @@ class Weights {
   C* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
   static int64_t panel_size(int64_t K) { return ceil_div(K, kPer) * kPanelWidth<C>; }
 
-  // Vectors run along k, one sum per unit and row; lane n of the result is unit n.
-  template <int most = kTileRows>
-  void multiply_in_place(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, C* tile) const {
-    if constexpr (most > 1) {
-      if (rows < most) return multiply_in_place<most - 1>(rows, a, p, k0, k1, tile);
-    }
-    for (int g = 0; g < 4; ++g) {
-      const int64_t count = rows_.template count<C>(p, g);
-      if (count > 0) multiply_group<most>(a, row(p, g) + k0, count, k1 - k0, tile + g * rows_.template width<C>(p));
-    }
-  }
-
   template <int rows>
-  LSTM_EXT_INLINE void multiply_group(const F* const* a, const S* units, int64_t count, int64_t K, C* tile) const {
+  static LSTM_EXT_INLINE void multiply_group(std::initializer_list<InPlace> factors, int64_t p, int g, int64_t count,
+                                             C* tile) {
     constexpr int kStreams = streams(rows);
     Vec<C> sums[rows][L / kStreams] = {};
 #pragma GCC unroll 4
     for (int n = 0; n < L / kStreams; ++n) {
-      const int64_t last = count - 1 - n * kStreams;
-      if (last >= 0) multiply_streams(a, units + n * kStreams * row_stride_, last, K, n, sums);
+      const int64_t first = n * kStreams;
+      if (first < count) multiply_streams(factors, p, g, first, count - 1 - first, sums, n);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
@@ -272,22 +286,30 @@ class Weights {
     return L < most ? L : most;
   }
 
-  // Sums of each row of a times the unit `first`, the one after it, and so on up to `last`, which stands for those
-  // behind it too: their lanes are not stored.
+  // Sums of each row times the unit `first` of a group, the one after it, and so on; the one that is `last` more stands
+  // for those behind it too, whose lanes are not stored.
   template <int rows, int vectors>
-  LSTM_EXT_INLINE void multiply_streams(const F* const* a, const S* first, int64_t last, int64_t K, int to,
-                                        Vec<C> (&sums)[rows][vectors]) const {
+  static LSTM_EXT_INLINE void multiply_streams(std::initializer_list<InPlace> factors, int64_t p, int g, int64_t first,
+                                               int64_t last, Vec<C> (&sums)[rows][vectors], int to) {
     constexpr int kStreams = L / vectors;
+    Vec<C> sum[rows][kStreams] = {};
+    for (const InPlace& factor : factors) add_streams(factor, p, g, first, last, sum);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) sums[m][to] = sum_lanes(sum[m]);
+  }
+
+  template <int rows, int kStreams>
+  static LSTM_EXT_INLINE void add_streams(const InPlace& factor, int64_t p, int g, int64_t first, int64_t last,
+                                          Vec<C> (&sum)[rows][kStreams]) {
+    const int64_t row_stride = factor.weights->row_stride_, K = factor.k1 - factor.k0;
     const S* unit[kStreams];
     const F* row[rows];
-    Vec<C> sum[rows][kStreams];
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) row[m] = a[m];
+    for (int m = 0; m < rows; ++m) row[m] = factor.a[m];
 #pragma GCC unroll 8
     for (int n = 0; n < kStreams; ++n) {
-      unit[n] = n == 0 ? first : unit[n - 1] + (n <= last ? row_stride_ : 0);
-#pragma GCC unroll 8
-      for (int m = 0; m < rows; ++m) sum[m][n] = Vec<C>{};
+      unit[n] = n == 0 ? factor.weights->row(p, g) + factor.k0 + first * row_stride
+                       : unit[n - 1] + (n <= last ? row_stride : 0);
     }
     const auto add = [&](const auto& load_vector, int64_t k) {
       Vec<C> values[rows];
@@ -306,8 +328,6 @@ class Weights {
       const int rest = static_cast<int>(K - k);
       add([rest](const auto* from) { return load_some_factors(from, rest); }, k);
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) sums[m][to] = sum_lanes(sum[m]);
   }
 
   const S* data_ = nullptr;
