@@ -14,8 +14,8 @@
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-// Of `pre`, or of copies of x where those are larger. The more weights there are, the more rows they should be read
-// for; but not more rows than are read back from a cache.
+// Of `pre`, or of copies of x where those are larger. The more weights there are that a second-level cache does not
+// hold, the more rows they should be read for; but not more rows than are read back from a cache.
 inline constexpr int64_t kLeastChunkBytes = 1 << 17, kMostChunkBytes = 1 << 21;
 
 template <class S, class Products>
@@ -49,7 +49,7 @@ class Forward {
     const int64_t pre_bytes = panels_ * kPanelWidth<C> * static_cast<int64_t>(sizeof(C));
     const int64_t copy_bytes = as_it_lies ? 0 : x_width_ * static_cast<int64_t>(sizeof(F));
     const int64_t step_bytes = B * (pre_bytes > copy_bytes ? pre_bytes : copy_bytes);
-    chunk_steps_ = step_bytes > 0 ? chunk_bytes(w_ih_.packed_bytes()) / step_bytes : T;
+    chunk_steps_ = step_bytes > 0 ? chunk_bytes() / step_bytes : T;
     if (chunk_steps_ < 1) chunk_steps_ = 1;
     if (chunk_steps_ > T) chunk_steps_ = T;
     chunk_rows_ = chunk_steps_ * B;
@@ -91,8 +91,10 @@ class Forward {
              in_place ? nullptr : arena.get<typename W::Packed>(W::packed_size(rows, K)));
   }
 
-  static int64_t chunk_bytes(int64_t weights) {
-    return weights < kLeastChunkBytes ? kLeastChunkBytes : weights > kMostChunkBytes ? kMostChunkBytes : weights;
+  int64_t chunk_bytes() const {
+    const int64_t weights = w_ih_.packed_bytes();
+    if (weights < kLeastChunkBytes || weights + w_hh_.packed_bytes() <= Products::kHeldBytes) return kLeastChunkBytes;
+    return weights > kMostChunkBytes ? kMostChunkBytes : weights;
   }
 
   // f(k0, k1) for the blocks of 0 .. K, at least once; one tile of rows has no use for several

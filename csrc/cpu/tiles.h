@@ -160,6 +160,7 @@ struct Tiles {
   using Session = TileSession;
 
   static constexpr int kRows = kTileHeight, kLeastRows = kTileHeight / 2, planes = kPlanes<S>;
+  static constexpr int64_t kHeldBytes = kNearBytes;
   static constexpr double kSpeed = 6. / products(row_planes, planes);
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
