@@ -93,7 +93,8 @@ class Forward {
 
   int64_t chunk_bytes() const {
     const int64_t weights = w_ih_.packed_bytes();
-    if (weights < kLeastChunkBytes || weights + w_hh_.packed_bytes() <= Products::kHeldBytes) return kLeastChunkBytes;
+    if (weights < kLeastChunkBytes || weights + w_hh_.packed_bytes() <= Products::kCacheBytes / 2)
+      return kLeastChunkBytes;
     return weights > kMostChunkBytes ? kMostChunkBytes : weights;
   }
 

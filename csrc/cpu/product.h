@@ -361,9 +361,9 @@ struct Vectors {
   struct Session {};  // held by whoever multiplies
 
   static constexpr int kRows = kTileRows, kLeastRows = kTileRows;
-  static constexpr int64_t kHeldBytes = 1 << 19;  // of weights: half of a usual second-level cache
-  static constexpr double kSpeed = 1;             // of large products, over that of vectors of floats (measured)
-  static constexpr bool kBorrowsRows = true;      // rows may be multiplied where they lie
+  static constexpr int64_t kCacheBytes = 1 << 20;  // of a usual second-level cache
+  static constexpr double kSpeed = 1;              // of large products, over that of vectors of floats (measured)
+  static constexpr bool kBorrowsRows = true;       // rows may be multiplied where they lie
   static constexpr bool kKeepsInfinity = true, kSplitsFloats = false;
 
   // Elements of a row of K factors.

@@ -44,6 +44,20 @@ LSTM_EXT_INLINE void for_planes(Vec<float> value, const F& f) {
   }
 }
 
+// The same of two vectors, f(plane, values of the first and then of the second)
+template <int planes, class F>
+LSTM_EXT_INLINE void for_planes(Vec<float> first, Vec<float> second, const F& f) {
+#pragma GCC unroll 3
+  for (int plane = 0; plane < planes; ++plane) {
+    const auto both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
+    f(plane, bit_cast<Vec<float>>(both));
+    if (plane + 1 < planes) {
+      first -= widen(bit_cast<U16::Type>(_mm512_maskz_extracti64x4_epi64(0xff, both, 0)), BFloat16{});
+      second -= widen(bit_cast<U16::Type>(_mm512_maskz_extracti64x4_epi64(0xff, both, 1)), BFloat16{});
+    }
+  }
+}
+
 // ---- a weight matrix --------------------------------------------------------------------------------------
 
 // As Weights; a panel is [K / 32][vectors][planes] tiles of [16 pairs in k][16 columns][2].
@@ -110,18 +124,8 @@ class TileWeights {
 #pragma GCC unroll 1
     for (int lane = 0; lane < L; ++lane) {
       if (!lanes[lane]) continue;
-      U16::Type half[2][planes] = {};
-      for (int n = 0; n < 2; ++n) {
-        const int64_t left = K_ - k - n * L;
-        if (left <= 0) continue;
-        for_planes<planes>(load_up_to(lanes[lane] + k + n * L, left),
-                           [&](int plane, U16::Type value) { half[n][plane] = value; });
-      }
-      for (int plane = 0; plane < planes; ++plane) {
-        __builtin_memcpy(&block[plane][lane], &half[0][plane], kVecBytes / 2);
-        __builtin_memcpy(reinterpret_cast<unsigned char*>(&block[plane][lane]) + kVecBytes / 2, &half[1][plane],
-                         kVecBytes / 2);
-      }
+      const auto half = [&](int64_t n) { return n < K_ ? load_up_to(lanes[lane] + n, K_ - n) : Vec<C>{}; };
+      for_planes<planes>(half(k), half(k + L), [&](int plane, Vec<C> pairs) { block[plane][lane] = pairs; });
     }
     for (int plane = 0; plane < planes; ++plane) {
       transpose<C>(block[plane]);
@@ -160,7 +164,7 @@ struct Tiles {
   using Session = TileSession;
 
   static constexpr int kRows = kTileHeight, kLeastRows = kTileHeight / 2, planes = kPlanes<S>;
-  static constexpr int64_t kHeldBytes = kNearBytes;
+  static constexpr int64_t kCacheBytes = 1 << 21;
   static constexpr double kSpeed = 6. / products(row_planes, planes);
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
