@@ -71,6 +71,8 @@ CASES = [
     Case(1, 1, 1, 1),
     Case(1, 1, 32, 32, state=False),
     Case(1, 16, 64, 64),
+    Case(1, 9, 96, 80),
+    Case(1, 7, 520, 48),
     Case(3, 9, 5, 1, directions=BOTH),
     Case(5, 3, 7, 13),
     Case(7, 2, 1, 17, bias=False),

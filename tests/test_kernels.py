@@ -47,6 +47,7 @@ WIDE_CASE = Case(4, 24, 20, 300, directions=BOTH)
 TILE_CASES = [
     Case(5, 37, 60, 164, lengths="with_zero", resets=True, directions=BOTH),
     Case(4, 21, 64, 190, P=128, packed=True, directions=BOTH),
+    Case(3, 9, 200, 190, directions=REVERSE),
 ]
 COMPACT_CASES = [
     Case(1, 1, 1, 1),

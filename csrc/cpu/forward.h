@@ -86,7 +86,7 @@ class Forward {
   template <class Rows>
   Weights<Rows> place(const Matrix& matrix, Rows rows, int64_t K, int64_t passes, Arena& arena) const {
     using W = Weights<Rows>;
-    const bool in_place = W::in_place_pays(matrix, rows, K, shape_.T * shape_.B, passes);
+    const bool in_place = W::in_place_pays(rows, K, shape_.T * shape_.B, passes);
     return W(matrix.data, matrix.row_stride, rows, K,
              in_place ? nullptr : arena.get<typename W::Packed>(W::packed_size(rows, K)));
   }

@@ -10,7 +10,6 @@
 
 #include <initializer_list>
 
-#include "../params.h"
 #include "simd.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
@@ -183,11 +182,10 @@ class Weights {
   // Whether to read a matrix in place that so many rows are multiplied by, in so many passes over it. That costs a
   // horizontal sum per result, and, where vectors of weights cross cache lines, twice as many loads. Packing costs
   // about as much as some product rows for each vector of lanes; more where a second-level cache does not hold both
-  // copies; and then lines are not what a pass waits for. (All measured.)
-  static bool in_place_pays(const Matrix& matrix, Rows rows, int64_t K, int64_t rows_to_multiply, int64_t passes) {
-    constexpr int64_t kLoaded = L * kPer * static_cast<int64_t>(sizeof(S));
-    const bool across_lines = reinterpret_cast<uintptr_t>(matrix.data) % kLoaded != 0 ||
-                              matrix.row_stride * static_cast<int64_t>(sizeof(S)) % kLoaded != 0;
+  // copies; and then lines are not what a pass waits for. (All measured. Sizes alone decide, since the way decides the
+  // bits.)
+  static bool in_place_pays(Rows rows, int64_t K, int64_t rows_to_multiply, int64_t passes) {
+    const bool across_lines = K % (L * kPer) != 0;
     const int64_t bytes = packed_size(rows, K) * static_cast<int64_t>(sizeof(C));
     const int64_t sums = rows_to_multiply * (bytes < kNearBytes ? 6 : 3);
     const int64_t loads = across_lines && bytes < kNearBytes + kNearBytes / 4 ? passes * 14 : 0;

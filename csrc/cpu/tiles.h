@@ -74,7 +74,7 @@ class TileWeights {
   TileWeights(const void* data, int64_t row_stride, Rows rows, int64_t K, Packed* panels)
       : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
 
-  static constexpr bool in_place_pays(const Matrix&, Rows, int64_t, int64_t, int64_t) { return false; }
+  static constexpr bool in_place_pays(Rows, int64_t, int64_t, int64_t) { return false; }
   static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * tile_panel_size<S>(K); }
 
   int64_t panels() const { return rows_.template panels<C>(); }
