@@ -14,19 +14,24 @@ std::string text_of(dlpack::DataType dtype) {
   if (dtype.code == dlpack::kFloat) name = "float";
   if (dtype.code == dlpack::kInt) name = "int";
   if (dtype.code == dlpack::kUInt) name = "uint";
+  if (dtype.code == dlpack::kComplex) name = "complex";
   if (dtype.code == dlpack::kBool) return "bool";
   return name + std::to_string(dtype.bits);
 }
 
-dlpack::DataType dlpack_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32: return {dlpack::kFloat, 32, 1};
-    case Dtype::kFloat64: return {dlpack::kFloat, 64, 1};
-    case Dtype::kBFloat16: return {dlpack::kBfloat, 16, 1};
-    case Dtype::kFloat16: return {dlpack::kFloat, 16, 1};
-  }
-  throw std::logic_error("dlpack_of: no such dtype");
-}
+struct DtypeFacts {
+  const char* name;
+  dlpack::DataType type;
+};
+
+constexpr DtypeFacts kDtypes[] = {
+    // in the order of Dtype
+    {"float32", {dlpack::kFloat, 32, 1}},
+    {"float64", {dlpack::kFloat, 64, 1}},
+    {"bfloat16", {dlpack::kBfloat, 16, 1}},
+    {"float16", {dlpack::kFloat, 16, 1}},
+};
+constexpr const DtypeFacts& facts(Dtype dtype) { return kDtypes[static_cast<int>(dtype)]; }
 
 bool same(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
@@ -62,7 +67,7 @@ dlpack::ManagedTensor* small_tensor(Dtype dtype, const Shape& shape) {
     head.strides[dim] = count;
     count *= shape.begin()[dim];
   }
-  const dlpack::DataType type = dlpack_of(dtype);
+  const dlpack::DataType type = facts(dtype).type;
   const int64_t bytes = count * (type.bits / 8);
   if (bytes > kSmallBytes) return nullptr;
   const size_t units = (static_cast<size_t>(bytes) + sizeof(Small) - 1) / sizeof(Small);
@@ -109,17 +114,34 @@ void take_tensor_types(py::args types) {
   tensor_types = taken;
 }
 
+Kind kind_of(py::handle object) {
+  if (object.is_none()) return Kind::kNone;
+  if (api_of(object)) return Kind::kTensor;
+  const bool ndarray = static_cast<void*>(Py_TYPE(object.ptr())) == py::detail::npy_api::get().PyArray_Type_;
+  return ndarray ? Kind::kNdarray : Kind::kOther;
+}
+
+int64_t bytes_of(Dtype dtype) { return facts(dtype).type.bits / 8; }
+
+Dtype dtype_named(const std::string& name) {
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    if (name == facts(dtype).name) return dtype;
+  }
+  throw py::value_error("dtype: expected float32, float64, bfloat16 or float16, got '" + name + "'");
+}
+
 std::string text_of(const Shape& shape) {
   std::string text = "[";
   for (const int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
 }
 
-Array::Array(py::handle object, const char* name, dlpack::DeviceType device) : name_(name), device_{device, 0} {
+Array::Array(py::handle object, const char* name, dlpack::DeviceType device, const Array* like)
+    : name_(name), object_(object), device_{device, 0} {
   if (object.is_none()) return;
   there_ = true;
   api_ = api_of(object);
-  const auto view = [&](py::handle source) { api_ ? view_tensor(source) : view_ndarray(source); };
+  const auto view = [&](py::handle source) { api_ ? view_tensor(source, like) : view_ndarray(source); };
   view(object);
   if (usable_as_it_lies() && !(api_ && negated(object))) return;
   if (api_) {
@@ -131,17 +153,15 @@ Array::Array(py::handle object, const char* name, dlpack::DeviceType device) : n
   view(copy_);
 }
 
-void Array::view_tensor(py::handle object) {
+void Array::view_tensor(py::handle object, const Array* like) {
   dlpack::Tensor tensor;
   if (!api_->view_of_object) throw py::type_error(std::string(name_) + ": its framework lends no tensor views");
-  if (api_->view_of_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  if (api_->view_of_object(object.ptr(), &tensor) != 0) refuse_view(object, like);
   const bool on_cpu = tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost;
-  if (device_.type == dlpack::kCpu ? !on_cpu : tensor.device.type != device_.type) {
-    throw std::runtime_error(std::string(name_) + ": expected a tensor on " +
-                             (device_.type == dlpack::kCpu ? "the CPU" : "a CUDA device") +
-                             ", got one on another device");
-  }
-  device_.id = device_.type == dlpack::kCpu ? 0 : tensor.device.id;
+  const int32_t id = on_cpu ? 0 : tensor.device.id;
+  if (device_.type == dlpack::kCpu ? !on_cpu : tensor.device.type != device_.type) refuse_view(object, like);
+  if (like && id != like->device_.id) refuse_view(object, like);
+  device_.id = id;
   if (tensor.ndim > kMaxDims) {
     throw std::runtime_error(std::string(name_) + ": expected at most 4 dimensions, got " +
                              std::to_string(tensor.ndim));
@@ -160,9 +180,24 @@ void Array::view_tensor(py::handle object) {
   dtype_ = tensor.dtype;
 }
 
+// Its framework has refused a view of a tensor, or lent one on another device.
+void Array::refuse_view(py::handle tensor, const Array* like) const {
+  py::error_scope framework;  // what it said, if anything
+  const auto text = [&](const char* attribute) { return std::string(py::str(tensor.attr(attribute))); };
+  const std::string name(name_), device = text("device");
+  const auto device_name = [](dlpack::Device d) {
+    return d.type == dlpack::kCpu ? std::string("cpu") : "cuda:" + std::to_string(d.id);
+  };
+  const std::string expected = device_name(like ? like->device_ : device_);
+  if (device != expected) {
+    throw std::runtime_error(name + ": expected on device " + expected + (like ? " as x is, got " : ", got ") + device);
+  }
+  throw std::runtime_error(name + ": expected a dense tensor (torch.strided), got " + text("layout"));
+}
+
 void Array::view_ndarray(py::handle object) {
   if (!py::isinstance<py::array>(object)) {
-    throw py::type_error(std::string(name_) + ": expected a plain torch.Tensor or numpy.ndarray, got " +
+    throw py::type_error(std::string(name_) + ": expected a plain tensor or numpy.ndarray, got " +
                          std::string(py::str(py::type::of(object).attr("__name__"))));
   }
   const auto array = py::reinterpret_borrow<py::array>(object);
@@ -201,52 +236,64 @@ bool Array::usable_as_it_lies() const {
   return aligned && (stride_[ndim_ - 1] == 1 || (shape_[ndim_ - 1] < 2 && stride_[ndim_ - 1] != 0));
 }
 
+const void* Array::address(int64_t offset) const {
+  return there_ ? static_cast<const char*>(data_) + offset * (dtype_.bits / 8) : nullptr;
+}
+
 void Array::expect_dims(int ndim) const {
   if (ndim_ != ndim) {
-    throw std::runtime_error(std::string(name_) + ": expected " + std::to_string(ndim) + " dimensions, got shape " +
-                             text_of(shape()));
+    throw std::runtime_error(std::string(name_) + ": expected " + std::to_string(ndim) + " dimensions, got " +
+                             std::to_string(ndim_) + ": shape " + text_of(shape()));
   }
 }
 
-void Array::expect_shape(const Shape& expected) const {
-  if (shape() != expected) {
-    throw std::runtime_error(std::string(name_) + ": expected shape " + text_of(expected) + ", got " +
-                             text_of(shape()));
-  }
+void Array::expect_shape(const Shape& expected, const char* dims) const {
+  if (shape() == expected) return;
+  const std::string names = *dims ? "[" + std::string(dims) + "] = " : "";
+  throw std::runtime_error(std::string(name_) + ": expected shape " + names + text_of(expected) + ", got " +
+                           text_of(shape()));
 }
 
-void Array::refuse_dtype(const std::string& expected) const {
-  throw py::type_error(std::string(name_) + ": expected dtype " + expected + ", got " + text_of(dtype_));
-}
-
-void Array::expect_kind_of(const Array& other) const {
-  if (there_ && api_ != other.api_) {
-    throw py::type_error(std::string(name_) + ": expected a " + (other.api_ ? "tensor" : "numpy.ndarray") + " as " +
-                         other.name_ + " is, got a " + (api_ ? "tensor" : "numpy.ndarray"));
-  }
-  if (there_ && device_.id != other.device_.id) {
-    throw std::runtime_error(std::string(name_) + ": expected a tensor on device " + std::to_string(other.device_.id) +
-                             " as " + other.name_ + " is, got one on device " + std::to_string(device_.id));
-  }
+void Array::expect_dtype(Dtype dtype, const char* whose) const {
+  if (same(dtype_, facts(dtype).type)) return;
+  throw std::runtime_error(std::string(name_) + ": expected dtype " + facts(dtype).name + whose + ", got " +
+                           text_of(dtype_));
 }
 
 Dtype Array::float_dtype() const {
-  for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
-    if (same(dtype_, dlpack_of(dtype))) return dtype;
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    if (same(dtype_, facts(dtype).type)) return dtype;
   }
-  refuse_dtype("float32, float64, bfloat16 or float16");
+  throw std::runtime_error(std::string(name_) + ": expected dtype bfloat16, float16, float32, float64, got " +
+                           text_of(dtype_));
 }
 
-void Array::expect_dtype(Dtype dtype) const {
-  if (!same(dtype_, dlpack_of(dtype))) refuse_dtype(text_of(dlpack_of(dtype)));
+void Array::expect_integers() const {
+  if (dtype_.code == dlpack::kInt || dtype_.code == dlpack::kUInt) return;
+  throw py::type_error(std::string(name_) + ": expected an integer dtype, got " + text_of(dtype_));
 }
 
 void Array::expect_int64() const {
-  if (!same(dtype_, {dlpack::kInt, 64, 1})) refuse_dtype("int64");
+  if (same(dtype_, {dlpack::kInt, 64, 1})) return;
+  throw py::type_error(std::string(name_) + ": expected dtype int64, got " + text_of(dtype_));
 }
 
 void Array::expect_bool() const {
-  if (dtype_.code != dlpack::kBool) refuse_dtype("bool");
+  if (dtype_.code == dlpack::kBool) return;
+  throw py::type_error(std::string(name_) + ": expected dtype bool, got " + text_of(dtype_));
+}
+
+int64_t Array::integer(int64_t n) const {
+  const auto read = [&](auto zero) {
+    return static_cast<int64_t>(static_cast<const decltype(zero)*>(data_)[n * stride_[0]]);
+  };
+  const bool is_signed = dtype_.code == dlpack::kInt;
+  switch (dtype_.bits) {
+    case 8: return is_signed ? read(int8_t{}) : read(uint8_t{});
+    case 16: return is_signed ? read(int16_t{}) : read(uint16_t{});
+    case 32: return is_signed ? read(int32_t{}) : read(uint32_t{});
+    default: return is_signed ? read(int64_t{}) : read(uint64_t{});
+  }
 }
 
 bool Array::contiguous() const {
@@ -267,16 +314,17 @@ void* Array::current_stream() const {
 
 Output Allocator::empty(Dtype dtype, const Shape& shape) const {
   Output output;
+  output.dtype = dtype;
   if (!api_) {
-    const char* name = dtype == Dtype::kFloat64 ? "float64" : dtype == Dtype::kFloat16 ? "float16" : "float32";
-    py::array array(py::dtype(name), std::vector<py::ssize_t>(shape.begin(), shape.end()));
+    py::array array(py::dtype(dtype == Dtype::kBFloat16 ? "float32" : facts(dtype).name),
+                    std::vector<py::ssize_t>(shape.begin(), shape.end()));
     output.data = array.mutable_data();
     output.object = std::move(array);
     return output;
   }
   dlpack::ManagedTensor* managed = device_.type == dlpack::kCpu ? small_tensor(dtype, shape) : nullptr;
   Shape sizes = shape;
-  dlpack::Tensor prototype{nullptr, device_, sizes.size(), dlpack_of(dtype), sizes.begin(), nullptr, 0};
+  dlpack::Tensor prototype{nullptr, device_, sizes.size(), facts(dtype).type, sizes.begin(), nullptr, 0};
   if (!managed && api_->allocate(&prototype, &managed, nullptr, report_allocation) != 0) {
     if (!PyErr_Occurred()) throw std::bad_alloc();
     throw py::error_already_set();

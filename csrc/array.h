@@ -22,6 +22,14 @@ const dlpack::ExchangeApi* exchange_api_of(py::handle type);
 // more than their memory. Throws as exchange_api_of does.
 void take_tensor_types(py::args types);
 
+// What an object is to this module. Only exact types count: a subclass may mean more than its memory.
+enum class Kind { kNone, kNdarray, kTensor, kOther };
+Kind kind_of(py::handle object);
+
+int64_t bytes_of(Dtype dtype);
+// Throws ValueError for a name of no dtype, such as "int32".
+Dtype dtype_named(const std::string& name);
+
 // The sizes of an array: a short vector that takes no memory of its own.
 class Shape {
  public:
@@ -48,10 +56,12 @@ class Array {
   static constexpr int kMaxDims = Shape::kMaxDims;
 
   Array() = default;
-  // Borrows the memory of `object`, on a device of this type; a copy is made (and kept here) only where the columns of
-  // the last dimension are not adjacent or an element is not aligned. None gives an array that is not there.
-  // Throws TypeError for anything but an ndarray or a tensor of a type that is taken.
-  Array(py::handle object, const char* name, dlpack::DeviceType device = dlpack::kCpu);
+  // Borrows the memory of `object`, an ndarray or a tensor on a device of this type; a copy is made (and kept here)
+  // only where the columns of the last dimension are not adjacent or an element is not aligned. None gives an array
+  // that is not there. Throws TypeError for another object, RuntimeError for a tensor elsewhere or without strides.
+  Array(py::handle object, const char* name, dlpack::DeviceType device) : Array(object, name, device, nullptr) {}
+  // The same on the device of `like`.
+  Array(py::handle object, const char* name, const Array& like) : Array(object, name, like.device_.type, &like) {}
 
   explicit operator bool() const { return there_; }
   const void* data() const { return data_; }
@@ -61,29 +71,41 @@ class Array {
   Shape shape() const { return {shape_, ndim_}; }
   Matrix matrix() const { return {data_, ndim_ > 1 ? stride_[ndim_ - 2] : 0}; }
 
-  // Each throws, naming the array, what was expected and what came.
+  // Element n of the first dimension, as a matrix of the last two; the address of element n of the last dimension. Null
+  // where the array is not there.
+  const void* at(int64_t n) const { return address(n * stride_[0]); }
+  Matrix matrix_at(int64_t n) const { return {at(n), matrix().row_stride}; }
+  const void* column(int64_t n) const { return address(n); }
+
+  // Each throws, naming the array, what was expected and what came. `dims` are names of the sizes, as in "4*H, I";
+  // `whose` ends the sentence, as in " as x has".
   void expect_dims(int ndim) const;
-  void expect_shape(const Shape& shape) const;
-  void expect_kind_of(const Array& other) const;
-  void expect_dtype(Dtype dtype) const;
+  void expect_shape(const Shape& shape, const char* dims = "") const;
+  void expect_dtype(Dtype dtype, const char* whose = "") const;
   Dtype float_dtype() const;
+  void expect_integers() const;
   void expect_int64() const;
   void expect_bool() const;
 
   bool contiguous() const;
+  int64_t integer(int64_t n) const;  // element n of a vector of integers of any width
+  py::handle object() const { return object_; }
 
   const dlpack::ExchangeApi* api() const { return api_; }
   dlpack::Device device() const { return device_; }
   void* current_stream() const;  // of its device
 
  private:
-  void view_tensor(py::handle object);
+  Array(py::handle object, const char* name, dlpack::DeviceType device, const Array* like);
+  void view_tensor(py::handle object, const Array* like);
   void view_ndarray(py::handle object);
   bool usable_as_it_lies() const;
   bool negated(py::handle tensor) const;
-  [[noreturn]] void refuse_dtype(const std::string& expected) const;
+  const void* address(int64_t offset) const;
+  [[noreturn]] void refuse_view(py::handle tensor, const Array* like) const;
 
   const char* name_ = "";
+  py::handle object_;  // borrowed
   bool there_ = false;
   void* data_ = nullptr;
   int ndim_ = 0;
@@ -98,6 +120,10 @@ class Array {
 struct Output {
   py::object object = py::none();
   void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+
+  // The address of element n, counted from the start; null if it was not allocated.
+  void* at(int64_t n) const { return data ? static_cast<char*>(data) + n * bytes_of(dtype) : nullptr; }
 };
 
 class Allocator {

@@ -1,12 +1,14 @@
-"""The compiled module. Arrays are NumPy arrays or CPU tensors of the types taken; outputs are of their kind.
+"""The compiled module. Arrays are NumPy arrays or tensors of the types taken; outputs are of their kind.
 
-dtypes float32, float64, bfloat16, float16. Raises TypeError (dtype, not an array), RuntimeError (shape) and
-ValueError (range) naming the argument, what was expected and what came. `num_threads` 0 takes OMP_NUM_THREADS or the
-usable processors. The interface of a layer is described in `lstm_ext.reference`.
+dtypes float32, float64, bfloat16, float16. An operation on a layer answers NotImplemented where something in the call
+is no plain array. It raises RuntimeError (dtype, device, shape, T = 0), TypeError (dtype of a mask) and ValueError
+(range) naming the argument, what was expected and what came. `num_threads` 0 takes OMP_NUM_THREADS or the usable
+processors. Arguments and results are described in `lstm_ext.call`, and those on a GPU in csrc/ops/ops.h.
 """
 
-from collections.abc import Sequence
 from typing import Any, TypedDict
+
+from .call import Array, CallTuple, GradsTuple, Needs, OutputsTuple, Save
 
 class BuildInfo(TypedDict, total=False):
     version: str
@@ -18,79 +20,20 @@ class BuildInfo(TypedDict, total=False):
     cuda_archs: str
     cudart: int
 
-def layer_forward(
-    x: Any,
-    h0: Any,
-    c0: Any,
-    weights: Sequence[Any],
-    lengths: Any,
-    resets: Any,
-    batch_sizes: Any,
-    directions: int,
-    batch_first: bool,
-    save: int,
-    num_threads: int,
-) -> tuple[Any, Any, Any, Any, Any]: ...
+_Saved = tuple[Array, Array, Array]
+_OutputGrads = tuple[Array | None, Array | None, Array | None, Array | None]
+
+def layer_forward(call: CallTuple, save: Save, num_threads: int) -> OutputsTuple: ...
 def layer_backward(
-    dy: Any,
-    dh_n: Any,
-    dc_n: Any,
-    dcells: Any,
-    x: Any,
-    h0: Any,
-    c0: Any,
-    weights: Sequence[Any],
-    y: Any,
-    cells: Any,
-    gates: Any,
-    lengths: Any,
-    resets: Any,
-    batch_sizes: Any,
-    directions: int,
-    batch_first: bool,
-    needs: int,
-    num_threads: int,
-) -> tuple[Any, Any, Any, list[Any] | None]: ...
-def cell_forward(
-    x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, num_threads: int
-) -> tuple[Any, Any]: ...
-def cuda_layer_forward(
-    xw: Any,
-    h0: Any,
-    c0: Any,
-    weights: Sequence[Any],
-    lengths: Any,
-    resets: Any,
-    packed_offset: Any,
-    directions: int,
-    batch_first: bool,
-    save: int,
-    tf32: bool,
-    strategy: str,
-) -> tuple[Any, Any, Any, Any, Any]: ...
+    call: CallTuple, saved: _Saved, grads: _OutputGrads, needs: Needs, num_threads: int
+) -> GradsTuple: ...
+
+# Where CUDA was built
+def cuda_layer_forward(steps: CallTuple, save: Save, tf32: bool, strategy: str) -> OutputsTuple: ...
 def cuda_layer_backward(
-    dy: Any,
-    dh_n: Any,
-    dc_n: Any,
-    dcells: Any,
-    h0: Any,
-    c0: Any,
-    weights: Sequence[Any],
-    y: Any,
-    cells: Any,
-    gates: Any,
-    lengths: Any,
-    resets: Any,
-    packed_offset: Any,
-    directions: int,
-    batch_first: bool,
-    needs: int,
-    tf32: bool,
-    strategy: str,
-) -> tuple[Any, Any, Any, Any, Any, Any]: ...
-def cuda_cell_forward(
-    x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, tf32: bool
-) -> tuple[Any, Any]: ...
+    steps: CallTuple, saved: _Saved, grads: _OutputGrads, needs: Needs, tf32: bool, strategy: str
+) -> tuple[Array, Array, Array | None, Array | None, Array | None, Array | None]: ...
+def cuda_step_forward(call: CallTuple, tf32: bool) -> OutputsTuple: ...
 def cuda_plan(
     T: int,
     B: int,

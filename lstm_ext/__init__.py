@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .backend import backends, build_info, use_backend
+from ._version import __version__ as __version__
+from .engines import backends, build_info, use_backend
 from .functional import lstm, lstm_cell
-from .plan import Plan, plan
+from .plans import Plan, plan
 
 if TYPE_CHECKING:
     from .nn import LSTM, BasicLSTMCell, LSTMCell, replace_lstm, to_torch
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LSTM",

@@ -1,10 +1,16 @@
-"""The only importer of the compiled module: the module, or why there is none."""
+"""The only importer of the compiled module: the module, or why there is none.
+
+`C` is `lstm_ext._C`, with the types of its stub; it is None where `reason` is not "".
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import _C as C
 
 __all__ = ["C", "reason"]
 
@@ -18,7 +24,7 @@ def _recorded_reason() -> str:
     return "" if record["native"] else str(record["reason"])
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load() -> tuple[Any, str]:
     try:
         from . import _C
     except ImportError as error:
@@ -30,4 +36,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
-C, reason = _load()
+if TYPE_CHECKING:
+    reason = ""
+else:
+    C, reason = _load()

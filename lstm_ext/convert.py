@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .reference import Array, Weights, split_gates
+from .call import Weights
+from .reference import Array, split_gates
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
@@ -15,12 +16,11 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import functional
-from .backend import warn_once
-from .reference import BOTH, FORWARD
+from . import route
+from .call import BOTH, FORWARD, LayerCall, Save
+from .engines import stock, warn_once
+from .route import run
 from .swap import recast, swap
-
-_dispatch = functional.tensor_dispatch()
 
 # Inputs that torch gives to oneDNN's LSTM.
 _ONE_DNN_DTYPES: frozenset[torch.dtype] = frozenset()
@@ -29,6 +29,7 @@ if torch.backends.mkldnn.is_available():
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         _ONE_DNN_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
+DTYPES, NOTHING, CELLS, STRIDED = route.DTYPES, Save.NOTHING, Save.CELLS, torch.strided
 State = tuple[Tensor, Tensor]
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -105,7 +106,6 @@ class LSTM(RNNBase):
         """RNNBase assigns its list; there is nothing to keep."""
 
     def _check_state(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
-        _check_pair("LSTM", hx)
         L, D = self.num_layers, 2 if self.bidirectional else 1
         B = x.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
         self.check_hidden_size(
@@ -164,27 +164,19 @@ class LSTM(RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, resets, return_cells)
         rank = input.dim()
-        if rank == 3 and not return_cells and self.num_layers == 1:  # often small, and called often
-            h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (None, None)
-            if hx is None or (h0 is not None and c0 is not None):
-                directions = BOTH if self.bidirectional else FORWARD
-                quick = _dispatch.quick_layer(
-                    input, h0, c0, self._flat_weights, lengths, resets, None, directions, self.batch_first, False
-                )
-                if quick is not None:
-                    y, h_n, c_n, _ = quick
-                    return y, (h_n, c_n)
         if rank == 2:
             return self._forward_unbatched(input, hx, lengths, resets, return_cells)
         if rank != 3:
             raise ValueError(f"LSTM: expected input to be 2-D or 3-D, got {rank}-D")
         weights = self._flat_weights
-        if input.dtype is not weights[0].dtype:  # the kernel checks the rest
+        if input.dtype is not weights[0].dtype:  # the engine checks the rest
             self.check_input(input, None)
         if hx is not None:
+            _check_pair("LSTM", hx)
             if hx[0].dim() != 3 or hx[1].dim() != 3:
                 raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
-            self._check_state(input, hx, None)
+            if self.num_layers > 1:
+                self._check_state(input, hx, None)
         y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
         return (y, (h_n, c_n), cells) if return_cells else (y, (h_n, c_n))
 
@@ -197,6 +189,7 @@ class LSTM(RNNBase):
         """x [T, I], as a batch of one."""
         batch = 0 if self.batch_first else 1
         if hx is not None:
+            _check_pair("LSTM", hx)
             if hx[0].dim() != 2 or hx[1].dim() != 2:
                 raise RuntimeError(f"LSTM: a 2-D input needs a 2-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
             hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
@@ -222,6 +215,7 @@ class LSTM(RNNBase):
             raise ValueError("LSTM: lengths and resets go with a padded input, got a PackedSequence")
         x, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is not None:
+            _check_pair("LSTM", hx)
             self._check_state(x, hx, batch_sizes)
             hx = self._permute(hx, sorted_indices)
         y, h_n, c_n, cells = self._layers(x, hx, self._flat_weights, None, None, batch_sizes, return_cells)
@@ -246,29 +240,31 @@ class LSTM(RNNBase):
         return_cells: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """All layers, one fused call each: (y, h_n, c_n, the last layer's cells in the layout of y)."""
-        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+        if _is_any_autocast_enabled() and x.is_cpu and torch.is_autocast_enabled("cpu"):
             return self._layers_under_autocast(x, hx, weights, lengths, resets, batch_sizes, return_cells)
         L, directions = self.num_layers, BOTH if self.bidirectional else FORWARD
         batch_first = self.batch_first and batch_sizes is None
-        layout = (lengths, resets, batch_sizes, directions, batch_first)
-        if not x.is_cpu and lengths is None and resets is None and not return_cells and not _dispatch.serves(x):
-            return *self._torch_layers(x, hx, weights, batch_sizes), None
+        masks = (lengths, resets, batch_sizes, directions, batch_first)
+        if not x.is_cpu and lengths is None and resets is None and not return_cells and not route.has_kernel(x):
+            return *self._stock_layers(x, hx, weights, batch_sizes), None
+        h0, c0 = (None, None) if hx is None else hx
         if L == 1:
-            h0, c0 = (None, None) if hx is None else hx
-            y, h_n, c_n, cells = _dispatch.layer(x, h0, c0, weights, *layout, return_cells)
+            y, h_n, c_n, cells, _ = run((x, h0, c0, weights, *masks), CELLS if return_cells else NOTHING)
         else:
             h_ns, c_ns = [], []
             D, per_layer = 2 if self.bidirectional else 1, len(weights) // L
             for n in range(L):
-                h0, c0 = (None, None) if hx is None else (hx[0][n * D : (n + 1) * D], hx[1][n * D : (n + 1) * D])
+                if hx is not None:
+                    h0, c0 = hx[0][n * D : (n + 1) * D], hx[1][n * D : (n + 1) * D]
                 own = weights[n * per_layer : (n + 1) * per_layer]
-                x, h_n, c_n, cells = _dispatch.layer(x, h0, c0, own, *layout, return_cells and n == L - 1)
+                save = CELLS if return_cells and n == L - 1 else NOTHING
+                x, h_n, c_n, cells, _ = run((x, h0, c0, own, *masks), save)
                 h_ns.append(h_n)
                 c_ns.append(c_n)
                 if n < L - 1 and self.dropout and self.training:
                     x = self._drop(x, batch_first)
             y, h_n, c_n = x, torch.cat(h_ns), torch.cat(c_ns)
-        return y, h_n, c_n, _join_directions(cells, batch_sizes, batch_first).to(y.dtype) if return_cells else None
+        return y, h_n, c_n, None if cells is None else _join_directions(cells, batch_sizes, batch_first).to(y.dtype)
 
     def _layers_under_autocast(
         self, x: Tensor, hx: State | None, weights: list[Tensor], *masks: Any
@@ -277,12 +273,14 @@ class LSTM(RNNBase):
         dtype = torch.get_autocast_dtype("cpu")
         packed = x.dim() == 2
         one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and not packed and not self.proj_size
-        wide = dtype if one_dnn else _dispatch.autocast_state_dtype(x, *(hx or (None, None)), weights)
-        x, cast_hx, weights = _dispatch.autocast(wide, x, hx, weights)
+        h0, c0 = hx or (None, None)
+        call = LayerCall(x, h0, c0, weights, None, None, None, FORWARD, False)
+        call = call.cast(dtype if one_dnn else route.autocast_cell_dtype(call))
+        cast_hx: Any = None if hx is None else (call.h0, call.c0)
         with torch.autocast("cpu", enabled=False):
-            y, h_n, c_n, cells = self._layers(x, cast_hx, weights, *masks)
+            y, h_n, c_n, cells = self._layers(call.x, cast_hx, call.weights, *masks)
         if self.proj_size:
-            y, h_n = _dispatch.autocast(dtype, y, h_n)
+            y, h_n = (a if a.dtype == torch.float64 else a.to(dtype) for a in (y, h_n))
         return y, h_n, c_n, cells
 
     def _drop(self, x: Tensor, batch_first: bool) -> Tensor:
@@ -291,18 +289,22 @@ class LSTM(RNNBase):
             return F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
         return F.dropout(x, self.dropout)
 
-    def _torch_layers(
+    def _stock_layers(
         self, x: Tensor, hx: State | None, weights: list[Tensor], batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """torch's own LSTM on our weights."""
-        if hx is None:
-            B = int(batch_sizes[0]) if batch_sizes is not None else x.size(0 if self.batch_first else 1)
-            LD = self.num_layers * (2 if self.bidirectional else 1)
-            hx = (x.new_zeros(LD, B, self.proj_size or self.hidden_size), x.new_zeros(LD, B, self.hidden_size))
-        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
-        if batch_sizes is not None:
-            return torch._VF.lstm(x, batch_sizes, hx, weights, *options)
-        return torch._VF.lstm(x, hx, weights, *options, self.batch_first)
+        """torch's own LSTM on our weights, all layers at once."""
+        return stock.stack(
+            x,
+            hx,
+            weights,
+            batch_sizes,
+            has_biases=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            train=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+        )
 
     def __prepare_scriptable__(self) -> torch.nn.LSTM:
         """TorchScript compiles torch's own LSTM, on our weights."""
@@ -323,6 +325,37 @@ def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: boo
         return cells.movedim(0, 1).flatten(1)
     cells = cells.movedim(0, 2).flatten(2)
     return cells.transpose(0, 1) if batch_first else cells
+
+
+def _check_ranks(x: int, h: int | None = None, c: int | None = None) -> None:
+    """Those of a cell's input and state; the error types are those of torch."""
+    if x not in (1, 2):
+        raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {x}-D")
+    for n, rank in enumerate((h, c)):
+        if rank not in (None, 1, 2):
+            raise ValueError(f"LSTMCell: expected hx[{n}] to be 1-D or 2-D, got {rank}-D")
+    if h is not None and not x == h == c:
+        raise RuntimeError(f"LSTMCell: a {x}-D input needs a {x}-D hx, got {h}-D and {c}-D")
+
+
+def _why_stock_cell(x: Tensor, c: Tensor | None) -> str:
+    """Why torch's own cell has to run, which takes more dtypes and layouts; "" if it need not."""
+    if x.dtype not in DTYPES:
+        return f"input: expected dtype {', '.join(sorted(map(str, DTYPES)))}, got {x.dtype}"
+    if x.layout is not STRIDED:
+        return f"input: expected a dense tensor (torch.strided), got {x.layout}"
+    if c is not None and c.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"hx[1]: expected dtype {x.dtype} as input has, got {c.dtype}"
+    return ""
+
+
+def _stock_cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> State:
+    """One step of torch's own cell."""
+    if x.dim() == 1:
+        h, c = _stock_cell(x[None], h[None], c[None], weights)
+        return h[0], c[0]
+    h, c = torch._VF.lstm_cell(x, (h, c), *weights)
+    return h, c
 
 
 class LSTMCell(RNNCellBase):
@@ -357,52 +390,34 @@ class LSTMCell(RNNCellBase):
         """See the class for shapes: (h_1, c_1)."""
         h: Any = None
         c: Any = None
+        rank = input.dim()
         if hx is not None:
-            h, c = hx if type(hx) is tuple and len(hx) == 2 else self._pair(hx)
+            _check_pair("LSTMCell", hx)
+            h, c = hx
             if h is None or c is None:
                 raise AttributeError("LSTMCell: expected hx to be a pair of tensors, got None in it")  # torch's type
+            if not rank == h.dim() == c.dim():
+                _check_ranks(rank, h.dim(), c.dim())
+        if rank not in (1, 2):
+            _check_ranks(rank)
         parameters: dict[str, Any] = self._parameters
         try:
-            w_ih, w_hh = parameters["weight_ih"], parameters["weight_hh"]
-            b_ih, b_hh = parameters["bias_ih"], parameters["bias_hh"]
+            weights = [parameters["weight_ih"], parameters["weight_hh"]]
+            biases = [parameters["bias_ih"], parameters["bias_hh"]]
         except KeyError:  # a parametrization computes them
-            w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        quick = _dispatch.quick_cell(input, h, c, w_ih, w_hh, b_ih, b_hh)
-        return quick or self._checked(input, h, c, w_ih, w_hh, b_ih, b_hh)
+            weights, biases = [self.weight_ih, self.weight_hh], [self.bias_ih, self.bias_hh]
+        if biases[0] is not None:
+            weights += biases
+        unusual = input.dtype not in DTYPES or input.layout is not STRIDED
+        if (unusual or (c is not None and c.dtype is not input.dtype)) and (why := _why_stock_cell(input, c)):
+            warn_once(f"lstm_ext runs torch's own LSTM cell: {why}")
+            zeros = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
+            return _stock_cell(input, zeros if h is None else h, zeros if c is None else c, weights)
+        y, _, c_n, _, _ = run((input, h, c, weights, None, None, None, FORWARD, False))
+        return y, c_n
 
     if TYPE_CHECKING:
         __call__ = forward
-
-    def _pair(self, hx: Any) -> State:
-        _check_pair("LSTMCell", hx)
-        return hx[0], hx[1]
-
-    def _checked(self, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Any) -> State:
-        """One step of x [B, I] or [I], after torch's checks of ranks."""
-        rank = x.dim()
-        if rank not in (1, 2):
-            raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {rank}-D")
-        for n, state in enumerate((h, c)):
-            if state is not None and state.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: expected hx[{n}] to be 1-D or 2-D, got {state.dim()}-D")
-        if rank == 1:
-            h, c = self._step(x.unsqueeze(0), *(None if a is None else a.unsqueeze(0) for a in (h, c)), *weights)
-            return h.squeeze(0), c.squeeze(0)
-        if h is not None and c is not None and not h.dim() == c.dim() == 2:
-            raise RuntimeError(f"LSTMCell: a 2-D input needs a 2-D hx, got {h.dim()}-D and {c.dim()}-D")
-        return self._step(x, h, c, *weights)
-
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Any) -> State:
-        """One step of x [B, I] from h, c [B, H]."""
-        try:
-            return _dispatch.cell(x, h, c, *weights)
-        except RuntimeError as error:
-            if x.dtype in _dispatch.DTYPES and x.layout == torch.strided and (c is None or c.dtype == x.dtype):
-                raise
-            warn_once(f"lstm_ext runs torch's own LSTM cell: {error}")
-            zeros = torch.zeros(x.shape[0], self.hidden_size, dtype=x.dtype, device=x.device)
-            state: Any = (zeros, zeros) if h is None else (h, c)
-            return torch._VF.lstm_cell(x, state, *weights)
 
     def __prepare_scriptable__(self) -> torch.nn.LSTMCell:
         """TorchScript compiles torch's own cell, on our weights."""

@@ -6,22 +6,20 @@ One step, from the gates' weighted sums and the cell c before it (i, f, o squash
     c' = f c + i g
     h' = o tanh(c')        (h' W_hr' with a projection)
 
-Dimensions are T (time), B (batch), I (input), H (cells), P (width of h: H without a projection) and D (directions).
-Half types compute in float32. Arguments are taken as checked; they are never written to.
+The arguments and results of a layer are described in `lstm_ext.call`. Half types compute in float32. Arguments are
+taken as checked; they are never written to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from .call import Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved, Weights
 
-FORWARD, REVERSE, BOTH = 0, 1, 2
-NEEDS_X, NEEDS_H0, NEEDS_C0, NEEDS_WEIGHTS = 1, 2, 4, 8
+Array = npt.NDArray[Any]
 
 
 # One step ------------------------------------------------------------------------------------------------------------
@@ -66,16 +64,6 @@ def cell_step_backward(gates: Array, c_prev: Array, tanh_c: Array, dh: Array, dc
 
 
 # One direction of a layer --------------------------------------------------------------------------------------------
-
-
-class Weights(NamedTuple):
-    """The weights of one direction, as the caller lists them but for the absent ones."""
-
-    w_ih: Array  # [4H, I]
-    w_hh: Array  # [4H, P]
-    b_ih: Array | None  # [4H]
-    b_hh: Array | None  # [4H]
-    w_hr: Array | None  # [P, H]
 
 
 class Walk:
@@ -160,7 +148,7 @@ def direction_backward(
     cells: Array,
     gates: Array,
     walk: Walk,
-    needs: int,
+    needs: Needs,
 ) -> tuple[Array | None, Array, Array, Weights | None]:
     """The gradients of `direction_forward`, from those of y, h_n, c_n and cells, all sequences in step order.
 
@@ -179,8 +167,8 @@ def direction_backward(
         dc = walk.advance(s, walk.forget(s, dc_prev), dc)
 
     d_pre = walk.mask(d_pre)
-    dx = linear(d_pre, w.w_ih.T) if needs & NEEDS_X else None
-    if not needs & NEEDS_WEIGHTS:
+    dx = linear(d_pre, w.w_ih.T) if needs & Needs.X else None
+    if not needs & Needs.WEIGHTS:
         return dx, dh, dc, None
     db = None if w.b_ih is None else d_pre.sum(axis=(0, 1))
     dw_hr = None if w.w_hr is None else outer_sum(walk.mask(dh_total), split_gates(gates)[3] * tanh_c)
@@ -229,73 +217,30 @@ def zeros_if_none(a: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any])
     return np.broadcast_to(dtype.type(0), shape) if a is None else plain(a, dtype)
 
 
-def reversals(directions: int) -> tuple[bool, ...]:
-    """Whether each of the directions is a reverse one."""
-    return {FORWARD: (False,), REVERSE: (True,), BOTH: (False, True)}[directions]
+def split_weights(call: LayerCall, dtype: np.dtype[Any]) -> list[Weights]:
+    """The weights by direction, in the dtype."""
+    return [Weights(*(None if a is None else plain(a, dtype) for a in w)) for w in call.split()]
 
 
-def split_weights(weights: Sequence[Array], num_directions: int, dtype: np.dtype[Any]) -> list[Weights]:
-    """The flat list (2 to 5 entries per direction, an odd number where there is a projection) by direction."""
-    per_direction = len(weights) // num_directions
-    groups = [weights[d * per_direction : (d + 1) * per_direction] for d in range(num_directions)]
-    projected, biased = per_direction % 2 == 1, per_direction >= 4
-    split = []
-    for group in groups:
-        arrays = [plain(a, dtype) for a in group]
-        b_ih, b_hh = arrays[2:4] if biased else (None, None)
-        split.append(Weights(arrays[0], arrays[1], b_ih, b_hh, arrays[-1] if projected else None))
-    return split
+def make_walks(call: LayerCall, layout: Layout, num_steps: int) -> list[Walk]:
+    """That of each direction."""
+    lengths: Array | None = call.lengths if layout.valid is None else layout.valid.sum(axis=0)
+    resets = None if call.resets is None else layout.pad(call.resets)
+    return [Walk(num_steps, lengths, resets, reverse) for reverse in call.directions.reversals]
 
 
-def row_lengths(lengths: Array | None, layout: Layout) -> Array | None:
-    """The length of each row [B], or None where all rows are full."""
-    if layout.valid is None:
-        return lengths
-    valid_steps: Array = layout.valid.sum(axis=0)
-    return valid_steps
-
-
-def layer_forward(
-    x: Array,
-    h0: Array | None,
-    c0: Array | None,
-    weights: Sequence[Array],
-    lengths: Array | None,
-    resets: Array | None,
-    batch_sizes: Array | None,
-    directions: int,
-    batch_first: bool,
-    save: int,
-) -> tuple[Array, Array, Array, Array | None, Array | None]:
-    """One or both directions of an LSTM layer over a whole sequence.
-
-    Args:
-        x: [T, B, I], or [B, T, I] if `batch_first`, or packed rows [N, I] if `batch_sizes` is given.
-        h0: initial h [D, B, P]; None is zeros.
-        c0: initial c [D, B, H]; None is zeros.
-        weights: per direction w_ih [4H, I], w_hh [4H, P], then both or neither of b_ih, b_hh [4H], then perhaps
-            w_hr [P, H]; gates in the order i, f, g, o.
-        lengths: the valid steps of each row [B], or None. What x holds past them does not matter.
-        resets: bool, laid out as x: where True, the state is zero before that step; or None.
-        batch_sizes: the rows of each time [T], from a PackedSequence, or None.
-        directions: FORWARD, REVERSE or BOTH.
-        batch_first: whether B comes before T in x, resets and y.
-        save: 0 for neither cells nor gates, 1 for cells, 2 for both (what `layer_backward` needs).
-
-    Returns:
-        y laid out as x, [T, B, D * P], zero past a length; h_n [D, B, P]; c_n [D, B, H]; cells [D, T, B, H] (packed:
-        [D, N, H]; float32 for half types); gates after their activation [D, T, B, 4H] (packed: [D, N, 4H]).
-    """
-    result, dtype = x.dtype.newbyteorder("="), compute_dtype(x.dtype)
-    layout, time_major = Layout(batch_first, batch_sizes), Layout(False, batch_sizes)
-    x = plain(layout.pad(x), dtype)
-    lengths = row_lengths(lengths, layout)
-    resets = None if resets is None else layout.pad(resets)
-    walks = [Walk(len(x), lengths, resets, reverse) for reverse in reversals(directions)]
-    per_direction = split_weights(weights, len(walks), dtype)
+def layer_forward(call: LayerCall, save: Save) -> Outputs:
+    """One or both directions of a layer over a whole sequence, or over one step."""
+    if call.is_step:
+        return layer_forward(call.with_time(), save).without_time(call)
+    result, dtype = call.x.dtype.newbyteorder("="), compute_dtype(call.x.dtype)
+    layout, time_major = Layout(call.batch_first, call.batch_sizes), Layout(False, call.batch_sizes)
+    x = plain(layout.pad(call.x), dtype)
+    walks = make_walks(call, layout, len(x))
+    per_direction = split_weights(call, dtype)
     B, H, P = x.shape[1], per_direction[0].w_hh.shape[0] // 4, per_direction[0].w_hh.shape[1]
-    h0 = zeros_if_none(h0, (len(walks), B, P), dtype)
-    c0 = zeros_if_none(c0, (len(walks), B, H), dtype)
+    h0 = zeros_if_none(call.h0, (len(walks), B, P), dtype)
+    c0 = zeros_if_none(call.c0, (len(walks), B, H), dtype)
 
     ys, h_ns, c_ns, cells, gates = [], [], [], [], []
     for d, (walk, w) in enumerate(zip(walks, per_direction, strict=True)):
@@ -303,76 +248,50 @@ def layer_forward(
         ys.append(walk.order(y))
         h_ns.append(h_n)
         c_ns.append(c_n)
-        if save >= 1:
+        if save >= Save.CELLS:
             cells.append(time_major.unpad(walk.order(cells_d)))
-        if save >= 2:
+        if save >= Save.ALL:
             gates.append(time_major.unpad(walk.order(gates_d)))
-    return (
+    return Outputs(
         plain(layout.unpad(np.concatenate(ys, axis=-1)), result),
         np.stack(h_ns).astype(result, copy=False),
         np.stack(c_ns).astype(result, copy=False),
-        np.stack(cells) if save >= 1 else None,
-        np.stack(gates).astype(result, copy=False) if save >= 2 else None,
+        np.stack(cells) if save >= Save.CELLS else None,
+        np.stack(gates).astype(result, copy=False) if save >= Save.ALL else None,
     )
 
 
-def layer_backward(
-    dy: Array | None,
-    dh_n: Array | None,
-    dc_n: Array | None,
-    dcells: Array | None,
-    x: Array,
-    h0: Array | None,
-    c0: Array | None,
-    weights: Sequence[Array],
-    y: Array,
-    cells: Array,
-    gates: Array,
-    lengths: Array | None,
-    resets: Array | None,
-    batch_sizes: Array | None,
-    directions: int,
-    batch_first: bool,
-    needs: int,
-) -> tuple[Array | None, Array | None, Array | None, list[Array] | None]:
-    """The gradients of `layer_forward`, from those of y, h_n, c_n and cells (None is zeros).
+def layer_backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Grads:
+    """The gradients of `layer_forward(call, Save.ALL)`, of which `saved` is a part, from those of its outputs."""
+    if call.is_step:
+        return layer_backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs).without_time(call)
+    result, dtype = call.x.dtype.newbyteorder("="), compute_dtype(call.x.dtype)
+    layout, time_major = Layout(call.batch_first, call.batch_sizes), Layout(False, call.batch_sizes)
+    x, y = plain(layout.pad(call.x), dtype), plain(layout.pad(saved.y), dtype)
+    dy = zeros_if_none(None if grads.dy is None else layout.pad(grads.dy), y.shape, dtype)
+    walks = make_walks(call, layout, len(x))
+    per_direction = split_weights(call, dtype)
+    T, B, H, P = *x.shape[:2], saved.cells.shape[-1], y.shape[-1] // len(walks)
+    h0, dh_n = (zeros_if_none(a, (len(walks), B, P), dtype) for a in (call.h0, grads.dh_n))
+    c0, dc_n = (zeros_if_none(a, (len(walks), B, H), dtype) for a in (call.c0, grads.dc_n))
 
-    `dy`, `dh_n`, `dc_n` and `dcells` are shaped as the outputs they belong to; `y`, `cells` and `gates` are what
-    `layer_forward` returned with save=2; `needs` is the sum of some of NEEDS_X, NEEDS_H0, NEEDS_C0, NEEDS_WEIGHTS;
-    the others are as `layer_forward` was given them. What dy and dcells hold past a length does not matter.
-
-    Returns:
-        dx, dh0 [D, B, P], dc0 [D, B, H] and the list of the weights' gradients; None for what is not needed.
-    """
-    result, dtype = x.dtype.newbyteorder("="), compute_dtype(x.dtype)
-    layout, time_major = Layout(batch_first, batch_sizes), Layout(False, batch_sizes)
-    x, y = plain(layout.pad(x), dtype), plain(layout.pad(y), dtype)
-    dy = zeros_if_none(None if dy is None else layout.pad(dy), y.shape, dtype)
-    lengths = row_lengths(lengths, layout)
-    resets = None if resets is None else layout.pad(resets)
-    walks = [Walk(len(x), lengths, resets, reverse) for reverse in reversals(directions)]
-    per_direction = split_weights(weights, len(walks), dtype)
-    T, B, H, P = *x.shape[:2], cells.shape[-1], y.shape[-1] // len(walks)
-    h0, dh_n = (zeros_if_none(a, (len(walks), B, P), dtype) for a in (h0, dh_n))
-    c0, dc_n = (zeros_if_none(a, (len(walks), B, H), dtype) for a in (c0, dc_n))
-
-    dx = np.zeros_like(x) if needs & NEEDS_X else None
+    dx = np.zeros_like(x) if needs & Needs.X else None
     dh0, dc0, dweights = [], [], []
     for d, (walk, w) in enumerate(zip(walks, per_direction, strict=True)):
         columns = slice(d * P, (d + 1) * P)
-        dcells_d = None if dcells is None else time_major.pad(dcells[d])
+        dcells = None if grads.dcells is None else time_major.pad(grads.dcells[d])
         dx_d, dh0_d, dc0_d, dw = direction_backward(
             walk.order(dy[..., columns]),
             dh_n[d],
             dc_n[d],
-            walk.order(zeros_if_none(dcells_d, (T, B, H), dtype)),
+            walk.order(zeros_if_none(dcells, (T, B, H), dtype)),
             walk.order(x),
             h0[d],
             c0[d],
             w,
             walk.order(y[..., columns]),
-            walk.order(plain(time_major.pad(cells[d]), dtype)),
-            walk.order(plain(time_major.pad(gates[d]), dtype)),
+            walk.order(plain(time_major.pad(saved.cells[d]), dtype)),
+            walk.order(plain(time_major.pad(saved.gates[d]), dtype)),
             walk,
             needs,
         )
@@ -381,29 +300,9 @@ def layer_backward(
         dh0.append(dh0_d)
         dc0.append(dc0_d)
         dweights += [a.astype(result) for a in dw or () if a is not None]
-    return (
+    return Grads(
         None if dx is None else plain(layout.unpad(dx), result),
-        np.stack(dh0).astype(result, copy=False) if needs & NEEDS_H0 else None,
-        np.stack(dc0).astype(result, copy=False) if needs & NEEDS_C0 else None,
-        dweights if needs & NEEDS_WEIGHTS else None,
+        np.stack(dh0).astype(result, copy=False) if needs & Needs.H0 else None,
+        np.stack(dc0).astype(result, copy=False) if needs & Needs.C0 else None,
+        dweights if needs & Needs.WEIGHTS else None,
     )
-
-
-def cell_forward(
-    x: Array,
-    h: Array | None,
-    c: Array | None,
-    w_ih: Array,
-    w_hh: Array,
-    b_ih: Array | None = None,
-    b_hh: Array | None = None,
-) -> tuple[Array, Array]:
-    """One step of x [B, I] from the state h, c [B, H] (None is zeros) to (h', c')."""
-    result, dtype = x.dtype.newbyteorder("="), compute_dtype(x.dtype)
-    state_shape = (len(x), w_hh.shape[1])
-    h, c = zeros_if_none(h, state_shape, dtype), zeros_if_none(c, state_shape, dtype)
-    gates = plain(x, dtype) @ plain(w_ih, dtype).T + h @ plain(w_hh, dtype).T
-    if b_ih is not None and b_hh is not None:
-        gates += plain(b_ih, dtype) + plain(b_hh, dtype)
-    h_next, c_next = cell_step(gates, c)
-    return h_next.astype(result, copy=False), c_next.astype(result, copy=False)

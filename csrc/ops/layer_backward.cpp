@@ -12,27 +12,25 @@ struct WeightOutputs {
 
 }  // namespace
 
-py::tuple layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, py::handle dcells, py::handle x,
-                         py::handle h0, py::handle c0, py::sequence weights, py::handle y, py::handle cells,
-                         py::handle gates, py::handle lengths, py::handle resets, py::handle batch_sizes,
-                         int directions, bool batch_first, int needs, int num_threads) {
-  const LayerArgs args(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first);
+py::object layer_backward(const LayerCall& call, const Saved& saved, const OutputGrads& grads, Needs needs,
+                          int num_threads) {
+  if (!takes(call) || !takes(grads)) return not_implemented();
+  const LayerArgs args(call);
   const auto [T, B, I, H, P, projected] = args.shape;
-  const int64_t D = args.D;
-  const BackwardArrays arrays(args, args.x, dy, dh_n, dc_n, dcells, y, cells, gates);
+  const BackwardArrays arrays(args, args.x, saved, grads);
 
   const Allocator allocator(args.x);
-  const auto wanted = [&](int need, const Shape& shape) {
-    return needs & need ? allocator.empty(args.dtype, shape) : Output{};
+  const auto wanted = [&](Needs need, const Shape& shape) {
+    return has(needs, need) ? allocator.empty(args.dtype, shape) : Output{};
   };
-  const Output dx = wanted(kNeedX, args.sequence_shape(I));
-  const Output dh0 = wanted(kNeedH0, {D, B, P});
-  const Output dc0 = wanted(kNeedC0, {D, B, H});
+  const Output dx = wanted(Needs::kX, args.sequence_shape(I));
+  const Output dh0 = wanted(Needs::kH0, args.state_shape(P));
+  const Output dc0 = wanted(Needs::kC0, args.state_shape(H));
   WeightOutputs dw[2];
   py::list dweights;
-  for (int n = 0; n < D; ++n) {
+  for (int n = 0; n < args.D; ++n) {
     const auto grad_of = [&](const Array& weight) {
-      Output grad = weight ? wanted(kNeedWeights, weight.shape()) : Output{};
+      Output grad = weight ? wanted(Needs::kWeights, weight.shape()) : Output{};
       if (!grad.object.is_none()) dweights.append(grad.object);
       return grad;
     };
@@ -50,8 +48,8 @@ py::tuple layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, py::ha
   layer.x_map = args.map_of(args.x);
   layer.dx_map = args.contiguous_map(I);
   layer.num_threads = num_threads > 0 ? num_threads : cpu::default_threads();
-  for (int n = 0; n < D; ++n) {
-    layer.direction[n].grads = {(needs & kNeedWeights) != 0,
+  for (int n = 0; n < args.D; ++n) {
+    layer.direction[n].grads = {has(needs, Needs::kWeights),
                                 dw[n].w_ih.data,
                                 dw[n].w_hh.data,
                                 dw[n].b_ih.data,
@@ -63,7 +61,7 @@ py::tuple layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, py::ha
     py::gil_scoped_release release;
     cpu::kernels().layer_backward(layer);
   }
-  const py::object weight_grads = needs & kNeedWeights ? py::object(dweights) : py::none();
+  const py::object weight_grads = has(needs, Needs::kWeights) ? py::object(dweights) : py::none();
   return py::make_tuple(dx.object, dh0.object, dc0.object, weight_grads);
 }
 

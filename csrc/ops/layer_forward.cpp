@@ -5,18 +5,17 @@
 
 namespace lstm_ext::ops {
 
-py::tuple layer_forward(py::handle x, py::handle h0, py::handle c0, py::sequence weights, py::handle lengths,
-                        py::handle resets, py::handle batch_sizes, int directions, bool batch_first, int save,
-                        int num_threads) {
-  const LayerArgs args(x, h0, c0, weights, lengths, resets, batch_sizes, directions, batch_first);
+py::object layer_forward(const LayerCall& call, Save save, int num_threads) {
+  if (!takes(call)) return not_implemented();
+  const LayerArgs args(call);
   const auto [T, B, I, H, P, projected] = args.shape;
 
   const Allocator allocator(args.x);
   const Output y = allocator.empty(args.dtype, args.sequence_shape(args.D * P));
-  const Output h_n = allocator.empty(args.dtype, {args.D, B, P});
-  const Output c_n = allocator.empty(args.dtype, {args.D, B, H});
-  const Output cells = save >= 1 ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
-  const Output gates = save >= 2 ? allocator.empty(args.dtype, args.saved_shape(4 * H)) : Output{};
+  const Output h_n = args.step ? Output{} : allocator.empty(args.dtype, args.state_shape(P));
+  const Output c_n = allocator.empty(args.dtype, args.state_shape(H));
+  const Output cells = save >= Save::kCells ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
+  const Output gates = save >= Save::kAll ? allocator.empty(args.dtype, args.saved_shape(4 * H)) : Output{};
 
   LayerForward layer = describe_forward(args, y, h_n, c_n, cells, gates);
   layer.x = args.x.data();

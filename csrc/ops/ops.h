@@ -1,23 +1,42 @@
-// The operations of the module. Each is four visible blocks: check, allocate, fill the params, launch.
+// The operations on a layer. Each is four visible blocks: check, allocate, fill the params, launch. Each answers
+// NotImplemented where something in the call is no plain array, and nothing else stops it but an exception.
 #pragma once
 
-#include "../array.h"
+#include <string>
+
+#include "call.h"
 
 namespace lstm_ext::ops {
 
-// -> (y, h_n, c_n, cells or None, gates or None); save: 0 neither, 1 cells, 2 cells and gates
-py::tuple layer_forward(py::handle x, py::handle h0, py::handle c0, py::sequence weights, py::handle lengths,
-                        py::handle resets, py::handle batch_sizes, int directions, bool batch_first, int save,
-                        int num_threads);
+// -> (y, h_n or None, c_n, cells or None, gates or None): `Outputs` in lstm_ext/call.py
+py::object layer_forward(const LayerCall& call, Save save, int num_threads);
 
-// -> (dx, dh0, dc0, dweights), None for what `needs` (1 dx, 2 dh0, 4 dc0, 8 dweights) leaves out
-py::tuple layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, py::handle dcells, py::handle x,
-                         py::handle h0, py::handle c0, py::sequence weights, py::handle y, py::handle cells,
-                         py::handle gates, py::handle lengths, py::handle resets, py::handle batch_sizes,
-                         int directions, bool batch_first, int needs, int num_threads);
+// -> (dx, dh0, dc0, dweights), None for what is not needed: `Grads` in lstm_ext/call.py
+py::object layer_backward(const LayerCall& call, const Saved& saved, const OutputGrads& grads, Needs needs,
+                          int num_threads);
 
-// One step, nothing kept for a backward pass: x [B, I] or [I] -> (h', c'); h and c both None are zeros
-py::tuple cell_forward(py::handle x, py::handle h, py::handle c, py::handle w_ih, py::handle w_hh, py::handle b_ih,
-                       py::handle b_hh, int num_threads);
+// The same on a GPU. What is one large product over all steps is left to the framework: x W_ih' comes in, and what the
+// gradients of the weights and of x are computed from comes out. Everything is launched on the current stream.
+//
+// In `steps` x is xw [D, T, B, 4H], or of packed rows [D, N, 4H], holding x W_ih': float32 also for half types, since
+// rounding x W_ih' before h W_hh' is added would lose more than the kernel does. With Save::kAll the activated gates
+// take its place where their dtype is the same. `weights` lacks the w_ih of each direction; batch_sizes [T] says where
+// the packed rows of each time start, and lengths [B] how long each row is, both int64. All is on the GPU. `strategy`:
+// "" to choose, or the name of one. -> as layer_forward
+py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, const std::string& strategy);
+
+// `steps` as above, but x is `saved.gates`.
+// -> (d_gates [D, .., 4H], h_prev [D, .., P], d_h [D, .., P] or None, hidden [D, .., H] or None, dh0, dc0)
+// d_gates are those before the activation, h_prev what each step started from, d_h and hidden (with a projection) the
+// gradient of h and h before the projection; all are zero past a length.
+py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
+                               bool tf32, const std::string& strategy);
+
+// A call without a time axis, nothing saved, in one launch -> as layer_forward
+py::object cuda_step_forward(const LayerCall& call, bool tf32);
+
+// How a layer [T, B] of H units would run on a device -> dict
+py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, const std::string& dtype, bool tf32,
+                   int num_directions, bool backward, const std::string& strategy, int device);
 
 }  // namespace lstm_ext::ops

@@ -1,4 +1,8 @@
-"""Which code computes: the backends of this process, why the others do not serve, and how a caller forces one."""
+"""The engines: each computes a layer in its own way, knows nothing of the others, and says what it cannot do.
+
+Those that a caller can choose, the backends, are modules with the functions of `Engine`: `cuda`, `cpu` and `numpy`.
+`composed`, `stock` and `onnx` step in where none of these serves; each has `forward` alone.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,24 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
-from . import _native
+from .. import _native
+from .._version import __version__
+from ..call import DTYPES, CallTuple, GradsTuple, LayerCall, Needs, OutputGrads, OutputsTuple, Save, Saved
 
 NAMES = ("cuda", "cpu", "numpy")
-DTYPES = frozenset({"float32", "float64", "bfloat16", "float16"})
 ENVIRONMENT = "LSTM_EXT_BACKEND"
+
+
+class Engine(Protocol):
+    """One backend: a module. Its functions take calls as they are and check them; a wrong one is an error."""
+
+    def forward(self, call: CallTuple, save: Save) -> OutputsTuple:
+        """The outputs; or NotImplemented, if an array is more than its memory, as a subclass of Tensor is."""
+
+    def backward(self, call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
+        """The gradients of what `forward` computes with `Save.ALL`; or NotImplemented, as there."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +44,10 @@ class Backend:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs, or None where there is none; and why each preferred one was refused."""
+    """The backend that runs and its engine, or None where there is none; and why each preferred one was refused."""
 
     name: str | None
+    engine: Engine | None
     refused: tuple[tuple[str, str], ...]
 
     @property
@@ -42,9 +58,7 @@ class Choice:
 
 def build_info() -> dict[str, Any]:
     """What this installation is: its version, whether the native core loaded (if not, why), and how that was built."""
-    from . import __version__
-
-    if _native.C is None:
+    if _native.reason:
         return {"version": __version__, "native": False, "reason": _native.reason}
     return {"version": __version__, "native": True, **_native.C.build_info()}
 
@@ -54,12 +68,9 @@ def _reason(name: str) -> str:
     """Why a backend cannot run in this process; "" if it can."""
     if name == "numpy":
         return ""
-    if _native.C is None:
+    if _native.reason or name == "cpu":
         return _native.reason
-    if name == "cpu":
-        return ""
-    why_no_gpu: str = _native.C.gpus()[1]
-    return why_no_gpu
+    return _native.C.gpus()[1]
 
 
 def backends() -> dict[str, Backend]:
@@ -114,15 +125,28 @@ def _refusal(name: str, device: str, dtype: str) -> str:
     return _reason(name)
 
 
+def _engine(name: str) -> Engine:
+    """Imports one: `cuda` imports torch."""
+    if name == "cuda":
+        from . import cuda
+
+        return cuda
+    from . import cpu, numpy
+
+    return cpu if name == "cpu" else numpy
+
+
 @lru_cache
 def _choose(forced: str | None, device: str, dtype: object) -> Choice:
     forced = forced or _from_environment()
     refused: list[tuple[str, str]] = []
     for name in (forced,) if forced else NAMES:
         if not (why := _refusal(name, device, str(dtype).removeprefix("torch."))):
-            return Choice(name, tuple(refused))
+            if name == "numpy" and _native.reason and str(dtype).startswith("torch."):
+                warn_once(f"lstm_ext computes in NumPy, slowly: the compiled kernels are missing ({_native.reason})")
+            return Choice(name, _engine(name), tuple(refused))
         refused.append((name, why))
-    choice = Choice(None, tuple(refused))
+    choice = Choice(None, None, tuple(refused))
     if forced:
         raise RuntimeError(f"x: the backend asked for cannot run this ({choice.reason})")
     return choice

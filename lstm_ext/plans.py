@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _native
-from .backend import backends
+from .engines import backends
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ def plan(
     cuda = backends()["cuda"]
     if not cuda.available:
         raise RuntimeError(f"plan: the backend 'cuda' is not available: {cuda.reason}")
-    C: Any = _native.C
     return Plan(
-        **C.cuda_plan(
+        **_native.C.cuda_plan(
             *(num_steps, batch_size, hidden_size, proj_size, proj_size > 0, str(dtype).removeprefix("torch."), tf32),
             *(2 if bidirectional else 1, backward, strategy or "", device),
         )

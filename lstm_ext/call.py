@@ -1,0 +1,394 @@
+"""What a layer is asked, as one value, and the words for what goes in and comes out.
+
+Dimensions are T (time), B (batch), I (input), H (cells), P (width of h: H without a projection) and D (directions).
+An array is a NumPy array or a torch tensor; all of one call are of one kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from enum import IntEnum, IntFlag
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import dlpack
+
+Array = Any
+Arrays = Sequence[tuple[str, Array]]  # by name, None where one is absent
+
+DTYPES = frozenset({"float32", "float64", "bfloat16", "float16"})
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+#
+# csrc/ops/call.h has the same three enums with the same numbers; tests/test_layering.py compares them.
+
+
+class Directions(IntEnum):
+    """Which ways a layer walks through time."""
+
+    FORWARD = 0
+    REVERSE = 1
+    BOTH = 2
+
+    @property
+    def reversals(self) -> tuple[bool, ...]:
+        """Whether each of the directions is a reverse one."""
+        return ((False,), (True,), (False, True))[self]
+
+
+class Save(IntEnum):
+    """What a forward pass returns beside its outputs."""
+
+    NOTHING = 0
+    CELLS = 1
+    ALL = 2  # cells and gates: what a backward pass needs
+
+
+class Needs(IntFlag):
+    """Which gradients a backward pass is asked for."""
+
+    X = 1
+    H0 = 2
+    C0 = 4
+    WEIGHTS = 8
+    ALL = 15
+
+    @classmethod
+    def of(cls, x: bool, h0: bool, c0: bool, weights: bool) -> Needs:
+        """Those that are true."""
+        return _NEEDS[x + 2 * h0 + 4 * c0 + 8 * weights]
+
+
+_NEEDS = tuple(Needs(n) for n in range(16))  # an IntFlag takes a microsecond to make
+
+FORWARD, REVERSE, BOTH = Directions
+
+
+# The arrays of a call ------------------------------------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """One direction of one layer in torch's layout."""
+
+    w_ih: Array  # [4H, I]
+    w_hh: Array  # [4H, P]
+    b_ih: Array | None  # [4H]
+    b_hh: Array | None  # [4H]
+    w_hr: Array | None  # [P, H]
+
+
+class LayerCall(NamedTuple):
+    """One or both directions of an LSTM layer over a whole sequence, or over one step.
+
+    Attributes:
+        x: [T, B, I], or [B, T, I] if `batch_first`, or packed rows [N, I] if `batch_sizes` is given. Of one step
+            [B, I] or [I], without a time axis, as a cell is called. Then h0, c0, y and c_n lack their first axis
+            too (or first two), y stands for h_n, and only what is saved has all of its axes.
+        h0: initial h [D, B, P]; None is zeros.
+        c0: initial c [D, B, H]; None is zeros.
+        weights: per direction w_ih [4H, I], w_hh [4H, P], then both or neither of b_ih, b_hh [4H], then perhaps
+            w_hr [P, H]; gates in the order i, f, g, o. `split` takes them apart.
+        lengths: the valid steps of each row [B], or None. What x holds past them does not matter.
+        resets: bool, laid out as x: where True, the state is zero before that step; or None.
+        batch_sizes: the rows of each time [T], from a PackedSequence, or None.
+        directions: forward, reverse or both.
+        batch_first: whether B comes before T in x, resets and y.
+    """
+
+    x: Array
+    h0: Array | None
+    c0: Array | None
+    weights: list[Array]
+    lengths: Array | None
+    resets: Array | None
+    batch_sizes: Array | None
+    directions: Directions
+    batch_first: bool
+
+    @property
+    def num_directions(self) -> int:
+        """D."""
+        return 2 if self.directions == BOTH else 1
+
+    @property
+    def masked(self) -> bool:
+        """Whether lengths or resets are given."""
+        return self.lengths is not None or self.resets is not None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether x has no time axis: [B, I] or [I]."""
+        return self.batch_sizes is None and len(self.x.shape) < 3
+
+    def split(self) -> list[Weights]:
+        """The weights by direction."""
+        each = len(self.weights) // self.num_directions
+
+        def of(w: Sequence[Array]) -> Weights:
+            b_ih, b_hh = w[2:4] if each >= 4 else (None, None)
+            return Weights(w[0], w[1], b_ih, b_hh, w[-1] if each % 2 else None)
+
+        return [of(self.weights[n * each : (n + 1) * each]) for n in range(self.num_directions)]
+
+    def with_weights(self, split: Sequence[Weights]) -> LayerCall:
+        """The same call with other weights: the way back from `split`."""
+        return self._replace(weights=[a for w in split for a in w if a is not None])
+
+    def map(self, f: Callable[[Array], Array]) -> LayerCall:
+        """Puts f(a) for each array."""
+        x, h0, c0 = (None if a is None else f(a) for a in self[:3])
+        lengths, resets, batch_sizes = (None if a is None else f(a) for a in self[4:7])
+        weights = [f(w) for w in self.weights]
+        return LayerCall(x, h0, c0, weights, lengths, resets, batch_sizes, self.directions, self.batch_first)
+
+    def cast(self, dtype: Any) -> LayerCall:
+        """As autocast casts tensors: floating-point ones to the dtype, but float64 stays as it is."""
+
+        def cast(a: Array | None) -> Array | None:
+            if a is None or not a.is_floating_point() or dtype_name(a) == "float64":
+                return a
+            return a.to(dtype)
+
+        x, h0, c0 = (cast(a) for a in self[:3])
+        return self._replace(x=x, h0=h0, c0=c0, weights=[cast(w) for w in self.weights])
+
+    def with_time(self) -> LayerCall:
+        """A call without a time axis as one with a single step."""
+        x, h0, c0 = (add_axes(a, self) for a in self[:3])
+        return self._replace(x=x, h0=h0, c0=c0)
+
+    def named(self) -> Arrays:
+        """The arrays by name, the weights of a second direction with the suffix "_reverse"."""
+        weights = [
+            (name + suffix, a)
+            for suffix, w in zip(("", "_reverse"), self.split(), strict=False)
+            for name, a in w._asdict().items()
+            if a is not None
+        ]
+        names = ("h0", "c0", "lengths", "resets", "batch_sizes")
+        return [("x", self.x), *weights, *((name, getattr(self, name)) for name in names)]
+
+    def num_steps(self) -> int:
+        """T."""
+        return self.x.shape[1 if self.batch_first else 0] if self.batch_sizes is None else self.batch_sizes.shape[0]
+
+    def batch_size(self) -> int:
+        """B, which of packed rows the contents of batch_sizes tell."""
+        return self.x.shape[0 if self.batch_first else 1] if self.batch_sizes is None else int(self.batch_sizes[0])
+
+
+# The same without names, as it is quicker to make: what the engines take, and what the compiled core returns.
+CallTuple = tuple[
+    Array, Array | None, Array | None, list[Array], Array | None, Array | None, Array | None, Directions, bool
+]
+OutputsTuple = tuple[Array, Array, Array, Array | None, Array | None]
+GradsTuple = tuple[Array | None, Array | None, Array | None, list[Array] | None]
+
+
+def add_axes(a: Array | None, call: LayerCall) -> Array | None:
+    """[B, …] of a call without a time axis as [1, B, …]; of one without a batch, […] as [1, 1, …]."""
+    if a is None:
+        return None
+    return a[None] if len(call.x.shape) == 2 else a[None, None]
+
+
+def drop_axes(a: Array | None, call: LayerCall) -> Array | None:
+    """The way back from `add_axes`."""
+    if a is None:
+        return None
+    return a[0] if len(call.x.shape) == 2 else a[0, 0]
+
+
+class Outputs(NamedTuple):
+    """What a forward pass gives."""
+
+    y: Array  # laid out as x, [T, B, D * P], zero past a length
+    h_n: Array  # [D, B, P]; None without a time axis, where it is y
+    c_n: Array  # [D, B, H]
+    cells: Array | None  # [D, T, B, H] (packed: [D, N, H]), float32 for half types; None unless saved
+    gates: Array | None  # after their activation [D, T, B, 4H] (packed: [D, N, 4H]); None unless saved
+
+    def without_time(self, call: LayerCall) -> Outputs:
+        """Those of `call.with_time()` as those of `call`."""
+        return self._replace(y=drop_axes(self.y, call), h_n=None, c_n=drop_axes(self.c_n, call))
+
+
+class Saved(NamedTuple):
+    """What a backward pass takes from the forward one, as `Outputs` has it."""
+
+    y: Array
+    cells: Array
+    gates: Array
+
+    def with_time(self, call: LayerCall) -> Saved:
+        """Those of `call` as those of `call.with_time()`."""
+        return self._replace(y=add_axes(self.y, call))
+
+
+class OutputGrads(NamedTuple):
+    """The gradients of the outputs; None is zeros. What dy and dcells hold past a length does not matter."""
+
+    dy: Array | None
+    dh_n: Array | None
+    dc_n: Array | None
+    dcells: Array | None
+
+    def with_time(self, call: LayerCall) -> OutputGrads:
+        """Those of `call` as those of `call.with_time()`."""
+        return self._replace(dy=add_axes(self.dy, call), dc_n=add_axes(self.dc_n, call))
+
+
+class Grads(NamedTuple):
+    """What a backward pass gives; None for what is not needed."""
+
+    dx: Array | None
+    dh0: Array | None
+    dc0: Array | None
+    dweights: list[Array] | None  # in the order of the call's weights
+
+    def without_time(self, call: LayerCall) -> Grads:
+        """Those of `call.with_time()` as those of `call`."""
+        dx, dh0, dc0 = (drop_axes(d, call) for d in self[:3])
+        return Grads(dx, dh0, dc0, self.dweights)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+#
+# What the compiled core checks itself (csrc/ops), in the same words, for the engines that it does not stand before.
+
+
+def is_tensor(a: object) -> bool:
+    """Whether `a` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(a, torch.Tensor)
+
+
+def kind(a: object) -> str:
+    """What sort of array `a` is, for messages."""
+    if isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
+        return "numpy.ndarray"
+    if is_tensor(a):
+        return "torch.Tensor"
+    library = dlpack.library_of(a)
+    return type(a).__name__ if library is None else f"{library.__name__} array"
+
+
+def check_kind(name: str, a: object, x: object = None) -> None:
+    """`a` is an array, and of the kind of x if that is given."""
+    if kind(a) not in (("numpy.ndarray", "torch.Tensor") if x is None else (kind(x),)):
+        expected = "numpy.ndarray or torch.Tensor" if x is None else f"{kind(x)} as x is"
+        raise TypeError(f"{name}: expected a {expected}, got {kind(a)}{dlpack.why_not(a)}")
+
+
+def check_kinds(call: LayerCall) -> None:
+    """All are arrays of one kind."""
+    check_kind("x", call.x)
+    for name, a in call.named():
+        if a is not None:
+            check_kind(name, a, call.x)
+
+
+def dtype_name(a: Array) -> str:
+    """The dtype of an array of either kind, without the name of its library."""
+    return a.dtype.name if isinstance(a, np.ndarray) else str(a.dtype).removeprefix("torch.")
+
+
+def _check_dtypes(arrays: Arrays, x: Array) -> None:
+    expected = dtype_name(x)
+    if expected not in DTYPES:
+        raise RuntimeError(f"x: expected dtype {', '.join(sorted(DTYPES))}, got {expected}")
+    for name, a in arrays:
+        if a is None:
+            continue
+        got = dtype_name(a)
+        if name == "resets":
+            if got != "bool":
+                raise TypeError(f"resets: expected dtype bool, got {got}")
+        elif name in ("lengths", "batch_sizes"):
+            if "int" not in got:
+                raise TypeError(f"{name}: expected an integer dtype, got {got}")
+        elif got != expected:
+            raise RuntimeError(f"{name}: expected dtype {expected} as x has, got {got}")
+
+
+def _check_devices_and_layouts(arrays: Arrays, x: Array) -> None:
+    if isinstance(x, np.ndarray):
+        return
+    for name, a in arrays:
+        if a is not None and name not in ("lengths", "batch_sizes") and a.device != x.device:
+            raise RuntimeError(f"{name}: expected on device {x.device} as x is, got {a.device}")
+    for name, a in arrays:
+        if a is not None and str(a.layout) != "torch.strided":
+            raise RuntimeError(f"{name}: expected a dense tensor (torch.strided), got {a.layout}")
+
+
+def _check_shapes(call: LayerCall, T: int, B: int) -> None:
+    w = call.split()[0]
+    H, P = w.w_hh.shape[0] // 4, w.w_hh.shape[1]
+    D, steps = call.num_directions, (("B", "T"), (B, T)) if call.batch_first else (("T", "B"), (T, B))
+    expected = {
+        "h0": (("D", "B", "P"), (D, B, P)),
+        "c0": (("D", "B", "H"), (D, B, H)),
+        "w_ih": (("4*H", "I"), (4 * H, call.x.shape[-1])),
+        "w_hh": (("4*H", "P"), (4 * H, H if w.w_hr is None else P)),
+        "b_ih": (("4*H",), (4 * H,)),
+        "b_hh": (("4*H",), (4 * H,)),
+        "w_hr": (("P", "H"), (P, H)),
+        "lengths": (("B",), (B,)),
+        "resets": steps,
+    }
+    for name, a in call.named():
+        dims, sizes = expected.get(name.removesuffix("_reverse"), ((), None))
+        if a is not None and sizes is not None and tuple(a.shape) != tuple(sizes):
+            text = f"[{', '.join(dims)}] = [{', '.join(map(str, sizes))}]"
+            raise RuntimeError(f"{name}: expected shape {text}, got {list(a.shape)}")
+
+
+def check_values(lengths: Array | None, batch_sizes: Array | None, num_steps: int, num_rows: int) -> None:
+    """What only the contents tell: the range of lengths, and that batch_sizes describe the packed rows."""
+    if lengths is not None and lengths.shape[0]:
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > num_steps:
+            raise ValueError(f"lengths: expected values from 0 to T = {num_steps}, got {least} to {most}")
+    if batch_sizes is not None:
+        sizes = batch_sizes.tolist()
+        if sum(sizes) != num_rows or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
+            raise RuntimeError(
+                f"batch_sizes: expected positive, descending values with sum N = {num_rows}, got {sizes}"
+            )
+
+
+def check(call: LayerCall, values: bool = True) -> None:
+    """Says what is wrong with a call, if anything is; `values=False` looks at no contents.
+
+    Raises:
+        TypeError: not an array, arrays of two kinds, lengths not integer or resets not bool.
+        RuntimeError: dtype, device, layout or shape, as torch does.
+        ValueError: a length out of range.
+    """
+    if call.is_step:
+        call = call.with_time()
+    check_kinds(call)
+    x, arrays = call.x, call.named()
+    _check_dtypes(arrays, x)
+    _check_devices_and_layouts(arrays, x)
+
+    rank = 3 if call.batch_sizes is None else 2
+    if len(x.shape) != rank:
+        raise RuntimeError(f"x: expected {rank} dimensions, got {len(x.shape)}: shape {list(x.shape)}")
+    for name, w in zip(("w_ih", "w_hh"), call.weights, strict=False):
+        if len(w.shape) != 2:
+            raise RuntimeError(f"{name}: expected 2 dimensions, got {len(w.shape)}: shape {list(w.shape)}")
+    T = call.num_steps()
+    if T == 0:
+        raise RuntimeError(f"x: expected at least one time step, got T = 0: shape {list(x.shape)}")
+    if call.batch_sizes is None or values:
+        B = call.batch_size()
+    else:
+        B = next((a.shape[1] for a in (call.h0, call.c0) if a is not None), 0)
+    _check_shapes(call, T, B)
+    if values:
+        check_values(call.lengths, call.batch_sizes, T, x.shape[0])

@@ -1,0 +1,178 @@
+"""A layer on a GPU: what is one large product over all steps in torch, the steps themselves in the kernels.
+
+All tensors are on one CUDA device, but for batch_sizes, which are on the CPU. Everything runs on the current stream;
+nothing waits for the device. float32 multiplies as TF32 where torch allows it: in the steps as it does for recurrent
+layers, in the products here as for any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._native import C
+from ..call import (
+    CallTuple,
+    Grads,
+    GradsTuple,
+    LayerCall,
+    Needs,
+    OutputGrads,
+    Outputs,
+    OutputsTuple,
+    Save,
+    Saved,
+    check,
+)
+from .composed import compute_dtype
+
+_strategy = ""
+
+
+@contextmanager
+def use_strategy(name: str) -> Iterator[None]:
+    """Runs the layers inside the `with` block by one strategy: "block", "cluster", "grid" or "step"; "" chooses.
+
+    For tests and benchmarks. It counts for the whole process: autograd runs backward passes on threads of its own.
+    """
+    global _strategy
+    former, _strategy = _strategy, name
+    try:
+        yield
+    finally:
+        _strategy = former
+
+
+def tf32_allowed() -> bool:
+    """Whether torch lets float32 recurrent layers multiply as TF32."""
+    precision: Any = torch._C._get_fp32_precision_getter
+    return bool(precision("cuda", "rnn") == "tf32")
+
+
+def _walk(call: LayerCall) -> LayerCall:
+    """The call with the length of each row [B], or None; and batch_sizes as where the rows of each time start [T]."""
+    if call.batch_sizes is None:
+        return call if call.lengths is None else call._replace(lengths=call.lengths.contiguous())
+    sizes, device = call.batch_sizes, call.x.device
+    lengths = (sizes[:, None] > torch.arange(int(sizes[0]))).sum(0)
+    starts = sizes.cumsum(0) - sizes
+    return call._replace(
+        lengths=lengths.to(device, non_blocking=True), batch_sizes=starts.to(device, non_blocking=True)
+    )
+
+
+def steps_of(call: LayerCall) -> LayerCall:
+    """What the kernels are asked: the call without the w_ih of each direction, whose products are made here."""
+    each = len(call.weights) // call.num_directions
+    return _walk(call)._replace(weights=[w.contiguous() for n, w in enumerate(call.weights) if n % each])
+
+
+def _rows(x: Tensor, batch_first: bool) -> Tensor:
+    """[T, B, ..], [B, T, ..] or packed rows [N, ..] as rows [T * B, ..] or [N, ..], in the order of the kept arrays."""
+    x = x.transpose(0, 1) if batch_first else x
+    return x if x.dim() == 2 else x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+
+def _multipliable(call: LayerCall) -> bool:
+    """Whether x and each w_ih, which the core does not see, go together."""
+    x = call.x
+    each = len(call.weights) // call.num_directions
+    return x.dim() == (3 if call.batch_sizes is None else 2) and all(
+        w.shape[1:] == x.shape[-1:] and w.dtype == x.dtype and w.device == x.device for w in call.weights[::each]
+    )
+
+
+def input_products(call: LayerCall) -> Tensor:
+    """x W_ih' of each direction: [D, T, B, 4H], or of packed rows [D, N, 4H]; float32 for half types."""
+    x, split = call.x, call.split()
+    steps = x.shape[:1] if call.batch_sizes is not None else (call.num_steps(), call.batch_size())
+    rows, wide = _rows(x, call.batch_first), compute_dtype(x.dtype)
+    xw = x.new_empty(len(split), *steps, split[0].w_ih.shape[0], dtype=wide)
+    for d, w in enumerate(split):
+        out = xw[d].view(rows.shape[0], w.w_ih.shape[0])
+        if wide == x.dtype:
+            torch.mm(rows, w.w_ih.t(), out=out)
+        else:
+            torch.mm(rows, w.w_ih.t(), out_dtype=wide, out=out)
+    return xw
+
+
+def forward(call: CallTuple, save: Save) -> OutputsTuple:
+    """See `Engine`."""
+    asked = LayerCall(*call)
+    if asked.is_step:
+        if not save:
+            return C.cuda_step_forward(asked, tf32_allowed())
+        outputs = forward(asked.with_time(), save)
+        return outputs if outputs is NotImplemented else Outputs(*outputs).without_time(asked)
+    if asked.batch_sizes is not None and (asked.masked or asked.batch_first):
+        raise ValueError("lengths, resets, batch_first: expected none of them with batch_sizes, got one")
+    if asked.batch_sizes is not None or not _multipliable(asked):
+        check(asked, values=asked.batch_sizes is not None)  # a kernel follows batch_sizes, and cannot check them
+    steps = steps_of(asked)._replace(x=input_products(asked))
+    return C.cuda_layer_forward(steps, save, tf32_allowed(), _strategy)
+
+
+def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
+    """See `Engine`."""
+    if call.is_step:
+        return Grads(*backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)).without_time(
+            call
+        )
+    steps = steps_of(call)._replace(x=saved.gates)
+    # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
+    alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None
+    d_gates, h_prev, d_h, hidden, dh0, dc0 = C.cuda_layer_backward(
+        *(steps, saved, grads, needs & ~Needs.H0 if alone else needs, tf32_allowed()),
+        _strategy or ("step" if alone else ""),
+    )
+    split = call.split()
+    if alone and needs & Needs.H0:
+        dh0 = torch.stack([d_gates[d].flatten(0, -2) @ w.w_hh for d, w in enumerate(split)])
+    return (
+        _input_grad(call, d_gates) if needs & Needs.X else None,
+        dh0,
+        dc0,
+        _weight_grads(call, steps.lengths, d_gates, h_prev, d_h, hidden) if needs & Needs.WEIGHTS else None,
+    )
+
+
+def _input_grad(call: LayerCall, d_gates: Tensor) -> Tensor:
+    """dx, laid out as x."""
+    x, split = call.x, call.split()
+    total = d_gates[0].flatten(0, -2) @ split[0].w_ih
+    for g, w in zip(d_gates[1:], split[1:], strict=True):
+        total = total.addmm_(g.flatten(0, -2), w.w_ih)
+    if not call.batch_first:
+        return total.view(x.shape)
+    return total.view(x.shape[1], x.shape[0], -1).transpose(0, 1).contiguous()
+
+
+def _weight_grads(
+    call: LayerCall, lengths: Tensor | None, d_gates: Tensor, h_prev: Tensor, d_h: Tensor | None, hidden: Tensor | None
+) -> list[Tensor]:
+    """In the order of the weights; each is one product over all steps."""
+    x = call.x if call.batch_sizes is not None else _masked(call.x, lengths, call.batch_first)
+    rows, dweights = _rows(x, call.batch_first), []
+    for d, w in enumerate(call.split()):
+        g = d_gates[d].flatten(0, -2)
+        dweights += [g.t() @ rows, g.t() @ h_prev[d].flatten(0, -2)]
+        if w.b_ih is not None:
+            db = g.sum(0)
+            dweights += [db, db.clone()]
+        if d_h is not None and hidden is not None:
+            dweights.append(d_h[d].flatten(0, -2).t() @ hidden[d].flatten(0, -2))
+    return dweights
+
+
+def _masked(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Tensor:
+    """x with zeros past each length, whatever stood there."""
+    if lengths is None:
+        return x
+    steps = torch.arange(x.shape[1 if batch_first else 0], device=x.device)
+    past = steps >= lengths[:, None] if batch_first else steps[:, None] >= lengths
+    return x.masked_fill(past[..., None], 0)

@@ -1,0 +1,131 @@
+"""Which engine takes a call with tensors: one table, of which the first row that applies wins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import assume_constant_result, is_compiling
+
+from . import torch_op
+from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds
+from .engines import Engine, backends, choose, composed, onnx, stock, warn_once
+from .torch_op import PLAIN, LayerFunction, engine_of, is_watched, requires_grad
+
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+NOTHING, ALL = Save.NOTHING, Save.ALL
+
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def run(call: CallTuple, save: Save = NOTHING) -> OutputsTuple:
+    """The outputs of a layer, and with `Save.CELLS` its cells.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: see `call.check`; what a kernel or its memory fails of is raised as it is.
+    """
+    if not (_is_any_autocast_enabled() or is_watched()):  # most calls: the last row of the table, without the others
+        x = call[0]
+        engine = choose("cpu" if x.is_cpu else x.device.type, x.dtype).engine
+        if engine is not None and call[4] is None and not (_is_grad_enabled() and requires_grad(call)):
+            outputs = engine.forward(call, save)
+            if outputs is not NotImplemented:
+                return outputs
+    return _by_table(LayerCall(*call), save)
+
+
+def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
+    device = call.x.device.type
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(call.cast(autocast_cell_dtype(call) if call.is_step else torch.get_autocast_dtype(device)), save)
+    watched = is_watched() or not _are_plain(call)
+    served = has_kernel(call.x)
+    if watched and not is_compiling():
+        check_kinds(call)
+    if call.is_step and (watched or not served):
+        return Outputs(*run(call.with_time(), save)).without_time(call)
+    call = _with_own_lengths(call)
+
+    if watched and onnx.is_exporting():
+        return onnx.forward(call, save)
+    if watched and _in_forward_mode():
+        return _composed(call, save)
+    if not served:
+        return _composed(call, save) if call.masked or save or call.directions == REVERSE else stock.forward(call, save)
+    if watched:
+        return torch_op.forward(call, save)
+    if _is_grad_enabled() and requires_grad(call):
+        return differentiable(engine_of(call.x), call, save)
+    return engine_of(call.x).forward(call, save)
+
+
+# What the rows ask ---------------------------------------------------------------------------------------------------
+
+
+def _are_plain(call: LayerCall) -> bool:
+    """Whether all are tensors that mean no more than their memory, of which an engine can make something."""
+    return PLAIN.issuperset(map(type, (*call[:3], *call[4:7], *call.weights))) and call.x.dtype in DTYPES
+
+
+def _with_own_lengths(call: LayerCall) -> LayerCall:
+    """Integer lengths as the engines take them; other dtypes as they are, for the checks to refuse."""
+    lengths, x = call.lengths, call.x
+    if lengths is None or not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+        return call
+    return call._replace(lengths=lengths.to(x.device, torch.int64))
+
+
+@assume_constant_result
+def _in_forward_mode() -> bool:
+    """Whether forward-mode duals may come, by themselves or from torch.func.jvp: compilers ask as they trace."""
+    transforms = get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(each.key() is TransformType.Jvp for each in transforms)
+
+
+@assume_constant_result
+def _has_gpu_kernels() -> bool:
+    return backends()["cuda"].available
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether a kernel runs for x, or its shape rule for meta tensors; if not, torch's own LSTM does, and says so."""
+    if x.is_meta:
+        return True
+    if is_compiling():
+        return (x.is_cpu or (x.is_cuda and _has_gpu_kernels())) and x.dtype in DTYPES
+    choice = choose(x.device.type, x.dtype)
+    if choice.name is None:
+        warn_once(f"lstm_ext runs torch's own LSTM on {x.device.type} tensors of {x.dtype}: {choice.reason}")
+    return choice.name is not None
+
+
+def autocast_cell_dtype(call: LayerCall) -> torch.dtype:
+    """The dtype of the c that torch's cell returns under autocast.
+
+    On the CPU it multiplies in autocast's dtype and adds the products to c, which stays as wide as it was.
+    """
+    x, c0 = call.x, call.c0
+    for name, a in (("hx[0]", call.h0), *(("weights", w) for w in call.weights)):
+        if a is not None and (a.dtype == torch.float64) != (x.dtype == torch.float64):
+            raise RuntimeError(f"{name}: expected dtype float64 if and only if x has it, got {a.dtype} and {x.dtype}")
+    dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+    return torch.promote_types(dtype, x.dtype if c0 is None else c0.dtype) if x.is_cpu else dtype
+
+
+# What they run -------------------------------------------------------------------------------------------------------
+
+
+def _composed(call: LayerCall, save: Save) -> Outputs:
+    torch_op.check_watched(call)
+    outputs = composed.forward(call, save)
+    return outputs if save else outputs._replace(cells=None)
+
+
+def differentiable(engine: Engine, call: LayerCall, save: Save) -> OutputsTuple:
+    """An engine with its own backward pass."""
+    y, h_n, c_n, cells, _ = torch_op.apply(LayerFunction, engine.forward, ALL, *torch_op.flat(call))
+    return y, h_n, c_n, cells if save else None, None

@@ -1,0 +1,545 @@
+"""The layer as torch sees it: the ops `lstm_ext::layer_forward` and `lstm_ext::layer_backward` with their rules.
+
+Whatever watches a call sees these: compilers and exporters their shapes, autograd and `torch.func` their derivatives,
+vmap one larger batch. Below all of that the op runs the engine. Derivatives beyond the first differentiate
+`composed.forward`, the same layer in torch's own operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import (
+    _after_autograd_keyset,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import (
+    get_dynamic_layer_stack_depth,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    peek_interpreter_stack,
+)
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import is_compiling, is_exporting
+from torch.nn import Parameter
+
+from . import _native
+from .call import (
+    CallTuple,
+    Directions,
+    Grads,
+    GradsTuple,
+    LayerCall,
+    Needs,
+    OutputGrads,
+    Outputs,
+    Save,
+    Saved,
+    check,
+    check_values,
+)
+from .engines import Engine, choose, composed, cpu
+
+if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(f"lstm_ext needs torch 2.11 or newer for tensors, got {torch.__version__}")
+if not _native.reason:
+    cpu.take_tensors((Tensor, Parameter), torch.get_num_threads, "libtorch_cpu.so")
+
+PLAIN = frozenset({Tensor, Parameter, NoneType})
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+# What watches, and what is asked for ---------------------------------------------------------------------------------
+
+
+def is_watched() -> bool:
+    """Whether a compiler, trace, transform, mode or forward-mode differentiation sees this call."""
+    return (
+        is_compiling()
+        or peek_interpreter_stack() is not None
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def requires_grad(call: CallTuple) -> bool:
+    """Whether any of the tensors asks for its gradient."""
+    for a in call[3]:
+        if a.requires_grad:
+            return True
+    return any([a is not None and a.requires_grad for a in call[:3]])  # noqa: C419 (a list is quicker)
+
+
+# The ops -------------------------------------------------------------------------------------------------------------
+
+
+# `torch.library.custom_op` would take 9 µs more a call: it checks each time that no output is an input. Programs that
+# were exported name these two with these arguments: they stay as they are.
+_library = torch.library.Library("lstm_ext", "FRAGMENT")
+_library.define(
+    "layer_forward"
+    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
+    "int directions, bool batch_first, int save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "layer_backward"
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, "
+    "Tensor[] weights, Tensor y, Tensor cells, Tensor gates, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
+    "int directions, bool batch_first, int needs) -> (Tensor, Tensor, Tensor, Tensor[])",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+layer_forward = torch.ops.lstm_ext.layer_forward.default
+layer_backward = torch.ops.lstm_ext.layer_backward.default
+
+
+def _forward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Save]:
+    """The arguments of `layer_forward` by name."""
+    *arrays, directions, batch_first, save = arguments
+    return LayerCall._make((*arrays, Directions(directions), batch_first)), Save(save)
+
+
+def _backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrads, Needs]:
+    """The arguments of `layer_backward` by name."""
+    dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, *masks, directions, batch_first, needs = arguments
+    call = LayerCall._make((x, h0, c0, weights, *masks, Directions(directions), batch_first))
+    return call, Saved(y, cells, gates), OutputGrads(dy, dh_n, dc_n, dcells), Needs(needs)
+
+
+def _backward_arguments(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> tuple[Any, ...]:
+    """The way back from `_backward_of`."""
+    return *grads, *call[:4], *saved, *call[4:], needs
+
+
+def _plain(a: Any) -> Any:
+    """A tensor of a subclass, or each in a list, as the plain tensor that it is here, below all dispatch."""
+    if type(a) in PLAIN:
+        return a
+    if type(a) is list:
+        return [_plain(b) for b in a]
+    return a.as_subclass(Tensor) if isinstance(a, Tensor) else a
+
+
+def engine_of(x: Tensor) -> Engine:
+    """The engine for plain tensors like x.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    choice = choose(x.device.type, x.dtype)
+    if choice.engine is None:
+        raise RuntimeError(f"x: no backend takes dtype {x.dtype} ({choice.reason})")
+    return choice.engine
+
+
+def _or_empty(a: Tensor | None, like: Tensor) -> Tensor:
+    """`a`, or an empty tensor: an op cannot return None."""
+    return like.new_empty(0) if a is None else a
+
+
+@torch.library.impl("lstm_ext::layer_forward", ("cpu", "cuda"))
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    """What is not saved is an empty tensor."""
+    call, save = _forward_of([_plain(a) for a in arguments])
+    y, h_n, c_n, cells, gates = engine_of(call.x).forward(call, save)
+    return y, h_n, c_n, _or_empty(cells, y), _or_empty(gates, y)
+
+
+@torch.library.impl("lstm_ext::layer_backward", ("cpu", "cuda"))
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """What is not needed is an empty tensor or list."""
+    call, saved, grads, needs = _backward_of([_plain(a) for a in arguments])
+    dx, dh0, dc0, dweights = engine_of(call.x).backward(call, saved, grads, needs)
+    return _or_empty(dx, call.x), _or_empty(dh0, call.x), _or_empty(dc0, call.x), dweights or []
+
+
+def _batch_size(call: LayerCall, *states: Tensor | None) -> Any:
+    """B; of packed rows whichever state shows it, else what the contents of batch_sizes will be."""
+    if call.batch_sizes is None:
+        return call.batch_size()
+    for state in (*states, call.h0, call.c0):
+        if state is not None:
+            return state.shape[1]
+    return call.batch_size() if type(call.batch_sizes) is Tensor else torch.library.get_ctx().new_dynamic_size()
+
+
+@torch.library.register_fake("lstm_ext::layer_forward")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    call, save = _forward_of(arguments)
+    B = _batch_size(call)
+    check(call, values=False)
+    x, w, D = call.x, call.split()[0], call.num_directions
+    H, P = w.w_hh.shape[0] // 4, w.w_hh.shape[1] if w.w_hr is None else w.w_hr.shape[0]
+    rows = (x.shape[0],) if call.batch_sizes is not None else (call.num_steps(), B)
+    return (
+        x.new_empty(*x.shape[:-1], D * P),
+        x.new_empty(D, B, P),
+        x.new_empty(D, B, H),
+        x.new_empty((D, *rows, H), dtype=composed.compute_dtype(x.dtype)) if save >= Save.CELLS else x.new_empty(0),
+        x.new_empty(D, *rows, 4 * H) if save >= Save.ALL else x.new_empty(0),
+    )
+
+
+@torch.library.register_fake("lstm_ext::layer_backward")
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    call, saved, grads, needs = _backward_of(arguments)
+    x, D, H = call.x, saved.cells.shape[0], saved.cells.shape[-1]
+    B = _batch_size(call, grads.dh_n, grads.dc_n)
+    return (
+        x.new_empty(x.shape) if needs & Needs.X else x.new_empty(0),
+        x.new_empty(D, B, saved.y.shape[-1] // D) if needs & Needs.H0 else x.new_empty(0),
+        x.new_empty(D, B, H) if needs & Needs.C0 else x.new_empty(0),
+        [w.new_empty(w.shape) for w in call.weights] if needs & Needs.WEIGHTS else [],
+    )
+
+
+# The derivatives -----------------------------------------------------------------------------------------------------
+#
+# torch.func.grad cannot see through what `torch.library.register_autograd` would make of these rules. So the ops have
+# autograd kernels of their own, each a Function that serves one level of torch.func and hands on to the next, as
+# torch's own operations do. There is no rule for forward mode; torch raises an error then, and `route` does not come
+# here. A Function, and a rule of vmap, takes no lists: there a call is flat, with its weights last.
+
+
+_NUM_FIELDS = len(LayerCall._fields) - 1  # of a flat call, before the weights
+
+
+def flat(call: CallTuple) -> tuple[Any, ...]:
+    """The call without a list in it."""
+    return *call[:3], *call[4:], *call[3]
+
+
+def unflat(flat: Sequence[Any]) -> LayerCall:
+    """The way back from `flat`."""
+    return LayerCall._make((*flat[:3], list(flat[_NUM_FIELDS:]), *flat[3:_NUM_FIELDS]))
+
+
+def apply(function: Any, *arguments: Any) -> Any:
+    """`function.apply`, which torch leaves untyped."""
+    return function.apply(*arguments)
+
+
+class LayerFunction(_SingleLevelFunction):
+    """The outputs of `below(call, save)`: of an engine, or of the op as the next level sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Callable[..., Any], save: Save, *arguments: Any) -> Any:
+        """`arguments` is a flat call."""
+        call = unflat(arguments)
+        outputs = Outputs(*below(call, save))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            outputs.y, outputs.cells, outputs.gates, *(a for a in arguments if not isinstance(a, int))
+        )
+        ctx.options = call.directions, call.batch_first
+        unsaved = outputs.cells is not None and outputs.cells.dim() == 1
+        ctx.mark_non_differentiable(*(a for a in (outputs.gates, outputs.cells if unsaved else None) if a is not None))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        """`gradients` are those of the outputs, None for zeros."""
+        saved, call = Saved(*ctx.saved_tensors[:3]), _restored(ctx.saved_tensors[3:], ctx.options)
+        needed = unflat(ctx.needs_input_grad[2:])
+        needs = Needs.of(bool(needed.x), bool(needed.h0), bool(needed.c0), any(needed.weights))
+        dx, dh0, dc0, dweights = _first_derivative(call, saved, OutputGrads(*gradients[:4]), needs)
+        return None, None, dx, dh0, dc0, *[None] * 5, *(dweights or [None] * len(call.weights))
+
+
+def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
+    """What is not needed is None."""
+    if any([g is not None and is_legacy_batchedtensor(g) for g in grads]):  # noqa: C419
+        return _composed_derivative(call, grads, needs)  # an older vmap than the one that the ops have rules for
+    if saved.gates.dim() == 1:  # the forward was not asked to save
+        saved = Saved(saved.y, *layer_forward(*call, Save.ALL)[3:])
+    if not _is_grad_enabled() and not is_watched():
+        derivatives = engine_of(call.x).backward(call, saved, grads, needs)
+        if derivatives is not NotImplemented:
+            return derivatives
+    if call.is_step:
+        timed = saved.with_time(call), grads.with_time(call)
+        return Grads(*_first_derivative(call.with_time(), *timed, needs)).without_time(call)
+    dx, dh0, dc0, dweights = layer_backward(*_backward_arguments(call, saved, grads, needs))
+    return (
+        dx if needs & Needs.X else None,
+        dh0 if needs & Needs.H0 else None,
+        dc0 if needs & Needs.C0 else None,
+        dweights if needs & Needs.WEIGHTS else None,
+    )
+
+
+def _composed_derivative(call: LayerCall, grads: OutputGrads, needs: Needs) -> GradsTuple:
+    """The same through `composed.forward`."""
+    if call.is_step:
+        return Grads(*_composed_derivative(call.with_time(), grads.with_time(call), needs)).without_time(call)
+    asked = (needs & Needs.X, needs & Needs.H0, needs & Needs.C0, *[needs & Needs.WEIGHTS] * len(call.weights))
+    inputs = [
+        None if a is None else a.detach().requires_grad_(bool(n))
+        for a, n in zip((*call[:3], *call.weights), asked, strict=True)
+    ]
+    with torch.enable_grad():
+        outputs = composed.forward(_with_floats(call, inputs), Save.CELLS)
+    given = [(a, g) for a, g in zip(outputs, grads, strict=False) if g is not None]
+    wanted = [a for a in inputs if a is not None and a.requires_grad]
+    results = torch.autograd.grad([a for a, _ in given], wanted, [g for _, g in given], allow_unused=True)
+    by_input = dict(zip(map(id, wanted), results, strict=True))
+    dx, dh0, dc0, *dweights = (by_input.get(id(a)) for a in inputs)
+    return dx, dh0, dc0, dweights
+
+
+def _with_floats(call: LayerCall, floats: Sequence[Any]) -> LayerCall:
+    """The call with another x, h0, c0 and other weights."""
+    x, h0, c0, *weights = floats
+    return call._replace(x=x, h0=h0, c0=c0, weights=weights)
+
+
+class LayerGradFunction(_SingleLevelFunction):
+    """(dx, dh0, dc0, *dweights) of `below(call, saved, grads, needs)`, the op as the next level sees it.
+
+    What is differentiated is the derivative of `composed.forward`: y, cells and gates count as functions of the others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, below: Callable[..., Any], needs: Needs, *arguments: Any) -> Any:
+        """`arguments` are the gradients of the outputs, what was saved, and a flat call."""
+        grads, saved, call = OutputGrads(*arguments[:4]), Saved(*arguments[4:7]), unflat(arguments[7:])
+        dx, dh0, dc0, dweights = below(call, saved, grads, needs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*grads, *(a for a in arguments[7:] if not isinstance(a, int)))
+        ctx.options = call.directions, call.batch_first
+        given = ((dx, Needs.X), (dh0, Needs.H0), (dc0, Needs.C0))
+        ctx.mark_non_differentiable(*(a for a, bit in given if not needs & bit))
+        return dx, dh0, dc0, *dweights
+
+    @staticmethod
+    def backward(ctx: Any, *wanted: Any) -> tuple[Any, ...]:
+        """`wanted` are the gradients of the gradients, None for zeros."""
+        grads, call = ctx.saved_tensors[:4], _restored(ctx.saved_tensors[4:], ctx.options)
+
+        def outputs(*floats: Any) -> tuple[Any, ...]:
+            return composed.forward(_with_floats(call, floats), Save.CELLS)[:4]
+
+        def gradients(*tensors: Any) -> list[Any]:
+            return _pull(outputs, tensors[4:], tensors[:4])
+
+        floats = (*call[:3], *call.weights)
+        asked = [None if a is None else g for a, g in zip_longest(floats, wanted)]
+        second = _pull(gradients, (*grads, *floats), asked)
+        return None, None, *second[:4], *[None] * 3, *second[4:7], *[None] * 5, *second[7:]
+
+
+def _restored(tensors: Sequence[Any], options: tuple[Directions, bool]) -> LayerCall:
+    """A flat call whose tensors alone were saved."""
+    return unflat((*tensors[: _NUM_FIELDS - 2], *options, *tensors[_NUM_FIELDS - 2 :]))
+
+
+def _pull(f: Callable[..., Any], primals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    """What the transposed Jacobian of f makes of the cotangents; entries of both may be None."""
+    if all(d is None for d in cotangents):
+        return [None] * len(primals)
+    present = [n for n, a in enumerate(primals) if a is not None]
+
+    def outputs(*given: Tensor) -> list[Tensor]:
+        every = dict(zip(present, given, strict=True))
+        results = f(*(every.get(n) for n in range(len(primals))))
+        return [a for a, d in zip(results, cotangents, strict=True) if d is not None]
+
+    pull: Any = torch.func.vjp(outputs, *(primals[n] for n in present))[1]
+    pulled = dict(zip(present, pull([d for d in cotangents if d is not None]), strict=True))
+    return [pulled.get(n) for n in range(len(primals))]
+
+
+def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
+    """Makes `rule(below, arguments)` the derivative of an op, where anything asks for one."""
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        def below(*arguments: Any) -> Any:
+            with _AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & _after_autograd_keyset, *arguments)
+
+        recording = _is_grad_enabled()
+        if not is_watched() and not (recording and torch._C._any_requires_grad(*arguments)):
+            return below(*arguments)
+
+        def below_rule(*arguments: Any) -> Any:
+            """A Function turns recording off for its own level; the levels outside of it go on."""
+            with torch.set_grad_enabled(recording), forward_ad._set_fwd_grad_enabled(True):
+                return below(*arguments)
+
+        with enable_single_level_autograd_function():
+            return rule(below_rule, arguments)
+
+    _library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+
+
+def _differentiable_forward(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    call, save = _forward_of(arguments)
+    return apply(LayerFunction, lambda call, save: below(*call, save), save, *flat(call))
+
+
+def _differentiable_backward(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    call, saved, grads, needs = _backward_of(arguments)
+
+    def run(*named: Any) -> Any:
+        return below(*_backward_arguments(*named))
+
+    dx, dh0, dc0, *dweights = apply(LayerGradFunction, run, needs, *grads, *saved, *flat(call))
+    return dx, dh0, dc0, dweights
+
+
+_register_autograd(layer_forward, _differentiable_forward)
+_register_autograd(layer_backward, _differentiable_backward)
+
+
+# vmap ----------------------------------------------------------------------------------------------------------------
+#
+# Dimensions that are mapped come as a tuple like the arguments: with the names of a call, or of gradients.
+
+
+def _fold(a: Tensor | None, dim: int | None, axis: int, size: int, inner: bool) -> Tensor | None:
+    """Makes the mapped dimension part of the axis of the batch: the faster one in it if `inner`, else the slower."""
+    if a is None:
+        return None
+    place = axis + inner
+    a = a.unsqueeze(place).expand(*a.shape[:place], size, *a.shape[place:]) if dim is None else a.movedim(dim, place)
+    return a.flatten(axis, axis + 1)
+
+
+def _unfold(a: Tensor, axis: int, size: int, inner: bool) -> tuple[Tensor, int | None]:
+    """What `_fold` does taken back, and where the mapped dimension is now; an output left out stays as it is."""
+    if a.dim() == 1:
+        return a, None
+    rows = a.shape[axis] // size
+    return a.unflatten(axis, (rows, size) if inner else (size, rows)), axis + inner
+
+
+def _select(a: Any, dim: Any, n: int, size: int) -> Any:
+    """Entry n of the mapped dimension, of a list of each; zeros if there is none."""
+    if isinstance(a, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(a)
+        return [_select(each, d, n, size) for each, d in zip(a, dims, strict=True)]
+    if dim is None:
+        return a
+    return a.select(dim, n) if size else a.new_zeros(a.shape[:dim] + a.shape[dim + 1 :])
+
+
+def _one_by_one(op: Callable[..., Any], size: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> Any:
+    """Calls the op for each entry of the mapped dimension and stacks the results in front."""
+
+    def stack(column: tuple[Any, ...]) -> Any:
+        if isinstance(column[0], list):
+            return [torch.stack(each)[:size] for each in zip(*column, strict=True)]
+        return torch.stack(column)[:size]
+
+    def entry(n: int) -> Any:
+        return op(*(_select(a, dim, n, size) for a, dim in zip(arguments, in_dims, strict=True)))
+
+    stacked = tuple(stack(column) for column in zip(*(entry(n) for n in range(max(size, 1))), strict=True))
+    return stacked, tuple([0] * len(a) if isinstance(a, list) else 0 for a in stacked)
+
+
+class _Batch:
+    """Mapped calls as one call of a larger batch."""
+
+    def __init__(self, call: LayerCall, size: int):
+        self.call, self.size = call, size
+        # Packed rows of a step stay together, so there the mapped dimension is the faster one.
+        self.packed = call.batch_sizes is not None
+        self.axis = 0 if self.packed or call.batch_first else 1  # of the batch in what is laid out as x
+        self.saved_axis = 1 if self.packed else 2  # in cells and gates
+
+    def fold(self, a: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
+        return _fold(a, dim, axis, self.size, self.packed)
+
+    def fold_call(self, dims: LayerCall) -> LayerCall:
+        call = self.call
+        return call._replace(
+            x=self.fold(call.x, dims.x, self.axis),
+            h0=self.fold(call.h0, dims.h0, 1),
+            c0=self.fold(call.c0, dims.c0, 1),
+            lengths=self.fold(call.lengths, dims.lengths, 0),
+            resets=self.fold(call.resets, dims.resets, self.axis),
+            batch_sizes=None if call.batch_sizes is None else call.batch_sizes * self.size,
+        )
+
+    def unfold(self, outputs: Sequence[Tensor], axes: Sequence[int]) -> tuple[list[Tensor], list[int | None]]:
+        unfolded = [_unfold(a, axis, self.size, self.packed) for a, axis in zip(outputs, axes, strict=True)]
+        return [a for a, _ in unfolded], [dim for _, dim in unfolded]
+
+
+def _foldable(size: int, dims: LayerCall) -> bool:
+    """Mapped rows with shared weights are one larger batch."""
+    weights = dims.weights if isinstance(dims.weights, (list, tuple)) else [dims.weights]
+    return size > 0 and dims.batch_sizes is None and all(dim is None for dim in weights)
+
+
+@torch.library.register_vmap("lstm_ext::layer_forward")
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    (call, save), dims, size = _forward_of(arguments), LayerCall(*in_dims[:-1]), info.batch_size
+    if not _foldable(size, dims):
+        return _one_by_one(layer_forward, size, in_dims, arguments)
+    batch = _Batch(call, size)
+    outputs = layer_forward(*batch.fold_call(dims), save)
+    unfolded, out_dims = batch.unfold(outputs, (batch.axis, 1, 1, batch.saved_axis, batch.saved_axis))
+    return tuple(unfolded), tuple(out_dims)
+
+
+@torch.library.register_vmap("lstm_ext::layer_backward")
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    call, saved, grads, needs = _backward_of(arguments)
+    size = info.batch_size
+    g, (x, h0, c0, weights), s, masks = in_dims[:4], in_dims[4:8], in_dims[8:11], in_dims[11:-1]
+    dims = LayerCall(x, h0, c0, weights, *masks)
+    if needs & Needs.WEIGHTS or not _foldable(size, dims):  # the kernel adds up over the batch
+        return _one_by_one(layer_backward, size, in_dims, arguments)
+    batch = _Batch(call, size)
+    axis, saved_axis = batch.axis, batch.saved_axis
+    folded = (
+        batch.fold_call(dims),
+        Saved(*map(batch.fold, saved, s, (axis, saved_axis, saved_axis))),
+        OutputGrads(*map(batch.fold, grads, g, (axis, 1, 1, saved_axis))),
+    )
+    *outputs, _ = layer_backward(*_backward_arguments(*folded, needs))
+    unfolded, out_dims = batch.unfold(outputs, (axis, 1, 1))
+    return (*unfolded, []), (*out_dims, [])
+
+
+# The way in ----------------------------------------------------------------------------------------------------------
+
+
+def _unwrapped(a: Tensor | None) -> Tensor | None:
+    while a is not None and is_functorch_wrapped_tensor(a):
+        a = get_unwrapped(a)
+    return a
+
+
+def check_watched(call: LayerCall) -> None:
+    """`check`; the values too where they can be seen: on the CPU, below vmap and the other transforms of torch.func."""
+    check(call, values=False)
+    if call.x.is_cpu and not is_compiling() and not _len_torch_dispatch_stack():
+        lengths, batch_sizes = _unwrapped(call.lengths), _unwrapped(call.batch_sizes)
+        check_values(lengths, batch_sizes, call.num_steps(), call.x.shape[0])
+
+
+def forward(call: LayerCall, save: Save) -> Outputs:
+    """The outputs, with the cells if asked for, of a call that something watches."""
+    # What is traced or exported serves with gradients or without, so it saves nothing: `_first_derivative` runs the
+    # forward pass again. vmap hides whether what it maps asks for gradients.
+    recorded = is_exporting() if is_compiling() else _get_tracing_state() is not None
+    asked = _is_grad_enabled() and (get_dynamic_layer_stack_depth() > 0 or requires_grad(call))
+    y, h_n, c_n, cells, _ = layer_forward(*call, Save.ALL if asked and not recorded else save)
+    return Outputs(y, h_n, c_n, cells if save else None, None)
