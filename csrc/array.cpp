@@ -41,6 +41,7 @@ struct TensorTypes {
   PyObject* types[kMost];
   int count = 0;
   const dlpack::ExchangeApi* api = nullptr;
+  PyObject* num_threads = nullptr;
 } tensor_types;
 
 const dlpack::ExchangeApi* api_of(py::handle object) {
@@ -102,7 +103,7 @@ const dlpack::ExchangeApi* exchange_api_of(py::handle type) {
   return reinterpret_cast<const dlpack::ExchangeApi*>(header);
 }
 
-void take_tensor_types(py::args types) {
+void take_tensor_types(py::tuple types, py::object num_threads) {
   if (types.size() > TensorTypes::kMost) throw py::value_error("types: expected at most 4, got more");
   TensorTypes taken;
   for (const py::handle type : types) {
@@ -111,6 +112,7 @@ void take_tensor_types(py::args types) {
     taken.api = api;
     taken.types[taken.count++] = type.inc_ref().ptr();
   }
+  taken.num_threads = num_threads.release().ptr();
   tensor_types = taken;
 }
 
@@ -137,7 +139,7 @@ std::string text_of(const Shape& shape) {
 }
 
 Array::Array(py::handle object, const char* name, dlpack::DeviceType device, const Array* like)
-    : name_(name), object_(object), device_{device, 0} {
+    : name_(name), object_(py::reinterpret_borrow<py::object>(object)), device_{device, 0} {
   if (object.is_none()) return;
   there_ = true;
   api_ = api_of(object);
@@ -247,6 +249,11 @@ void Array::expect_dims(int ndim) const {
   }
 }
 
+void Array::refuse_dims() const {
+  throw py::value_error(std::string(name_) + ": expected 1 or 2 dimensions, got " + std::to_string(ndim_) + ": shape " +
+                        text_of(shape()));
+}
+
 void Array::expect_shape(const Shape& expected, const char* dims) const {
   if (shape() == expected) return;
   const std::string names = *dims ? "[" + std::string(dims) + "] = " : "";
@@ -310,6 +317,11 @@ void* Array::current_stream() const {
   void* stream = nullptr;
   if (api_ && api_->current_stream(device_.type, device_.id, &stream) != 0) throw py::error_already_set();
   return stream;
+}
+
+int Array::num_threads() const {
+  if (!api_ || !tensor_types.num_threads) return 0;
+  return py::reinterpret_borrow<py::object>(tensor_types.num_threads)().cast<int>();
 }
 
 Output Allocator::empty(Dtype dtype, const Shape& shape) const {

@@ -19,8 +19,8 @@ namespace py = pybind11;
 const dlpack::ExchangeApi* exchange_api_of(py::handle type);
 
 // From now on arrays of exactly these types, which share one exchange API, are taken. Subclasses are not: they mean
-// more than their memory. Throws as exchange_api_of does.
-void take_tensor_types(py::args types);
+// more than their memory. `num_threads()` tells how many threads a call with them uses. Throws as exchange_api_of does.
+void take_tensor_types(py::tuple types, py::object num_threads);
 
 // What an object is to this module. Only exact types count: a subclass may mean more than its memory.
 enum class Kind { kNone, kNdarray, kTensor, kOther };
@@ -80,6 +80,7 @@ class Array {
   // Each throws, naming the array, what was expected and what came. `dims` are names of the sizes, as in "4*H, I";
   // `whose` ends the sentence, as in " as x has".
   void expect_dims(int ndim) const;
+  [[noreturn]] void refuse_dims() const;  // of the state of a single step: ValueError, as torch's cell
   void expect_shape(const Shape& shape, const char* dims = "") const;
   void expect_dtype(Dtype dtype, const char* whose = "") const;
   Dtype float_dtype() const;
@@ -94,6 +95,7 @@ class Array {
   const dlpack::ExchangeApi* api() const { return api_; }
   dlpack::Device device() const { return device_; }
   void* current_stream() const;  // of its device
+  int num_threads() const;       // that its framework uses now; 0 if it does not say
 
  private:
   Array(py::handle object, const char* name, dlpack::DeviceType device, const Array* like);
@@ -105,7 +107,7 @@ class Array {
   [[noreturn]] void refuse_view(py::handle tensor, const Array* like) const;
 
   const char* name_ = "";
-  py::handle object_;  // borrowed
+  py::object object_;  // kept alive: another thread may change the list that it came in
   bool there_ = false;
   void* data_ = nullptr;
   int ndim_ = 0;

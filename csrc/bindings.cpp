@@ -9,8 +9,9 @@ using namespace py::literals;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of lstm_ext. Arguments are documented in csrc/ops/ops.h and lstm_ext/_C.pyi.";
-  m.def("layer_forward", &lstm_ext::ops::layer_forward, "call"_a, "save"_a, "num_threads"_a);
-  m.def("layer_backward", &lstm_ext::ops::layer_backward, "call"_a, "saved"_a, "grads"_a, "needs"_a, "num_threads"_a);
+  m.def("layer_forward", &lstm_ext::ops::layer_forward, "call"_a, "save"_a, "num_threads"_a = 0);
+  m.def("layer_backward", &lstm_ext::ops::layer_backward, "call"_a, "saved"_a, "grads"_a, "needs"_a,
+        "num_threads"_a = 0);
 #if defined(LSTM_EXT_WITH_CUDA)
   m.def("cuda_layer_forward", &lstm_ext::ops::cuda_layer_forward, "steps"_a, "save"_a, "tf32"_a, "strategy"_a);
   m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward, "steps"_a, "saved"_a, "grads"_a, "needs"_a,
@@ -19,7 +20,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", &lstm_ext::ops::cuda_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
         "num_directions"_a, "backward"_a, "strategy"_a, "device"_a);
 #endif
-  m.def("take_tensor_types", &lstm_ext::take_tensor_types);
+  m.def("take_tensor_types", &lstm_ext::take_tensor_types, "types"_a, "num_threads"_a);
   m.def("share_openmp_threads", &lstm_ext::cpu::share_openmp_threads, "library"_a);
   m.def("build_info", &lstm_ext::build_info);
   m.def("gpus", &lstm_ext::gpus);

@@ -2,10 +2,12 @@
 
 dtypes float32, float64, bfloat16, float16. An operation on a layer answers NotImplemented where something in the call
 is no plain array. It raises RuntimeError (dtype, device, shape, T = 0), TypeError (dtype of a mask) and ValueError
-(range) naming the argument, what was expected and what came. `num_threads` 0 takes OMP_NUM_THREADS or the usable
-processors. Arguments and results are described in `lstm_ext.call`, and those on a GPU in csrc/ops/ops.h.
+(range) naming the argument, what was expected and what came. `num_threads` 0 is what `take_tensor_types` was told for
+tensors, and OMP_NUM_THREADS or the usable processors for NumPy arrays. Arguments and results are described in
+`lstm_ext.call`, and those on a GPU in csrc/ops/ops.h.
 """
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from .call import Array, CallTuple, GradsTuple, Needs, OutputsTuple, Save
@@ -23,9 +25,9 @@ class BuildInfo(TypedDict, total=False):
 _Saved = tuple[Array, Array, Array]
 _OutputGrads = tuple[Array | None, Array | None, Array | None, Array | None]
 
-def layer_forward(call: CallTuple, save: Save, num_threads: int) -> OutputsTuple: ...
+def layer_forward(call: CallTuple, save: Save, num_threads: int = 0) -> OutputsTuple: ...
 def layer_backward(
-    call: CallTuple, saved: _Saved, grads: _OutputGrads, needs: Needs, num_threads: int
+    call: CallTuple, saved: _Saved, grads: _OutputGrads, needs: Needs, num_threads: int = 0
 ) -> GradsTuple: ...
 
 # Where CUDA was built
@@ -47,7 +49,7 @@ def cuda_plan(
     strategy: str,
     device: int,
 ) -> dict[str, Any]: ...
-def take_tensor_types(*types: type) -> None: ...
+def take_tensor_types(types: tuple[type, ...], num_threads: Callable[[], int]) -> None: ...
 def share_openmp_threads(library: str) -> bool: ...
 def build_info() -> BuildInfo: ...
 def gpus() -> tuple[list[str], str]: ...

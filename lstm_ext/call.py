@@ -369,9 +369,12 @@ def check(call: LayerCall, values: bool = True) -> None:
         RuntimeError: dtype, device, layout or shape, as torch does.
         ValueError: a length out of range.
     """
-    if call.is_step:
-        call = call.with_time()
     check_kinds(call)
+    if call.is_step:
+        for name, a in (("h0", call.h0), ("c0", call.c0)):
+            if a is not None and len(a.shape) > 2:  # ValueError, as torch's cell
+                raise ValueError(f"{name}: expected 1 or 2 dimensions, got {len(a.shape)}: shape {list(a.shape)}")
+        call = call.with_time()
     x, arrays = call.x, call.named()
     _check_dtypes(arrays, x)
     _check_devices_and_layouts(arrays, x)

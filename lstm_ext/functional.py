@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -12,6 +13,7 @@ from .call import (
     FORWARD,
     REVERSE,
     Array,
+    CallTuple,
     LayerCall,
     OutputsTuple,
     Save,
@@ -22,24 +24,31 @@ from .call import (
 )
 from .engines import choose
 
+NOTHING, CELLS = Save.NOTHING, Save.CELLS
+
 A = TypeVar("A")  # an array of any kind, or of the kinds of another library
 
 
-def _run(call: LayerCall, save: Save = Save.NOTHING) -> OutputsTuple:
-    """The outputs of a layer, by the engine for its arrays."""
-    if is_tensor(call.x):
-        from .route import run  # imports torch
+@cache
+def _run_of_tensors() -> Callable[[CallTuple, Save], OutputsTuple]:
+    """`route.run`, which imports torch, once tensors have come."""
+    from .route import run
 
-        return run(call, save)
-    check_kind("x", call.x)
-    engine = choose("cpu", call.x.dtype.newbyteorder("=")).engine
+    return run
+
+
+def _run_arrays(call: CallTuple, save: Save) -> OutputsTuple:
+    """The outputs of a layer of NumPy arrays, which nothing watches: by whichever engine there is."""
+    asked = LayerCall(*call)
+    check_kind("x", asked.x)
+    engine = choose("cpu", asked.x.dtype.newbyteorder("=")).engine
     if engine is None:
-        check(call)  # names the dtype
-        raise RuntimeError(f"x: no backend takes dtype {call.x.dtype}")
+        check(asked)  # names the dtype
+        raise RuntimeError(f"x: no backend takes dtype {asked.x.dtype}")
     outputs = engine.forward(call, save)
     if outputs is NotImplemented:  # not all are plain arrays
-        check(call)
-        outputs = engine.forward(call.map(np.asarray), save)
+        check(asked)
+        outputs = engine.forward(asked.map(np.asarray), save)
     return outputs
 
 
@@ -181,7 +190,8 @@ def lstm(
         RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, T = 0, memory that cannot be shared.
         ValueError: a length out of range (on a GPU lengths are clamped instead).
     """
-    if not is_tensor(x):
+    tensors = is_tensor(x)
+    if not tensors:
         if dlpack.library_of(x) is not None:
             arrays = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr}
             masks = {"lengths": lengths, "resets": resets}
@@ -191,19 +201,13 @@ def lstm(
     weights = [w_ih, w_hh, *_both_or_none(b_ih, b_hh)]
     if w_hr is not None:
         weights.append(w_hr)
-    call = LayerCall(
-        x,
-        _with_direction("state[0]", h0, x),
-        _with_direction("state[1]", c0, x),
-        weights,
-        lengths,
-        resets,
-        None,
-        REVERSE if reverse else FORWARD,
-        False,
-    )
     _expect_rank("x", x, 3, x)
-    y, h_n, c_n, cells, _ = _run(call, Save.CELLS if return_cells else Save.NOTHING)
+    state_of = (_with_direction("state[0]", h0, x), _with_direction("state[1]", c0, x))
+    run = _run_of_tensors() if tensors else _run_arrays
+    y, h_n, c_n, cells, _ = run(
+        (x, *state_of, weights, lengths, resets, None, REVERSE if reverse else FORWARD, False),
+        CELLS if return_cells else NOTHING,
+    )
     if cells is None:
         return y, (h_n[0], c_n[0])
     cells = cells[0]
@@ -236,16 +240,18 @@ def lstm_cell(
         TypeError: not an array, arrays of several kinds, a tracer of JAX.
         RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, memory that cannot be shared.
     """
-    if not is_tensor(x) and dlpack.library_of(x) is not None:
+    tensors = is_tensor(x)
+    if not tensors and dlpack.library_of(x) is not None:
         arrays = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
         h, c = _through_dlpack(lstm_cell, state, arrays)
         return h, c
     h, c = _split_state(state)
-    if not is_tensor(x):
+    if not tensors:
         check_kind("x", x)
     for name, a in (("x", x), ("h", h), ("c", c)):
         if a is not None:
             _expect_rank(name, a, 2, x)
     weights = [w_ih, w_hh, *_both_or_none(b_ih, b_hh)]
-    y, _, c_n, _, _ = _run(LayerCall(x, h, c, weights, None, None, None, FORWARD, False))
+    run = _run_of_tensors() if tensors else _run_arrays
+    y, _, c_n, _, _ = run((x, h, c, weights, None, None, None, FORWARD, False), NOTHING)
     return y, c_n

@@ -18,7 +18,7 @@ from torch.types import Device
 
 from . import route
 from .call import BOTH, FORWARD, LayerCall, Save
-from .engines import stock, warn_once
+from .engines import stock
 from .route import run
 from .swap import recast, swap
 
@@ -29,7 +29,7 @@ if torch.backends.mkldnn.is_available():
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         _ONE_DNN_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
-DTYPES, NOTHING, CELLS, STRIDED = route.DTYPES, Save.NOTHING, Save.CELLS, torch.strided
+NOTHING, CELLS = Save.NOTHING, Save.CELLS
 State = tuple[Tensor, Tensor]
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -171,12 +171,19 @@ class LSTM(RNNBase):
         weights = self._flat_weights
         if input.dtype is not weights[0].dtype:  # the engine checks the rest
             self.check_input(input, None)
+        h0: Tensor | None = None
+        c0: Tensor | None = None
         if hx is not None:
-            _check_pair("LSTM", hx)
-            if hx[0].dim() != 3 or hx[1].dim() != 3:
-                raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
+            h0, c0 = hx = hx if type(hx) is tuple and len(hx) == 2 else _pair("LSTM", hx)
+            if h0.dim() != 3 or c0.dim() != 3:
+                raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {h0.dim()}-D and {c0.dim()}-D")
             if self.num_layers > 1:
                 self._check_state(input, hx, None)
+        if self.num_layers == 1 and input.is_cpu and not return_cells and not _is_any_autocast_enabled():
+            # One call is all: small layers are called often.
+            directions = BOTH if self.bidirectional else FORWARD
+            y, h_n, c_n, _, _ = run((input, h0, c0, weights, lengths, resets, None, directions, self.batch_first))
+            return y, (h_n, c_n)
         y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
         return (y, (h_n, c_n), cells) if return_cells else (y, (h_n, c_n))
 
@@ -189,7 +196,7 @@ class LSTM(RNNBase):
         """x [T, I], as a batch of one."""
         batch = 0 if self.batch_first else 1
         if hx is not None:
-            _check_pair("LSTM", hx)
+            hx = _pair("LSTM", hx)
             if hx[0].dim() != 2 or hx[1].dim() != 2:
                 raise RuntimeError(f"LSTM: a 2-D input needs a 2-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
             hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
@@ -215,7 +222,7 @@ class LSTM(RNNBase):
             raise ValueError("LSTM: lengths and resets go with a padded input, got a PackedSequence")
         x, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is not None:
-            _check_pair("LSTM", hx)
+            hx = _pair("LSTM", hx)
             self._check_state(x, hx, batch_sizes)
             hx = self._permute(hx, sorted_indices)
         y, h_n, c_n, cells = self._layers(x, hx, self._flat_weights, None, None, batch_sizes, return_cells)
@@ -311,12 +318,13 @@ class LSTM(RNNBase):
         return _for_torch_script(torch.nn.LSTM, self)
 
 
-def _check_pair(name: str, hx: Any) -> None:
-    """The error types are those of torch."""
+def _pair(name: str, hx: Any) -> State:
+    """The pair (h_0, c_0); the error types are those of torch."""
     if not isinstance(hx, (tuple, list)):
         raise TypeError(f"{name}: expected hx to be a pair (h_0, c_0), got {type(hx).__name__}")
     if len(hx) != 2:
         raise RuntimeError(f"{name}: expected hx to be a pair (h_0, c_0), got {len(hx)} items")
+    return hx[0], hx[1]
 
 
 def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
@@ -325,37 +333,6 @@ def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: boo
         return cells.movedim(0, 1).flatten(1)
     cells = cells.movedim(0, 2).flatten(2)
     return cells.transpose(0, 1) if batch_first else cells
-
-
-def _check_ranks(x: int, h: int | None = None, c: int | None = None) -> None:
-    """Those of a cell's input and state; the error types are those of torch."""
-    if x not in (1, 2):
-        raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {x}-D")
-    for n, rank in enumerate((h, c)):
-        if rank not in (None, 1, 2):
-            raise ValueError(f"LSTMCell: expected hx[{n}] to be 1-D or 2-D, got {rank}-D")
-    if h is not None and not x == h == c:
-        raise RuntimeError(f"LSTMCell: a {x}-D input needs a {x}-D hx, got {h}-D and {c}-D")
-
-
-def _why_stock_cell(x: Tensor, c: Tensor | None) -> str:
-    """Why torch's own cell has to run, which takes more dtypes and layouts; "" if it need not."""
-    if x.dtype not in DTYPES:
-        return f"input: expected dtype {', '.join(sorted(map(str, DTYPES)))}, got {x.dtype}"
-    if x.layout is not STRIDED:
-        return f"input: expected a dense tensor (torch.strided), got {x.layout}"
-    if c is not None and c.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        return f"hx[1]: expected dtype {x.dtype} as input has, got {c.dtype}"
-    return ""
-
-
-def _stock_cell(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> State:
-    """One step of torch's own cell."""
-    if x.dim() == 1:
-        h, c = _stock_cell(x[None], h[None], c[None], weights)
-        return h[0], c[0]
-    h, c = torch._VF.lstm_cell(x, (h, c), *weights)
-    return h, c
 
 
 class LSTMCell(RNNCellBase):
@@ -390,29 +367,19 @@ class LSTMCell(RNNCellBase):
         """See the class for shapes: (h_1, c_1)."""
         h: Any = None
         c: Any = None
-        rank = input.dim()
         if hx is not None:
-            _check_pair("LSTMCell", hx)
-            h, c = hx
+            h, c = hx if type(hx) is tuple and len(hx) == 2 else _pair("LSTMCell", hx)
             if h is None or c is None:
                 raise AttributeError("LSTMCell: expected hx to be a pair of tensors, got None in it")  # torch's type
-            if not rank == h.dim() == c.dim():
-                _check_ranks(rank, h.dim(), c.dim())
-        if rank not in (1, 2):
-            _check_ranks(rank)
-        parameters: dict[str, Any] = self._parameters
+        if (rank := input.dim()) != 2 and rank != 1:
+            raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {rank}-D")
+        p: dict[str, Any] = self._parameters
         try:
-            weights = [parameters["weight_ih"], parameters["weight_hh"]]
-            biases = [parameters["bias_ih"], parameters["bias_hh"]]
+            weights = [p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]]
         except KeyError:  # a parametrization computes them
-            weights, biases = [self.weight_ih, self.weight_hh], [self.bias_ih, self.bias_hh]
-        if biases[0] is not None:
-            weights += biases
-        unusual = input.dtype not in DTYPES or input.layout is not STRIDED
-        if (unusual or (c is not None and c.dtype is not input.dtype)) and (why := _why_stock_cell(input, c)):
-            warn_once(f"lstm_ext runs torch's own LSTM cell: {why}")
-            zeros = torch.zeros(*input.shape[:-1], self.hidden_size, dtype=input.dtype, device=input.device)
-            return _stock_cell(input, zeros if h is None else h, zeros if c is None else c, weights)
+            weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
+        if not self.bias:
+            del weights[2:]
         y, _, c_n, _, _ = run((input, h, c, weights, None, None, None, FORWARD, False))
         return y, c_n
 

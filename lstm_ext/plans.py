@@ -1,9 +1,9 @@
-"""How a layer would run on a GPU, and why so."""
+"""How a layer would run on a device, and why so."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 from . import _native
 from .engines import backends
@@ -33,49 +33,118 @@ class Plan:
     refused: dict[str, str]
 
 
+@dataclass(frozen=True)
+class CpuPlan:
+    """The way in which one pass of a layer runs on the CPU; csrc/cpu/plan.cpp decides it, and says what each number is.
+
+    Attributes:
+        engine: "vectors", or "tiles" where the processor has tile registers (AMX).
+        in_place: whether w_ih, w_hh and w_hr are multiplied as they lie; if not, they are packed into panels first.
+        one_sum: whether x W_ih' and h W_hh' of a step are one sum.
+        borrow_x: whether x is multiplied where it lies; if not, its rows are copied.
+        chunk_steps: steps whose inputs are multiplied at once.
+        depth: of a block of each product, x W_ih' and h W_hh', in elements of a row.
+        threads: that work on it.
+        by_rows: whether they share out the rows of the batch; if not, the units.
+        why: of engine, chunk_steps and threads.
+    """
+
+    engine: str
+    in_place: tuple[bool, bool, bool]
+    one_sum: bool
+    borrow_x: bool
+    chunk_steps: int
+    depth: tuple[int, int]
+    threads: int
+    by_rows: bool
+    why: dict[str, str]
+
+
+@overload
 def plan(
     num_steps: int,
     batch_size: int,
     hidden_size: int,
     *,
+    input_size: int | None = None,
+    proj_size: int = 0,
+    dtype: Any = "float32",
+    bidirectional: bool = False,
+    backward: bool = False,
+    num_threads: int = 0,
+    device: Literal["cpu"],
+) -> CpuPlan: ...
+@overload
+def plan(
+    num_steps: int,
+    batch_size: int,
+    hidden_size: int,
+    *,
+    input_size: int | None = None,
     proj_size: int = 0,
     dtype: Any = "float32",
     bidirectional: bool = False,
     backward: bool = False,
     tf32: bool = True,
     strategy: str | None = None,
-    device: int = 0,
-) -> Plan:
-    """How one pass over a layer runs on a GPU.
+    device: int | str = 0,
+) -> Plan: ...
+def plan(
+    num_steps: int,
+    batch_size: int,
+    hidden_size: int,
+    *,
+    input_size: int | None = None,
+    proj_size: int = 0,
+    dtype: Any = "float32",
+    bidirectional: bool = False,
+    backward: bool = False,
+    tf32: bool = True,
+    strategy: str | None = None,
+    num_threads: int = 0,
+    device: int | str = 0,
+) -> Plan | CpuPlan:
+    """How one pass over a layer runs on a device.
 
     Args:
         num_steps: T.
         batch_size: B.
         hidden_size: H.
+        input_size: I; None is H. On a GPU x W_ih' is no part of the plan.
         proj_size: P, the width of h with a projection; 0 is none.
         dtype: of torch or NumPy, or its name.
-        bidirectional: both directions, which run in one launch.
+        bidirectional: both directions, which run in one launch or call.
         backward: the backward pass instead of the forward one.
-        tf32: whether float32 may be multiplied as TF32 (as `torch.backends.cudnn.rnn.fp32_precision` says).
-        strategy: asks about one; None for the one that would be chosen.
-        device: number of the GPU.
+        tf32: whether float32 may be multiplied as TF32 on a GPU (`torch.backends.cudnn.rnn.fp32_precision`).
+        strategy: of a GPU: asks about one; None for the one that would be chosen.
+        num_threads: of the CPU: how many there are at most; 0 is OMP_NUM_THREADS, or the usable processors.
+        device: "cpu"; "cuda", "cuda:1" and so on, or the number of the GPU.
+
+    Returns:
+        `CpuPlan` for device="cpu", else `Plan`.
 
     Raises:
-        RuntimeError: there is no GPU, or the strategy cannot run this.
-        ValueError: a size out of range, a dtype or a strategy unknown.
+        RuntimeError: the backend is not available, or the strategy cannot run this.
+        ValueError: a size out of range; a dtype, a strategy or a device unknown.
     """
     sizes = {"num_steps": num_steps, "batch_size": batch_size, "hidden_size": hidden_size}
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
-    if proj_size < 0:
-        raise ValueError(f"proj_size: expected at least 0, got {proj_size}")
-    cuda = backends()["cuda"]
-    if not cuda.available:
-        raise RuntimeError(f"plan: the backend 'cuda' is not available: {cuda.reason}")
-    return Plan(
-        **_native.C.cuda_plan(
-            *(num_steps, batch_size, hidden_size, proj_size, proj_size > 0, str(dtype).removeprefix("torch."), tf32),
-            *(2 if bidirectional else 1, backward, strategy or "", device),
-        )
-    )
+    for name, size in {"proj_size": proj_size, "input_size": input_size or 0, "num_threads": num_threads}.items():
+        if size < 0:
+            raise ValueError(f"{name}: expected at least 0, got {size}")
+    kind, _, number = str(device).partition(":")
+    if not isinstance(device, int) and (kind not in ("cpu", "cuda") or not (number or "0").isdigit()):
+        raise ValueError(f"device: expected 'cpu', 'cuda', 'cuda:N' or the number of a GPU, got {device!r}")
+    backend = backends()["cpu" if kind == "cpu" else "cuda"]
+    if not backend.available:
+        raise RuntimeError(f"plan: the backend {backend.name!r} is not available: {backend.reason}")
+    projected, dtype_name, D = proj_size > 0, str(dtype).removeprefix("torch."), 2 if bidirectional else 1
+    if kind == "cpu":
+        width = hidden_size if input_size is None else input_size
+        layer = (num_steps, batch_size, width, hidden_size, proj_size, projected, dtype_name, D, backward)
+        return CpuPlan(**_native.C.cpu_plan(*layer, num_threads))
+    gpu = device if isinstance(device, int) else int(number or 0)
+    steps = (num_steps, batch_size, hidden_size, proj_size, projected, dtype_name, tf32, D, backward)
+    return Plan(**_native.C.cuda_plan(*steps, strategy or "", gpu))

@@ -11,8 +11,8 @@ from torch.compiler import assume_constant_result, is_compiling
 
 from . import torch_op
 from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds
-from .engines import Engine, backends, choose, composed, onnx, stock, warn_once
-from .torch_op import PLAIN, LayerFunction, engine_of, is_watched, requires_grad
+from .engines import Engine, backends, choose, choose_under, composed, forced, onnx, stock, warn_once
+from .torch_op import PLAIN, LayerFunction, engine_of, is_eager, requires_grad
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NOTHING, ALL = Save.NOTHING, Save.ALL
@@ -27,10 +27,11 @@ def run(call: CallTuple, save: Save = NOTHING) -> OutputsTuple:
     Raises:
         TypeError, RuntimeError, ValueError: see `call.check`; what a kernel or its memory fails of is raised as it is.
     """
-    if not (_is_any_autocast_enabled() or is_watched()):  # most calls: the last row of the table, without the others
-        x = call[0]
-        engine = choose("cpu" if x.is_cpu else x.device.type, x.dtype).engine
-        if engine is not None and call[4] is None and not (_is_grad_enabled() and requires_grad(call)):
+    if is_eager() and not _is_any_autocast_enabled():  # most calls: the last row of the table, without the others
+        x, lengths = call[0], call[4]
+        engine = choose_under(forced.get(), "cpu" if x.is_cpu else x.device.type, x.dtype).engine
+        at_hand = lengths is None or getattr(lengths, "device", None) == x.device
+        if engine is not None and at_hand and not (_is_grad_enabled() and requires_grad(call)):
             outputs = engine.forward(call, save)
             if outputs is not NotImplemented:
                 return outputs
@@ -42,13 +43,14 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return run(call.cast(autocast_cell_dtype(call) if call.is_step else torch.get_autocast_dtype(device)), save)
-    watched = is_watched() or not _are_plain(call)
-    served = has_kernel(call.x)
+    watched = not (is_eager() and _are_plain(call))
+    served = _has_step_kernel(call) if call.is_step else has_kernel(call.x)
     if watched and not is_compiling():
         check_kinds(call)
-    if call.is_step and (watched or not served):
+    if call.is_step and watched and served:
         return Outputs(*run(call.with_time(), save)).without_time(call)
-    call = _with_own_lengths(call)
+    if call.lengths is not None:
+        call = _with_own_lengths(call)
 
     if watched and onnx.is_exporting():
         return onnx.forward(call, save)
@@ -72,11 +74,11 @@ def _are_plain(call: LayerCall) -> bool:
 
 
 def _with_own_lengths(call: LayerCall) -> LayerCall:
-    """Integer lengths as the engines take them; other dtypes as they are, for the checks to refuse."""
-    lengths, x = call.lengths, call.x
-    if lengths is None or not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+    """Integer lengths as the op takes them, where x is; other dtypes as they are, for the checks to refuse."""
+    lengths = call.lengths
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
         return call
-    return call._replace(lengths=lengths.to(x.device, torch.int64))
+    return call._replace(lengths=lengths.to(call.x.device, torch.int64))
 
 
 @assume_constant_result
@@ -91,16 +93,28 @@ def _has_gpu_kernels() -> bool:
     return backends()["cuda"].available
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether a kernel runs for x, or its shape rule for meta tensors; if not, torch's own LSTM does, and says so."""
+def has_kernel(x: Tensor, what: str = "LSTM") -> bool:
+    """Whether a kernel runs for x, or its shape rule for meta tensors; if not, torch's own does, and a warning says so.
+
+    `what` is the module that runs, for the warning.
+    """
     if x.is_meta:
         return True
     if is_compiling():
         return (x.is_cpu or (x.is_cuda and _has_gpu_kernels())) and x.dtype in DTYPES
     choice = choose(x.device.type, x.dtype)
     if choice.name is None:
-        warn_once(f"lstm_ext runs torch's own LSTM on {x.device.type} tensors of {x.dtype}: {choice.reason}")
+        warn_once(f"lstm_ext runs torch's own {what} on {x.device.type} tensors of {x.dtype}: {choice.reason}")
     return choice.name is not None
+
+
+def _has_step_kernel(call: LayerCall) -> bool:
+    """The same of a single step, of which torch's own cell takes a c of another dtype too."""
+    x, c = call.x, call.c0
+    if c is None or c.dtype == x.dtype:
+        return has_kernel(x, "LSTM cell")
+    warn_once(f"lstm_ext runs torch's own LSTM cell: expected c of dtype {x.dtype} as the input has, got {c.dtype}")
+    return False
 
 
 def autocast_cell_dtype(call: LayerCall) -> torch.dtype:

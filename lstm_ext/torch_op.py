@@ -64,13 +64,13 @@ _is_grad_enabled = torch.is_grad_enabled
 # What watches, and what is asked for ---------------------------------------------------------------------------------
 
 
-def is_watched() -> bool:
-    """Whether a compiler, trace, transform, mode or forward-mode differentiation sees this call."""
-    return (
+def is_eager() -> bool:
+    """Whether no compiler, trace, transform, mode or forward-mode differentiation sees this call."""
+    return not (
         is_compiling()
         or peek_interpreter_stack() is not None
-        or _len_torch_dispatch_stack() > 0
-        or _len_torch_function_stack() > 0
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
         or _get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
@@ -253,7 +253,8 @@ class LayerFunction(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         """`gradients` are those of the outputs, None for zeros."""
-        saved, call = Saved(*ctx.saved_tensors[:3]), _restored(ctx.saved_tensors[3:], ctx.options)
+        y, cells, gates, *tensors = ctx.saved_tensors
+        saved, call = Saved(y, cells, gates), _restored(tensors, ctx.options)
         needed = unflat(ctx.needs_input_grad[2:])
         needs = Needs.of(bool(needed.x), bool(needed.h0), bool(needed.c0), any(needed.weights))
         dx, dh0, dc0, dweights = _first_derivative(call, saved, OutputGrads(*gradients[:4]), needs)
@@ -266,7 +267,7 @@ def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: 
         return _composed_derivative(call, grads, needs)  # an older vmap than the one that the ops have rules for
     if saved.gates.dim() == 1:  # the forward was not asked to save
         saved = Saved(saved.y, *layer_forward(*call, Save.ALL)[3:])
-    if not _is_grad_enabled() and not is_watched():
+    if not _is_grad_enabled() and is_eager():
         derivatives = engine_of(call.x).backward(call, saved, grads, needs)
         if derivatives is not NotImplemented:
             return derivatives
@@ -328,7 +329,8 @@ class LayerGradFunction(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *wanted: Any) -> tuple[Any, ...]:
         """`wanted` are the gradients of the gradients, None for zeros."""
-        grads, call = ctx.saved_tensors[:4], _restored(ctx.saved_tensors[4:], ctx.options)
+        dy, dh_n, dc_n, dcells, *kept = ctx.saved_tensors
+        grads, call = (dy, dh_n, dc_n, dcells), _restored(kept, ctx.options)
 
         def outputs(*floats: Any) -> tuple[Any, ...]:
             return composed.forward(_with_floats(call, floats), Save.CELLS)[:4]
@@ -372,7 +374,7 @@ def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
                 return op.redispatch(keyset & _after_autograd_keyset, *arguments)
 
         recording = _is_grad_enabled()
-        if not is_watched() and not (recording and torch._C._any_requires_grad(*arguments)):
+        if is_eager() and not (recording and torch._C._any_requires_grad(*arguments)):
             return below(*arguments)
 
         def below_rule(*arguments: Any) -> Any:

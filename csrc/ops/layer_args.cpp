@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../cpu/team.h"
+
 namespace lstm_ext::ops {
 
 namespace {
@@ -51,18 +53,17 @@ LayerLayout::LayerLayout(const LayerCall& call, Dtype dtype_)
       D(directions == Directions::kBoth ? 2 : 1) {}
 
 void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_w_ih) {
-  weights_ = py::tuple(py::reinterpret_borrow<py::object>(weights));
+  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(weights.ptr()));
   const size_t first = with_w_ih ? 1 : 0;
-  const size_t each = weights_.size() / static_cast<size_t>(D);
-  if (each < first + 1 || each > first + 4 || each * static_cast<size_t>(D) != weights_.size()) {
+  const size_t each = count / static_cast<size_t>(D);
+  if (each < first + 1 || each > first + 4 || each * static_cast<size_t>(D) != count) {
     throw std::runtime_error("weights: expected " + std::to_string(first + 1) + " to " + std::to_string(first + 4) +
-                             " arrays for each direction, got " + std::to_string(weights_.size()) + " for " +
-                             std::to_string(D));
+                             " arrays for each direction, got " + std::to_string(count) + " for " + std::to_string(D));
   }
   shape.projected = (each - first) % 2 == 0;
   for (size_t n = 0; n < static_cast<size_t>(D); ++n) {
     const auto get = [&](size_t index, const char* const(&names)[2]) {
-      Array array(weights_[n * each + index], names[n], like);
+      Array array(PySequence_Fast_GET_ITEM(weights.ptr(), n * each + index), names[n], like);
       array.expect_dtype(dtype, kLike);
       return array;
     };
@@ -92,6 +93,9 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
 }
 
 void LayerLayout::check_state() const {
+  for (const Array* array : {&h0, &c0}) {
+    if (step && array->ndim() > 2) array->refuse_dims();
+  }
   if (h0) {
     h0.expect_dtype(dtype, kLike);
     h0.expect_shape(state_shape(shape.P), !step ? "D, B, P" : batched ? "B, P" : "P");
@@ -248,6 +252,27 @@ void LayerArgs::read_packing() {
 }
 
 // ---- What a kernel is told ---------------------------------------------------------------------
+
+namespace {
+
+constexpr double kFlopsWorthReleasing = 1e5, kFlopsWorthThreads = 6e5;
+
+double flops_of(const SequenceShape& shape) {
+  return 8. * static_cast<double>(shape.T * shape.B) * static_cast<double>(shape.H) *
+         static_cast<double>(shape.I + shape.P);
+}
+
+}  // namespace
+
+ReleasedGil::ReleasedGil(const SequenceShape& shape) {
+  if (flops_of(shape) > kFlopsWorthReleasing) release_.emplace();
+}
+
+int threads_for(const LayerArgs& args, int asked) {
+  if (asked <= 0 && flops_of(args.shape) < kFlopsWorthThreads) return 1;
+  if (asked <= 0) asked = args.x.num_threads();
+  return asked > 0 ? asked : cpu::default_threads();
+}
 
 LayerForward describe_forward(const LayerLayout& args, const Output& y, const Output& h_n, const Output& c_n,
                               const Output& cells, const Output& gates) {

@@ -2,6 +2,7 @@
 // them to a kernel.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "call.h"
@@ -48,9 +49,6 @@ struct LayerLayout {
   void read_weights(const Array& like, py::handle weights, bool with_w_ih);
   void check_state() const;
   void read_resets();
-
- private:
-  py::tuple weights_;  // kept alive: an Array borrows
 };
 
 // Those of a pass that reads x itself.
@@ -80,6 +78,18 @@ struct BackwardArrays {
   LayerBackward describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const;
 
   Array dy, dh_n, dc_n, dcells, y, cells, gates;
+};
+
+// `asked` threads; if that is 0, as many as the framework of x uses or, where it does not say, the process may.
+int threads_for(const LayerArgs& args, int asked);
+
+// Lets other Python threads run meanwhile, unless the work on a layer takes no longer than letting them does.
+class ReleasedGil {
+ public:
+  explicit ReleasedGil(const SequenceShape& shape);
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
 };
 
 // All of a forward pass but x; outputs that are not allocated are not wanted.

@@ -1,5 +1,4 @@
 #include "../cpu/kernels.h"
-#include "../cpu/team.h"
 #include "layer_args.h"
 #include "ops.h"
 
@@ -47,7 +46,7 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
   layer.dx = dx.data;
   layer.x_map = args.map_of(args.x);
   layer.dx_map = args.contiguous_map(I);
-  layer.num_threads = num_threads > 0 ? num_threads : cpu::default_threads();
+  layer.num_threads = threads_for(args, num_threads);
   for (int n = 0; n < args.D; ++n) {
     layer.direction[n].grads = {has(needs, Needs::kWeights),
                                 dw[n].w_ih.data,
@@ -58,7 +57,7 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
   }
 
   {
-    py::gil_scoped_release release;
+    const ReleasedGil released(args.shape);
     cpu::kernels().layer_backward(layer);
   }
   const py::object weight_grads = has(needs, Needs::kWeights) ? py::object(dweights) : py::none();

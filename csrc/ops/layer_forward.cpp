@@ -1,5 +1,4 @@
 #include "../cpu/kernels.h"
-#include "../cpu/team.h"
 #include "layer_args.h"
 #include "ops.h"
 
@@ -20,10 +19,10 @@ py::object layer_forward(const LayerCall& call, Save save, int num_threads) {
   LayerForward layer = describe_forward(args, y, h_n, c_n, cells, gates);
   layer.x = args.x.data();
   layer.x_map = args.map_of(args.x);
-  layer.num_threads = num_threads > 0 ? num_threads : cpu::default_threads();
+  layer.num_threads = threads_for(args, num_threads);
 
   {
-    py::gil_scoped_release release;
+    const ReleasedGil released(args.shape);
     cpu::kernels().layer_forward(layer);
   }
   return py::make_tuple(y.object, h_n.object, c_n.object, cells.object, gates.object);

@@ -88,7 +88,7 @@ def _known(name: str, origin: str) -> str:
     raise RuntimeError(f"{origin}: backend {name!r} is not available ({_reason(name)}); available: {available}")
 
 
-_forced: ContextVar[str | None] = ContextVar("lstm_ext_backend", default=None)
+forced: ContextVar[str | None] = ContextVar("lstm_ext_backend", default=None)  # by `use_backend`
 
 
 @contextmanager
@@ -102,11 +102,11 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no backend has this name.
         RuntimeError: the backend is not available; or, in the block, it cannot serve a tensor's device or dtype.
     """
-    token = _forced.set(_known(name, "use_backend"))
+    token = forced.set(_known(name, "use_backend"))
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)
 
 
 @cache
@@ -137,17 +137,18 @@ def _engine(name: str) -> Engine:
 
 
 @lru_cache
-def _choose(forced: str | None, device: str, dtype: object) -> Choice:
-    forced = forced or _from_environment()
+def choose_under(name: str | None, device: str, dtype: object) -> Choice:
+    """`choose` where `use_backend` has forced this name, or none."""
+    required = name or _from_environment()
     refused: list[tuple[str, str]] = []
-    for name in (forced,) if forced else NAMES:
+    for name in (required,) if required else NAMES:
         if not (why := _refusal(name, device, str(dtype).removeprefix("torch."))):
             if name == "numpy" and _native.reason and str(dtype).startswith("torch."):
                 warn_once(f"lstm_ext computes in NumPy, slowly: the compiled kernels are missing ({_native.reason})")
             return Choice(name, _engine(name), tuple(refused))
         refused.append((name, why))
     choice = Choice(None, None, tuple(refused))
-    if forced:
+    if required:
         raise RuntimeError(f"x: the backend asked for cannot run this ({choice.reason})")
     return choice
 
@@ -158,7 +159,7 @@ def choose(device: str, dtype: object) -> Choice:
     Raises:
         RuntimeError: `use_backend` or LSTM_EXT_BACKEND forces one that cannot serve them.
     """
-    return _choose(_forced.get(), device, dtype)
+    return choose_under(forced.get(), device, dtype)
 
 
 @cache

@@ -56,7 +56,8 @@ def tf32_allowed() -> bool:
 def _walk(call: LayerCall) -> LayerCall:
     """The call with the length of each row [B], or None; and batch_sizes as where the rows of each time start [T]."""
     if call.batch_sizes is None:
-        return call if call.lengths is None else call._replace(lengths=call.lengths.contiguous())
+        lengths = call.lengths
+        return call if lengths is None else call._replace(lengths=lengths.to(torch.int64).contiguous())
     sizes, device = call.batch_sizes, call.x.device
     lengths = (sizes[:, None] > torch.arange(int(sizes[0]))).sum(0)
     starts = sizes.cumsum(0) - sizes

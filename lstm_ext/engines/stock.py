@@ -37,9 +37,23 @@ def stack(
     return torch._VF.lstm(x, hx, weights, **options, batch_first=batch_first)
 
 
+def _step(call: LayerCall) -> Outputs:
+    """One step of torch's own cell."""
+    if call.x.dim() == 1:
+        x, h0, c0 = (None if a is None else a[None] for a in call[:3])
+        y, _, c_n, _, _ = _step(call._replace(x=x, h0=h0, c0=c0))
+        return Outputs(y[0], None, c_n[0], None, None)
+    zeros = call.x.new_zeros(call.x.shape[0], call.weights[1].shape[1])
+    h, c = (zeros if a is None else a for a in (call.h0, call.c0))
+    y, c_n = torch._VF.lstm_cell(call.x, (h, c), *call.weights)
+    return Outputs(y, None, c_n, None, None)
+
+
 def forward(call: LayerCall, save: Save) -> Outputs:
-    """One layer, forward or both directions, without masks; nothing is saved."""
+    """One layer, forward or both directions, without masks, or one step; nothing is saved."""
     assert not save
+    if call.is_step:
+        return _step(call)
     state = None
     if call.h0 is not None or call.c0 is not None:
         B = call.batch_size()
