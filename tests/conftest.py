@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+
+import lstm_ext
+
+BACKENDS = [name for name in ("cpu", "numpy") if lstm_ext.backends()[name].available]  # those for CPU tensors and NumPy
 
 
 def why_no_gpu() -> str:
@@ -13,8 +19,6 @@ def why_no_gpu() -> str:
         return "torch is not installed"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    import lstm_ext
-
     # A build that has the kernels but cannot use them is no reason to skip: there the tests fail.
     return "" if lstm_ext.build_info().get("cuda") else lstm_ext.backends()["cuda"].reason
 
@@ -25,6 +29,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU and the CUDA kernels: {reason}"))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on each."""
+    with lstm_ext.use_backend(request.param):
+        yield request.param
+
+
+def count_runs(engine: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often an engine ran forward and backward since."""
+    counts = {"forward": 0, "backward": 0}
+
+    def counted(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def count_and_run(*arguments: Any) -> Any:
+            counts[name] += 1
+            return run(*arguments)
+
+        return count_and_run
+
+    for name in counts:
+        monkeypatch.setattr(engine, name, counted(name, getattr(engine, name)))
+    return counts
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
-
-from .tolerances import assert_close
+from lstm_ext.testing import assert_close
 
 TERMS = 400  # as long as the longest sum in any test here, and for stock's own error
 I, H, T, B = 5, 7, 6, 3  # noqa: E741

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from .tolerances import assert_close
+from lstm_ext.testing import assert_close
 
 torch = pytest.importorskip("torch")
 
@@ -22,17 +21,14 @@ from torch.nn.utils.rnn import PackedSequence  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import lstm_ext  # noqa: E402
-from lstm_ext import _native, dispatch, reference  # noqa: E402
-from lstm_ext.ops import layer_backward, layer_forward  # noqa: E402
-from lstm_ext.reference import BOTH, FORWARD, REVERSE  # noqa: E402
-
-BACKENDS = [name for name in ("cpu", "numpy") if lstm_ext.backends()[name].available]
+from lstm_ext import engines, route  # noqa: E402
+from lstm_ext.call import BOTH, FORWARD, REVERSE, LayerCall, Needs, Save  # noqa: E402
+from lstm_ext.torch_op import layer_backward, layer_forward  # noqa: E402
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with lstm_ext.use_backend(request.param):
-        yield request.param
+def run_layer(x: Any, h0: Any, c0: Any, weights: Any, *masks: Any, save: Save = Save.CELLS) -> tuple[Any, ...]:
+    """y, h_n, c_n and the cells."""
+    return route.run(LayerCall(x, h0, c0, weights, *masks), save)[:4]
 
 
 def leaf(*shape: int, dtype: Any = torch.float64) -> Any:
@@ -78,7 +74,7 @@ def test_first_and_second_derivative(name: str, backend: str) -> None:
     def layer(*given: Any) -> tuple[Any, ...]:
         rest = iter(given)
         x, h0, c0, *weights = (next(rest) if p else None for p in present)
-        return dispatch.layer(x, h0, c0, weights, *masks, True)
+        return run_layer(x, h0, c0, weights, *masks)
 
     given = tuple(a for a in arguments if a is not None)
     assert gradcheck(layer, given)
@@ -141,7 +137,7 @@ def test_missing_output_gradients(used: tuple[int, ...], backend: str) -> None:
     """An output that nothing uses counts as one whose gradient is zero."""
     arguments, masks = make_layer(2, 3, state=True, directions=BOTH, lengths=[3, 2])
     x, h0, c0, *weights = arguments
-    outputs = dispatch.layer(x, h0, c0, weights, *masks, True)
+    outputs = run_layer(x, h0, c0, weights, *masks)
     seeds = [torch.randn_like(a) for a in outputs]
     some = torch.autograd.grad([outputs[n] for n in used], arguments, [seeds[n] for n in used], retain_graph=True)
     full = [seed if n in used else torch.zeros_like(seed) for n, seed in enumerate(seeds)]
@@ -153,13 +149,15 @@ def test_missing_output_gradients(used: tuple[int, ...], backend: str) -> None:
 def test_only_what_is_needed(wanted: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen argument gets no gradient, and the backward pass is told so."""
     arguments, masks = make_layer(2, 3, state=True)
-    expected = torch.autograd.grad(dispatch.layer(*arguments[:3], arguments[3:], *masks, False)[0].sum(), arguments)
+    y = run_layer(*arguments[:3], arguments[3:], *masks, save=Save.NOTHING)[0]
+    expected = torch.autograd.grad(y.sum(), arguments)
     frozen = [a.detach().requires_grad_(n == wanted) for n, a in enumerate(arguments)]
-    told: list[int] = []
-    run_backward = dispatch.run_backward
-    monkeypatch.setattr(dispatch, "run_backward", lambda *a: told.append(a[-1]) or run_backward(*a))
-    dispatch.layer(*frozen[:3], frozen[3:], *masks, False)[0].sum().backward()
-    assert told == [(1, 2, 4, 8, 8, 8, 8)[wanted]]
+    told: list[Needs] = []
+    engine = engines.choose("cpu", torch.float64).engine
+    run_backward = engine.backward
+    monkeypatch.setattr(engine, "backward", lambda *a: told.append(a[-1]) or run_backward(*a))
+    run_layer(*frozen[:3], frozen[3:], *masks, save=Save.NOTHING)[0].sum().backward()
+    assert told == [(Needs.X, Needs.H0, Needs.C0, *[Needs.WEIGHTS] * 4)[wanted]]
     assert [a.grad is not None for a in frozen] == [n == wanted for n in range(7)]
     assert_close(frozen[wanted].grad, expected[wanted], "float64")
 
@@ -199,21 +197,16 @@ def saved_bytes(call: Callable[[], Any]) -> tuple[int, Any]:
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_inference_saves_nothing(guard: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)
-    asked: list[int] = []
-    if backend == "numpy":
-        run = reference.layer_forward
-        monkeypatch.setattr(reference, "layer_forward", lambda *a: asked.append(a[9]) or run(*a))
-    else:
-        native = _native.C
-        spy = SimpleNamespace(layer_forward=lambda *a: asked.append(a[9]) or native.layer_forward(*a))
-        for owner in (lstm_ext.ops, lstm_ext.dispatch):
-            monkeypatch.setattr(owner, "_C", spy)
+    asked: list[Save] = []
+    engine = engines.choose("cpu", torch.float32).engine
+    forward = engine.forward
+    monkeypatch.setattr(engine, "forward", lambda *a: asked.append(a[1]) or forward(*a))
     with guard():
         size, (y, _) = saved_bytes(lambda: module(x))
         module(x, return_cells=True)
-    assert (size, asked, y.requires_grad) == (0, [0, 1], False)
+    assert (size, asked, y.requires_grad) == (0, [Save.NOTHING, Save.CELLS], False)
     assert saved_bytes(lambda: module(x))[0] > 0
-    assert asked[2:] == [2]
+    assert asked[2:] == [Save.ALL]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 16}])

@@ -11,19 +11,13 @@ import torch
 
 import lstm_ext
 from lstm_ext import reference
+from lstm_ext.call import FORWARD, LayerCall, Save
 
 T, B, I, H = 4, 3, 5, 7  # noqa: E741
-BACKENDS = [name for name, backend in lstm_ext.backends().items() if backend.available]
 KINDS = ["numpy", "torch"]
 
 
-@pytest.fixture(params=BACKENDS)
-def _backend(request: pytest.FixtureRequest) -> Any:
-    with lstm_ext.use_backend(request.param):
-        yield
-
-
-pytestmark = pytest.mark.usefixtures("_backend")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def arguments(kind: str = "numpy", dtype: str = "float32") -> dict[str, Any]:
@@ -232,12 +226,11 @@ def test_nan_and_infinity_stand_where_they_belong(name: str, value: float) -> No
     del a["lengths"], a["resets"]
     a[name] = a[name].copy()
     a[name].flat[1] = value
-    weights = [a[w].astype(np.float64) for w in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    wide = {name: array.astype(np.float64) for name, array in a.items()}
+    weights = [wide[w] for w in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    asked = LayerCall(wide["x"], wide["h0"][None], wide["c0"][None], weights, None, None, None, FORWARD, False)
     with np.errstate(invalid="ignore"):
-        expected = reference.layer_forward(
-            *(a["x"].astype(np.float64), a["h0"][None].astype(np.float64), a["c0"][None].astype(np.float64)),
-            *(weights, None, None, None, 0, False, 0),
-        )
+        expected = reference.layer_forward(asked, Save.NOTHING)
     y, (h_n, c_n) = call(a)
     for actual, oracle in zip((y, h_n, c_n), (expected[0], expected[1][0], expected[2][0]), strict=True):
         np.testing.assert_allclose(actual, oracle, rtol=0, atol=2e-5 if np.isfinite(value) else 1e-4)

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from .tolerances import assert_close
+from lstm_ext import engines
+from lstm_ext.testing import assert_close
+
+from .conftest import count_runs
 
 torch = pytest.importorskip("torch")
 
@@ -169,17 +172,8 @@ def test_a_compiled_call_runs_the_kernel_once_a_layer(training: bool, monkeypatc
     model, inputs = Tagger(), tagged()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
     compiled(*inputs).sum().backward()
-    counts = {"forward": 0, "backward": 0}
-    for name in counts:
-        run = getattr(lstm_ext.ops, f"run_{name}")
-
-        def counted(*arguments: Any, name: str = name, run: Any = run) -> Any:
-            counts[name] += 1
-            return run(*arguments)
-
-        monkeypatch.setattr(lstm_ext.ops, f"run_{name}", counted)
-    for module in (lstm_ext.ops, lstm_ext.dispatch):
-        monkeypatch.setattr(module, "composed_layer", None)
+    counts = count_runs(engines.choose("cpu", torch.float32).engine, monkeypatch)
+    monkeypatch.setattr(engines.composed, "forward", None)
     compiled.zero_grad()
     with torch.set_grad_enabled(training):
         y = compiled(*inputs)

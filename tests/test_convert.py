@@ -16,10 +16,10 @@ import lstm_ext
 from lstm_ext import convert
 from lstm_ext.convert import Weights
 from lstm_ext.reference import Array, split_gates
+from lstm_ext.testing import assert_close
 
 from .golden import make
 from .test_process import WITHOUT_TORCH, succeed
-from .tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 

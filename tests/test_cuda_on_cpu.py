@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lstm_ext import reference
-from lstm_ext.reference import BOTH, NEEDS_C0, NEEDS_H0, REVERSE
-
-from .cases import CASES, Case, Inputs, make_inputs, run_layer
-from .tolerances import assert_all_close, to_float64
+from lstm_ext.call import BOTH, REVERSE, LayerCall, Needs, OutputGrads, Save, Saved
+from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, make_inputs, run_layer, run_oracle, to_float64
 
 harness: Any = pytest.importorskip(
     "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ImportError
 )
 torch: Any = pytest.importorskip("torch")
 
-from lstm_ext import gpu  # noqa: E402
-from lstm_ext.composed import compute_dtype  # noqa: E402
+from lstm_ext.engines import cuda  # noqa: E402
+from lstm_ext.engines.composed import compute_dtype  # noqa: E402
 
 harness.take_tensors(torch.Tensor)
 
@@ -32,12 +29,12 @@ DTYPES = ["float32", "float64", "float16", "bfloat16", "tf32"]
 
 @dataclass
 class Core:
-    """`lstm_ext._C` as gpu.py calls it: csrc/ops/cuda_layer.cpp with the kernels behind it, run here."""
+    """`lstm_ext._C` as engines/cuda.py calls it: csrc/ops/cuda_layer.cpp with the kernels behind it, run here."""
 
     device: int = 0  # a number of `devices` in tests/cuda_on_cpu/runtime.h
     seed: int = 0  # of the schedule
     tf32: bool = False  # whatever torch is set to
-    asked: list[tuple[int, str]] = field(default_factory=list)  # (needs, strategy) of each backward pass
+    asked: list[tuple[Needs, str]] = field(default_factory=list)  # (needs, strategy) of each backward pass
 
     def run(self, function: Any, *args: Any) -> Any:
         harness.use_device(self.device)
@@ -45,76 +42,66 @@ class Core:
         harness.run_launched(self.seed)
         return outputs
 
-    def cuda_layer_forward(self, *args: Any) -> Any:
-        *arguments, _, strategy = args
-        return self.run(harness.cuda_layer_forward, *arguments, self.tf32, strategy)
+    def cuda_layer_forward(self, steps: LayerCall, save: Save, _: bool, strategy: str) -> Any:
+        return self.run(harness.cuda_layer_forward, steps, save, self.tf32, strategy)
 
-    def cuda_layer_backward(self, *args: Any) -> Any:
-        *arguments, needs, _, strategy = args
+    def cuda_layer_backward(
+        self, steps: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs, _: bool, strategy: str
+    ) -> Any:
         self.asked.append((needs, strategy))
-        return self.run(harness.cuda_layer_backward, *arguments, needs, self.tf32, strategy)
+        return self.run(harness.cuda_layer_backward, steps, saved, grads, needs, self.tf32, strategy)
 
-    def cuda_cell_forward(self, *args: Any) -> Any:
-        return self.run(harness.cuda_cell_forward, *args[:-1], self.tf32)
+    def cuda_step_forward(self, call: LayerCall, _: bool) -> Any:
+        return self.run(harness.cuda_step_forward, call, self.tf32)
 
 
+@dataclass
 class OnGpu:
-    """A layer as a GPU runs it: the products over all time in float64 here, the rest by our kernels."""
+    """An engine: a layer as a GPU runs it, the products over all time in float64 here, the rest by our kernels."""
 
-    def __init__(self, case: Case, strategy: str, **core: Any):
-        self.case = case
-        self.strategy = strategy
-        self.core = Core(**core)
+    core: Core
+    strategy: str
 
-    def layer_forward(self, x: Any, h0: Any, c0: Any, weights: list[Any], *masks_and_save: Any) -> tuple[Any, ...]:
-        lengths, resets, batch_sizes, *layout = masks_and_save
-        _, kept = gpu._split(weights, self.case.directions)
-        walk = self.walk(lengths, resets, batch_sizes)
-        xw = self.input_products(x, weights)
-        return self.core.cuda_layer_forward(xw, h0, c0, kept, *walk, *layout, False, self.strategy)
+    def forward(self, call: LayerCall, save: Save) -> Any:
+        if call.is_step:
+            return self.core.cuda_step_forward(call, False)
+        steps = cuda.steps_of(call)._replace(x=input_products(call))
+        return self.core.cuda_layer_forward(steps, save, False, self.strategy)
 
-    def layer_backward(self, dy: Any, dh_n: Any, dc_n: Any, dcells: Any, x: Any, *args: Any) -> tuple[Any, ...]:
-        h0, c0, weights, y, cells, gates, lengths, resets, batch_sizes, *layout = args
-        _, kept = gpu._split(weights, self.case.directions)
-        walk = self.walk(lengths, resets, batch_sizes)
+    def backward(self, call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Any:
+        steps = cuda.steps_of(call)._replace(x=saved.gates)
         d_gates, h_prev, d_h, hidden, dh0, dc0 = self.core.cuda_layer_backward(
-            dy, dh_n, dc_n, dcells, h0, c0, kept, y, cells, gates, *walk, *layout, False, self.strategy
+            steps, saved, grads, needs, False, self.strategy
         )
-        steps = self.time_major(to_float64(x), lengths)  # [rows, I]
-        dx, dweights = np.zeros_like(steps), []
-        for d, each in enumerate(self.by_direction(weights)):
+        x = time_major(call)  # [rows, I]
+        dx, dweights = np.zeros_like(x), []
+        for d, w in enumerate(call.split()):
             d_pre = rows_of(d_gates[d])
-            dx += d_pre @ to_float64(each[0])
-            dweights += [d_pre.T @ steps, d_pre.T @ rows_of(h_prev[d])]
-            dweights += [d_pre.sum(axis=0)] * 2 if self.case.bias else []
-            dweights += [rows_of(d_h[d]).T @ rows_of(hidden[d])] if self.case.P else []
-        dx = dx.reshape(*d_gates.shape[1:-1], self.case.I)
-        return (dx.swapaxes(0, 1) if self.case.batch_first else dx), dh0, dc0, dweights
+            dx += d_pre @ to_float64(w.w_ih)
+            dweights += [d_pre.T @ x, d_pre.T @ rows_of(h_prev[d])]
+            dweights += [d_pre.sum(axis=0)] * 2 if w.b_ih is not None else []
+            dweights += [rows_of(d_h[d]).T @ rows_of(hidden[d])] if w.w_hr is not None else []
+        dx = dx.reshape(*d_gates.shape[1:-1], x.shape[-1])
+        dx = dx.swapaxes(0, 1) if call.batch_first else dx
+        return dx if needs & Needs.X else None, dh0, dc0, dweights if needs & Needs.WEIGHTS else None
 
-    def walk(self, lengths: Any, resets: Any, batch_sizes: Any) -> tuple[Any, Any, Any]:
-        lengths, starts = gpu._walk(lengths, batch_sizes, torch.device("cpu"))
-        return lengths, resets, starts
 
-    def by_direction(self, weights: list[Any]) -> list[list[Any]]:
-        each = len(weights) // self.case.num_directions
-        return [weights[d * each : (d + 1) * each] for d in range(self.case.num_directions)]
+def time_major(call: LayerCall) -> np.ndarray:
+    """The rows of x in time order [T * B or N, I], zero past a length."""
+    x = to_float64(call.x)
+    if call.batch_sizes is not None:
+        return x
+    x = np.array(x.swapaxes(0, 1) if call.batch_first else x)
+    if call.lengths is not None:
+        x[np.arange(len(x))[:, None] >= to_float64(call.lengths)] = 0
+    return rows_of(x)
 
-    def time_major(self, x: np.ndarray, lengths: Any) -> np.ndarray:
-        """The rows of x in time order [T * B or N, I], zero past a length."""
-        if self.case.packed:
-            return x
-        x = np.array(x.swapaxes(0, 1) if self.case.batch_first else x)
-        if lengths is not None:
-            x[np.arange(self.case.T)[:, None] >= to_float64(lengths)] = 0
-        return x.reshape(self.case.T * self.case.B, self.case.I)
 
-    def input_products(self, x: Any, weights: list[Any]) -> Any:
-        """x W_ih' of each direction [D, T, B, 4H] (packed: [D, N, 4H]), float32 for half types, NaN past a length."""
-        rows = (len(x),) if self.case.packed else (self.case.T, self.case.B)
-        order = x.swapaxes(0, 1) if self.case.batch_first else x
-        products = [to_float64(order) @ to_float64(each[0]).T for each in self.by_direction(weights)]
-        stacked = np.stack(products).reshape(self.case.num_directions, *rows, 4 * self.case.H)
-        return torch.from_numpy(stacked).to(compute_dtype(x.dtype))
+def input_products(call: LayerCall) -> Any:
+    """x W_ih' of each direction [D, T, B, 4H] (packed: [D, N, 4H]), float32 for half types, NaN past a length."""
+    x = to_float64(call.x.transpose(0, 1) if call.batch_first else call.x)
+    products = np.stack([x @ to_float64(w.w_ih).T for w in call.split()])
+    return torch.from_numpy(products).to(compute_dtype(call.x.dtype))
 
 
 def rows_of(sequence: Any) -> np.ndarray:
@@ -128,10 +115,6 @@ def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
         np.testing.assert_equal(a if a is None else to_float64(a), b if b is None else to_float64(b))
 
 
-def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
-    return run_layer(reference, inputs.map(lambda a: a.astype(np.float64)))
-
-
 def draw(case: Case, dtype: str, seed: int = 0) -> tuple[Inputs, Inputs, str]:
     """Inputs for the oracle, the same as tensors for the kernels, and the dtype whose tolerance counts."""
     number = "float16" if dtype == "tf32" else dtype  # TF32 keeps as many bits
@@ -143,7 +126,7 @@ def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **core: 
     """Skips, with the planner's reason, what cannot run: a strategy whose block would have to hold too many weights."""
     inputs, given, number = draw(case, dtype, data_seed)
     try:
-        actual = run_layer(OnGpu(case, strategy, tf32=dtype == "tf32", **core), given)
+        actual = run_layer(OnGpu(Core(tf32=dtype == "tf32", **core), strategy), given)
     except RuntimeError as error:
         needs = re.search(rf"'{strategy}' cannot run this: needs at least (\d+) bytes .* of (\d+)", str(error))
         if not (needs and int(needs[1]) > int(needs[2])) and "with so much shared memory at a time" not in str(error):
@@ -157,11 +140,10 @@ def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **core: 
 
 def check_cell(case: Case, dtype: str, **core: Any) -> None:
     inputs, given, number = draw(case, dtype)
-    states = [given.h0, given.c0] if case.state else [[None], [None]]
-    arguments = (given.x[0], *(state[0] for state in states), *given.weights, *(() if case.bias else (None, None)))
-    h, c = Core(tf32=dtype == "tf32", **core).cuda_cell_forward(*arguments, False)
-    outputs, _ = run_oracle(inputs)
-    assert_all_close(({"h_n": h[None], "c_n": c[None]}, {}), (outputs, {}), case, number)
+    y, h_n, c_n, *saved = Core(tf32=dtype == "tf32", **core).cuda_step_forward(given.without_time().call, False)
+    assert (h_n, *saved) == (None, None, None)
+    outputs, _ = run_oracle(inputs.without_time())
+    assert_all_close(({"y": y, "c_n": c_n}, {}), (outputs, {}), case, number)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -202,19 +184,19 @@ def test_other_devices_match_the_oracle(device: int, strategy: str) -> None:
 @pytest.mark.parametrize("case", [MASKED_CASE, PROJECTED_CASE], ids=str)
 def test_what_is_not_there_or_not_wanted(case: Case, strategy: str) -> None:
     """No gradients of the outputs come as zeros do; what is not wanted is not written, and changes nothing else."""
-    inputs, layer = make_inputs(case, "float32").to_torch("float32"), OnGpu(case, strategy)
-    y, h_n, c_n, cells, gates = layer.layer_forward(*inputs.forward_args(2))
+    inputs, layer = make_inputs(case, "float32").to_torch("float32"), OnGpu(Core(), strategy)
+    y, h_n, c_n, cells, gates = layer.forward(inputs.call, Save.ALL)
     for save in (0, 1):
-        outputs = layer.layer_forward(*inputs.forward_args(save))
+        outputs = layer.forward(inputs.call, Save(save))
         assert [a is None for a in outputs] == [False, False, False, save < 1, True]
         assert_same(outputs[:3], (y, h_n, c_n))
     names = ("dy", "dh_n", "dc_n", "dcells")
     none = replace(inputs, **dict.fromkeys(names))
     zeros = replace(inputs, **{name: torch.zeros_like(getattr(inputs, name)) for name in names})
-    for needs in (NEEDS_H0 | NEEDS_C0, NEEDS_H0, NEEDS_C0, 0):
-        ours, theirs = (layer.layer_backward(*of.backward_args(y, cells, gates, needs)) for of in (none, zeros))
-        assert [a is None for a in ours[:3]] == [False, not needs & NEEDS_H0, not needs & NEEDS_C0]
-        assert_same([*ours[:3], *ours[3]], [*theirs[:3], *theirs[3]])
+    for needs in (Needs.H0 | Needs.C0, Needs.X, Needs.WEIGHTS | Needs.H0, Needs.C0, Needs(0)):
+        ours, theirs = (layer.backward(of.call, Saved(y, cells, gates), of.grads, needs) for of in (none, zeros))
+        assert [a is not None for a in ours] == [bool(needs & bit) for bit in (1, 2, 4, 8)]
+        assert_same([*ours[:3], *(ours[3] or [])], [*theirs[:3], *(theirs[3] or [])])
 
 
 @pytest.mark.parametrize("strategy", ["block", "cluster"])
@@ -239,11 +221,11 @@ def test_a_cell_matches_the_oracle(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.H < 100], ids=str)
 def test_a_layer_through_torch(case: Case, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     core = Core()
-    monkeypatch.setattr(gpu, "_C", core)
+    monkeypatch.setattr(cuda, "C", core)
     inputs = make_inputs(case, "float32")
-    with gpu.use_strategy(strategy):
-        actual = run_layer(gpu, inputs.to_torch("float32"))
+    with cuda.use_strategy(strategy):
+        actual = run_layer(cuda, inputs.to_torch("float32"))
     assert_all_close(actual, run_oracle(inputs), case, "float32")
     # One step needs no product with w_hh but that for h0, which is torch's: one launch, as a cell's backward pass.
     alone = case.T == 1 and not (case.lengths or case.resets or case.packed)
-    assert core.asked == [(13, "step") if alone else (15, strategy)]
+    assert core.asked == [(Needs.ALL & ~Needs.H0, "step") if alone else (Needs.ALL, strategy)]

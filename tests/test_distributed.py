@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from lstm_ext.testing import assert_close
+
 from . import distributed_training
 from .distributed_training import B, T, loss_of, make
-from .tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

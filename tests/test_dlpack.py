@@ -14,10 +14,8 @@ import pytest
 import torch
 
 import lstm_ext
-from lstm_ext.reference import REVERSE
-
-from .cases import CASES, Case, Inputs, make_inputs
-from .tolerances import assert_close
+from lstm_ext.call import REVERSE
+from lstm_ext.testing import CASES, Case, Inputs, assert_close, make_inputs
 
 PLAIN = [c for c in CASES if not (c.packed or c.batch_first) and c.num_directions == 1]
 

@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
+from lstm_ext.testing import assert_close
 
 from .drop_in import TERMS, B, H, I, T, assert_same, pair, run, tensors
-from .tolerances import assert_close
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

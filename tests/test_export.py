@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .tolerances import assert_close
+from lstm_ext.testing import assert_close
 
 torch = pytest.importorskip("torch")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from .tolerances import assert_close
+from lstm_ext.testing import assert_close
+
+from .conftest import count_runs
 
 torch = pytest.importorskip("torch")
 
@@ -17,39 +19,17 @@ from torch.func import functional_call, stack_module_state  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import lstm_ext  # noqa: E402
-from lstm_ext import dispatch, ops  # noqa: E402
-from lstm_ext.composed import composed_layer  # noqa: E402
-from lstm_ext.reference import BOTH, FORWARD, REVERSE  # noqa: E402
+from lstm_ext import engines, route  # noqa: E402
+from lstm_ext.call import BOTH, FORWARD, REVERSE, Directions, LayerCall, Save  # noqa: E402
+from lstm_ext.engines import composed  # noqa: E402
 
-BACKENDS = [name for name in ("cpu", "numpy") if lstm_ext.backends()[name].available]
 T, B, I, H, N = 4, 3, 2, 3, 2  # noqa: E741
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with lstm_ext.use_backend(request.param):
-        yield request.param
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the backend ran forward and backward."""
-    counts = {"forward": 0, "backward": 0}
-
-    def counting(name: str) -> Callable[..., Any]:
-        run = getattr(ops, f"run_{name}")
-
-        def counted(*arguments: Any) -> Any:
-            counts[name] += 1
-            return run(*arguments)
-
-        return counted
-
-    for name in counts:
-        counted = counting(name)
-        for module in (ops, dispatch):
-            monkeypatch.setattr(module, f"run_{name}", counted)
-    return counts
+    """How often the engine ran forward and backward."""
+    return count_runs(engines.choose("cpu", torch.float64).engine, monkeypatch)
 
 
 def assert_same(actual: Any, expected: Any, dtype: str = "float64") -> None:
@@ -74,7 +54,7 @@ class Layer:
     """The arguments of a layer, each with N entries; a call takes those of one entry."""
 
     def __init__(self, *, P: int = 0, bias: bool = True, **options: Any):
-        self.directions: int = options.get("directions", FORWARD)
+        self.directions: Directions = options.get("directions", FORWARD)
         self.batch_first: bool = options.get("batch_first", False)
         self.batch_sizes = torch.tensor([3, 3, 2, 1]) if options.get("packed") else None
         D, P, masks = 2 if self.directions == BOTH else 1, P or H, options.get("masks")
@@ -93,14 +73,15 @@ class Layer:
     def draw(*shape: int) -> Any:
         return torch.randn(N, *shape, dtype=torch.float64)
 
-    def run(self, x: Any, h0: Any, c0: Any, lengths: Any, resets: Any, weights: Any) -> Any:
-        return dispatch.layer(
-            x, h0, c0, weights, lengths, resets, self.batch_sizes, self.directions, self.batch_first, True
-        )
-
-    def compose(self, x: Any, h0: Any, c0: Any, lengths: Any, resets: Any, weights: Any) -> Any:
+    def call(self, x: Any, h0: Any, c0: Any, lengths: Any, resets: Any, weights: Any) -> LayerCall:
         masks = (lengths, resets, self.batch_sizes)
-        return composed_layer(x, h0, c0, weights, *masks, self.directions, self.batch_first)
+        return LayerCall(x, h0, c0, weights, *masks, self.directions, self.batch_first)
+
+    def run(self, *arguments: Any) -> Any:
+        return route.run(self.call(*arguments), Save.CELLS)[:4]
+
+    def compose(self, *arguments: Any) -> Any:
+        return composed.forward(self.call(*arguments), Save.CELLS)[:4]
 
     def mapped(self, dims: tuple[int | None, ...]) -> tuple[list[Any], list[Any]]:
         """The arguments, each with its entries along its dimension, or the first entry alone; and those dimensions."""

@@ -16,11 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lstm_ext import reference
-from lstm_ext.reference import BOTH, FORWARD, REVERSE
-
-from .cases import CASES, Case, Inputs, make_inputs, run_layer
-from .tolerances import assert_all_close, assert_close, assert_identical
+from lstm_ext.call import BOTH, FORWARD, REVERSE, Directions, LayerCall, Needs, Save, Saved
+from lstm_ext.testing import (
+    CASES,
+    Case,
+    Inputs,
+    assert_all_close,
+    assert_close,
+    assert_identical,
+    make_inputs,
+    run_layer,
+    run_oracle,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -29,7 +36,8 @@ from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.nn.utils.rnn import pack_sequence  # noqa: E402
 
 import lstm_ext  # noqa: E402
-from lstm_ext import gpu  # noqa: E402
+from lstm_ext import route  # noqa: E402
+from lstm_ext.engines import cuda  # noqa: E402
 
 from .test_autograd import LAYERS, make_layer  # noqa: E402
 from .test_modules import OPTIONS, B, H, I, T, assert_same, make_state, pair, run, tensors  # noqa: E402
@@ -96,7 +104,7 @@ def running(strategy: str, case: Case, dtype: str) -> Iterator[None]:
         if "cannot run this" not in str(error):
             raise
         pytest.skip(str(error))
-    with gpu.use_strategy(name):
+    with cuda.use_strategy(name):
         yield
 
 
@@ -118,7 +126,7 @@ def on_gpu(inputs: Inputs, dtype: str) -> Inputs:
 
 @cache
 def oracle(case: Case, dtype: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    return run_layer(reference, make(case, dtype, seed).map(lambda a: a.astype(np.float64)))
+    return run_oracle(make(case, dtype, seed))
 
 
 # The kernels ---------------------------------------------------------------------------------------------------------
@@ -147,7 +155,7 @@ def test_every_strategy_runs_where_the_hardware_can(dtype: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case: Case, dtype: str, strategy: str) -> None:
     with running(strategy, case, dtype):
-        actual = run_layer(gpu, on_gpu(make(case, dtype), dtype))
+        actual = run_layer(cuda, on_gpu(make(case, dtype), dtype))
     half = dtype.endswith("float16")
     for name, a in (actual[0] | actual[1]).items():
         stored = "float32" if half and name == "cells" else STORED[dtype]
@@ -161,7 +169,7 @@ def test_matches_the_oracle(case: Case, dtype: str, strategy: str) -> None:
 def test_runs_agree_bit_for_bit(case: Case, dtype: str, strategy: str) -> None:
     inputs = on_gpu(make(case, dtype), dtype)
     with running(strategy, case, dtype):
-        first, *others = [run_layer(gpu, inputs) for _ in range(4)]
+        first, *others = [run_layer(cuda, inputs) for _ in range(4)]
     for other in others:
         for actual, expected in zip(other, first, strict=True):
             assert_identical(actual, expected)
@@ -173,10 +181,10 @@ def test_rows_do_not_see_their_neighbours(dtype: str, strategy: str) -> None:
     case = Case(5, 19, 6, 40, directions=BOTH)
     inputs, kept = on_gpu(make(case, dtype), dtype), slice(0, None, 2)
     with running(strategy, case, dtype):
-        expected = gpu.layer_forward(*inputs.forward_args(1))
+        expected = cuda.forward(inputs.call, Save.CELLS)
         for name, axis in (("x", 1), ("h0", 1), ("c0", 1)):
             getattr(inputs, name).movedim(axis, 0)[1::2] = torch.nan
-        actual = gpu.layer_forward(*inputs.forward_args(1))
+        actual = cuda.forward(inputs.call, Save.CELLS)
     for a, e, axis in zip(actual[:4], expected[:4], (1, 1, 1, 2), strict=True):
         assert torch.equal(a.movedim(axis, 0)[kept], e.movedim(axis, 0)[kept])
 
@@ -185,15 +193,15 @@ def test_rows_do_not_see_their_neighbours(dtype: str, strategy: str) -> None:
 def test_save_and_needs_change_no_bits(strategy: str) -> None:
     inputs = on_gpu(make(PROJECTED, "float32"), "float32")
     with running(strategy, PROJECTED, "float32"):
-        full = gpu.layer_forward(*inputs.forward_args(2))
+        full = cuda.forward(inputs.call, Save.ALL)
         for save in (0, 1):
-            some = gpu.layer_forward(*inputs.forward_args(save))
+            some = cuda.forward(inputs.call, Save(save))
             assert [a is None for a in some] == [False, False, False, save < 1, True]
             assert all(a is None or torch.equal(a, b) for a, b in zip(some, full, strict=True))
-        saved = (full[0], full[3], full[4])
-        gradients = gpu.layer_backward(*inputs.backward_args(*saved, 15))
+        saved = Saved(full[0], full[3], full[4])
+        gradients = cuda.backward(inputs.call, saved, inputs.grads, Needs.ALL)
         for needs in range(15):
-            some = gpu.layer_backward(*inputs.backward_args(*saved, needs))
+            some = cuda.backward(inputs.call, saved, inputs.grads, Needs(needs))
             assert [a is not None for a in some] == [bool(needs & bit) for bit in (1, 2, 4, 8)]
             for a, b in zip(some, gradients, strict=True):
                 assert a is None or all(map(torch.equal, tensors(a), tensors(b)))
@@ -213,7 +221,7 @@ LAYOUTS = {
 def test_layout_does_not_matter(case: Case, dtype: str, layout: str, strategy: str) -> None:
     strange = on_gpu(make(case, dtype), dtype).map(LAYOUTS[layout]).map_masks(LAYOUTS[layout])
     with running(strategy, case, dtype):
-        actual = run_layer(gpu, strange)
+        actual = run_layer(cuda, strange)
     assert_all_close(actual, oracle(case, dtype), case, judged_as(dtype))
 
 
@@ -222,18 +230,15 @@ def test_layout_does_not_matter(case: Case, dtype: str, layout: str, strategy: s
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 13), (17, 65, 67), (0, 3, 5), (64, 100, 513)], ids=str)
 def test_cell_matches_the_oracle(sizes: tuple[int, int, int], bias: bool, state: bool, dtype: str) -> None:
+    """A cell has no other backward pass than a layer of one step."""
     case = Case(1, *sizes, bias=bias, state=state)
-
-    def cell_args(inputs: Inputs) -> list[Any]:
-        h, c = (inputs.h0[0], inputs.c0[0]) if state else (None, None)
-        return [inputs.x[0], h, c, *inputs.weights[:2], *(inputs.weights[2:] if bias else (None, None))]
-
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    x, h, c, *weights = cell_args(on_gpu(make(case, dtype), dtype))
-    actual = lstm_ext.lstm_cell(x, (h, c) if state else None, *weights)
-    expected = reference.cell_forward(*cell_args(make(case, dtype).map(lambda a: a.astype(np.float64))))
-    for name, ours, theirs in zip("hc", actual, expected, strict=True):
-        assert_close(ours, theirs, judged_as(dtype), terms=case.output_terms, name=name)
+    actual = run_layer(cuda, on_gpu(make(case, dtype), dtype).without_time())
+    assert_all_close(actual, run_oracle(make(case, dtype).without_time()), case, judged_as(dtype))
+    y, h_n, c_n, *saved = cuda.forward(on_gpu(make(case, dtype), dtype).without_time().call, Save.NOTHING)
+    assert (h_n, *saved) == (None, None, None)
+    outputs, _ = run_oracle(make(case, dtype).without_time())
+    assert_all_close(({"y": y, "c_n": c_n}, {}), (outputs, {}), case, judged_as(dtype))
 
 
 # Large ---------------------------------------------------------------------------------------------------------------
@@ -245,7 +250,7 @@ def test_cell_matches_the_oracle(sizes: tuple[int, int, int], bias: bool, state:
 )
 def test_long_sequences(case: Case, strategy: str) -> None:
     with running(strategy, case, "float32"):
-        actual = run_layer(gpu, on_gpu(make(case, "float32"), "float32"))
+        actual = run_layer(cuda, on_gpu(make(case, "float32"), "float32"))
     assert_all_close(actual, oracle(case, "float32"), case, "float32")
 
 
@@ -350,7 +355,7 @@ def test_first_and_second_derivative(name: str) -> None:
     def layer(*given: Any) -> tuple[Any, ...]:
         rest = iter(given)
         x, h0, c0, *weights = (next(rest) if p else None for p in present)
-        return lstm_ext.dispatch.layer(x, h0, c0, weights, *masks, True)
+        return route.run(LayerCall(x, h0, c0, weights, *masks), Save.CELLS)[:4]
 
     given = tuple(a.detach().cuda().requires_grad_() for a in arguments if a is not None)
     assert gradcheck(layer, given)
@@ -427,12 +432,12 @@ def test_runs_on_the_current_stream_and_does_not_wait(strategy: str) -> None:
     inputs, stream = on_gpu(make(case, "float32"), "float32"), torch.cuda.Stream()
     late = replace(inputs, x=torch.zeros_like(inputs.x))
     with running(strategy, case, "float32"):
-        run_layer(gpu, inputs)  # plans, and loads the kernels
+        run_layer(cuda, inputs)  # plans, and loads the kernels
         stream.wait_stream(torch.cuda.current_stream())
         with no_waiting(), torch.cuda.stream(stream):
             torch.cuda._sleep(1_000_000_000)  # clocks
             late.x.copy_(inputs.x)
-            actual = run_layer(gpu, late)
+            actual = run_layer(cuda, late)
             assert not stream.query(), "the host waited for the device"
     stream.synchronize()
     assert_all_close(actual, oracle(case, "float32"), case, "float32")
@@ -448,7 +453,7 @@ def test_two_streams_at_once(strategy: str) -> None:
     for _ in range(20):
         for n, (case, stream) in enumerate(zip(cases, streams, strict=True)):
             with running(strategy, case, "float32"), torch.cuda.stream(stream):
-                results[n].append(run_layer(gpu, inputs[n]))
+                results[n].append(run_layer(cuda, inputs[n]))
     torch.cuda.synchronize()
     for case, runs in zip(cases, results, strict=True):
         assert_all_close(runs[0], oracle(case, "float32"), case, "float32")
@@ -471,9 +476,9 @@ def overwrite(inputs: Inputs, others: Inputs) -> None:
 def test_a_graph_replays_with_new_inputs(case: Case, dtype: str, strategy: str) -> None:
     inputs, graph = on_gpu(make(case, dtype), dtype), torch.cuda.CUDAGraph()
     with running(strategy, case, dtype):
-        run_layer(gpu, inputs)
+        run_layer(cuda, inputs)
         with torch.cuda.graph(graph):
-            actual = run_layer(gpu, inputs)
+            actual = run_layer(cuda, inputs)
     for seed in (1, 2, 1):
         overwrite(inputs, on_gpu(make(case, dtype, seed), dtype))
         graph.replay()
@@ -529,7 +534,7 @@ def test_other_threads() -> None:
 
 NEIGHBOUR = """
 import torch, lstm_ext
-from lstm_ext import gpu
+from lstm_ext.engines import cuda
 torch.manual_seed(0)
 weights = [torch.randn(480, n).cuda() / 11 for n in (20, 120)]
 x = torch.randn(50, 6, 20).cuda()
@@ -538,7 +543,7 @@ for strategy in ("block", "cluster", "grid", "step"):
         lstm_ext.plan(50, 6, 120, strategy=strategy)
     except RuntimeError:
         continue
-    with gpu.use_strategy(strategy):
+    with cuda.use_strategy(strategy):
         first, _ = lstm_ext.lstm(x, None, *weights)
         for turn in range(100):
             assert torch.equal(lstm_ext.lstm(x, None, *weights)[0], first), (strategy, turn)
@@ -555,17 +560,19 @@ def test_several_processes_on_one_gpu() -> None:
 # After a forbidden call a capture is invalid, and so is each launch into it.
 FAILED_LAUNCH = """
 import os, torch
-from lstm_ext import gpu
-import lstm_ext.ops
-arguments = [torch.zeros(*shape).cuda() for shape in ((2, 3), (2, 5), (2, 5), (20, 3), (20, 5))] + [None, None]
-gpu.cell_forward(*arguments)
+from lstm_ext import torch_op
+from lstm_ext.call import FORWARD, LayerCall, Save
+from lstm_ext.engines import cuda
+x, h, c, *weights = (torch.zeros(*shape).cuda() for shape in ((2, 3), (2, 5), (2, 5), (20, 3), (20, 5)))
+call = LayerCall(x, h, c, weights, None, None, None, FORWARD, False)
+cuda.forward(call, Save.NOTHING)
 torch.cuda.synchronize()
 with torch.cuda.stream(torch.cuda.Stream()):
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin()
-    for call in (torch.cuda.synchronize, lambda: gpu.cell_forward(*arguments)):
+    for run in (torch.cuda.synchronize, lambda: cuda.forward(call, Save.NOTHING)):
         try:
-            call()
+            run()
             print("no error", flush=True)
         except RuntimeError as error:
             print(error, flush=True)
@@ -604,7 +611,7 @@ def draw_case(rng: np.random.Generator) -> Case:
     return Case(
         *(steps, rows, width, units),
         P=int(rng.integers(1, units)) if units > 1 and rng.random() < 0.25 else 0,
-        directions=int(rng.choice([FORWARD, REVERSE, BOTH])),
+        directions=Directions(rng.choice([FORWARD, REVERSE, BOTH])),
         batch_first=bool(kind == "masked" and rng.random() < 0.5),
         lengths="with_zero" if kind == "masked" else None,
         resets=bool(kind == "masked"),
@@ -621,7 +628,7 @@ def test_ten_thousand_random_launches() -> None:
         try:
             with running(strategy, case, dtype):
                 inputs = on_gpu(make(case, dtype), dtype)
-                first = run_layer(gpu, inputs)
+                first = run_layer(cuda, inputs)
         except pytest.skip.Exception:  # refused: another is drawn
             continue
         assert_all_close(first, oracle(case, dtype), case, judged_as(dtype), gradient_magnitude=3.0)
@@ -630,7 +637,7 @@ def test_ten_thousand_random_launches() -> None:
     for turn in range(5_000):  # a forward and a backward pass each
         strategy, case, dtype, inputs, first = known[rng.integers(len(known))]
         with running(strategy, case, dtype):
-            outputs, gradients = run_layer(gpu, inputs)
+            outputs, gradients = run_layer(cuda, inputs)
         for actual, expected in ((outputs["y"], first[0]["y"]), (gradients["dweights[1]"], first[1]["dweights[1]"])):
             same &= (actual == expected).all()
         if turn % 500 == 499:

@@ -15,12 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lstm_ext.ops  # noqa: F401 (makes the native module take tensors)
+import lstm_ext.torch_op  # noqa: F401 (makes the native module take tensors)
 from lstm_ext import _native, reference
-from lstm_ext.reference import BOTH, FORWARD, REVERSE
-
-from .cases import CASES, Case, Inputs, make_inputs, run_layer
-from .tolerances import assert_all_close, assert_close, assert_identical
+from lstm_ext.call import BOTH, FORWARD, REVERSE, Directions, Needs, Save, Saved
+from lstm_ext.testing import (
+    CASES,
+    Case,
+    Inputs,
+    assert_all_close,
+    assert_close,
+    assert_identical,
+    make_inputs,
+    run_layer,
+    run_oracle,
+)
 
 try:
     import torch
@@ -58,10 +66,6 @@ COMPACT_CASES = [
     WIDE_CASE,
     *TILE_CASES,
 ]
-
-
-def run_oracle(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
-    return run_layer(reference, inputs.map(lambda a: a.astype(np.float64)))
 
 
 def in_framework(inputs: Inputs, framework: str, dtype: str) -> Inputs:
@@ -158,7 +162,7 @@ def mix_rows(ours: np.ndarray, theirs: np.ndarray, kept: np.ndarray, axis: int) 
 @pytest.mark.parametrize("case", COMPACT_CASES, ids=str)
 def test_save_changes_no_output(case: Case, save: int) -> None:
     inputs = make_inputs(case, "float32")
-    full, outputs = (C.layer_forward(*inputs.forward_args(s), 1) for s in (2, save))
+    full, outputs = (C.layer_forward(inputs.call, Save(s), 1) for s in (2, save))
     assert [a is None for a in outputs] == [False, False, False, save < 1, save < 2]
     for output, expected in zip(outputs, full, strict=True):
         if output is not None:
@@ -169,8 +173,8 @@ def test_save_changes_no_output(case: Case, save: int) -> None:
 @pytest.mark.parametrize("case", [PROJECTED_CASE, PACKED_CASE], ids=str)
 def test_needs_change_no_gradient(case: Case, needs: int) -> None:
     inputs = make_inputs(case, "float32")
-    y, _, _, cells, gates = C.layer_forward(*inputs.forward_args(), 1)
-    full, some = (C.layer_backward(*inputs.backward_args(y, cells, gates, n), 1) for n in (15, needs))
+    y, _, _, cells, gates = C.layer_forward(inputs.call, Save.ALL, 1)
+    full, some = (C.layer_backward(inputs.call, Saved(y, cells, gates), inputs.grads, Needs(n), 1) for n in (15, needs))
     assert [a is not None for a in some] == [bool(needs & bit) for bit in (1, 2, 4, 8)]
     for gradient, expected in zip(some, full, strict=True):
         if gradient is not None:
@@ -194,27 +198,20 @@ def test_cell_matches_the_oracle(
 ) -> None:
     case = Case(1, *sizes, bias=bias, state=state)
     inputs = make_inputs(case, dtype)
-
-    def cell_args(inputs: Inputs) -> list[Any]:
-        h, c = (inputs.h0[0], inputs.c0[0]) if state else (None, None)
-        return [inputs.x[0], h, c, *inputs.weights[:2], *(inputs.weights[2:] if bias else (None, None))]
-
-    actual = C.cell_forward(*cell_args(in_framework(inputs, framework, dtype)), 1)
-    expected = reference.cell_forward(*cell_args(inputs.map(lambda a: a.astype(np.float64))))
-    for name, ours, theirs in zip("hc", actual, expected, strict=True):
-        assert_close(ours, theirs, dtype, terms=case.output_terms, name=name)
+    step = in_framework(inputs, framework, dtype).without_time()
+    assert_all_close(run_layer(C, step, 1), run_oracle(inputs.without_time()), case, dtype)
 
 
 @pytest.mark.parametrize("directions", [FORWARD, REVERSE])
 @pytest.mark.parametrize("sizes", [(5, 4, 3, 17), (5, 18, 32, 160)], ids=str)
-def test_nan_and_infinity_arrive_where_they_must(sizes: tuple[int, int, int, int], directions: int) -> None:
+def test_nan_and_infinity_arrive_where_they_must(sizes: tuple[int, int, int, int], directions: Directions) -> None:
     case = Case(*sizes, directions=directions)
     inputs = make_inputs(case, "float32")
     inputs.x[2, 1, 0], inputs.x[2, 2, 1], inputs.x[3, 3] = np.nan, np.inf, 1e30
     names = ("y", "h_n", "c_n", "cells", "gates")
-    actual = C.layer_forward(*inputs.forward_args(), 1)
+    actual = C.layer_forward(inputs.call, Save.ALL, 1)
     with np.errstate(invalid="ignore"):  # inf - inf
-        expected = reference.layer_forward(*inputs.map(lambda a: a.astype(np.float64)).forward_args())
+        expected = reference.layer_forward(inputs.map(lambda a: a.astype(np.float64)).call, Save.ALL)
     assert np.isnan(expected[0]).any()
     for name, ours, theirs in zip(names, actual, expected, strict=True):
         assert_close(ours, theirs, "float32", terms=case.output_terms, name=name)
@@ -224,7 +221,7 @@ def test_nan_and_infinity_arrive_where_they_must(sizes: tuple[int, int, int, int
 def test_a_signalling_nan_is_nan(B: int) -> None:
     inputs = make_inputs(Case(2, B, 32, 160), "float32")
     inputs.x.view(np.uint32)[0, 1, 2] = 0x7F800001  # cut to its upper half it would be an infinity
-    y = C.layer_forward(*inputs.forward_args(), 1)[0]
+    y = C.layer_forward(inputs.call, Save.ALL, 1)[0]
     assert np.isnan(y[:, 1]).all()
     assert not np.isnan(np.delete(y, 1, axis=1)).any()
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from enum import IntEnum
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from lstm_ext import _native
+from lstm_ext.call import Directions, Needs, Save
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -39,26 +42,6 @@ ALLOWED = {
     },
 }
 FOREIGN = re.compile(r"pybind11|Python\.h|torch|ATen|c10|numpy")
-
-# Which of the package's modules a module may import, from the top of the data path to its end.
-PYTHON_LAYERS = {
-    "__main__": {"backend", "functional", "reference", "_native", "__init__"},
-    "__init__": {"nn", "functional", "backend", "plan"},
-    "nn": {"functional", "backend", "reference", "swap"},
-    "swap": set(),
-    "dispatch": {"ops", "functional", "onnx", "composed", "gpu", "backend", "reference", "_native"},
-    "ops": {"functional", "composed", "gpu", "backend", "reference", "_native"},
-    "onnx": {"composed", "reference"},
-    "gpu": {"composed", "reference", "_native"},
-    "plan": {"backend", "_native"},
-    "composed": {"reference"},
-    "convert": {"reference"},
-    "functional": {"dispatch", "backend", "reference", "dlpack", "_native"},
-    "dlpack": set(),
-    "backend": {"_native", "__init__"},
-    "reference": set(),
-    "_native": {"_C"},
-}
 
 
 def includes(path: Path) -> list[str]:
@@ -98,23 +81,45 @@ def test_gate_mathematics_is_stated_once() -> None:
             assert not re.search(r"\bexp(f|m1|2)?\s*\(", path.read_text(encoding="utf-8")), path.name
 
 
-def imported_modules(path: Path) -> set[str]:
-    """The modules of this package that a module imports, anywhere in it."""
-    names: set[str] = set()
+def module_name(path: Path) -> str:
+    """A module or package of ours; `_C` by its stub."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py*") if path.suffix in {".py", ".pyi"}}
+
+
+def imported_modules(name: str) -> set[str]:
+    """The modules of this package that one imports, anywhere in it: in functions and for type checkers too."""
+    path, found = MODULES[name], set()
+    parents = [*name.split("."), ""] if path.stem == "__init__" else name.split(".")
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("lstm_ext")):
-            module = (node.module or "").removeprefix("lstm_ext").strip(".")
-            names |= {module} if module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lstm_ext.")}
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {"_C"}
-    return {name if name in modules else "__init__" for name in names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = parents[: len(parents) - node.level] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {each if (each := f"{origin}.{alias.name}") in MODULES else origin for alias in node.names}
+    return {each for each in found if each.split(".")[0] == PACKAGE.name}
 
 
-def test_python_modules_import_only_what_lies_below() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(PYTHON_LAYERS)
-    for name, allowed in PYTHON_LAYERS.items():
-        assert imported_modules(PACKAGE / f"{name}.py") <= allowed, name
+def test_imports_go_one_way() -> None:
+    """The modules have an order in which each imports only what stands before it; CycleError names a circle."""
+    graph = {name: imported_modules(name) for name in MODULES}
+    assert set().union(*graph.values()) <= set(MODULES)
+    order = list(TopologicalSorter(graph).static_order())
+    assert sorted(order) == sorted(MODULES)
+    for below, above in (("call", "reference"), ("_native", "engines.cpu"), ("engines", "route"), ("route", "nn")):
+        assert order.index(f"lstm_ext.{below}") < order.index(f"lstm_ext.{above}")
+
+
+@pytest.mark.parametrize("enum", [Directions, Save, Needs])
+def test_enums_have_the_numbers_of_the_core(enum: type[IntEnum]) -> None:
+    header = (CSRC / "ops" / "call.h").read_text(encoding="utf-8")
+    body = re.search(rf"enum class {enum.__name__} : int {{(.*?)}}", header)
+    assert body
+    numbers = {name.upper(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", body[1])}
+    assert numbers == {name: int(value) for name, value in enum.__members__.items()}
 
 
 def stub_signatures() -> dict[str, list[str]]:
@@ -127,7 +132,8 @@ def test_the_stub_has_the_functions_and_arguments_of_the_module() -> None:
     assert _native.C is not None
     public = {name: value for name, value in vars(_native.C).items() if not name.startswith("_")}
     stub = stub_signatures()
-    assert set(public) == set(stub)
+    cuda = _native.C.build_info()["cuda"]
+    assert set(public) == {name for name in stub if cuda or not name.startswith("cuda_")}
     for name, function in public.items():
         signature = re.search(rf"{name}\((.*)\)", inspect.getdoc(function) or "")
         assert signature, name

@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,20 +20,14 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import lstm_ext
-from lstm_ext import reference
+from lstm_ext import engines, reference
+from lstm_ext.call import REVERSE
+from lstm_ext.testing import CASES, Case, assert_close, make_inputs, round_to, run_oracle
 
-from .cases import CASES, Case, make_inputs, round_to
+from .conftest import BACKENDS
 from .drop_in import TERMS, B, H, I, T, assert_same, pair, run, tensors
-from .tolerances import assert_close
 
-BACKENDS = [name for name in ("cpu", "numpy") if lstm_ext.backends()[name].available]
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with lstm_ext.use_backend(request.param):
-        yield request.param
 
 
 def options_grid() -> list[dict[str, Any]]:
@@ -269,7 +263,7 @@ def test_without_a_kernel_torch_runs_and_says_so_once() -> None:
     stock, ours = pair(I, H, 2, dtype=torch.complex64)
     stock_cell, cell = pair(I, H, dtype=torch.complex64, cell=True)
     x = torch.randn(T, B, I, dtype=torch.complex64)
-    lstm_ext.backend.warn_once.cache_clear()
+    engines.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="complex64") as caught:
         results = [tensors(module(x)) for module in (ours, ours)]
     assert len(caught) == 1
@@ -388,16 +382,17 @@ def test_bad_masks(name: str, backend: str) -> None:
 )
 def test_lstm_against_the_oracle(case: Case, framework: str, backend: str) -> None:
     inputs = make_inputs(case, "float32")
-    y, h_n, c_n, cells, _ = reference.layer_forward(*inputs.map(lambda a: a.astype(np.float64)).forward_args())
+    outputs, _ = run_oracle(inputs)
     convert = torch.from_numpy if framework == "torch" else np.asfortranarray
     arrays = inputs.map(convert).map_masks(convert)
     w_ih, w_hh, *others = arrays.weights
     b_ih, b_hh = others[:2] if case.bias else (None, None)
     state = (arrays.h0[0], arrays.c0[0]) if case.state else None
     masks = {"lengths": arrays.lengths, "resets": arrays.resets, "w_hr": others[-1] if case.P else None}
-    reverse = case.directions == reference.REVERSE
+    reverse = case.directions == REVERSE
     actual = lstm_ext.lstm(arrays.x, state, w_ih, w_hh, b_ih, b_hh, reverse=reverse, return_cells=True, **masks)
-    for a, e in zip((actual[0], *actual[1], actual[2]), (y, h_n[0], c_n[0], cells[0]), strict=True):
+    expected = outputs["y"], outputs["h_n"][0], outputs["c_n"][0], outputs["cells"][0]
+    for a, e in zip((actual[0], *actual[1], actual[2]), expected, strict=True):
         assert isinstance(a, torch.Tensor if framework == "torch" else np.ndarray)
         assert str(a.dtype).removeprefix("torch.") == "float32"
         assert_close(a, e, "float32", terms=case.output_terms)
@@ -460,13 +455,13 @@ def test_bad_arguments(name: str, backend: str) -> None:
 def test_use_backend_nests_and_names_what_is_available() -> None:
     x, w = np.zeros((2, 1, 1), np.int64), np.zeros((4, 1))
     with lstm_ext.use_backend("numpy"):
-        assert lstm_ext.backend.choose("cpu", torch.float32).name == "numpy"
+        assert engines.choose("cpu", torch.float32).name == "numpy"
         for name in BACKENDS:
             with lstm_ext.use_backend(name):
-                assert lstm_ext.backend.choose("cpu", np.dtype("float32")).name == name
-        assert lstm_ext.backend.choose("cpu", torch.float32).name == "numpy"
+                assert engines.choose("cpu", np.dtype("float32")).name == name
+        assert engines.choose("cpu", torch.float32).name == "numpy"
         with pytest.raises(RuntimeError, match="numpy: serves cpu tensors, not cuda"):
-            lstm_ext.backend.choose("cuda", torch.float32)
+            engines.choose("cuda", torch.float32)
     with pytest.raises(ValueError, match="'numpy', got 'gpu'"), lstm_ext.use_backend("gpu"):
         pass
     if not lstm_ext.backends()["cuda"].available:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .tolerances import assert_close
+from lstm_ext.testing import assert_close
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")

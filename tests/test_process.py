@@ -17,9 +17,8 @@ import torch
 
 import lstm_ext
 from lstm_ext import _native, reference
-
-from .cases import Case, make_inputs, run_layer
-from .tolerances import assert_identical
+from lstm_ext.call import Save
+from lstm_ext.testing import Case, assert_identical, make_inputs, run_layer
 
 needs_native = pytest.mark.skipif(_native.C is None, reason=f"no native module: {_native.reason}")
 
@@ -256,15 +255,14 @@ def test_the_gil_is_released() -> None:
 
     ticker = threading.Thread(target=tick)
     ticker.start()
-    _native.C.layer_forward(*inputs.forward_args(0), 1)
+    _native.C.layer_forward(inputs.call, Save.NOTHING, 1)
     done.set()
     ticker.join()
     assert ticks >= 5  # some hundred milliseconds of computing
 
 
 def test_the_reference_is_what_runs_under_use_backend() -> None:
-    inputs = make_inputs(Case(4, 3, 5, 7), "float32")
-    x, (w_ih, w_hh, b_ih, b_hh) = inputs.x, inputs.weights
-    expected = reference.layer_forward(x, None, None, inputs.weights, None, None, None, 0, False, 0)[0]
+    inputs = make_inputs(Case(4, 3, 5, 7, state=False), "float32")
+    expected = reference.layer_forward(inputs.call, Save.NOTHING).y
     with lstm_ext.use_backend("numpy"):
-        np.testing.assert_array_equal(lstm_ext.lstm(x, None, w_ih, w_hh, b_ih, b_hh)[0], expected)
+        np.testing.assert_array_equal(lstm_ext.lstm(inputs.x, None, *inputs.weights)[0], expected)

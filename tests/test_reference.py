@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 
 from lstm_ext import reference
-from lstm_ext.reference import BOTH, FORWARD, REVERSE
-
-from .cases import CASES, Case, Inputs, make_inputs, run_layer
-from .tolerances import assert_all_close, assert_close, assert_identical
+from lstm_ext.call import BOTH, FORWARD, REVERSE, Directions, Needs, Save, Saved
+from lstm_ext.testing import (
+    CASES,
+    Case,
+    Inputs,
+    assert_all_close,
+    assert_identical,
+    make_inputs,
+    run_layer,
+    run_oracle,
+)
 
 TINY_CASES = [
     Case(3, 2, 3, 2),
@@ -33,9 +40,8 @@ STOCK_CASES = [
 
 def loss(inputs: Inputs) -> float:
     """A random linear function of all outputs, whose gradients `layer_backward` is given."""
-    outputs = reference.layer_forward(*inputs.forward_args(save=1))
-    gradients = (inputs.dy, inputs.dh_n, inputs.dc_n, inputs.dcells)
-    return sum(float(np.sum(np.nan_to_num(d) * a)) for d, a in zip(gradients, outputs, strict=False))
+    outputs = reference.layer_forward(inputs.call, Save.CELLS)
+    return sum(float(np.sum(np.nan_to_num(d) * a)) for d, a in zip(inputs.grads, outputs, strict=False))
 
 
 def finite_differences(array: np.ndarray, inputs: Inputs, step: float = 1e-5) -> np.ndarray:
@@ -157,7 +163,7 @@ def walk_rows(inputs: Inputs) -> dict[str, np.ndarray]:
 def test_matches_rows_walked_alone(case: Case) -> None:
     inputs = make_inputs(case)
     expected = walk_rows(inputs)
-    outputs = dict(zip(expected, reference.layer_forward(*inputs.forward_args(save=1)), strict=False))
+    outputs = dict(zip(expected, reference.layer_forward(inputs.call, Save.CELLS), strict=False))
     assert_all_close((outputs, {}), (expected, {}), case, "float64")
 
 
@@ -169,7 +175,7 @@ def test_narrow_types_stay_near(case: Case, dtype: str) -> None:
     wider = {"cells": np.dtype(np.float32)}
     for name, array in (outputs | gradients).items():
         assert array.dtype == wider.get(name, np.dtype(dtype)), name
-    expected = run_layer(reference, inputs.map(lambda a: a.astype(np.float64)))
+    expected = run_oracle(inputs)
     assert_all_close((outputs, gradients), expected, case, dtype)
 
 
@@ -189,7 +195,7 @@ def test_padding_does_not_matter(case: Case) -> None:
 
 
 @pytest.mark.parametrize("directions", [FORWARD, REVERSE, BOTH])
-def test_state_that_is_never_read_does_not_matter(directions: int) -> None:
+def test_state_that_is_never_read_does_not_matter(directions: Directions) -> None:
     case = Case(3, 4, 2, 5, directions=directions, lengths="full")
     inputs = make_inputs(case)
     resets = np.zeros((3, 4), bool)
@@ -243,7 +249,7 @@ def test_inputs_stay_as_they_were(case: Case) -> None:
 @pytest.mark.parametrize("save", [0, 1, 2])
 def test_save_says_what_comes_back(save: int) -> None:
     inputs = make_inputs(TINY_CASES[2])
-    full, outputs = (reference.layer_forward(*inputs.forward_args(s)) for s in (2, save))
+    full, outputs = (reference.layer_forward(inputs.call, Save(s)) for s in (2, save))
     assert [a is None for a in outputs] == [False, False, False, save < 1, save < 2]
     for output, expected in zip(outputs, full, strict=True):
         if output is not None:
@@ -253,8 +259,10 @@ def test_save_says_what_comes_back(save: int) -> None:
 @pytest.mark.parametrize("needs", range(16))
 def test_needs_say_what_comes_back(needs: int) -> None:
     inputs = make_inputs(TINY_CASES[2])
-    y, _, _, cells, gates = reference.layer_forward(*inputs.forward_args())
-    full, some = (reference.layer_backward(*inputs.backward_args(y, cells, gates, n)) for n in (15, needs))
+    y, _, _, cells, gates = reference.layer_forward(inputs.call, Save.ALL)
+    full, some = (
+        reference.layer_backward(inputs.call, Saved(y, cells, gates), inputs.grads, Needs(n)) for n in (15, needs)
+    )
     assert [a is not None for a in some] == [bool(needs & bit) for bit in (1, 2, 4, 8)]
     for gradient, expected in zip(some, full, strict=True):
         if gradient is not None:
@@ -290,13 +298,15 @@ def test_empty_sizes(sizes: tuple[int, int, int, int], lengths: str | None) -> N
 def test_cell_is_a_layer_of_one_step(dtype: str, bias: bool, state: bool) -> None:
     case = Case(1, 3, 5, 7, bias=bias, state=state)
     inputs = make_inputs(case, dtype)
-    _, h_n, c_n, _, _ = reference.layer_forward(*inputs.forward_args(save=0))
-    h, c = (inputs.h0[0], inputs.c0[0]) if state else (None, None)
-    biases = inputs.weights[2:] if bias else [None, None]
-    cell = reference.cell_forward(inputs.x[0], h, c, *inputs.weights[:2], *biases)
-    for name, actual, expected in zip("hc", cell, (h_n[0], c_n[0]), strict=True):
-        assert actual.dtype == inputs.x.dtype
-        assert_close(actual, expected, dtype, terms=case.output_terms, name=name)
+    inputs = replace(inputs, dh_n=np.zeros_like(inputs.dh_n))
+    expected = run_layer(reference, inputs)
+    outputs, gradients = run_layer(reference, inputs.without_time())
+    assert "h_n" not in outputs
+    for name, array in (outputs | gradients).items():
+        same = (expected[0] | expected[1])[name]
+        assert array.dtype == same.dtype
+        of_one_step = name in ("y", "c_n", "dx", "dh0", "dc0")
+        np.testing.assert_array_equal(array, same[0] if of_one_step else same, err_msg=name, strict=True)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
