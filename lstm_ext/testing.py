@@ -222,7 +222,7 @@ def make_inputs(case: Case, dtype: str = "float64", seed: int = 0) -> Inputs:
     def weight(*shape: int) -> Array:
         return round_to(rng.uniform(-bound, bound, shape), dtype)
 
-    shapes = [(4 * case.H, case.I), (4 * case.H, case.width)]
+    shapes: list[tuple[int, ...]] = [(4 * case.H, case.I), (4 * case.H, case.width)]
     shapes += [(4 * case.H,)] * 2 if case.bias else []
     shapes += [(case.P, case.H)] if case.P else []
     lengths = _draw_lengths(case, rng)
@@ -324,6 +324,19 @@ TOLERANCES = {
 def to_float64(a: Any) -> npt.NDArray[np.float64]:
     """A NumPy array or a tensor of any device and dtype as float64 in NumPy."""
     return a.detach().cpu().double().numpy() if hasattr(a, "detach") else np.asarray(a, np.float64)
+
+
+def largest_error(actual: Any, expected: Any) -> float:
+    """Relative to the largest element expected, or to 1 if that is more; inf where something is no number in `actual`.
+
+    What is no number in `expected` does not count.
+    """
+    actual, expected = to_float64(actual), to_float64(expected)
+    counts = np.isfinite(expected)
+    if not counts.any():
+        return 0.0
+    error = np.abs(actual - expected)[counts].max()
+    return float(error / max(1.0, np.abs(expected[counts]).max())) if np.isfinite(error) else float("inf")
 
 
 def assert_close(
