@@ -4,15 +4,14 @@
 // column: what rows hold side by side, columns hold as [16 pairs][16 columns][2].
 #pragma once
 
+#include "plan.h"
 #include "simd.h"
 
 #if defined(LSTM_EXT_TILES)  // the build defines it for the level that may use them
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-inline constexpr int kTileHeight = 16, kTileBytes = 1024;
-inline constexpr int kTileDepth = 32;                               // factors of a row in a tile
-inline constexpr int kTileFactors = kTileBytes / sizeof(BFloat16);  // of a tile
+inline constexpr int kTileFactors = kTileBytes / sizeof(BFloat16);  // of a tile (plan.h has its height and depth)
 
 // ---- the registers: 0 to 3 hold sums, 4 to 6 the planes of rows, 7 one plane of a panel ---------------
 
@@ -110,13 +109,6 @@ inline constexpr int kProductsAwake = 24;
 
 // ---- products ---------------------------------------------------------------------------------------------
 
-// How many products of planes one product is made of
-inline constexpr int products(int row_planes, int column_planes) {
-  int count = 0;
-  for (int n = 0; n < row_planes; ++n) count += column_planes < 3 - n ? column_planes : 3 - n;
-  return count;
-}
-
 // Rows of factors in planes (tiles.h), in elements: the first row's, the way to the next row, to the row's next plane,
 // and to its next 32 factors.
 struct TileRows {
@@ -150,7 +142,7 @@ template <int row_planes, int column_planes, int vectors>
 LSTM_EXT_INLINE void multiply_blocks(TileRows rows, int64_t blocks, const BFloat16* panel, const float* start,
                                      int64_t start_stride, float* tile) {
   constexpr int64_t kFactor = sizeof(BFloat16), kSum = sizeof(float), kTileStride = 4 * kLanes<float> * kSum;
-  constexpr int kOfBlock = vectors * products(row_planes, column_planes);
+  constexpr int kOfBlock = vectors * tile_products(row_planes, column_planes);
   constexpr int kBlocksAwake = (kProductsAwake + kOfBlock - 1) / kOfBlock;
   for_vectors<vectors>([&](auto n) { load_tile<n>(start + n * kLanes<float>, start_stride * kSum); });
   for (int64_t block = 0; block < blocks; ++block) {

@@ -1,4 +1,4 @@
-// Products by tiles of bfloat16, for numbers of any kind up to float.
+// Engine by tiles of bfloat16, for numbers of any kind up to float.
 //
 // Wider numbers are made of *planes*: a number cut off or rounded to bfloat16, what is then missing in the same way,
 // and so on, so that a float is the exact sum of three, a float16 of two. A product of two numbers is the sum of the
@@ -74,16 +74,12 @@ class TileWeights {
   TileWeights(const void* data, int64_t row_stride, Rows rows, int64_t K, Packed* panels)
       : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
 
-  static constexpr bool in_place_pays(Rows, int64_t, int64_t, int64_t) { return false; }
-  static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * tile_panel_size<S>(K); }
+  static int64_t packed_size(Rows rows, int64_t K) { return rows.panels() * tile_panel_size<S>(K); }
 
-  int64_t panels() const { return rows_.template panels<C>(); }
-  int64_t packed_bytes() const { return packed_size(rows_, K_) * static_cast<int64_t>(sizeof(Packed)); }
-  // All at once: to load and store sums more often costs more than to read a panel from a second-level cache again.
-  int64_t block_depth() const { return filled_up(K_); }
+  int64_t panels() const { return rows_.panels(); }
 
   void pack(int64_t p) const {
-    const int vectors = rows_.template vectors<C>(p);
+    const int vectors = rows_.vectors(p);
     for (int n = 0; n < vectors; ++n) {
       const S* lanes[L];
       find_lanes(data_, row_stride_, rows_, p, n, lanes);
@@ -94,10 +90,10 @@ class TileWeights {
   }
 
   // tile[m] = start[m * start_stride] + a[m] times panel p, over columns k0 .. k1; k0 is a multiple of kTileDepth, the
-  // rows a[m] are equally far apart and as Tiles<S> puts them.
+  // rows a[m] are equally far apart and as TileEngine<S> puts them.
   void multiply(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, const C* start, int64_t start_stride,
                 C* tile) const {
-    const int vectors = rows_.template vectors<C>(p);
+    const int vectors = rows_.vectors(p);
     const TileRows factors{a[0], rows > 1 ? a[1] - a[0] : 0, filled_up(K_), kTileDepth};
     multiply_blocks<planes, planes>(rows, vectors, factors, ceil_div(k1 - k0, kTileDepth),
                                     panel(p) + k0 / kTileDepth * vectors * planes * kTileFactors, start, start_stride,
@@ -106,7 +102,7 @@ class TileWeights {
 
   // tile += one row times panel p as floats, slowly
   void multiply_exactly(const F* a, int64_t p, C* tile) const {
-    for (int n = 0; n < rows_.template vectors<C>(p); ++n) {
+    for (int n = 0; n < rows_.vectors(p); ++n) {
       const S* lanes[L];
       find_lanes(data_, row_stride_, rows_, p, n, lanes);
       for (int lane = 0; lane < L; ++lane) {
@@ -154,23 +150,25 @@ class TileWeights {
   F* panels_ = nullptr;
 };
 
-// As Vectors. What is multiplied by panels of S are rows of S too, or, in a backward pass, gradients that are floats.
-template <class S, int row_planes = kPlanes<S>>
-struct Tiles {
+// As VectorEngine. What is multiplied by panels of S are rows of S too, or, in a backward pass, gradients that are
+// floats.
+template <class S, int planes_of_rows = kPlanes<S>>
+struct TileEngine {
   using C = float;
   using F = BFloat16;
   template <class Rows>
   using WeightsOf = TileWeights<S, Rows>;
   using Session = TileSession;
 
-  static constexpr int kRows = kTileHeight, kLeastRows = kTileHeight / 2, planes = kPlanes<S>;
-  static constexpr int64_t kCacheBytes = 1 << 21;
-  static constexpr double kSpeed = 6. / products(row_planes, planes);
+  static constexpr EngineKind kKind = EngineKind::kTiles;
+  static constexpr int kRows = kTileHeight, kLeastRows = kTileHeight / 2, row_planes = planes_of_rows,
+                       planes = kPlanes<S>;
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
 
   // Plane after plane, each filled up with zeros to a whole number of tiles. An odd number of cache lines, so that
   // those of neighbouring rows fall into different sets.
+  static constexpr int64_t weight_panel_size(int64_t K) { return tile_panel_size<S>(K); }
   static constexpr int64_t row_size(int64_t K) { return (row_planes * filled_up(K) / kTileDepth | 1) * kTileDepth; }
 
   // Planes of rows are cut off, which takes fewer instructions than rounding, and is as exact. The products left out
@@ -191,7 +189,7 @@ struct Tiles {
     }
   }
 
-  // The planes of rows of T, [K, N], as Vectors packs them: [K / 32][vectors][planes] tiles
+  // The planes of rows of T, [K, N], as VectorEngine packs them: [K / 32][vectors][planes] tiles
   using Packed = BFloat16;
   static constexpr int64_t panel_size(int64_t K) { return tile_panel_size<S>(K); }
   template <class T>
@@ -221,9 +219,9 @@ struct Tiles {
                                         tile);
   }
 
-  // Up to 16 columns of a [K, M], K up to kSumDepth, turned into tiles
+  // Up to 16 columns of a [K, M], K up to kMostSumDepth, turned into tiles
   struct Transposed {
-    alignas(64) F tiles[row_planes * kSumDepth * kTileHeight];
+    alignas(64) F tiles[row_planes * kMostSumDepth * kTileHeight];
 
     Transposed(const C* a, int64_t M, int64_t K, int count) {
       for (int64_t k = 0; k < K; k += kTileDepth) {
@@ -273,35 +271,6 @@ struct Tiles {
     if (half_left) __builtin_memset(plane + n + kLanes<C>, 0, sizeof(value));
   }
 };
-
-// Sequences in a batch from which on tiles are faster, by the number of planes (measured); where planes are several,
-// and few columns are multiplied, from twice as many on.
-inline constexpr int64_t kLeastTileRows[] = {1, 4, 8}, kLeastTileRowsBackward[] = {4, 4, 8};
-
-template <class S>
-bool enough_rows(const int64_t (&least)[3], const SequenceShape& shape, int64_t few_columns) {
-  const bool few = kPlanes<S> > 1 && shape.I + shape.P < few_columns;
-  return shape.B >= least[kPlanes<S> - 1] * (few ? 2 : 1);
-}
-
-// Whether a layer is computed faster by tiles than by vectors, which read weights in place for few rows, make no
-// planes, and multiply no zeros that fill tiles up.
-template <class S>
-bool tiles_pay(const SequenceShape& shape) {
-  const int64_t depth = shape.I + shape.P, filled = filled_up(shape.I) + filled_up(shape.P);
-  const bool fits = kPlanes<S> == 1 || (shape.B < kTileHeight ? 6 * filled < 7 * depth : 10 * filled < 13 * depth);
-  return fits && enough_rows<S>(kLeastTileRows, shape, 160) && 6 * shape.T * shape.B >= shape.P;
-}
-
-// Columns that a gradient has to be multiplied by to be worth transposing
-inline constexpr int64_t kLeastTransposedFor = 192;
-
-// The same of its backward pass, where the rows are gradients, floats in each case
-template <class S>
-bool tiles_pay_backward(const SequenceShape& shape) {
-  const bool fits = 6 * (ceil_div(shape.H, kTileHeight) * kTileHeight) < 7 * shape.H;
-  return fits && shape.I + shape.P >= kLeastTransposedFor && enough_rows<S>(kLeastTileRowsBackward, shape, 384);
-}
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL
 

@@ -1,4 +1,4 @@
-#include "../cpu/kernels.h"
+#include "../cpu/levels.h"
 #include "../cpu/team.h"
 #include "cell_args.h"
 #include "ops.h"
@@ -18,9 +18,10 @@ py::tuple cell_forward(py::handle x_, py::handle h_, py::handle c_, py::handle w
   LayerForward layer = cell_layer(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, h_next, c_next);
   layer.num_threads = num_threads > 0 ? num_threads : cpu::default_threads();
 
+  const cpu::Plan plan = cpu::plan_forward(layer);
   {
     py::gil_scoped_release release;
-    cpu::kernels().layer_forward(layer);
+    cpu::kernels().layer_forward(layer, plan);
   }
   return py::make_tuple(h_next.object, c_next.object);
 }

@@ -1,4 +1,4 @@
-#include "../cpu/kernels.h"
+#include "../cpu/levels.h"
 #include "../cpu/team.h"
 #include "layer_args.h"
 #include "ops.h"
@@ -59,9 +59,10 @@ py::tuple layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, py::ha
                                 dw[n].w_hr.data};
   }
 
+  const cpu::Plan plan = cpu::plan_backward(layer);
   {
     py::gil_scoped_release release;
-    cpu::kernels().layer_backward(layer);
+    cpu::kernels().layer_backward(layer, plan);
   }
   const py::object weight_grads = needs & kNeedWeights ? py::object(dweights) : py::none();
   return py::make_tuple(dx.object, dh0.object, dc0.object, weight_grads);

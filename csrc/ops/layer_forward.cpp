@@ -1,4 +1,4 @@
-#include "../cpu/kernels.h"
+#include "../cpu/levels.h"
 #include "../cpu/team.h"
 #include "layer_args.h"
 #include "ops.h"
@@ -23,9 +23,10 @@ py::tuple layer_forward(py::handle x, py::handle h0, py::handle c0, py::sequence
   layer.x_map = args.map_of(args.x);
   layer.num_threads = num_threads > 0 ? num_threads : cpu::default_threads();
 
+  const cpu::Plan plan = cpu::plan_forward(layer);
   {
     py::gil_scoped_release release;
-    cpu::kernels().layer_forward(layer);
+    cpu::kernels().layer_forward(layer, plan);
   }
   return py::make_tuple(y.object, h_n.object, c_n.object, cells.object, gates.object);
 }
