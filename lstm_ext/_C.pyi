@@ -6,7 +6,7 @@ usable processors. The interface of a layer is described in `lstm_ext.reference`
 """
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 class BuildInfo(TypedDict, total=False):
     version: str
@@ -17,6 +17,17 @@ class BuildInfo(TypedDict, total=False):
     cuda: bool
     cuda_archs: str
     cudart: int
+
+class CpuPlan(TypedDict):
+    engine: Literal["vectors", "tiles"]
+    in_place: tuple[bool, bool, bool]
+    one_sum: bool
+    chunk_steps: int
+    depth: tuple[int, int]
+    borrow_x: bool
+    threads: int
+    by_rows: bool
+    why: dict[str, str]
 
 def layer_forward(
     x: Any,
@@ -104,6 +115,27 @@ def cuda_plan(
     strategy: str,
     device: int,
 ) -> dict[str, Any]: ...
+def cpu_plan(
+    T: int,
+    B: int,
+    I: int,  # noqa: E741
+    H: int,
+    P: int,
+    projected: bool,
+    dtype: str,
+    num_directions: int,
+    backward: bool,
+    num_threads: int,
+) -> CpuPlan: ...
+def force_cpu_plan(
+    engine: Literal["vectors", "tiles"] | None = None,
+    in_place: bool | tuple[bool | None, bool | None, bool | None] | None = None,
+    one_sum: bool | None = None,
+    chunk_steps: int | None = None,
+    depth: int | None = None,
+    threads: int | None = None,
+    by_rows: bool | None = None,
+) -> None: ...
 def take_tensor_types(*types: type) -> None: ...
 def share_openmp_threads(library: str) -> bool: ...
 def build_info() -> BuildInfo: ...

@@ -331,7 +331,7 @@ void choose_team(Plan& plan, const Problem& problem, const EngineShape& engine, 
   }
   plan.threads = choose_threads(problem, engine, plan, plan.why.threads);
   if (forced && forced->threads) {
-    plan.threads = *forced->threads;
+    plan.threads = static_cast<int>(*forced->threads);
     plan.why.threads = "forced";
   }
   const bool at_once = !problem.backward && problem.num_directions == 2 && plan.threads > 1;

@@ -119,7 +119,7 @@ struct Plan {
   bool by_rows_is_forced;
 
   struct {
-    const char *engine, *chunk_steps, *threads, *by_rows;
+    const char *engine, *chunk_steps, *threads;
   } why;
 
   // The same for a team of some size: one may turn out smaller than planned.
@@ -139,8 +139,7 @@ struct Forced {
   std::optional<EngineKind> engine;
   std::optional<bool> in_place[3];
   std::optional<bool> one_sum;
-  std::optional<int64_t> chunk_steps, depth;
-  std::optional<int> threads;
+  std::optional<int64_t> chunk_steps, depth, threads;
   std::optional<bool> by_rows;
 };
 
