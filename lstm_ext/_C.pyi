@@ -118,7 +118,7 @@ def cuda_plan(
 def cpu_plan(
     T: int,
     B: int,
-    I: int,  # noqa: E741
+    I: int,
     H: int,
     P: int,
     projected: bool,

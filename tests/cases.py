@@ -110,6 +110,17 @@ CASES = [
     Case(6, 9, 17, 33, P=7, packed=True, directions=BOTH),
 ]
 
+# Those that CASES lacks for every way of the CPU's plans to be taken, on each SIMD level (tests/test_cpu_plan.py).
+PLAN_CASES = [
+    Case(2, 1, 9, 67, P=31, directions=BOTH),  # a projection in place
+    Case(5, 14, 390, 120, P=390),  # several blocks of packed weights
+    Case(1, 7, 520, 200, P=520),  # and of weights in place
+    Case(30, 12, 5, 130, lengths="ragged", resets=True),  # several chunks backward
+    Case(2, 257, 3, 130),  # of one step each
+    Case(5, 37, 60, 164, lengths="with_zero", resets=True, directions=BOTH),  # tiles, the last ones not full
+    Case(4, 21, 64, 190, P=128, packed=True, directions=BOTH),
+]
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -215,10 +215,9 @@ void choose_forward_chunk(Plan& plan, const SequenceShape& shape, const EngineSh
 // One tile of rows has no use for several blocks.
 int64_t block_depth(const Plan& plan, Weight weight, int64_t K, int64_t rows, const EngineShape& engine) {
   if (engine.kind == EngineKind::kTiles || rows <= engine.tile_rows) return K;
-  return plan.in_place[weight]
-             ? kInPlaceDepth
-             : (kBlockBytes / 4 >> std::countr_zero(static_cast<unsigned>(engine.lanes * engine.sum_bytes))) *
-                   engine.per_lane;
+  const int64_t lanes = engine.up(kBlockBytes, 4 * engine.lanes * engine.sum_bytes);
+  const int64_t depth = plan.in_place[weight] ? kInPlaceDepth : lanes * engine.per_lane;
+  return depth < K ? depth : K;
 }
 
 void check_depth(int64_t depth, const EngineShape& engine) {
