@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import lstm_ext.ops  # noqa: F401 (makes the native module take tensors)
-from lstm_ext import _native, reference
+from lstm_ext import LSTM, _native, reference  # noqa: F401 (LSTM makes the native module take tensors)
 
 from .cases import CASES, PLAN_CASES, Case, Inputs, make_inputs, run_layer
 from .tolerances import assert_all_close, assert_identical
