@@ -250,6 +250,11 @@ def backward_chunk_rows() -> Iterator[Best]:
     yield Best("kLeastBackwardRows", "chunk_steps", values, Layer(128, 8, 256, 256, backward=True), {})
 
 
+def sum_depth() -> Iterator[Best]:
+    layer = Layer(64, 16, 256, 256, backward=True)
+    yield Best("kMostSumDepth (plan.h)", "depth", (64, 128, 256, 512), layer, {})
+
+
 def threads() -> Iterator[Crossing]:
     layer = Layer(10, 12, 64, 64, threads=2)
     values = (2, 4, 8, 16, 24, 32, 64)
@@ -263,6 +268,13 @@ def threads_step() -> Iterator[Crossing]:
     one, two = {"threads": 1}, {"threads": 2}
     name = "kLeastFlopsPerStepAndMember"
     yield Crossing(name, "I = H", values, lambda H: replace(layer, I=H, H=H), one, two)
+
+
+def by_rows_tiles() -> Iterator[Crossing]:
+    rows, panels = ({"engine": "tiles", "threads": 2, "by_rows": by_rows} for by_rows in (True, False))
+    layer = Layer(20, 1, 64, 96, dtype="bfloat16", threads=2)
+    values = (4, 8, 12, 16, 20, 24, 32)
+    yield Crossing("kLeastTileFilled", "B", values, lambda B: replace(layer, B=B), panels, rows)
 
 
 def by_rows() -> Iterator[Crossing]:
@@ -279,8 +291,8 @@ TUNINGS: dict[str, Callable[[], Iterator[Crossing | Best]]] = {
     for function in (
         *(tile_rows, tile_columns, tile_zeros, tile_packing, tile_transposed, tile_speed),
         *(in_place, in_place_lines, in_place_bytes, block_bytes, in_place_depth),
-        *(chunk_bytes, chunk_near, backward_chunk_bytes, backward_chunk_rows),
-        *(threads, threads_step, by_rows),
+        *(chunk_bytes, chunk_near, backward_chunk_bytes, backward_chunk_rows, sum_depth),
+        *(threads, threads_step, by_rows, by_rows_tiles),
     )
 }
 

@@ -1,7 +1,15 @@
 // The tile registers of Intel's AMX, and the product of rows and a panel that lie in tiles.
 //
-// One instruction adds to 16 rows by 16 columns of float sums the products of 32 bfloat16 factors of each row and each
-// column: what rows hold side by side, columns hold as [16 pairs][16 columns][2].
+// A tile register is 16 rows of 64 bytes. One instruction adds to 16 rows by 16 columns of float sums the products of
+// 32 bfloat16 factors of each row and each column. What rows hold side by side, columns hold in pairs:
+//
+//          A: 16 rows x 32 factors                  B: 16 pairs of factors x 16 columns
+//        +---------------------------+            +-----------------------------------+
+//     m  | k0 k1 | k2 k3 | ... | k31 |     k0,k1  | n0: k0 k1 | n1: k0 k1 | ...  n15  |
+//        | ...                       |     k2,k3  | n0: k2 k3 | ...                   |
+//        +---------------------------+            +-----------------------------------+
+//
+// The eight registers: 4 of sums (16 rows x 4 vectors of columns) + 3 planes of A + 1 plane of B.
 #pragma once
 
 #include "plan.h"
@@ -104,7 +112,8 @@ struct TileSession {
 };
 
 // The unit that stores tiles falls asleep when it is not used for about half a microsecond, and takes a quarter of one
-// to wake up (measured). So in long products a tile is stored now and then, after about as many multiplications.
+// to wake up (Xeon with AMX, 2026-11-25). So in long products a tile is stored now and then, after about as many
+// multiplications.
 inline constexpr int kProductsAwake = 24;
 
 // ---- products ---------------------------------------------------------------------------------------------

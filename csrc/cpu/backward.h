@@ -1,9 +1,19 @@
-// Backward pass of one direction of a layer.
+// Backward pass of one direction of a layer, from its last step to its first:
 //
-// Chunks of steps are walked from the last to the first. Within a chunk only the recurrence is sequential:
-// dh of a step is dgates of the step after it times w_hh, and the gate gradients come out of those tiles.
-// They are kept for the chunk as rows [4H] of `dgates_`; the weight gradients and dx are then plain products
-// over all its rows, each element summed in the order of the rows.
+//     dh_t              = dy_t + dgates_t+1 w_hh                        [P]; with a projection, times w_hr: [H]
+//     dgates_t, dc_t    from dh_t, dc_t+1 and what the forward pass saved: cell_backward() of gate_math.h
+//
+//     dx                = dgates w_ih                                   of all steps of a chunk in one product
+//     dw_ih             = Σ dgates_tᵀ x_t          dw_hh = Σ dgates_tᵀ h_t-1
+//     db                = Σ dgates_t               dw_hr = Σ dh_tᵀ hidden_t        hidden: h before its projection
+//
+// Chunks of steps are walked from the last to the first. Within a chunk only the recurrence is sequential. Its gate
+// gradients are kept as rows [4H] of `dgates_`, step after step, the active slots of each; the weight gradients and dx
+// are then plain products over all these rows, each element summed in the order of the rows:
+//
+//     dgates_:  | step s0: slots 0 .. active(s0) - 1 | step s0 + 1: slots 0 .. active(s0 + 1) - 1 | ...
+//
+// Here the weights are matrices [4H, N] whose columns stay columns (N = P, I or H), packed into panels of four vectors.
 #pragma once
 
 #include <initializer_list>

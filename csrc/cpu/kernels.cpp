@@ -42,8 +42,8 @@ constexpr bool is_shape_of(Dtype dtype, bool backward) {
   using F = typename Engine::F;
   const EngineShape shape = engine_shape(kShape, Engine::kKind, dtype, backward);
   bool same = shape.lanes == kLanes<C> && shape.sum_bytes == sizeof(C) && shape.tile_rows == Engine::kRows &&
-              shape.least_rows == Engine::kLeastRows && shape.row_planes == Engine::row_planes &&
-              shape.column_planes == Engine::planes && shape.borrows_rows == Engine::kBorrowsRows;
+              shape.row_planes == Engine::row_planes && shape.column_planes == Engine::planes &&
+              shape.borrows_rows == Engine::kBorrowsRows;
   if (Engine::kKind == EngineKind::kVectors) same = same && shape.per_lane == kFactorsPerLane<F>;
   for (int64_t K : {0, 1, 15, 16, 31, 32, 33, 64, 127, 1000}) {
     same = same && shape.row_bytes(K) == Engine::row_size(K) * static_cast<int64_t>(sizeof(F));

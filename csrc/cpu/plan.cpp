@@ -1,8 +1,10 @@
 // The planner of the CPU kernels, and every threshold it goes by.
 //
-// Where numbers come from: `python benchmarks/tune.py NAME` times both ways of a decision on either side of its
-// threshold, and prints where they cross on the machine it runs on. "EPYC" is an AMD EPYC (Zen 4, AVX-512 with bfloat16
-// products, 1 MB of second-level cache a core), "Xeon" an Intel Xeon with AMX (2 MB), 2 cores each.
+// A threshold is a place where two ways take equally long. Beneath each stands the tuning that finds it again, to be
+// run as `python benchmarks/tune.py TUNING`: it forces both ways on either side of the threshold, times them in turn,
+// and prints where they cross on the machine at hand. Then follow the machine and the day on which the number was
+// found: the EPYC is an AMD EPYC (Zen 4, AVX-512 with bfloat16 products, 1 MB of second-level cache a core), the Xeon
+// an Intel Xeon with AMX (2 MB a core), both with two cores.
 #include "plan.h"
 
 #include <atomic>
@@ -25,13 +27,13 @@ constexpr int64_t kUsualCache = 1 << 20, kLargeCache = 1 << 21;
 // Sequences in a batch from which on tiles are faster, by the planes of a factor (1, 2, 3): below, vectors read weights
 // in place and multiply no rows of zeros. Twice as many where planes are several and the columns, I + P, are few:
 // making planes costs as much as 160 (forward) or 384 (backward) columns' products do.
-//   tune.py tile-rows, tile-columns; Xeon, 2026-11-25
+//   tile-rows, tile-columns; Xeon, 2026-11-25
 constexpr int64_t kLeastTileRows[] = {1, 4, 8}, kLeastTileRowsBackward[] = {4, 4, 8};
 constexpr int64_t kFewColumns = 160, kFewColumnsBackward = 384;
 
 // Factors with the zeros that fill tiles up, against those that there are: fewer than 7/6 of them for batches below a
 // tile's height, or in a backward pass, and 13/10 else. Zeros cost nothing that counts where one plane is multiplied.
-//   tune.py tile-zeros; Xeon, 2026-11-25
+//   tile-zeros; Xeon, 2026-11-25
 struct Ratio {
   int64_t over, under;
 };
@@ -39,11 +41,11 @@ constexpr Ratio kMostFilled = {13, 10}, kMostFilledFewRows = {7, 6}, kMostFilled
 constexpr bool is_less(int64_t a, int64_t b, Ratio ratio) { return ratio.under * a < ratio.over * b; }
 
 // Packing a matrix of P columns into tiles takes as long as multiplying P / 6 rows by it.
-//   tune.py tile-packing; Xeon, 2026-11-25
+//   tile-packing; Xeon, 2026-11-25
 constexpr int64_t kRowsPerPackedColumn = 6;
 
 // Columns that a gradient has to be multiplied by to be worth transposing into tiles.
-//   tune.py tile-transposed; Xeon, 2026-11-25
+//   tile-transposed; Xeon, 2026-11-25
 constexpr int64_t kLeastTransposedFor = 192;
 
 // ---- packed or in place -----------------------------------------------------------------------------------
@@ -52,7 +54,8 @@ constexpr int64_t kLeastTransposedFor = 192;
 // vectors of products: a sum over lanes for each row that is multiplied; and, where K is no whole number of vectors, a
 // second load for each vector that crosses a cache line, in each pass over the matrix. If a second-level cache does not
 // hold both copies packing costs twice as much; and a matrix well beyond it waits for memory, not for loads.
-//   tune.py in-place, in-place-lines, in-place-bytes; EPYC, 2026-11-22, and Xeon, 2026-11-25
+//   in-place (kCostOfSum); EPYC, 2026-11-22
+//   in-place-lines, in-place-bytes (the others); Xeon, 2026-11-25
 constexpr int64_t kCostOfSum = 6, kCostOfSumFar = 3, kCostOfCrossing = 14;
 constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsualCache / 4;
 
@@ -61,7 +64,7 @@ constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsua
 // Of a packed panel, what a first-level cache of 32 KB holds beside the rows; and in place, where each block costs a
 // sum over lanes, some more. Panels of tiles are not cut: loading sums again costs more than a second-level cache's
 // latency.
-//   tune.py block-bytes, in-place-depth; Xeon, 2026-11-25
+//   block-bytes, in-place-depth; Xeon, 2026-11-25
 constexpr int64_t kBlockBytes = 24 << 10, kInPlaceDepth = 512;
 
 // ---- chunks -----------------------------------------------------------------------------------------------
@@ -69,32 +72,35 @@ constexpr int64_t kBlockBytes = 24 << 10, kInPlaceDepth = 512;
 // Of sums waiting for their recurrent part, or of copies of x where those are larger. The weights are read once for a
 // chunk: it is as large as w_ih, within these bounds. But if half a second-level cache holds the weights of both
 // products it is short: then sums come back from the same cache, and reading weights again costs nothing.
-//   tune.py chunk-bytes, chunk-near; EPYC, 2026-11-22 (the bounds), and Xeon, 2026-11-25
+//   chunk-bytes, chunk-near; Xeon, 2026-11-25
 constexpr int64_t kLeastChunkBytes = 1 << 17, kMostChunkBytes = kLargeCache;
-constexpr int64_t kHeldWithTiles = kLargeCache / 2,
-                  kHeldWithVectors = kUsualCache / 2;  // processors with tiles have more
+constexpr int64_t kHeldWithVectors = kUsualCache / 2, kHeldWithTiles = kLargeCache / 2;  // AMX comes with large ones
 
 // A backward chunk is of gate gradients, which stay in half a cache while they are multiplied; and of so many rows at
 // least that the weight gradients are worth a pass over their sums.
-//   tune.py backward-chunk-bytes, backward-chunk-rows; EPYC, 2026-11-22
+//   backward-chunk-bytes, backward-chunk-rows; EPYC, 2026-11-22
 constexpr int64_t kBackwardChunkBytes = kUsualCache / 2, kLeastBackwardRows = 256;
 
 // ---- threads ----------------------------------------------------------------------------------------------
 
 // Waking a second thread costs some microseconds, and waiting for each other at each step some tenths of one. Less work
 // in all than this: one thread. Members who wait for each other: one for each of these that a step has.
-//   tune.py threads, threads-step; EPYC, 2026-11-22 (5e4), and Xeon, 2026-11-25 (6e5)
+//   threads (kLeastFlops); Xeon, 2026-11-25
+//   threads-step (kLeastFlopsPerStepAndMember); EPYC, 2026-11-22
 constexpr double kLeastFlops = 6e5, kLeastFlopsPerStepAndMember = 5e4;
 
 // Speed of products by tiles over those by vectors of floats, were each multiplication of planes the only one: 6, and a
 // float times a float takes 6.
-//   tune.py tile-speed; Xeon, 2026-11-25
+//   tile-speed; Xeon, 2026-11-25
 constexpr double kTileSpeed = 6;
 
 // With rows of their own members do not wait for each other, but each reads all weights at each step. So they share
-// rows if each gets a tile of them (as many as are worth having) and half a cache holds the weights. Where the panels
-// cannot be divided evenly, so that one member has over 11/10 of its part, they share rows from half as many on.
-//   tune.py by-rows; EPYC, 2026-11-24
+// rows if each gets a tile of them and half a cache holds the weights. A tile register half full is worth having. Where
+// the panels cannot be divided evenly, so that one member has over 11/10 of its part, they share rows from half as many
+// on.
+//   by-rows; EPYC, 2026-11-24
+//   by-rows-tiles (kLeastTileFilled); Xeon, 2026-11-25
+constexpr int kLeastTileFilled = kTileHeight / 2;
 constexpr int64_t kHeldByEach = kUsualCache / 2;
 constexpr Ratio kEvenPanels = {11, 10};
 constexpr int64_t kUnevenRows = 2;
@@ -146,6 +152,11 @@ EngineKind choose_engine(const Problem& problem, const LevelShape& level, const 
   if (why) return EngineKind::kVectors;
   why = "tiles are faster for so many sequences and columns";
   return EngineKind::kTiles;
+}
+
+Load load_of(int64_t rows, int64_t panels, int64_t bytes, const EngineShape& engine) {
+  const int least_rows = engine.kind == EngineKind::kTiles ? kLeastTileFilled : engine.tile_rows;
+  return {rows, engine.tile_rows, least_rows, panels, bytes};
 }
 
 // ---- a forward pass ---------------------------------------------------------------------------------------
@@ -250,7 +261,7 @@ void plan_forward(Plan& plan, const SequenceShape& shape, const EngineShape& eng
   choose_in_place(plan, shape, engine, bytes, forced);
   choose_forward_chunk(plan, shape, engine, bytes, forced);
   choose_depth(plan, shape, engine, forced);
-  plan.load = {shape.B, engine.tile_rows, engine.least_rows, panels, bytes[kRecurrent]};
+  plan.load = load_of(shape.B, panels, bytes[kRecurrent], engine);
 }
 
 // ---- a backward pass --------------------------------------------------------------------------------------
@@ -277,7 +288,7 @@ void plan_backward(Plan& plan, const SequenceShape& shape, const EngineShape& en
   }
   const int64_t gate = engine.kind == EngineKind::kTiles ? engine.lanes * engine.up(H, engine.lanes) : H;
   const int64_t panels = engine.column_panels(P);
-  plan.load = {B, engine.tile_rows, engine.least_rows, panels, panels * engine.panel_bytes(4 * gate)};
+  plan.load = load_of(B, panels, panels * engine.panel_bytes(4 * gate), engine);
 }
 
 // ---- threads ----------------------------------------------------------------------------------------------

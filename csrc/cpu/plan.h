@@ -39,7 +39,8 @@ LSTM_EXT_PLAN_INLINE int tile_products(int row_planes, int column_planes) {
   return count;
 }
 
-// The longest block of rows in a product of two matrices whose rows are both sequences' (weight gradients).
+// In the weights' gradients, products of so many rows are added up before sums in memory are: what a first-level cache
+// holds of a panel. (benchmarks/tune.py sum-depth; Xeon with AMX, 2026-11-25)
 inline constexpr int64_t kMostSumDepth = 512;
 
 // One engine for one dtype: what sums (C), factors (F) and panels measure. kernels.cpp holds it against the templates.
@@ -48,7 +49,7 @@ struct EngineShape {
   bool borrows_rows;              // rows of the stored type may be multiplied where they lie
   int lanes, sum_bytes;           // sums in a vector, bytes of one
   int per_lane;                   // neighbouring factors in a lane
-  int tile_rows, least_rows;      // of a tile: as many as it holds, and as few as it is still worth having
+  int tile_rows;                  // the most that are multiplied together
   int row_planes, column_planes;  // bfloat16 numbers that one factor is made of; 1 for vectors
 
   // Bytes of a row of K factors; of tiles an odd number of cache lines.
@@ -76,12 +77,12 @@ constexpr EngineShape engine_shape(const LevelShape& level, EngineKind kind, Dty
   const bool is_double = dtype == Dtype::kFloat64, is_bf16 = dtype == Dtype::kBFloat16;
   if (kind == EngineKind::kTiles) {
     const int planes = dtype == Dtype::kFloat32 ? 3 : is_bf16 ? 1 : 2;
-    return {kind, false, kTileHeight, 4, 1, kTileHeight, kTileHeight / 2, backward ? 3 : planes, planes};
+    return {kind, false, kTileHeight, 4, 1, kTileHeight, backward ? 3 : planes, planes};
   }
   const int sum_bytes = is_double ? 8 : 4, per_lane = !backward && is_bf16 && level.bf16_in_pairs ? 2 : 1;
   const bool as_stored = backward || dtype == Dtype::kFloat32 || is_double || per_lane == 2;
   const int lanes = level.vec_bytes / sum_bytes;
-  return {kind, as_stored, lanes, sum_bytes, per_lane, level.tile_rows, level.tile_rows, 1, 1};
+  return {kind, as_stored, lanes, sum_bytes, per_lane, level.tile_rows, 1, 1};
 }
 
 // ---- the plan ---------------------------------------------------------------------------------------------
@@ -97,8 +98,8 @@ struct Problem {
 // What there is to share out at each step: sequences, and panels of the recurrent weights.
 struct Load {
   int64_t rows;
-  int tile_rows, least_rows;
-  int64_t panels, bytes;  // of the weights
+  int tile_rows, least_rows;  // of a tile: as many as it holds, and as few as it is still worth having
+  int64_t panels, bytes;      // of the weights
 };
 
 enum Weight { kInput, kRecurrent, kProjection };  // w_ih, w_hh, w_hr

@@ -329,7 +329,7 @@ struct VectorEngine {
   struct Session {};  // held by whoever multiplies
 
   static constexpr EngineKind kKind = EngineKind::kVectors;
-  static constexpr int kRows = kTileRows, kLeastRows = kTileRows, row_planes = 1, planes = 1;
+  static constexpr int kRows = kTileRows, row_planes = 1, planes = 1;
   static constexpr bool kBorrowsRows = sizeof(S) == sizeof(F);  // rows of S may be multiplied where they lie
   static constexpr bool kKeepsInfinity = true, kSplitsFloats = false;
 

@@ -1,10 +1,25 @@
-// Engine by tiles of bfloat16, for numbers of any kind up to float.
+// The matrix product by tile registers:  C[m, n] += Σ_k A[m, k] B[k, n],  for numbers of any kind up to float.
 //
-// Wider numbers are made of *planes*: a number cut off or rounded to bfloat16, what is then missing in the same way,
-// and so on, so that a float is the exact sum of three, a float16 of two. A product of two numbers is the sum of the
-// products of their planes, of which those below the last bit of a float product are left out. Six products for one are
-// still faster than multiplying floats by vectors, and round no worse: 32 of them are summed before they are rounded to
-// the sum.
+// Tiles multiply bfloat16. Wider numbers are made of *planes*: a number cut off or rounded to bfloat16, what is then
+// missing in the same way, and so on, so that a float is the exact sum of three, a float16 of two:
+//
+//     float      1.0110111 00101101 01100101       24 bits of mantissa
+//     plane 0    1.0110111                          8 of them
+//     plane 1              .0101101                 what is missing, to 8 bits
+//     plane 2                       01100101        and the rest
+//
+// A product of two numbers is the sum of the products of their planes, of which those below the last bit of a float
+// product are left out (plane i times plane j with i + j > 2). How many are left:
+//
+//                float   float16   bfloat16 (weights)
+//     float        6        5          3                   in a backward pass, where rows are gradients
+//     itself       6        4          1                   forward
+//
+// Six products for one are still faster than multiplying floats by vectors, and round no worse: 32 of them are summed
+// before they are rounded to the sum.
+//
+// A row of A is [planes][K], each plane filled up with zeros to whole tiles. A panel of B is [K / 32][vectors][planes]
+// tiles; one of these holds 32 factors of 16 columns as [16 pairs in k][16 columns][2] (see amx.h).
 //
 // What planes cannot hold is infinity, since what is missing of it is no number: such a product comes out as NaN, and
 // whoever finds one multiplies that row again, exactly. Planes below the smallest normal number are zero.
@@ -60,7 +75,7 @@ LSTM_EXT_INLINE void for_planes(Vec<float> first, Vec<float> second, const F& f)
 
 // ---- a weight matrix --------------------------------------------------------------------------------------
 
-// As Weights; a panel is [K / 32][vectors][planes] tiles of [16 pairs in k][16 columns][2].
+// As Weights, packed into tiles.
 template <class S, class Rows>
 class TileWeights {
  public:
@@ -161,8 +176,7 @@ struct TileEngine {
   using Session = TileSession;
 
   static constexpr EngineKind kKind = EngineKind::kTiles;
-  static constexpr int kRows = kTileHeight, kLeastRows = kTileHeight / 2, row_planes = planes_of_rows,
-                       planes = kPlanes<S>;
+  static constexpr int kRows = kTileHeight, row_planes = planes_of_rows, planes = kPlanes<S>;
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
 

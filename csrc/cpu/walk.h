@@ -1,8 +1,13 @@
 // The order in which a kernel walks the rows of a batch.
 //
-// Rows are dealt to *slots* by falling length, so that those still running at step s are slots
-// 0 .. active(s) - 1: a finished sequence costs nothing. Step s of a slot is time s, or length - 1 - s when
-// the direction is reversed; both directions begin at step 0.
+// Rows are dealt to *slots* by falling length, so that those still running at step s are slots 0 .. active(s) - 1: a
+// finished sequence costs nothing. Step s of a slot is time s, or length - 1 - s when the direction is reversed; both
+// directions begin at step 0.
+//
+//     row    length                slot   row   step 0 1 2 3
+//      0       2                    0      1         x x x x
+//      1       4         ->         1      2         x x x           active: 3 3 2 1
+//      2       3                    2      0         x x
 #pragma once
 
 #include "../params.h"
