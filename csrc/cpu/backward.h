@@ -235,18 +235,15 @@ class Backward {
     __builtin_memset(sums, 0, static_cast<size_t>(count) * kWidth * sizeof(C));
     Engine::multiply(count, panel_vectors<C>(N, p), factors, a.factors_width,
                      panels + p * Engine::panel_size(a.factors_width), sums);
-    if constexpr (Engine::kSplitsFloats) {
-      for (int m = 0; m < count; ++m) {
-        C* row = sums + m * kWidth;
-        if (!Engine::has_nan(row, panel_vectors<C>(N, p))) continue;
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(count, panel_vectors<C>(N, p), sums, [&](int m, C* row) {
         __builtin_memset(row, 0, kWidth * sizeof(C));
-        const auto row_of = [&](int64_t k) { return matrix_row(matrix, k); };
-        multiply_exactly(a.row(first + m), 1, a.width, row_of, N, p, row);
-      }
+        multiply_exactly(a.row(first + m), 1, a.width, [&](int64_t k) { return matrix_row(matrix, k); }, N, p, row);
+      });
     }
   }
 
-  // sum += K numbers, some way apart, times rows of N at panel p: of products that have met an infinity, or a NaN
+  // sum += K numbers, some way apart, times rows of N at panel p, slowly: to repair a row
   template <class RowOf>
   static void multiply_exactly(const C* a, int64_t apart, int64_t K, const RowOf& row_of, int64_t N, int64_t p,
                                C* sum) {
@@ -409,14 +406,13 @@ class Backward {
     };
     for (int m = 0; m < count; ++m) load_sums(m);
     Engine::multiply(count, vectors, transposed, k0, K, grad.panels + p * Engine::panel_size(rows), product);
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(count, vectors, product, [&](int m, C* row) {
+        load_sums(m);
+        multiply_exactly(a.row(k0) + m0 + m, a.width, K, [&](int64_t k) { return grad.rows[k0 + k]; }, N, p, row);
+      });
+    }
     for (int m = 0; m < count; ++m) {
-      if constexpr (Engine::kSplitsFloats) {
-        if (Engine::has_nan(product + m * kWidth, vectors)) {
-          load_sums(m);
-          const auto row_of = [&](int64_t k) { return grad.rows[k0 + k]; };
-          multiply_exactly(a.row(k0) + m0 + m, a.width, K, row_of, N, p, product + m * kWidth);
-        }
-      }
       for_vectors(grad.sums + (m0 + m) * N, N, p, product + m * kWidth,
                   [](C* sum, C* part, int64_t left) { store_up_to(sum, load(part), left); });
     }

@@ -257,10 +257,7 @@ class Forward {
     C* const sums = tile(p, first_row);
     C* const c = c_ + first * c_width_ + u;
     if constexpr (!Engine::kKeepsInfinity) {
-      for (int m = 0; m < count; ++m) {
-        const bool lost = Engine::has_nan(sums + m * kPanelWidth<C>, gates_.vectors(p));
-        if (lost) sum_exactly(s, first + m, p, first_row + m);
-      }
+      Engine::repair(count, gates_.vectors(p), sums, [&](int m, C*) { sum_exactly(s, first + m, p, first_row + m); });
     }
     Vec<C> h[Engine::kRows];
     if (units == L) {  // as numbers that the compiler knows
@@ -313,7 +310,7 @@ class Forward {
     if (walk_.resets_before(s + 1, slot, dir_.reverse)) store(c, Vec<C>{});
   }
 
-  // The sums of a row whose products have met an infinity, or a NaN
+  // The sums of a row that has to be repaired
   void sum_exactly(int64_t s, int64_t slot, int64_t p, int64_t row) const {
     __builtin_memcpy(tile(p, row), bias(p), kPanelWidth<C> * sizeof(C));
     w_ih_.multiply_exactly(x_rows_[row], p, tile(p, row));
@@ -325,14 +322,13 @@ class Forward {
     const F* a[Engine::kRows] = {};
     for (int m = 0; m < rows; ++m) a[m] = hidden_ + (first + m) * hidden_width_;
     w_hr_.multiply(rows, a, p, 0, shape_.H, sums, kPanelWidth<C>, sums);
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(rows, units_.vectors(p), sums, [&](int m, C* row) {
+        __builtin_memset(row, 0, kPanelWidth<C> * sizeof(C));
+        w_hr_.multiply_exactly(a[m], p, row);
+      });
+    }
     for (int m = 0; m < rows; ++m) {
-      if constexpr (!Engine::kKeepsInfinity) {
-        C* row = sums + m * kPanelWidth<C>;
-        if (Engine::has_nan(row, units_.vectors(p))) {
-          __builtin_memset(row, 0, kPanelWidth<C> * sizeof(C));
-          w_hr_.multiply_exactly(a[m], p, row);
-        }
-      }
       for (int g = 0; g < 4; ++g) {
         const int64_t n = p * kPanelWidth<C> + g * L;
         if (n < shape_.P) finish_h(s, first + m, n, load(sums + (m * 4 + g) * L));

@@ -331,7 +331,8 @@ struct VectorEngine {
   static constexpr EngineKind kKind = EngineKind::kVectors;
   static constexpr int kRows = kTileRows, row_planes = 1, planes = 1;
   static constexpr bool kBorrowsRows = sizeof(S) == sizeof(F);  // rows of S may be multiplied where they lie
-  static constexpr bool kKeepsInfinity = true, kSplitsFloats = false;
+  static constexpr bool kKeepsInfinity = true;  // else sums that should be infinite are NaN, and their rows repaired
+  static constexpr bool kSplitsFloats = false;  // else a computed number is multiplied as planes of its own
 
   // Elements of a row of K factors, and of a panel of K factors of WeightsOf.
   static constexpr int64_t row_size(int64_t K) { return ceil_div(K, kLanes<C>) * kLanes<C>; }

@@ -268,7 +268,16 @@ struct TileEngine {
                                         tile);
   }
 
-  // Whether any of the sums in some vectors is not a number
+  // exactly(m, its sums) for those rows of a tile of sums that hold a NaN: their products have met an infinity, or a
+  // NaN.
+  template <class Exactly>
+  static void repair(int rows, int vectors, C* tile, const Exactly& exactly) {
+    for (int m = 0; m < rows; ++m) {
+      if (has_nan(tile + m * kPanelWidth<C>, vectors)) exactly(m, tile + m * kPanelWidth<C>);
+    }
+  }
+
+ private:
   static bool has_nan(const C* sums, int vectors) {
     __mmask16 found = 0;
     for (int n = 0; n < vectors; ++n) {
@@ -278,7 +287,6 @@ struct TileEngine {
     return found != 0;
   }
 
- private:
   static LSTM_EXT_INLINE void put_plane(F* plane, int64_t n, U16::Type value, int64_t K) {
     __builtin_memcpy(plane + n, &value, sizeof(value));
     const bool half_left = n + kLanes<C> >= K && n + kLanes<C> < filled_up(K);  // of a tile
