@@ -62,8 +62,7 @@ constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsua
 // ---- blocks of K ------------------------------------------------------------------------------------------
 
 // Of a packed panel, what a first-level cache of 32 KB holds beside the rows; and in place, where each block costs a
-// sum over lanes, some more. Panels of tiles are not cut: loading sums again costs more than a second-level cache's
-// latency.
+// sum over lanes, some more. Panels of tiles are not cut: a second-level cache is faster than loading sums again.
 //   block-bytes, in-place-depth; Xeon, 2026-11-25
 constexpr int64_t kBlockBytes = 24 << 10, kInPlaceDepth = 512;
 
@@ -95,9 +94,8 @@ constexpr double kLeastFlops = 6e5, kLeastFlopsPerStepAndMember = 5e4;
 constexpr double kTileSpeed = 6;
 
 // With rows of their own members do not wait for each other, but each reads all weights at each step. So they share
-// rows if each gets a tile of them and half a cache holds the weights. A tile register half full is worth having. Where
-// the panels cannot be divided evenly, so that one member has over 11/10 of its part, they share rows from half as many
-// on.
+// rows if each gets a tile of them and half a cache holds the weights. Where panels cannot be divided evenly, so that
+// one member has over 11/10 of its part, they share rows from half as many on. Of tile registers half full is enough.
 //   by-rows; EPYC, 2026-11-24
 //   by-rows-tiles (kLeastTileFilled); Xeon, 2026-11-25
 constexpr int kLeastTileFilled = kTileHeight / 2;
@@ -212,8 +210,8 @@ void choose_forward_chunk(Plan& plan, const SequenceShape& shape, const EngineSh
   plan.borrow_x = engine.borrows_rows && (I & (engine.per_lane - 1)) == 0;
   const int64_t sums = engine.unit_panels(H) * 4 * engine.lanes * engine.sum_bytes;
   const int64_t copies = plan.borrow_x ? 0 : engine.row_bytes(I);
-  const int64_t step_bytes = B * (sums > copies ? sums : copies),
-                most = chunk_bytes(engine, bytes, plan.why.chunk_steps);
+  const int64_t step_bytes = B * (sums > copies ? sums : copies);
+  const int64_t most = chunk_bytes(engine, bytes, plan.why.chunk_steps);
   const bool all = T * step_bytes <= most;
   if (all) plan.why.chunk_steps = "all: they are few";
   plan.chunk_steps = all ? T : within_steps(most / step_bytes, T);
@@ -246,7 +244,8 @@ void choose_depth(Plan& plan, const SequenceShape& shape, const EngineShape& eng
   if (!forced) return;
   if (forced->depth) {
     check_depth(*forced->depth, engine);
-    plan.depth[kInput] = plan.depth[kRecurrent] = *forced->depth;
+    plan.depth[kInput] = *forced->depth < I ? *forced->depth : I;
+    plan.depth[kRecurrent] = *forced->depth < P ? *forced->depth : P;
   }
   if (forced->one_sum) {
     if (*forced->one_sum && !both_in_place) refuse("one_sum: w_ih and w_hh must both be in place");
