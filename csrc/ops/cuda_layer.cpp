@@ -92,7 +92,7 @@ py::tuple cuda_layer_forward(py::handle xw_, py::handle h0, py::handle c0, py::s
   if (!xw.contiguous()) throw std::runtime_error("xw: expected a contiguous tensor, got another");
   const auto [T, B, I, H, P, projected] = args.shape;
   const cuda::DeviceGuard guard(xw.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, strategy};
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, false, options, xw.device().id);
 
   const Allocator allocator(xw);
@@ -113,7 +113,7 @@ py::tuple cuda_layer_forward(py::handle xw_, py::handle h0, py::handle c0, py::s
   void* const stream = xw.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_forward(layer, projected_x, *plan, options, xw.device().id, workspace.data, stream);
+    cuda::layer_forward(layer, projected_x, *plan, workspace.data, stream);
   }
   const py::object saved = save >= 2 && in_place ? py::reinterpret_borrow<py::object>(xw_) : gates.object;
   return py::make_tuple(y.object, h_n.object, c_n.object, cells.object, saved);
@@ -131,7 +131,7 @@ py::tuple cuda_layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, p
   const int64_t D = args.D;
   const BackwardArrays arrays(args, gates, dy, dh_n, dc_n, dcells, y, cells, gates_);
   const cuda::DeviceGuard guard(gates.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, strategy};
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, true, options, gates.device().id);
 
   const Allocator allocator(gates);
@@ -157,7 +157,7 @@ py::tuple cuda_layer_backward(py::handle dy, py::handle dh_n, py::handle dc_n, p
   void* const stream = gates.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_backward(pass, *plan, options, gates.device().id, workspace.data, stream);
+    cuda::layer_backward(pass, *plan, workspace.data, stream);
   }
   return py::make_tuple(d_gates.object, h_prev.object, d_h.object, hidden.object, dh0.object, dc0.object);
 }
@@ -168,7 +168,7 @@ py::tuple cuda_cell_forward(py::handle x_, py::handle h_, py::handle c_, py::han
               w_hh = on_gpu(w_hh_, "w_hh"), b_ih = on_gpu(b_ih_, "b_ih"), b_hh = on_gpu(b_hh_, "b_hh");
   const CellShape cell = check_cell(x, h, c, w_ih, w_hh, b_ih, b_hh);
   const cuda::DeviceGuard guard(x.device().id);
-  const cuda::LayerOptions options{cell.dtype, tf32, "step"};
+  const cuda::LayerOptions options{cell.dtype, tf32, cuda::Strategy::kStep};
   const SequenceShape shape{1, cell.B, cell.I, cell.H, cell.H, false};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, 1, false, options, x.device().id);
 
@@ -180,7 +180,7 @@ py::tuple cuda_cell_forward(py::handle x_, py::handle h_, py::handle c_, py::han
   void* const stream = x.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_forward(layer, {}, *plan, options, x.device().id, nullptr, stream);
+    cuda::layer_forward(layer, {}, *plan, nullptr, stream);
   }
   return py::make_tuple(h_next.object, c_next.object);
 }
@@ -189,15 +189,15 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, c
                    int num_directions, bool backward, const std::string& strategy, int device) {
   const cuda::DeviceGuard guard(device);
   const SequenceShape shape{T, B, 0, H, projected ? P : H, projected};
-  const cuda::LayerOptions options{dtype_named(dtype), tf32, strategy};
+  const cuda::LayerOptions options{dtype_named(dtype), tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, num_directions, backward, options, device);
   py::dict result, refused;
-  for (const auto& [name, why] : plan->refused) refused[py::str(name)] = why;
-  result["strategy"] = plan->strategy;
-  result["blocks"] = plan->blocks;
-  result["team"] = plan->strategy == "step" ? 1 : plan->spread.ranks;
-  result["registers"] = cuda::plan_registers(*plan, shape, backward, options, device);
-  result["shared_bytes"] = plan->shared_bytes;
+  for (const auto& [other, why] : plan->refused) refused[cuda::name_of(other)] = why;
+  result["strategy"] = cuda::name_of(plan->strategy);
+  result["blocks"] = plan->blocks();
+  result["team"] = plan->strategy == cuda::Strategy::kStep ? 1 : plan->layout.ranks;
+  result["registers"] = cuda::plan_registers(*plan);
+  result["shared_bytes"] = plan->layout.shared_bytes;
   result["microseconds_per_step"] = plan->microseconds;
   result["refused"] = refused;
   return result;

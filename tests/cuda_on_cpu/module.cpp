@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "broken_kernels.h"
-#include "launch.h"
+#include "cuda/launch.h"
 #include "ops/cuda_layer.h"
 #include "ptx.h"
 #include "tensors.h"
@@ -41,7 +41,7 @@ Floats mma(const std::string& kind, const Words& a, const Words& b, const Floats
   Floats result(d.request().shape);
   std::copy_n(d.data(), d.size(), result.mutable_data());
   const WarpParams params{kind, a.data(), b.data(), result.mutable_data()};
-  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<WarpParams>{"mma", mma_kernel}, {.threads = 32}, params);
+  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<WarpParams>{"mma", mma_kernel}, {.threads = 32}, params, nullptr);
   synchronize(0);
   return result;
 }
@@ -65,8 +65,8 @@ Words ldmatrix_of(const py::array_t<uint16_t, py::array::c_style>& rows, bool tr
   const int count = static_cast<int>(rows.shape(0)) / 8;
   Words fragments({32, count});
   const LdmatrixParams params{rows.data(), count, transposed, fragments.mutable_data()};
-  const lstm_ext::cuda::Launch how{.threads = 32, .shared_bytes = 128 * count};
-  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<LdmatrixParams>{"ldmatrix", ldmatrix_kernel}, how, params);
+  const lstm_ext::cuda::LaunchConfig config{.threads = 32, .shared_bytes = 128 * count};
+  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<LdmatrixParams>{"ldmatrix", ldmatrix_kernel}, config, params, nullptr);
   synchronize(0);
   return fragments;
 }
