@@ -90,15 +90,16 @@ class ForwardWalk {
   // Unit j of this rank: from the sums of its gates to its c, in place, and its h before a projection.
   __device__ __forceinline__ Sum update(int64_t s, int n, int j, int64_t unit, Sum& c) const {
     const Moment& moment = block_.moment(s, n);
-    const int64_t b = block_.sequence(n), H = layer_.shape.H;
+    const int64_t H = layer_.shape.H;
     Pre<Tile> pre{};
     if (moment.active) {
       const auto gate = [&](int q) { return block_.product(Product::kRecurrent, n, q * hidden().width + j); };
       const Pre<Tile> from_h{gate(0), gate(1), gate(2), gate(3)};
-      const Pre<Tile> from_x = read_gates<Sum>(params_.xw[blockIdx.y], layer_.gates_map, moment.t, b, H, unit);
+      const Pre<Tile> from_x =
+          read_gates<Sum>(params_.xw[blockIdx.y], layer_.gates_map, moment.t, block_.sequence(n), H, unit);
       pre = plus(plus(from_x, from_h), bias_of<Tile>(to_.weights, H, unit));
     }
-    return forward_cell<Tile>(layer_, to_, moment, b, unit, pre, c);
+    return forward_cell<Tile>(layer_, to_, moment, block_.sequence(n), unit, pre, c);
   }
 
   // Element p of h, which is number j of this rank's: to y, and to the operand of the next step.
