@@ -30,6 +30,7 @@ auto with_kernel(const KernelSet& set, bool step, bool backward, const Body& bod
   return backward ? body(set.sequence_backward) : body(set.sequence_forward);
 }
 
+// As Problem has it: only the kernels of the pass for all T are asked about.
 int resident_blocks(Arithmetic arithmetic, bool backward, int batch_tiles, int cluster, int64_t shared_bytes, int sms) {
   LaunchConfig config;
   config.grid_x = config.cluster = cluster;
@@ -75,6 +76,7 @@ StepPart part_of(const Plan& plan, int n, const LayerWeights& weights) {
   return part;
 }
 
+// A caller that mixes its plans up would launch another kernel than it has filled the params of.
 void expect_pass(const Plan& plan, bool backward) {
   if (plan.backward != backward) throw std::logic_error("lstm_ext: a plan of the other pass");
 }
@@ -111,6 +113,7 @@ void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const 
     launch(plan.kernels->sequence_forward, plan.config[0], params, stream);
     return;
   }
+  // The parts of a step follow each other in stream order, which is all the waiting that there is.
   void* hidden = layer.shape.projected ? static_cast<char*>(workspace) + plan.hidden_offset : nullptr;
   for (int64_t s = 0; s < layer.shape.T; ++s) {
     for (int n = 0; n < plan.num_parts; ++n) {
@@ -136,7 +139,7 @@ void layer_backward(const BackwardPass& pass, const Plan& plan, void* workspace,
   };
   for (int64_t s = layer.shape.T - 1; s >= 0; --s)
     for (int n = 0; n < plan.num_parts; ++n) take_part(s, n);
-  if (layer.direction[0].dh0) take_part(-1, 0);
+  if (layer.direction[0].dh0) take_part(-1, 0);  // step 0 has left the d_gates from which dh0 comes
 }
 
 }  // namespace lstm_ext::cuda

@@ -16,8 +16,7 @@ struct LayerOptions {
   std::optional<Strategy> strategy;  // forces one; empty chooses
 };
 
-// For the current device, whose number `device` is. The latest plans are kept: a question that comes again soon is
-// answered once.
+// For the current device, whose number `device` is. The latest plans are kept: the same problem is solved once.
 std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int directions, bool backward,
                                        const LayerOptions& options, int device);
 

@@ -51,14 +51,14 @@ struct Moment {
 
 // How the elements of a vector are divided among the ranks. In its own order the vector has `groups` (the gates i f g
 // o, or one) of `limit` units each, `group_stride` apart. A rank has `width` units of every group, so that all four
-// gates of a unit meet in one block. H = 5 and the gates in 2 slices of width 3:
+// gates of a unit meet in one block. H = 5, the gates, and 2 ranks of 3 units:
 //
 //   position   0  1  2  3  4  5  6  7  8  9 10 11 | 12 13 14 15 16 17 18 19 20 21 22 23
 //   element   i0 i1 i2 f0 f1 f2 g0 g1 g2 o0 o1 o2 | i3 i4  - f3 f4  - g3 g4  - o3 o4  -
 //             rank 0                              | rank 1        (-: no such unit, zero)
 //   index_of   0  1  2  5  6  7 10 11 12 15 16 17 |  3  4 -1  8  9 -1 13 14 -1 18 19 -1
 //
-// In the kernels with a launch for each step a slice is that of a block of the launch.
+// In the kernels with a launch for each step it is the blocks of a launch that the vector is divided among.
 struct Slices {
   int width, groups, limit;
   int64_t group_stride;
@@ -73,13 +73,13 @@ struct Slices {
 
 // One product on chip: weights [rows, columns], of which each rank keeps its slice of the rows, times a vector with as
 // many elements as there are columns, which every rank has whole. Both are cut into tiles (tile.cuh), and these are
-// divided among the 8 warps of a block: `warps_m` along the rows, kWarps / warps_m slices of the columns. Here for 6
-// row tiles, multiplied in pairs, 4 column tiles (k), and warps_m = 2:
+// divided among the 8 warps of a block: `warps_m` along the rows, kWarps / warps_m along the columns. Which warp takes
+// which, for 6 row tiles, multiplied in pairs, 4 tiles of columns (k tiles), and warps_m = 2:
 //
-//                   k 0  1  2  3          each cell is a step of one warp: a pair of row tiles times one k tile.
-//   row tiles 0, 1    0  2  4  6          A warp's first steps keep their weights in registers, `shared_steps` more
-//             2, 3    1  3  5  7          in shared memory. Warps 0 2 4 6 have sums of the same rows, which the
-//             4, 5    0  2  4  6          pointwise part adds up in that order.
+//              k tile 0  1  2  3      Each number is a step of that warp: a pair of row tiles times one k tile.
+//   row tiles 0, 1    0  2  4  6      A warp's first steps keep their weights in registers, `shared_steps` more in
+//             2, 3    1  3  5  7      shared memory. Warps 0 2 4 6 have sums of the same rows, which the pointwise
+//             4, 5    0  2  4  6      part adds up in that order.
 struct ProductLayout {
   Slices rows, columns;
   int64_t row_stride, column_stride;  // of the weights, in elements; filled in at the launch
@@ -90,9 +90,9 @@ struct ProductLayout {
   int64_t words_offset;                             // in the exchange memory, in 64-bit words
 };
 
-// A team, and the shared memory of each of its blocks:
+// A team, and the shared memory of each of its blocks, from address 0 on:
 //
-//   [tiles | operand (kCluster: 2)] of each product, partial sums, outbox, state, moments, barriers
+//   tiles | operand (kCluster: 2) | the same with a projection | partial sums | outbox | state | moments | barriers
 struct Layout {
   Exchange exchange;
   int ranks;         // blocks of a team
@@ -100,7 +100,7 @@ struct Layout {
   int team_batch;    // sequences at a time, up to kBatchTiles * kBatchColumns of the kernel
   int num_products;  // 2 with a projection
   ProductLayout product[2];
-  int partial_offset, partial_stride;  // sums of the warps: [slices of the columns, sequences, partial_stride]
+  int partial_offset, partial_stride;  // sums of the warps: [kWarps / warps_m, sequences, partial_stride]
   int outbox_offset;                   // what is to be sent: [sequences, row_words]; none for kBlock
   int state_offset;                    // c, or its gradient: [sequences, units]
   int moments_offset;                  // of this step and the one before: [2, sequences]

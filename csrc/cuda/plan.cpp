@@ -33,12 +33,14 @@ double fma_per_clock(Arithmetic arithmetic) {
   throw std::logic_error("fma_per_clock: no such arithmetic");
 }
 
+// One way to run all steps in one launch: what the search tries.
 struct Candidate {
   Exchange exchange;
   int ranks, batch_tiles, team_batch;
 };
 
-// Lays a block's shared memory out, one thing after the other.
+// Lays a block's shared memory out, one thing after the other, each aligned for reads of 16 bytes. What is far too
+// large stays an int that no device has room for.
 struct SharedMemory {
   int64_t used = 0;
   int take(int64_t bytes) {
@@ -48,6 +50,7 @@ struct SharedMemory {
   }
 };
 
+// What follows from a candidate: its layout, and by COST_MODEL.md its time.
 class Planner {
  public:
   explicit Planner(const Problem& problem) : problem_(problem), sizes_(tile_sizes(problem.arithmetic)) {}
@@ -97,6 +100,7 @@ class Planner {
     return microseconds(numbers * kLoadClocksPerNumber);
   }
 
+  // Microseconds of one step of the whole batch, if it is a launch.
   double launch_per_step_time() const {
     const double numbers = double(problem_.shape.H) * problem_.shape.P * 4 +
                            (problem_.shape.projected ? double(problem_.shape.H) * problem_.shape.P : 0);
@@ -121,6 +125,7 @@ class Planner {
     product.shared_steps = static_cast<int>(std::max<int64_t>(0, steps - register_steps));
   }
 
+  // The operands and tiles of each product are its own; partial sums and outbox serve both, one after the other.
   void place_in_memory(Layout& layout, const Candidate& candidate) const {
     const int64_t sequences = candidate.batch_tiles * kBatchColumns;
     const bool cluster = candidate.exchange == Exchange::kCluster, alone = candidate.exchange == Exchange::kBlock;
@@ -132,7 +137,7 @@ class Planner {
     }
     for (int n = 0; n < layout.num_products; ++n) {
       ProductLayout& product = layout.product[n];
-      const int64_t slices = kWarps / product.warps_m;
+      const int64_t splits = kWarps / product.warps_m;
       product.operand_bytes =
           static_cast<int>(int64_t{product.k_tiles} * sizes_.columns * sequences * sizes_.on_chip_bytes);
       product.tiles_offset = memory.take(int64_t{kWarps} * product.shared_steps * sizes_.row_tiles * kTileBytes);
@@ -140,7 +145,7 @@ class Planner {
       product.row_words = static_cast<int>(ceil_div(int64_t{product.columns.per_rank()} * sizes_.on_chip_bytes, 4));
       product.words_offset = layout.exchange_words;
       layout.exchange_words += int64_t{2} * layout.team_batch * layout.ranks * product.row_words;
-      partial = std::max(partial, slices * sequences * layout.partial_stride * sizes_.sum_bytes);
+      partial = std::max(partial, splits * sequences * layout.partial_stride * sizes_.sum_bytes);
       outbox = std::max(outbox, sequences * product.row_words * 4);
     }
     const int units =
@@ -153,6 +158,7 @@ class Planner {
     layout.shared_bytes = static_cast<int>(std::min<int64_t>(memory.used, INT32_MAX));
   }
 
+  // Of one product of a step with what comes before and after it: an exchange, and the pointwise part.
   double product_clocks(const Layout& layout, const ProductLayout& product) const {
     const double rows = double(product.row_tiles) * sizes_.rows, columns = double(product.k_tiles) * sizes_.columns;
     const double batch = round_up(layout.team_batch, kBatchColumns);
@@ -182,6 +188,12 @@ struct Choice {
   double per_step = 0;     // of all tiles of the batch
 };
 
+// Tries all sizes of a team with one exchange.
+//
+//   batch tiles 1, 2, 4   x   ranks   kBlock: 1    kCluster: 2, 4, 8    kGrid: 2 .. all multiprocessors of a direction
+//
+// More ranks have fewer weights each, and more of them to hear from. More batch tiles need more registers for sums, and
+// let a team take more sequences at a time, which it does only where there would be more teams than can run at once.
 class Search {
  public:
   explicit Search(const Problem& problem) : problem_(problem), planner_(problem) {}
@@ -198,6 +210,7 @@ class Search {
                                            : "no cooperative launch";
       return {};
     }
+    // In this order, and only what is faster replaces what was found: of equals the first.
     for (int tiles = 1; tiles <= tile_sizes(problem_.arithmetic).most_batch_tiles; tiles *= 2)
       for (int ranks = exchange == Exchange::kBlock ? 1 : 2; ranks <= most;
            ranks = exchange == Exchange::kCluster ? ranks * 2 : ranks + 1)
@@ -214,6 +227,7 @@ class Search {
   }
 
  private:
+  // 0 where the device cannot do it at all.
   int most_ranks(Exchange exchange) const {
     const int sms = problem_.device.sms / problem_.directions;
     if (exchange == Exchange::kBlock) return 1;
@@ -232,7 +246,7 @@ class Search {
   }
 
   void try_ranks(Exchange exchange, int ranks, int tiles) {
-    if (ranks > 2 && int64_t{ranks} > problem_.shape.H) return;
+    if (ranks > 2 && int64_t{ranks} > problem_.shape.H) return;  // ranks without a unit
     Candidate c{exchange, ranks, tiles, tiles * kBatchColumns};
     Layout layout = planner_.layout(c);
     least_shared_ = std::min<int64_t>(least_shared_, layout.shared_bytes);
@@ -253,8 +267,8 @@ class Search {
   const Problem& problem_;
   Planner planner_;
   Choice best_;
-  bool fits_ = false;
-  int64_t least_shared_ = INT64_MAX;
+  bool fits_ = false;                 // some candidate's block fits into a multiprocessor
+  int64_t least_shared_ = INT64_MAX;  // that any candidate's block needs
 };
 
 constexpr std::pair<Strategy, Exchange> kSequenceStrategies[] = {
@@ -280,6 +294,7 @@ StepPart step_part(const Problem& problem, Product product, int64_t batches) {
   return part;
 }
 
+// What plans of all strategies have in common.
 Plan new_plan(const Problem& problem, Strategy strategy) {
   Plan plan{};
   plan.strategy = strategy;
@@ -292,6 +307,7 @@ Plan new_plan(const Problem& problem, Strategy strategy) {
   return plan;
 }
 
+// As few batch tiles as hold the batch, up to the most: each tile of the batch reads all weights again.
 Plan step_plan(const Problem& problem) {
   const SequenceShape& shape = problem.shape;
   const TileSizes& sizes = tile_sizes(problem.arithmetic);
@@ -307,7 +323,7 @@ Plan step_plan(const Problem& problem) {
     plan.config[n].shared_bytes = step_shared_bytes(sequences, part.warps_m, sizes.sum_bytes);
   }
   plan.microseconds = Planner(problem).launch_per_step_time();
-  const int64_t state = problem.directions * shape.B * shape.H;
+  const int64_t state = problem.directions * shape.B * shape.H;  // numbers of c, and of h before a projection
   plan.hidden_offset = round_up(state * sizes.sum_bytes, 16);
   plan.workspace_bytes = plan.hidden_offset + (shape.projected ? state * sizes.number_bytes : 0);
   return plan;

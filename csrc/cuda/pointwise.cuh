@@ -5,15 +5,17 @@
 //   forward     [pre i f g o] + c            -> c', h            stored: gates, cells, y
 //   backward    dh, dc (from the step after) -> d_gates, dc      read: gates, cells, dy; stored: d_gates, h_prev
 //
-// One sequence of length 3 of T = 5, with a reset at t = 2; forward walks down the columns, backward up:
+// One sequence of length 3, where T = 5, with a reset at t = 2. Forward walks to the right, backward to the left:
 //
 //   step s           0        1        2        3        4
 //   t                0        1        2        3        4         reverse: 2 1 0 3 4
 //   active           yes      yes      yes      no       no        past the length y is 0 and the state rests
 //   last                               yes                         h_n and c_n are written, dh_n and dc_n read
-//   forgets                            yes                         the state before it is 0, and so is its gradient
+//   forgets                            yes                         what it starts from is 0, and so is the gradient of
+//   that
 #pragma once
 
+#include "kernel_params.h"
 #include "tile.cuh"
 
 namespace lstm_ext::cuda {

@@ -4,14 +4,14 @@
 //
 // A warp takes one step after the other: the weights of a step are kRowTiles tiles of rows times one tile of k, and all
 // batch tiles of the operand are multiplied with them. It has the sums of its pair of row tiles in registers, and when
-// the last of its k tiles is done it stores them to `partial`, one of as many slices as there are warps along k:
+// the last of its k tiles is done it stores them to `partial`. Warps side by side along k split it:
 //
-//                        k tiles of slice 0   of slice 1                      partial [slice, n, m]
+//                        k tiles of split 0   of split 1                      partial [split, n, m]
 //   pair 0 (warps_m = 2)   warp 0               warp 2         x  operand  ->   0: warp 0   1: warp 2
 //   pair 1                 warp 1               warp 3            [k, n]           warp 1      warp 3
 //   pair 2                 warp 0               warp 2                             warp 0      warp 2
 //
-// The pointwise part then adds the slices up, always in the same order (`total`).
+// The pointwise part then adds the splits up, always in the same order (`total`).
 //
 // Registers of a thread: 16 steps x 2 tiles x 4 words of weights (float32, float64: 1 tile), which is half of all that
 // there are, and 4 sums for each row tile and batch tile (8 in the plain tiles).
@@ -25,7 +25,7 @@ namespace lstm_ext::cuda {
 // The steps of one warp: pairs of row tiles first_pair, first_pair + warps_m, ..., of each the k tiles from
 // first_k_tile on. Registers hold it all the time, so it has nothing that the layout has.
 struct WarpShare {
-  int slice;  // which part of k
+  int split;  // which part of k
   int first_k_tile, k_tiles;
   int steps;
 
@@ -35,12 +35,12 @@ struct WarpShare {
 
   template <class Tile>
   static __device__ WarpShare of(const ProductLayout& product) {
-    const int warp = threadIdx.x / 32, slices = kWarps / product.warps_m;
+    const int warp = threadIdx.x / 32, splits = kWarps / product.warps_m;
     const int pairs = (product.row_tiles + Tile::kRowTiles - 1) / Tile::kRowTiles;
-    const int each = (product.k_tiles + slices - 1) / slices;
+    const int each = (product.k_tiles + splits - 1) / splits;
     WarpShare share;
-    share.slice = warp / product.warps_m;
-    share.first_k_tile = share.slice * each;
+    share.split = warp / product.warps_m;
+    share.first_k_tile = share.split * each;
     share.k_tiles = max(0, min(each, product.k_tiles - share.first_k_tile));
     const int own_pairs = (pairs - first_pair(product) + product.warps_m - 1) / product.warps_m;
     share.steps = own_pairs * share.k_tiles;
@@ -137,12 +137,12 @@ class OnChipWeights {
     }
   }
 
-  // Each warp writes its sums to partial [slice, sequences, stride]; every sum there is written, and by the warps of
-  // slices without k tiles zeros are.
+  // Each warp writes its sums to partial [split, sequences, stride]; every sum there is written, and by the warps of
+  // a split without k tiles it is zero.
   __device__ __forceinline__ void multiply(const ProductLayout& product, const typename Tile::OnChip* operand,
                                            typename Tile::Sum* partial, int stride) const {
     const int lane = threadIdx.x % 32, rows = product.row_tiles * Tile::kM;
-    partial += share_.slice * kBatchTiles * kBatchColumns * stride;
+    partial += share_.split * kBatchTiles * kBatchColumns * stride;
     Sums<Tile, kBatchTiles> sums;
     sums.clear();
     if (share_.k_tiles == 0) return store_zeros(product, sums, partial, stride);
@@ -192,11 +192,11 @@ class OnChipWeights {
   uint4 registers_[kRegisterSteps > 0 ? kRegisterSteps : 1][Tile::kRowTiles];
 };
 
-// The sum over the slices of one row and sequence, in a fixed order: results do not depend on which warp was first.
+// The sum over the splits of one row and sequence, in a fixed order: results do not depend on which warp was first.
 template <class Sum>
-__device__ __forceinline__ Sum total(const Sum* partial, int slices, int slice_stride) {
+__device__ __forceinline__ Sum total(const Sum* partial, int splits, int split_stride) {
   Sum sum = partial[0];
-  for (int slice = 1; slice < slices; ++slice) sum += partial[slice * slice_stride];
+  for (int split = 1; split < splits; ++split) sum += partial[split * split_stride];
   return sum;
 }
 

@@ -54,8 +54,8 @@ class ForwardWalk {
   __device__ void start() {
     block_.team().fill(Product::kRecurrent, block_.count(), [&](int k, int n) {
       const int64_t p = h().index_of(k);
-      const bool none = p < 0 || block_.moment(0, n).forgets;
-      return Tile::on_chip(none ? Sum(0) : state_at<Number>(to_.state.h0, block_.sequence(n), p));
+      return Tile::on_chip(
+          p < 0 || block_.moment(0, n).forgets ? Sum(0) : state_at<Number>(to_.state.h0, block_.sequence(n), p));
     });
     block_.for_units(hidden(), [&](int n, int, int64_t unit, int index) {
       const int64_t b = block_.sequence(n);

@@ -17,6 +17,7 @@ namespace lstm_ext::cuda {
 
 inline constexpr int kChunkTiles = 32;  // k tiles of the operand that are in shared memory at a time
 
+// Used as: a block of its own, `add` for each matrix that is multiplied, `finish_sums`, then `product` in for_units.
 template <class Tile, int kBatchTiles>
 class StepBlock {
  public:
@@ -48,7 +49,7 @@ class StepBlock {
   __device__ const Moment& next_moment(int n) const { return next_moments()[n]; }  // at step s + 1
   __device__ int64_t sequence(int n) const { return first_ + n; }
 
-  // Adds weights [rows, columns] times the operand whose element (k, n) is value(k, n).
+  // Adds weights [rows, columns] times the operand whose element (k, n) is value(k, n): as many chunks as it takes.
   template <class Value>
   __device__ void add(const Matrix& weights, int64_t row_stride, int64_t column_stride, int64_t columns,
                       const Value& value) {
@@ -63,7 +64,7 @@ class StepBlock {
               k < width && n < count_ ? value(start + k, n) : OnChip(Tile::on_chip(0));
       __syncthreads();  // the operand is there
 #pragma unroll 2
-      for (int tile = slice(); tile < tiles; tile += slices()) {
+      for (int tile = split(); tile < tiles; tile += splits()) {
         uint4 numbers[Tile::kRowTiles];
         weight_rows.fetch(numbers, start + tile * Tile::kK, columns);
         sums_.add(numbers, operand + tile * kBatchTiles * Tile::kK * kBatchColumns, threadIdx.x % 32);
@@ -72,15 +73,16 @@ class StepBlock {
     }
   }
 
+  // The sums of the warps go to shared memory, [split, sequences, stride], for `product` to add up.
   __device__ void finish_sums() {
-    sums_.store(partial() + slice() * kSequences * stride(), stride(), pair() * kStepRows, row_count(),
+    sums_.store(partial() + split() * kSequences * stride(), stride(), pair() * kStepRows, row_count(),
                 threadIdx.x % 32);
     __syncthreads();  // the sums of all warps are there
   }
 
   // The product's row j for sequence n.
   __device__ Sum product(int n, int j) const {
-    return total(partial() + n * stride() + j, slices(), kSequences * stride());
+    return total(partial() + n * stride() + j, splits(), kSequences * stride());
   }
 
   // Calls body(n, j, unit) for this block's units of each sequence n, one thread each.
@@ -155,9 +157,10 @@ class StepBlock {
     }
   };
 
+  // Warps 0, 1, .. take one pair of row tiles (kStepRows rows) each, warps_m more the same with the next part of k.
   __device__ int pair() const { return static_cast<int>(threadIdx.x) / 32 % part_.warps_m; }
-  __device__ int slice() const { return static_cast<int>(threadIdx.x) / 32 / part_.warps_m; }
-  __device__ int slices() const { return kWarps / part_.warps_m; }
+  __device__ int split() const { return static_cast<int>(threadIdx.x) / 32 / part_.warps_m; }
+  __device__ int splits() const { return kWarps / part_.warps_m; }
   __device__ int row_count() const { return part_.warps_m * kStepRows; }
   __device__ int stride() const { return row_count() + kPartialPadding; }
   __device__ Moment* moments() const { return reinterpret_cast<Moment*>(dynamic_shared()); }
@@ -174,6 +177,7 @@ class StepBlock {
 
 // ---- Forward --------------------------------------------------------------------------------------------------
 
+// Product::kRecurrent: x W_ih' if x is given, h W_hh', and the pointwise part. Without a projection this is all.
 template <class Tile, int kBatchTiles>
 __device__ __forceinline__ void step_gates(const StepForward& params, StepBlock<Tile, kBatchTiles>& block, int d) {
   using Number = typename Tile::Number;
@@ -223,6 +227,7 @@ __device__ __forceinline__ void step_gates(const StepForward& params, StepBlock<
   });
 }
 
+// Product::kProjection: from the hidden units that the launch before has left in memory to h.
 template <class Tile, int kBatchTiles>
 __device__ __forceinline__ void step_projection(const StepForward& params, StepBlock<Tile, kBatchTiles>& block, int d) {
   using Number = typename Tile::Number;
@@ -239,6 +244,7 @@ __device__ __forceinline__ void step_projection(const StepForward& params, StepB
   });
 }
 
+// A sequence of length 0 ends with the h that it starts from.
 template <class Tile>
 __device__ void keep_initial_h(const LayerForward& layer, const ForwardDirection& to, int64_t b, int64_t p) {
   using Number = typename Tile::Number;
@@ -265,6 +271,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_forward(const __grid_constan
 
 // ---- Backward -------------------------------------------------------------------------------------------------
 
+// The pointwise part of a unit from the gradient of its h; the gradient of c stays in memory for the next launch.
 template <class Tile, int kBatchTiles>
 __device__ __forceinline__ void step_cell_backward(const StepBackward& params, StepBlock<Tile, kBatchTiles>& block,
                                                    int d, int n, int64_t unit, typename Tile::Sum d_h) {
@@ -314,6 +321,7 @@ __device__ __forceinline__ void step_h_backward(const StepBackward& params, Step
   });
 }
 
+// From the gradient of h, which the launch before has left in d_h, through w_hr to that of the hidden units.
 template <class Tile, int kBatchTiles>
 __device__ __forceinline__ void step_projection_backward(const StepBackward& params,
                                                          StepBlock<Tile, kBatchTiles>& block, int d) {

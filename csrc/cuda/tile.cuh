@@ -4,8 +4,7 @@
 //
 // The weights are 16 bytes in each of 32 lanes, in registers. The operand lies in shared memory, in the order in which
 // the lanes read it (operand_offset), so that they meet no bank conflict; all warps read the same. A lane has kSums of
-// the sums. Weights are the M of mma.sync, and the 8 sequences of a batch tile its N: a batch of one wastes no more of
-// a tensor core than a batch of eight.
+// the sums. The weights are the M of mma.sync and the 8 sequences of a batch tile its N, as batches are often small.
 //
 // For bfloat16 and float16 (m16n8k16) "3:4" is number 4 of lane 3, two of which are a register:
 //

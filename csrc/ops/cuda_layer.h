@@ -6,11 +6,11 @@
 
 namespace lstm_ext::ops {
 
-// xw [D, T, B, 4H], or packed rows [D, N, 4H], holds x W_ih': float32 for half types, which rounding it would cost too
-// much of what they have. With save 2 the activated gates take its place, where their dtype is the same.
-// `weights` is for each direction w_hh [4H, P], then b_ih, b_hh [4H] if there is a bias, then w_hr [P, H] if h is
-// projected; lengths [B], packed_offset [T] (with packed rows: where those of each time start) int64 and resets bool,
-// laid out as y, all on the GPU. `strategy`: "" to choose, or the name of one.
+// xw [D, T, B, 4H], or packed rows [D, N, 4H], holds x W_ih': float32 also for half types, as rounding it before h
+// W_hh' is added would lose more than the kernel does. With save 2 the activated gates take its place, where their
+// dtype is the same. `weights` is for each direction w_hh [4H, P], then b_ih, b_hh [4H] if there is a bias, then w_hr
+// [P, H] if h is projected; lengths [B], packed_offset [T] (with packed rows: where those of each time start) int64 and
+// resets bool, laid out as y, all on the GPU. `strategy`: "" to choose, or the name of one.
 // -> (y, h_n, c_n, cells or None, gates or None)
 py::tuple cuda_layer_forward(py::handle xw, py::handle h0, py::handle c0, py::sequence weights, py::handle lengths,
                              py::handle resets, py::handle packed_offset, int directions, bool batch_first, int save,
