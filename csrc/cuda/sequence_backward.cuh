@@ -90,8 +90,8 @@ class BackwardWalk {
     if (from_.dh0) {
       block_.for_units(h(), [&](int n, int j, int64_t p, int) {
         const int64_t b = block_.sequence(n);
-        const Sum d_h =
-            block_.is_empty(n) ? state_at<Number>(from_.dh_n, b, p) : block_.product(Product::kRecurrent, n, j);
+        const bool empty = block_.is_empty(n);
+        const Sum d_h = empty ? state_at<Number>(from_.dh_n, b, p) : block_.product(Product::kRecurrent, n, j);
         static_cast<Number*>(from_.dh0)[b * shape_.P + p] = narrow<Number>(d_h);
       });
     }
