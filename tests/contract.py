@@ -59,8 +59,11 @@ class Way(ABC):
         return "float16" if self.dtype == "tf32" else self.dtype
 
     @abstractmethod
-    def engine(self, case: Case) -> AbstractContextManager[Any]:
-        """What runs the case, with `forward` and `backward`; skips the test where it cannot."""
+    def engine(self, case: Case, turn: int = 0) -> AbstractContextManager[Any]:
+        """What runs the case, with `forward` and `backward`; skips the test where it cannot.
+
+        Turns differ in what must change no bit: the number of threads, the schedule.
+        """
 
     @abstractmethod
     def own(self, inputs: Inputs) -> Inputs:
@@ -80,9 +83,9 @@ class Way(ABC):
         """Random NumPy inputs."""
         return make_inputs(case, self.judged, seed)
 
-    def run(self, inputs: Inputs) -> Results:
+    def run(self, inputs: Inputs, turn: int = 0) -> Results:
         """Of inputs that are the engine's own."""
-        with self.engine(inputs.case) as engine:
+        with self.engine(inputs.case, turn) as engine:
             return run_layer(engine, inputs)
 
     def forward(self, inputs: Inputs, save: Save) -> Any:
@@ -220,7 +223,7 @@ class Contract:
     @over(way="run_ways", case="run_cases")
     def test_runs_agree_bit_for_bit(self, case: Case, way: Way) -> None:
         inputs = way.own(way.draw(case))
-        first, *others = [way.run(inputs) for _ in range(4)]
+        first, *others = [way.run(inputs, turn) for turn in range(5)]
         for other in others:
             for actual, expected in zip(other, first, strict=True):
                 assert_identical(actual, expected)
