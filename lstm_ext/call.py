@@ -36,7 +36,7 @@ class Directions(IntEnum):
     @property
     def reversals(self) -> tuple[bool, ...]:
         """Whether each of the directions is a reverse one."""
-        return ((False,), (True,), (False, True))[self]
+        return (False, True) if self == Directions.BOTH else (self == Directions.REVERSE,)
 
 
 class Save(IntEnum):

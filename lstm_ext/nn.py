@@ -174,9 +174,12 @@ class LSTM(RNNBase):
         h0: Tensor | None = None
         c0: Tensor | None = None
         if hx is not None:
-            h0, c0 = hx = hx if type(hx) is tuple and len(hx) == 2 else _pair("LSTM", hx)
+            pair = type(hx) is tuple and len(hx) == 2
+            h0, c0 = hx if pair else (hx[0], hx[1])
             if h0.dim() != 3 or c0.dim() != 3:
                 raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {h0.dim()}-D and {c0.dim()}-D")
+            if not pair:
+                hx = _pair("LSTM", hx)
             if self.num_layers > 1:
                 self._check_state(input, hx, None)
         if self.num_layers == 1 and input.is_cpu and not return_cells and not _is_any_autocast_enabled():
@@ -196,7 +199,6 @@ class LSTM(RNNBase):
         """x [T, I], as a batch of one."""
         batch = 0 if self.batch_first else 1
         if hx is not None:
-            hx = _pair("LSTM", hx)
             if hx[0].dim() != 2 or hx[1].dim() != 2:
                 raise RuntimeError(f"LSTM: a 2-D input needs a 2-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
             hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))

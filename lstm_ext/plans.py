@@ -61,7 +61,7 @@ class CpuPlan:
 
 
 @overload
-def plan(
+def plan(  # type: ignore[overload-overlap]
     num_steps: int,
     batch_size: int,
     hidden_size: int,

@@ -70,7 +70,8 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
 
 def _are_plain(call: LayerCall) -> bool:
     """Whether all are tensors that mean no more than their memory, of which an engine can make something."""
-    return PLAIN.issuperset(map(type, (*call[:3], *call[4:7], *call.weights))) and call.x.dtype in DTYPES
+    plain = PLAIN.issuperset(map(type, (*call[:3], *call[4:7], *call.weights)))
+    return plain and call.x.dtype in DTYPES and not call.x.is_meta
 
 
 def _with_own_lengths(call: LayerCall) -> LayerCall:

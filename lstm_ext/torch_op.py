@@ -77,11 +77,8 @@ def is_eager() -> bool:
 
 
 def requires_grad(call: CallTuple) -> bool:
-    """Whether any of the tensors asks for its gradient."""
-    for a in call[3]:
-        if a.requires_grad:
-            return True
-    return any([a is not None and a.requires_grad for a in call[:3]])  # noqa: C419 (a list is quicker)
+    """Whether any of the tensors asks for its gradient; what is no tensor asks for none."""
+    return any([getattr(a, "requires_grad", False) for a in (*call[3], *call[:3])])  # noqa: C419 (a list is quicker)
 
 
 # The ops -------------------------------------------------------------------------------------------------------------
