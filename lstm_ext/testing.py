@@ -58,6 +58,14 @@ class Case:
         return self.P or self.H
 
     @property
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """Those of the weights of all directions, as a call lists them."""
+        shapes: list[tuple[int, ...]] = [(4 * self.H, self.I), (4 * self.H, self.width)]
+        shapes += [(4 * self.H,)] * 2 if self.bias else []
+        shapes += [(self.P, self.H)] if self.P else []
+        return shapes * self.num_directions
+
+    @property
     def output_terms(self) -> int:
         """How many products the longest sum of a forward step has."""
         return self.I + self.width + self.P
@@ -222,9 +230,6 @@ def make_inputs(case: Case, dtype: str = "float64", seed: int = 0) -> Inputs:
     def weight(*shape: int) -> Array:
         return round_to(rng.uniform(-bound, bound, shape), dtype)
 
-    shapes: list[tuple[int, ...]] = [(4 * case.H, case.I), (4 * case.H, case.width)]
-    shapes += [(4 * case.H,)] * 2 if case.bias else []
-    shapes += [(case.P, case.H)] if case.P else []
     lengths = _draw_lengths(case, rng)
     resets = rng.random((case.T, case.B)) < 0.25 if case.resets else None
     batch_sizes = None
@@ -248,7 +253,7 @@ def make_inputs(case: Case, dtype: str = "float64", seed: int = 0) -> Inputs:
         x,
         normal(*h) if case.state else None,
         normal(*c) if case.state else None,
-        [weight(*shape) for _ in range(D) for shape in shapes],
+        [weight(*shape) for shape in case.weight_shapes],
         lengths,
         resets,
         batch_sizes,

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 import lstm_ext
+from lstm_ext import _native
 
 BACKENDS = [name for name in ("cpu", "numpy") if lstm_ext.backends()[name].available]  # those for CPU tensors and NumPy
+
+needs_native = pytest.mark.skipif(_native.C is None, reason=f"no compiled kernels: {_native.reason}")
 
 
 def why_no_gpu() -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lstm_ext.call import BOTH, REVERSE, LayerCall, Needs, OutputGrads, Save, Saved
+from lstm_ext.call import BOTH, REVERSE, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, make_inputs, run_layer, run_oracle, to_float64
+
+from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradient_magnitude
 
 harness: Any = pytest.importorskip(
     "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ImportError
@@ -64,12 +67,17 @@ class OnGpu:
     strategy: str
 
     def forward(self, call: LayerCall, save: Save) -> Any:
-        if call.is_step:
+        if call.is_step and not save:
             return self.core.cuda_step_forward(call, False)
+        if call.is_step:
+            return Outputs(*self.forward(call.with_time(), save)).without_time(call)
         steps = cuda.steps_of(call)._replace(x=input_products(call))
         return self.core.cuda_layer_forward(steps, save, False, self.strategy)
 
     def backward(self, call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Any:
+        if call.is_step:
+            timed = self.backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
+            return Grads(*timed).without_time(call)
         steps = cuda.steps_of(call)._replace(x=saved.gates)
         d_gates, h_prev, d_h, hidden, dh0, dc0 = self.core.cuda_layer_backward(
             steps, saved, grads, needs, False, self.strategy
@@ -111,47 +119,71 @@ def rows_of(sequence: Any) -> np.ndarray:
     return a.reshape(int(np.prod(a.shape[:-1])), a.shape[-1])
 
 
-def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_equal(a if a is None else to_float64(a), b if b is None else to_float64(b))
-
-
-def draw(case: Case, dtype: str, seed: int = 0) -> tuple[Inputs, Inputs, str]:
-    """Inputs for the oracle, the same as tensors for the kernels, and the dtype whose tolerance counts."""
-    number = "float16" if dtype == "tf32" else dtype  # TF32 keeps as many bits
-    inputs = make_inputs(case, number, seed)
-    return inputs, inputs.to_torch("float32" if dtype == "tf32" else dtype), number
-
-
-def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **core: Any) -> None:
+@contextmanager
+def skipping(strategy: str) -> Iterator[None]:
     """Skips, with the planner's reason, what cannot run: a strategy whose block would have to hold too many weights."""
-    inputs, given, number = draw(case, dtype, data_seed)
     try:
-        actual = run_layer(OnGpu(Core(tf32=dtype == "tf32", **core), strategy), given)
+        yield
     except RuntimeError as error:
         needs = re.search(rf"'{strategy}' cannot run this: needs at least (\d+) bytes .* of (\d+)", str(error))
         if not (needs and int(needs[1]) > int(needs[2])) and "with so much shared memory at a time" not in str(error):
             raise
         pytest.skip(str(error))
-    # On a GPU the gates' gradients are rounded to half types before torch multiplies and sums them: with a single
-    # unit nothing averages that out (tests/tolerances.py).
-    magnitude = 3.0 if case.H == 1 and dtype in ("float16", "bfloat16") else 1.0
-    assert_all_close(actual, run_oracle(inputs), case, number, gradient_magnitude=magnitude)
+
+
+@dataclass(frozen=True)
+class OnFibers(Way):
+    """The CUDA kernels, by one strategy; each case in a schedule of its own."""
+
+    strategy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-{self.strategy}"
+
+    @property
+    def layouts(self) -> dict[str, Callable[[Any], Any]]:
+        # No column stands alone: what the core copies is gone before the kernels run here.
+        return {"rows apart": lambda a: a if a.dim() < 2 else a.repeat_interleave(2, dim=-2)[..., ::2, :]}
+
+    @contextmanager
+    def engine(self, case: Case, turn: int = 0) -> Iterator[OnGpu]:
+        seed = (CASES.index(case) if case in CASES else case.H) + STRATEGIES.index(self.strategy) + turn
+        with skipping(self.strategy):
+            yield OnGpu(Core(tf32=self.dtype == "tf32", seed=seed), self.strategy)
+
+    def own(self, inputs: Inputs) -> Inputs:
+        return inputs.to_torch(self.stored)
+
+    def check_array(self, name: str, a: Any) -> None:
+        if name != "dx" and not name.startswith("dweights"):  # those that are computed here
+            super().check_array(name, a)
+
+
+class TestContract(Contract):
+    ways = tuple(OnFibers(dtype, strategy) for dtype in DTYPES for strategy in STRATEGIES)
+    bit_ways = run_ways = layout_ways = tuple(OnFibers("float32", strategy) for strategy in STRATEGIES)
+    run_cases = (Case(1, 1, 1, 1), MASKED)
+    row_cases = (MASKED, PROJECTED)
+    save_cases = needs_cases = (PROJECTED, PACKED)
+    step_sizes = ((1, 1, 1), (3, 32, 33), (16, 64, 64), (0, 3, 5))
+    all_needs = (Needs.H0 | Needs.C0, Needs.H0, Needs.C0, Needs.X, Needs.WEIGHTS, Needs(0))
+    exact_rows = (*OUTPUTS, "dh0", "dc0")  # the rest comes from products that are made here
+    exact_layouts = False
+
+
+def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **core: Any) -> None:
+    way = OnFibers(dtype, strategy)
+    with skipping(strategy):
+        actual = run_layer(OnGpu(Core(tf32=dtype == "tf32", **core), strategy), way.own(way.draw(case, data_seed)))
+    magnitude = gradient_magnitude(case, way)
+    assert_all_close(actual, way.oracle(case, data_seed), case, way.judged, gradient_magnitude=magnitude)
 
 
 def check_cell(case: Case, dtype: str, **core: Any) -> None:
-    inputs, given, number = draw(case, dtype)
-    y, h_n, c_n, *saved = Core(tf32=dtype == "tf32", **core).cuda_step_forward(given.without_time().call, False)
-    assert (h_n, *saved) == (None, None, None)
-    outputs, _ = run_oracle(inputs.without_time())
-    assert_all_close(({"y": y, "c_n": c_n}, {}), (outputs, {}), case, number)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_oracle(case: Case, dtype: str, strategy: str) -> None:
-    check(case, dtype, strategy, seed=CASES.index(case) + STRATEGIES.index(strategy))
+    way = OnFibers(dtype)
+    inputs = way.draw(case).without_time()
+    y, _, c_n, *_ = Core(tf32=dtype == "tf32", **core).cuda_step_forward(way.own(inputs).call, False)
+    assert_all_close(({"y": y, "c_n": c_n}, {}), run_oracle(inputs), case, way.judged)
 
 
 # Cases that go through everything that a kernel does, and are quick: for several schedules, and for mutate.py.
@@ -179,25 +211,6 @@ def test_other_devices_match_the_oracle(device: int, strategy: str) -> None:
         return
     for case in (LARGE_BATCH_CASE, PROJECTED_CASE):
         check(case, "float16", strategy, device=device)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", [MASKED_CASE, PROJECTED_CASE], ids=str)
-def test_what_is_not_there_or_not_wanted(case: Case, strategy: str) -> None:
-    """No gradients of the outputs come as zeros do; what is not wanted is not written, and changes nothing else."""
-    inputs, layer = make_inputs(case, "float32").to_torch("float32"), OnGpu(Core(), strategy)
-    y, h_n, c_n, cells, gates = layer.forward(inputs.call, Save.ALL)
-    for save in (0, 1):
-        outputs = layer.forward(inputs.call, Save(save))
-        assert [a is None for a in outputs] == [False, False, False, save < 1, True]
-        assert_same(outputs[:3], (y, h_n, c_n))
-    names = ("dy", "dh_n", "dc_n", "dcells")
-    none = replace(inputs, **dict.fromkeys(names))
-    zeros = replace(inputs, **{name: torch.zeros_like(getattr(inputs, name)) for name in names})
-    for needs in (Needs.H0 | Needs.C0, Needs.X, Needs.WEIGHTS | Needs.H0, Needs.C0, Needs(0)):
-        ours, theirs = (layer.backward(of.call, Saved(y, cells, gates), of.grads, needs) for of in (none, zeros))
-        assert [a is not None for a in ours] == [bool(needs & bit) for bit in (1, 2, 4, 8)]
-        assert_same([*ours[:3], *(ours[3] or [])], [*theirs[:3], *(theirs[3] or [])])
 
 
 @pytest.mark.parametrize("strategy", ["block", "cluster"])

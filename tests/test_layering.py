@@ -14,6 +14,8 @@ import pytest
 from lstm_ext import _native
 from lstm_ext.call import Directions, Needs, Save
 
+from .conftest import needs_native
+
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "lstm_ext"
@@ -133,7 +135,7 @@ def stub_signatures() -> dict[str, list[str]]:
     return {node.name: [a.arg for a in node.args.args] for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.skipif(_native.C is None, reason=f"no native module: {_native.reason}")
+@needs_native
 def test_the_stub_has_the_functions_and_arguments_of_the_module() -> None:
     assert _native.C is not None
     public = {name: value for name, value in vars(_native.C).items() if not name.startswith("_")}
@@ -146,7 +148,7 @@ def test_the_stub_has_the_functions_and_arguments_of_the_module() -> None:
         assert re.findall(r"(\w+):", signature[1]) == stub[name], name
 
 
-@pytest.mark.skipif(_native.C is None, reason=f"no native module: {_native.reason}")
+@needs_native
 def test_the_stub_names_what_build_info_may_hold() -> None:
     assert _native.C is not None
     tree = ast.parse((PACKAGE / "_C.pyi").read_text(encoding="utf-8"))

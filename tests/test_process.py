@@ -20,7 +20,7 @@ from lstm_ext import _native, reference
 from lstm_ext.call import Save
 from lstm_ext.testing import Case, assert_identical, make_inputs, run_layer
 
-needs_native = pytest.mark.skipif(_native.C is None, reason=f"no native module: {_native.reason}")
+from .conftest import needs_native
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
 WITHOUT_NATIVE = "import sys; sys.modules['lstm_ext._C'] = None\n"
@@ -241,10 +241,9 @@ def test_thread_counts_are_those_of_torch_or_of_openmp() -> None:
     assert succeed(program, OMP_NUM_THREADS="2").strip() == "1"
 
 
+@needs_native
 def test_the_gil_is_released() -> None:
     """Another Python thread runs on while a kernel computes."""
-    if _native.C is None:
-        pytest.skip(f"no native module: {_native.reason}")
     inputs = make_inputs(Case(200, 32, 128, 256), "float32")
     done, ticks = threading.Event(), 0
 

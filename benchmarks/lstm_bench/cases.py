@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
+from lstm_ext import testing
+from lstm_ext.call import BOTH, FORWARD
+
 MODES = ("cell", "inference", "training", "packed", "compiled")
 DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 
@@ -50,6 +53,13 @@ class Case:
     def layer_inputs(self) -> list[int]:
         """The width of each layer's input."""
         return [self.I, *[self.directions * self.width] * (self.layers - 1)]
+
+    @property
+    def by_layer(self) -> list[testing.Case]:
+        """What each of the layers is, as the tests name it."""
+        directions, packed = BOTH if self.directions == 2 else FORWARD, self.mode == "packed"
+        sizes = [(self.T, self.B, width, self.H, self.P) for width in self.layer_inputs]
+        return [testing.Case(*each, directions=directions, packed=packed) for each in sizes]
 
     @property
     def step_flops(self) -> float:

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lstm_ext import reference
+from lstm_ext.call import LayerCall, Needs, OutputGrads, Save, Saved
+from lstm_ext.testing import assert_close, round_to
 
 from .cases import Case
-
-
-def _of_tests(name: str) -> ModuleType:
-    """A module of this source tree's tests, under a package name that is nobody else's."""
-    package = "lstm_ext_tests"
-    if package not in sys.modules:
-        spec = importlib.util.spec_from_file_location(package, Path(__file__).parents[2] / "tests" / "__init__.py")
-        assert spec is not None
-        sys.modules[package] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{package}.{name}")
-
-
-# One table of tolerances for tests and benchmarks.
-assert_close = _of_tests("tolerances").assert_close
-round_to = _of_tests("cases").round_to
 
 Array = npt.NDArray[Any]
 Named = dict[str, Any]
@@ -81,12 +63,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     def normal(*shape: int) -> Array:
         return round_to(rng.standard_normal(shape), judged_as(case))
 
-    weights = []
-    for width in case.layer_inputs:
-        shapes = [(4 * case.H, width), (4 * case.H, case.width), (4 * case.H,), (4 * case.H,)]
-        shapes += [(case.P, case.H)] if case.P else []
-        for shape in shapes * case.directions:
-            weights.append(round_to(rng.uniform(-bound, bound, shape), judged_as(case)))
+    shapes = [shape for layer in case.by_layer for shape in layer.weight_shapes]
+    weights = [round_to(rng.uniform(-bound, bound, shape), judged_as(case)) for shape in shapes]
     lengths = None
     if case.mode == "packed":
         drawn = rng.integers((case.T + 3) // 4, case.T + 1, case.B - 1)
@@ -109,31 +87,28 @@ def by_layer(weights: list[Array], layers: int) -> list[list[Array]]:
 
 def answers(case: Case, inputs: Inputs) -> Named:
     """Outputs by name, and in training the gradients of x and the weights, all from the float64 reference."""
-    D, L = case.directions, case.layers
-    directions = reference.BOTH if D == 2 else reference.FORWARD
-    masks: tuple[Any, ...] = (None, None, inputs.batch_sizes, directions, False)
+    L, training = case.layers, case.mode == "training"
     weights = by_layer([w.astype(np.float64) for w in inputs.weights], L)
-    h0, c0 = inputs.h0.astype(np.float64), inputs.c0.astype(np.float64)
+    h0, c0 = (np.split(a.astype(np.float64), L) for a in (inputs.h0, inputs.c0))
     y = (inputs.x if inputs.lengths is None else inputs.x[inputs.valid]).astype(np.float64)
 
-    calls = []
-    for n in range(L):
-        arguments: tuple[Any, ...] = (y, h0[n * D : (n + 1) * D], c0[n * D : (n + 1) * D], weights[n])
-        calls.append((arguments, reference.layer_forward(*arguments, *masks, 2 * (case.mode == "training"))))
-        y = calls[-1][1][0]
+    runs = []
+    for n, layer in enumerate(case.by_layer):
+        call = LayerCall(y, h0[n], c0[n], weights[n], None, None, inputs.batch_sizes, layer.directions, False)
+        runs.append((call, reference.layer_forward(call, Save.ALL if training else Save.NOTHING)))
+        y = runs[-1][1].y
     named = {
         "y": y,
-        "h_n": np.concatenate([outputs[1] for _, outputs in calls]),
-        "c_n": np.concatenate([outputs[2] for _, outputs in calls]),
+        "h_n": np.concatenate([outputs.h_n for _, outputs in runs]),
+        "c_n": np.concatenate([outputs.c_n for _, outputs in runs]),
     }
-    if case.mode != "training":
+    if not training:
         return named
     gradient: Array | None = inputs.dy.astype(np.float64)
     dweights: list[Array] = []
-    needs = reference.NEEDS_X | reference.NEEDS_WEIGHTS
-    for arguments, (y, _, _, cells, gates) in reversed(calls):
-        saved: tuple[Any, ...] = (y, cells, gates)
-        gradient, _, _, own = reference.layer_backward(gradient, None, None, None, *arguments, *saved, *masks, needs)
+    for call, (y, _, _, cells, gates) in reversed(runs):
+        grads = OutputGrads(gradient, None, None, None)
+        gradient, _, _, own = reference.layer_backward(call, Saved(y, cells, gates), grads, Needs.X | Needs.WEIGHTS)
         dweights = [*(own or []), *dweights]
     return named | {"dx": gradient} | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
 
@@ -151,8 +126,8 @@ def problem(case: Case) -> tuple[Inputs, Named]:
 
 def check(case: Case, actual: Named, expected: Named, slack: float) -> None:
     """AssertionError where an array is further off than `slack` times what the tests allow, or is missing."""
-    output_terms = max(case.layer_inputs) + case.width + case.P
-    gradient_terms = max(4 * case.H, case.T * case.B, output_terms)
+    output_terms = max(layer.output_terms for layer in case.by_layer)
+    gradient_terms = max(layer.gradient_terms for layer in case.by_layer)
     for name, array in expected.items():
         assert name in actual, f"{name}: missing"
         terms = case.layers * (gradient_terms if name.startswith("d") else output_terms)
