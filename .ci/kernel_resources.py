@@ -1,4 +1,4 @@
-"""Registers of each CUDA kernel on each architecture, as ptxas reports them: csrc/cuda/resources.txt.
+"""Registers of each CUDA kernel on each architecture, as ptxas reports them: .ci/kernel_resources.txt.
 
     LSTM_EXT_BUILD=cuda LSTM_EXT_CUDA_ARCHS="..." CMAKE_ARGS=-DCMAKE_CUDA_FLAGS=-Xptxas=-v pip install -v . >LOG 2>&1
     python .ci/kernel_resources.py [--check] LOG
@@ -16,8 +16,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[1] / "csrc" / "cuda"
-REPORT = FOLDER / "resources.txt"
+REPORT = Path(__file__).with_suffix(".txt")
 ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -112,7 +112,7 @@ void take_tensor_types(py::tuple types, py::object num_threads) {
     taken.api = api;
     taken.types[taken.count++] = type.inc_ref().ptr();
   }
-  taken.num_threads = num_threads.release().ptr();
+  if (!num_threads.is_none()) taken.num_threads = num_threads.release().ptr();
   tensor_types = taken;
 }
 

@@ -19,7 +19,8 @@ namespace py = pybind11;
 const dlpack::ExchangeApi* exchange_api_of(py::handle type);
 
 // From now on arrays of exactly these types, which share one exchange API, are taken. Subclasses are not: they mean
-// more than their memory. `num_threads()` tells how many threads a call with them uses. Throws as exchange_api_of does.
+// more than their memory. `num_threads()` tells how many threads a call with them uses, unless it is None. Throws as
+// exchange_api_of does.
 void take_tensor_types(py::tuple types, py::object num_threads);
 
 // What an object is to this module. Only exact types count: a subclass may mean more than its memory.

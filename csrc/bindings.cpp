@@ -2,6 +2,7 @@
 
 #include "build_info.h"
 #include "cpu/team.h"
+#include "ops/cpu_plan.h"
 #include "ops/ops.h"
 
 namespace py = pybind11;
@@ -20,6 +21,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", &lstm_ext::ops::cuda_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
         "num_directions"_a, "backward"_a, "strategy"_a, "device"_a);
 #endif
+  m.def("cpu_plan", &lstm_ext::ops::cpu_plan, "T"_a, "B"_a, "I"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a,
+        "num_directions"_a, "backward"_a, "num_threads"_a);
+  m.def("force_cpu_plan", &lstm_ext::ops::force_cpu_plan, "engine"_a = py::none(), "in_place"_a = py::none(),
+        "one_sum"_a = py::none(), "chunk_steps"_a = py::none(), "depth"_a = py::none(), "threads"_a = py::none(),
+        "by_rows"_a = py::none());
   m.def("take_tensor_types", &lstm_ext::take_tensor_types, "types"_a, "num_threads"_a);
   m.def("share_openmp_threads", &lstm_ext::cpu::share_openmp_threads, "library"_a);
   m.def("build_info", &lstm_ext::build_info);

@@ -2,7 +2,7 @@
 
 #include <pybind11/stl.h>
 
-#include "cpu/kernels.h"
+#include "cpu/levels.h"
 #if defined(LSTM_EXT_WITH_CUDA)
 #include "cuda/device.h"
 #endif
@@ -18,28 +18,14 @@ pybind11::dict build_info() {
 #else
   info["compiler"] = "gcc " __VERSION__;
 #endif
-  py::list available;
-  for (auto level = cpu::available_kernels(); *level; ++level) available.append((*level)->level);
-  info["simd_built"] = py::make_tuple("baseline"
-#if defined(LSTM_EXT_HAVE_AVX2)
-                                      ,
-                                      "avx2"
-#endif
-#if defined(LSTM_EXT_HAVE_AVX512)
-                                      ,
-                                      "avx512"
-#endif
-#if defined(LSTM_EXT_HAVE_AVX512BF16)
-                                      ,
-                                      "avx512bf16"
-#endif
-#if defined(LSTM_EXT_HAVE_AMX)
-                                      ,
-                                      "amx"
-#endif
-  );
-  info["simd_available"] = py::tuple(available);
-  info["simd"] = cpu::kernels().level;
+  const auto names_of = [](const cpu::Kernels* const* levels) {
+    py::list names;
+    for (; *levels; ++levels) names.append((*levels)->name);
+    return py::tuple(names);
+  };
+  info["simd_built"] = names_of(cpu::built_kernels());
+  info["simd_available"] = names_of(cpu::available_kernels());
+  info["simd"] = cpu::kernels().name;
 #if defined(LSTM_EXT_WITH_CUDA)
   info["cuda"] = true;
   info["cuda_archs"] = LSTM_EXT_CUDA_ARCHS;

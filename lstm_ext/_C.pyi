@@ -8,7 +8,7 @@ tensors, and OMP_NUM_THREADS or the usable processors for NumPy arrays. Argument
 """
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from .call import Array, CallTuple, GradsTuple, Needs, OutputsTuple, Save
 
@@ -21,6 +21,17 @@ class BuildInfo(TypedDict, total=False):
     cuda: bool
     cuda_archs: str
     cudart: int
+
+class CpuPlan(TypedDict):
+    engine: Literal["vectors", "tiles"]
+    in_place: tuple[bool, bool, bool]
+    one_sum: bool
+    chunk_steps: int
+    depth: tuple[int, int]
+    borrow_x: bool
+    threads: int
+    by_rows: bool
+    why: dict[str, str]
 
 _Saved = tuple[Array, Array, Array]
 _OutputGrads = tuple[Array | None, Array | None, Array | None, Array | None]
@@ -49,6 +60,27 @@ def cuda_plan(
     strategy: str,
     device: int,
 ) -> dict[str, Any]: ...
+def cpu_plan(
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int,
+    projected: bool,
+    dtype: str,
+    num_directions: int,
+    backward: bool,
+    num_threads: int,
+) -> CpuPlan: ...
+def force_cpu_plan(
+    engine: Literal["vectors", "tiles"] | None = None,
+    in_place: bool | tuple[bool | None, bool | None, bool | None] | None = None,
+    one_sum: bool | None = None,
+    chunk_steps: int | None = None,
+    depth: int | None = None,
+    threads: int | None = None,
+    by_rows: bool | None = None,
+) -> None: ...
 def take_tensor_types(types: tuple[type, ...], num_threads: Callable[[], int]) -> None: ...
 def share_openmp_threads(library: str) -> bool: ...
 def build_info() -> BuildInfo: ...

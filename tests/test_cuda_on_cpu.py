@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lstm_ext.call import BOTH, REVERSE, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved
+from lstm_ext.call import BOTH, FORWARD, REVERSE, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, make_inputs, run_layer, run_oracle, to_float64
 
 from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradient_magnitude
@@ -219,6 +220,37 @@ def test_a_plan_says_how_the_large_batch_is_spread(strategy: str) -> None:
     plan = harness.cuda_plan(case.T, case.B, case.H, 0, False, "float32", False, directions, False, strategy, 1)
     assert plan["strategy"] == strategy
     assert 0 < plan["blocks"] // (directions * plan["team"]) * most_in_a_tile < case.B
+
+
+def test_threads_that_plan_and_launch_at_once_do_not_disturb_each_other() -> None:
+    """How much shared memory a kernel may have is the same for all threads of a process: none may set it for itself."""
+    widths, lengths = (8, 48, 96, 128), range(1, 6)  # a length that is new is planned
+    rng = np.random.default_rng(0)
+
+    def draw_array(*shape: int) -> Any:
+        return torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32))
+
+    inputs = [(draw_array(4 * H, H), [draw_array(1, T, 2, 4 * H) for T in lengths]) for H in widths]
+
+    def launch(given: tuple[Any, list[Any]]) -> list[Any]:
+        w_hh, xws = given
+        steps = [LayerCall(xw, None, None, [w_hh], None, None, None, FORWARD, False) for xw in xws]
+        return [harness.cuda_layer_forward(call, Save.NOTHING, False, "block")[0] for call in steps]
+
+    def shared_bytes(H: int) -> int:
+        plan = harness.cuda_plan(lengths[0], 2, H, 0, False, "float32", False, 1, False, "block", 0)
+        return int(plan["shared_bytes"])
+
+    harness.use_device(0)
+    with ThreadPoolExecutor(len(widths)) as threads:
+        together = list(threads.map(launch, inputs))
+    harness.run_launched(0)
+    alone = [launch(given) for given in inputs]
+    harness.run_launched(0)
+    assert len({shared_bytes(H) for H in widths}) == len(widths)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert all(torch.isfinite(y).all() for y in ours)
+        assert all(map(torch.equal, ours, theirs))
 
 
 CELLS = [Case(1, 1, 1, 1), Case(1, 3, 32, 33, state=False), Case(1, 16, 64, 64), Case(1, 9, 45, 17, bias=False)]

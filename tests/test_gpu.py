@@ -432,17 +432,21 @@ def test_the_device_of_the_tensors_counts() -> None:
 
 
 def test_other_threads() -> None:
-    module, x = lstm_ext.LSTM(I, 40).cuda(), torch.randn(T, B, I).cuda()
-    expected = [a.detach() for a in run(module, x)]
+    """Of each width a thread, as each takes another amount of shared memory; a length that is new is planned anew."""
+    modules = [lstm_ext.LSTM(I, width).cuda() for width in (8, 40, 120, 250)]
+    inputs = [torch.randn(steps, B, I).cuda() for steps in range(1, 11)]
     torch.cuda.synchronize()
 
-    def work(_: int) -> None:
+    def work(module: Any) -> list[list[Any]]:
         with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(10):
-                assert_same([a.detach() for a in run(module, x)], expected)
+            return [[a.detach() for a in run(module, x)] for x in inputs]
 
-    with ThreadPoolExecutor(4) as executor:
-        list(executor.map(work, range(4)))
+    with ThreadPoolExecutor(len(modules)) as executor:
+        together = list(executor.map(work, modules))
+    torch.cuda.synchronize()
+    for module, results in zip(modules, together, strict=True):
+        for x, result in zip(inputs, results, strict=True):
+            assert_same(result, [a.detach() for a in run(module, x)])
 
 
 NEIGHBOUR = """

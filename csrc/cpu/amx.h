@@ -1,18 +1,25 @@
 // The tile registers of Intel's AMX, and the product of rows and a panel that lie in tiles.
 //
-// One instruction adds to 16 rows by 16 columns of float sums the products of 32 bfloat16 factors of each row and each
-// column: what rows hold side by side, columns hold as [16 pairs][16 columns][2].
+// A tile register is 16 rows of 64 bytes. One instruction adds to 16 rows by 16 columns of float sums the products of
+// 32 bfloat16 factors of each row and each column. What rows hold side by side, columns hold in pairs:
+//
+//          A: 16 rows x 32 factors                  B: 16 pairs of factors x 16 columns
+//        +---------------------------+            +-----------------------------------+
+//     m  | k0 k1 | k2 k3 | ... | k31 |     k0,k1  | n0: k0 k1 | n1: k0 k1 | ...  n15  |
+//        | ...                       |     k2,k3  | n0: k2 k3 | ...                   |
+//        +---------------------------+            +-----------------------------------+
+//
+// The eight registers: 4 of sums (16 rows x 4 vectors of columns) + 3 planes of A + 1 plane of B.
 #pragma once
 
+#include "plan.h"
 #include "simd.h"
 
 #if defined(LSTM_EXT_TILES)  // the build defines it for the level that may use them
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-inline constexpr int kTileHeight = 16, kTileBytes = 1024;
-inline constexpr int kTileDepth = 32;                               // factors of a row in a tile
-inline constexpr int kTileFactors = kTileBytes / sizeof(BFloat16);  // of a tile
+inline constexpr int kTileFactors = kTileBytes / sizeof(BFloat16);  // of a tile (plan.h has its height and depth)
 
 // ---- the registers: 0 to 3 hold sums, 4 to 6 the planes of rows, 7 one plane of a panel ---------------
 
@@ -105,17 +112,11 @@ struct TileSession {
 };
 
 // The unit that stores tiles falls asleep when it is not used for about half a microsecond, and takes a quarter of one
-// to wake up (measured). So in long products a tile is stored now and then, after about as many multiplications.
+// to wake up (Xeon with AMX, 2026-11-25). So in long products a tile is stored now and then, after about as many
+// multiplications.
 inline constexpr int kProductsAwake = 24;
 
 // ---- products ---------------------------------------------------------------------------------------------
-
-// How many products of planes one product is made of
-inline constexpr int products(int row_planes, int column_planes) {
-  int count = 0;
-  for (int n = 0; n < row_planes; ++n) count += column_planes < 3 - n ? column_planes : 3 - n;
-  return count;
-}
 
 // Rows of factors in planes (tiles.h), in elements: the first row's, the way to the next row, to the row's next plane,
 // and to its next 32 factors.
@@ -150,7 +151,7 @@ template <int row_planes, int column_planes, int vectors>
 LSTM_EXT_INLINE void multiply_blocks(TileRows rows, int64_t blocks, const BFloat16* panel, const float* start,
                                      int64_t start_stride, float* tile) {
   constexpr int64_t kFactor = sizeof(BFloat16), kSum = sizeof(float), kTileStride = 4 * kLanes<float> * kSum;
-  constexpr int kOfBlock = vectors * products(row_planes, column_planes);
+  constexpr int kOfBlock = vectors * tile_products(row_planes, column_planes);
   constexpr int kBlocksAwake = (kProductsAwake + kOfBlock - 1) / kOfBlock;
   for_vectors<vectors>([&](auto n) { load_tile<n>(start + n * kLanes<float>, start_stride * kSum); });
   for (int64_t block = 0; block < blocks; ++block) {

@@ -1,9 +1,19 @@
-// Backward pass of one direction of a layer.
+// Backward pass of one direction of a layer, from its last step to its first:
 //
-// Chunks of steps are walked from the last to the first. Within a chunk only the recurrence is sequential:
-// dh of a step is dgates of the step after it times w_hh, and the gate gradients come out of those tiles.
-// They are kept for the chunk as rows [4H] of `dgates_`; the weight gradients and dx are then plain products
-// over all its rows, each element summed in the order of the rows.
+//     dh_t              = dy_t + dgates_t+1 w_hh                        [P]; with a projection, times w_hr: [H]
+//     dgates_t, dc_t    from dh_t, dc_t+1 and what the forward pass saved: cell_backward() of gate_math.h
+//
+//     dx                = dgates w_ih                                   of all steps of a chunk in one product
+//     dw_ih             = Σ dgates_tᵀ x_t          dw_hh = Σ dgates_tᵀ h_t-1
+//     db                = Σ dgates_t               dw_hr = Σ dh_tᵀ hidden_t        hidden: h before its projection
+//
+// Chunks of steps are walked from the last to the first. Within a chunk only the recurrence is sequential. Its gate
+// gradients are kept as rows [4H] of `dgates_`, step after step, the active slots of each; the weight gradients and dx
+// are then plain products over all these rows, each element summed in the order of the rows:
+//
+//     dgates_:  | step s0: slots 0 .. active(s0) - 1 | step s0 + 1: slots 0 .. active(s0 + 1) - 1 | ...
+//
+// Here the weights are matrices [4H, N] whose columns stay columns (N = P, I or H), packed into panels of four vectors.
 #pragma once
 
 #include <initializer_list>
@@ -12,70 +22,61 @@
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-template <class S, class Products>
+template <class S, class Engine>
 class Backward {
  public:
   using C = Compute<S>;
-  using F = typename Products::F;
-  using Packed = typename Products::Packed;
+  using F = typename Engine::F;
+  using Packed = typename Engine::Packed;
   static constexpr int L = kLanes<C>;
+  static constexpr bool kDirectionsAtOnce = false;
   static constexpr int kWidth = kPanelWidth<C>;
 
-  Backward(const LayerBackward& layer, const BackwardDirection& direction, const Steps& steps, bool add_to_dx,
-           Arena& arena)
-      : layer_(layer), d_(direction), steps_(steps), shape_(layer.shape), add_to_dx_(add_to_dx) {
+  // `direction` 1 adds to the dx of direction 0.
+  Backward(const LayerBackward& layer, int direction, const Plan& plan, const Walk& walk, Arena& arena)
+      : layer_(layer),
+        dir_(layer.direction[direction]),
+        plan_(plan),
+        walk_(walk),
+        shape_(layer.shape),
+        add_to_dx_(direction > 0) {
     const auto [T, B, I, H, P, projected] = shape_;
-    const int64_t row_bytes = 4 * H * static_cast<int64_t>(sizeof(C));
-    int64_t rows = row_bytes > 0 ? kChunkBytes / row_bytes : 0;
-    if (rows < kLeastChunkRows) rows = kLeastChunkRows;
-    chunk_steps_ = B > 0 ? ceil_div(rows, B) : T;
-    if (chunk_steps_ > T) chunk_steps_ = T;
-    chunk_rows_ = chunk_steps_ * B;
+    chunk_rows_ = plan_.chunk_steps * B;
 
-    gate_size_ = Products::kSplitsFloats ? ceil_div(H, L) * L : H;
-    dgates_ = place(chunk_rows_, 4 * H, 4 * gate_size_, arena);
-    later_dgates_ = place(B, 4 * H, 4 * gate_size_, arena);
+    gate_size_ = Engine::kSplitsFloats ? ceil_div(H, L) * L : H;
+    dgates_ = grad_rows(chunk_rows_, 4 * H, 4 * gate_size_, arena);
+    later_dgates_ = grad_rows(B, 4 * H, 4 * gate_size_, arena);
     row_slot_ = arena.get<int64_t>(chunk_rows_);
     row_step_ = arena.get<int64_t>(chunk_rows_);
     dc_ = arena.get<C>(B * ceil_div(H, L) * L);
-    const int64_t gate_panel = Products::panel_size(4 * gate_size_);
+    const int64_t gate_panel = Engine::panel_size(4 * gate_size_);
     w_hh_ = arena.get<Packed>(column_panels(P) * gate_panel);
     if (projected) {
-      dh_ = place(chunk_rows_, P, P, arena);
+      dh_ = grad_rows(chunk_rows_, P, P, arena);
       hidden_ = arena.get<S>(chunk_rows_ * H);
-      w_hr_ = arena.get<Packed>(column_panels(H) * Products::panel_size(P));
+      w_hr_ = arena.get<Packed>(column_panels(H) * Engine::panel_size(P));
     }
     if (layer_.dx) w_ih_ = arena.get<Packed>(column_panels(I) * gate_panel);
     matrix_rows_ = arena.get<const S*>(4 * gate_size_ > P ? 4 * gate_size_ : P);
-    if (d_.grads.wanted) {
-      dw_ih_ = product_for(d_.grads.w_ih, 4 * H, I, arena);
-      dw_hh_ = product_for(d_.grads.w_hh, 4 * H, P, arena);
-      if (d_.grads.b_ih) db_ = sums_for(d_.grads.b_ih, 4 * H, arena);
-      if (projected) dw_hr_ = product_for(d_.grads.w_hr, P, H, arena);
+    if (dir_.grads.wanted) {
+      dw_ih_ = product_for(dir_.grads.w_ih, 4 * H, I, arena);
+      dw_hh_ = product_for(dir_.grads.w_hh, 4 * H, P, arena);
+      if (dir_.grads.b_ih) db_ = sums_for(dir_.grads.b_ih, 4 * H, arena);
+      if (projected) dw_hr_ = product_for(dir_.grads.w_hr, P, H, arena);
     }
   }
 
-  StepWork step_work() const {
-    const int64_t panels = column_panels(shape_.P), panel_size = Products::panel_size(4 * gate_size_);
-    return {shape_.B, Products::kRows, Products::kLeastRows, panels,
-            panels * panel_size * static_cast<int64_t>(sizeof(Packed))};
-  }
-
   void run(const Team& team) const {
-    const Share share(team, step_work());
-    [[maybe_unused]] const typename Products::Session session;
+    const Share share(team, plan_);
+    [[maybe_unused]] const typename Engine::Session session;
     prepare(share);
-    const int64_t chunks = ceil_div(shape_.T, chunk_steps_);
-    for (int64_t n = chunks - 1; n >= 0; --n) run_chunk(share, n * chunk_steps_);
+    const int64_t chunks = ceil_div(shape_.T, plan_.chunk_steps);
+    for (int64_t n = chunks - 1; n >= 0; --n) run_chunk(share, n * plan_.chunk_steps);
     finish(share);
     team.sync();
   }
 
  private:
-  static constexpr int64_t kChunkBytes = 1 << 19;  // of gate gradients: half of a usual second-level cache
-  // Enough rows per chunk for the weight gradients to be worth a pass over their sums.
-  static constexpr int64_t kLeastChunkRows = 256;
-
   // Rows of floats, and the same as they are multiplied
   struct GradRows {
     C* values = nullptr;
@@ -89,28 +90,28 @@ class Backward {
     // `count` elements of row n, which among its factors start elsewhere
     void put(int64_t n, int64_t at, int64_t at_factors, Vec<C> value, int64_t count) const {
       store_up_to(row(n) + at, value, count);
-      if constexpr (Products::kSplitsFloats) {
+      if constexpr (Engine::kSplitsFloats) {
         const Vec<C> kept = count >= L ? value : load_up_to(row(n) + at, count);  // nothing in the lanes behind
-        Products::put(factors_of(n), at_factors, kept, factors_width);
+        Engine::put(factors_of(n), at_factors, kept, factors_width);
       }
     }
     void copy_row(int64_t n, const GradRows& to) const {
       __builtin_memcpy(to.row(n), row(n), static_cast<size_t>(width) * sizeof(C));
-      if constexpr (Products::kSplitsFloats) {
+      if constexpr (Engine::kSplitsFloats) {
         __builtin_memcpy(to.factors_of(n), factors_of(n), static_cast<size_t>(factors_size) * sizeof(F));
       }
     }
   };
 
-  static GradRows place(int64_t rows, int64_t width, int64_t factors_width, Arena& arena) {
-    GradRows placed{arena.get<C>(rows * width), nullptr, width, factors_width, width};
-    if constexpr (Products::kSplitsFloats) {
-      placed.factors_size = Products::row_size(factors_width);
-      placed.factors = arena.get<F>(rows * placed.factors_size);
+  static GradRows grad_rows(int64_t rows, int64_t width, int64_t factors_width, Arena& arena) {
+    GradRows made{arena.get<C>(rows * width), nullptr, width, factors_width, width};
+    if constexpr (Engine::kSplitsFloats) {
+      made.factors_size = Engine::row_size(factors_width);
+      made.factors = arena.get<F>(rows * made.factors_size);
     } else {
-      placed.factors = placed.values;
+      made.factors = made.values;
     }
-    return placed;
+    return made;
   }
 
   // A weight gradient: sums over a chunk's rows of the products of gradients and these
@@ -122,8 +123,8 @@ class Backward {
   };
 
   WeightGrad product_for(void* out, int64_t M, int64_t N, Arena& arena) const {
-    return {arena.get<const S*>(chunk_rows_), arena.get<Packed>(column_panels(N) * Products::panel_size(chunk_rows_)),
-            N, sums_for(out, M * N, arena)};
+    return {arena.get<const S*>(chunk_rows_), arena.get<Packed>(column_panels(N) * Engine::panel_size(chunk_rows_)), N,
+            sums_for(out, M * N, arena)};
   }
 
   static int64_t column_panels(int64_t N) { return ceil_div(N, kWidth); }
@@ -137,9 +138,9 @@ class Backward {
 
   void prepare(const Share& share) const {
     const auto [T, B, I, H, P, projected] = shape_;
-    pack_matrix(share, d_.weights.w_hh, 4, H, gate_size_, P, w_hh_);
-    if (projected) pack_matrix(share, d_.weights.w_hr, 1, P, P, H, w_hr_);
-    if (layer_.dx) pack_matrix(share, d_.weights.w_ih, 4, H, gate_size_, I, w_ih_);
+    pack_matrix(share, dir_.weights.w_hh, 4, H, gate_size_, P, w_hh_);
+    if (projected) pack_matrix(share, dir_.weights.w_hr, 1, P, P, H, w_hr_);
+    if (layer_.dx) pack_matrix(share, dir_.weights.w_ih, 4, H, gate_size_, I, w_ih_);
     share.team.sync();
   }
 
@@ -162,41 +163,41 @@ class Backward {
   // ---- a chunk: the recurrence, then the products over all of its rows ---------------------------
 
   void run_chunk(const Share& share, int64_t s0) const {
-    const int64_t s1 = s0 + chunk_steps_ < shape_.T ? s0 + chunk_steps_ : shape_.T;
+    const int64_t s1 = s0 + plan_.chunk_steps < shape_.T ? s0 + plan_.chunk_steps : shape_.T;
     int64_t rows = 0;
     for (int64_t s = s0; s < s1; ++s) {
-      share.for_part(steps_.active(s), [&](int64_t slot) {
+      share.for_part(walk_.active(s), [&](int64_t slot) {
         row_slot_[rows + slot] = slot;
         row_step_[rows + slot] = s;
       });
-      rows += steps_.active(s);
+      rows += walk_.active(s);
     }
     // dgates rows of the step after the current one: in the chunk, or left over from the chunk before
     GradRows later = later_dgates_;
     int64_t end = rows;
     for (int64_t s = s1 - 1; s >= s0; --s) {
-      const int64_t first_row = end - steps_.active(s);
+      const int64_t first_row = end - walk_.active(s);
       run_step(share, s, first_row, later);
       later = dgates_.from(first_row);
       end = first_row;
     }
     if (share.by_rows) share.team.sync();  // members who share rows have just waited
-    share.for_part(steps_.active(s0), [&](int64_t slot) { dgates_.copy_row(slot, later_dgates_); });
-    if (d_.grads.wanted) add_weight_grads(share, rows, s1 == shape_.T);
+    share.for_part(walk_.active(s0), [&](int64_t slot) { dgates_.copy_row(slot, later_dgates_); });
+    if (dir_.grads.wanted) add_weight_grads(share, rows, s1 == shape_.T);
     if (layer_.dx) input_grads(share, rows);
     share.team.sync();
   }
 
   void run_step(const Share& share, int64_t s, int64_t first_row, const GradRows& later) const {
-    const int64_t N = shape_.P, active = steps_.active(s);
+    const int64_t N = shape_.P, active = walk_.active(s);
     share.for_panels(column_panels(N), [&](int64_t p) {
       share.for_tiles(active, [&](int64_t first, int count) {
-        alignas(64) C sums[Products::kRows * kWidth];
+        alignas(64) C sums[Engine::kRows * kWidth];
         recurrent_grad(s, first, count, p, later, sums);
         for (int m = 0; m < count; ++m) {
           for (int g = 0; g < 4; ++g) {
             const int64_t n = p * kWidth + g * L;
-            if (n < N) take_dh(s, first + m, first_row + first + m, n, load(sums + (m * 4 + g) * L));
+            if (n < N) add_dy(s, first + m, first_row + first + m, n, load(sums + (m * 4 + g) * L));
           }
         }
       });
@@ -211,17 +212,17 @@ class Backward {
 
   // sums = what the step after s, or the end of the sequence, wants of h at step s
   void recurrent_grad(int64_t s, int64_t first, int count, int64_t p, const GradRows& later, C* sums) const {
-    const int64_t running = steps_.active(s + 1) - first;  // slots that go on after s come first
+    const int64_t running = walk_.active(s + 1) - first;  // slots that go on after s come first
     const int rows = running < count ? (running > 0 ? static_cast<int>(running) : 0) : count;
-    multiply(later, first, rows, w_hh_, d_.weights.w_hh, shape_.P, p, sums);
+    multiply(later, first, rows, w_hh_, dir_.weights.w_hh, shape_.P, p, sums);
     __builtin_memset(sums + rows * kWidth, 0, static_cast<size_t>(count - rows) * kWidth * sizeof(C));
     for (int m = 0; m < rows; ++m) {
-      if (steps_.resets_before(s + 1, first + m, d_.reverse)) {
+      if (walk_.resets_before(s + 1, first + m, dir_.reverse)) {
         __builtin_memset(sums + m * kWidth, 0, kWidth * sizeof(C));
       }
     }
     for (int m = rows; m < count; ++m) {
-      copy_from(d_.dh_n, steps_.row(first + m), shape_.P, p, sums + m * kWidth);
+      copy_from(dir_.dh_n, walk_.row(first + m), shape_.P, p, sums + m * kWidth);
     }
   }
 
@@ -229,23 +230,20 @@ class Backward {
   void multiply(const GradRows& a, int64_t first, int count, const Packed* panels, const Matrix& matrix, int64_t N,
                 int64_t p, C* sums) const {
     if (count <= 0) return;
-    const F* factors[Products::kRows] = {};
+    const F* factors[Engine::kRows] = {};
     for (int m = 0; m < count; ++m) factors[m] = a.factors_of(first + m);
     __builtin_memset(sums, 0, static_cast<size_t>(count) * kWidth * sizeof(C));
-    Products::multiply(count, panel_vectors<C>(N, p), factors, a.factors_width,
-                       panels + p * Products::panel_size(a.factors_width), sums);
-    if constexpr (Products::kSplitsFloats) {
-      for (int m = 0; m < count; ++m) {
-        C* row = sums + m * kWidth;
-        if (!Products::has_nan(row, panel_vectors<C>(N, p))) continue;
+    Engine::multiply(count, panel_vectors<C>(N, p), factors, a.factors_width,
+                     panels + p * Engine::panel_size(a.factors_width), sums);
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(count, panel_vectors<C>(N, p), sums, [&](int m, C* row) {
         __builtin_memset(row, 0, kWidth * sizeof(C));
-        const auto row_of = [&](int64_t k) { return matrix_row(matrix, k); };
-        multiply_exactly(a.row(first + m), 1, a.width, row_of, N, p, row);
-      }
+        multiply_exactly(a.row(first + m), 1, a.width, [&](int64_t k) { return matrix_row(matrix, k); }, N, p, row);
+      });
     }
   }
 
-  // sum += K numbers, some way apart, times rows of N at panel p: of products that have met an infinity, or a NaN
+  // sum += K numbers, some way apart, times rows of N at panel p, slowly: to repair a row
   template <class RowOf>
   static void multiply_exactly(const C* a, int64_t apart, int64_t K, const RowOf& row_of, int64_t N, int64_t p,
                                C* sum) {
@@ -266,48 +264,48 @@ class Backward {
     }
   }
 
-  void take_dh(int64_t s, int64_t slot, int64_t row, int64_t n, Vec<C> dh) const {
-    const int64_t b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse), count = shape_.P - n;
-    if (d_.dy) dh += load_up_to(static_cast<const S*>(d_.dy) + layer_.dy_map.at(t, b) + n, count);
+  void add_dy(int64_t s, int64_t slot, int64_t row, int64_t n, Vec<C> dh) const {
+    const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse), count = shape_.P - n;
+    if (dir_.dy) dh += load_up_to(static_cast<const S*>(dir_.dy) + layer_.dy_map.at(t, b) + n, count);
     if (shape_.projected) {
       dh_.put(row, n, n, dh, count);
     } else {
-      unit_grad(s, slot, row, n, dh);
+      pointwise_backward(s, slot, row, n, dh);
     }
   }
 
   void unproject(int64_t s, int64_t first, int rows, int64_t first_row, int64_t p) const {
-    alignas(64) C sums[Products::kRows * kWidth];
-    multiply(dh_, first_row + first, rows, w_hr_, d_.weights.w_hr, shape_.H, p, sums);
+    alignas(64) C sums[Engine::kRows * kWidth];
+    multiply(dh_, first_row + first, rows, w_hr_, dir_.weights.w_hr, shape_.H, p, sums);
     for (int m = 0; m < rows; ++m) {
       for (int g = 0; g < 4; ++g) {
         const int64_t u = p * kWidth + g * L;
-        if (u < shape_.H) unit_grad(s, first + m, first_row + first + m, u, load(sums + (m * 4 + g) * L));
+        if (u < shape_.H) pointwise_backward(s, first + m, first_row + first + m, u, load(sums + (m * 4 + g) * L));
       }
     }
   }
 
-  // Gate gradients of one row and one vector of units; not inlined, as Forward::finish_units.
-  [[gnu::noinline]] void unit_grad(int64_t s, int64_t slot, int64_t row, int64_t u, Vec<C> dh) const {
-    const int64_t H = shape_.H, count = H - u, b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse);
-    const S* gates = static_cast<const S*>(d_.gates) + layer_.gates_map.at(t, b) + u;
+  // Gate gradients of one row and one vector of units; not inlined, as Forward::pointwise_forward.
+  [[gnu::noinline]] void pointwise_backward(int64_t s, int64_t slot, int64_t row, int64_t u, Vec<C> dh) const {
+    const int64_t H = shape_.H, count = H - u, b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
+    const S* gates = static_cast<const S*>(dir_.gates) + layer_.gates_map.at(t, b) + u;
     const GateValues<Vec<C>> gate{load_up_to(gates, count), load_up_to(gates + H, count),
                                   load_up_to(gates + 2 * H, count), load_up_to(gates + 3 * H, count)};
-    const C* cell = static_cast<const C*>(d_.cells) + layer_.cells_map.at(t, b) + u;
+    const C* cell = static_cast<const C*>(dir_.cells) + layer_.cells_map.at(t, b) + u;
     const Vec<C> tanh_c = VecMath<C>::tanh(load_up_to(cell, count));
 
     const int64_t c_width = ceil_div(H, L) * L;
     C* dc_state = dc_ + slot * c_width + u;
-    Vec<C> dc = load_matrix(d_.dc_n, b, u, count, s == steps_.length(slot) - 1);
-    if (s < steps_.length(slot) - 1) dc = load(dc_state);
-    if (d_.d_cells) dc += load_up_to(static_cast<const C*>(d_.d_cells) + layer_.d_cells_map.at(t, b) + u, count);
+    Vec<C> dc = load_matrix(dir_.dc_n, b, u, count, s == walk_.length(slot) - 1);
+    if (s < walk_.length(slot) - 1) dc = load(dc_state);
+    if (dir_.d_cells) dc += load_up_to(static_cast<const C*>(dir_.d_cells) + layer_.d_cells_map.at(t, b) + u, count);
 
     const auto grad = cell_backward(gate, c_before(s, slot, u, count), tanh_c, dh, dc);
     dgates_.put(row, u, u, grad.d_pre.i, count);
     dgates_.put(row, H + u, gate_size_ + u, grad.d_pre.f, count);
     dgates_.put(row, 2 * H + u, 2 * gate_size_ + u, grad.d_pre.g, count);
     dgates_.put(row, 3 * H + u, 3 * gate_size_ + u, grad.d_pre.o, count);
-    store(dc_state, steps_.resets_before(s, slot, d_.reverse) ? Vec<C>{} : grad.d_c_prev);
+    store(dc_state, walk_.resets_before(s, slot, dir_.reverse) ? Vec<C>{} : grad.d_c_prev);
     if (shape_.projected) store_up_to(hidden_ + row * H + u, gate.o * tanh_c, count);
   }
 
@@ -317,11 +315,11 @@ class Backward {
   }
 
   Vec<C> c_before(int64_t s, int64_t slot, int64_t u, int64_t count) const {
-    const int64_t b = steps_.row(slot);
-    if (steps_.resets_before(s, slot, d_.reverse)) return Vec<C>{};
-    if (s == 0) return load_matrix(d_.state.c0, b, u, count, true);
-    const int64_t t = steps_.time(s - 1, slot, d_.reverse);
-    return load_up_to(static_cast<const C*>(d_.cells) + layer_.cells_map.at(t, b) + u, count);
+    const int64_t b = walk_.row(slot);
+    if (walk_.resets_before(s, slot, dir_.reverse)) return Vec<C>{};
+    if (s == 0) return load_matrix(dir_.state.c0, b, u, count, true);
+    const int64_t t = walk_.time(s - 1, slot, dir_.reverse);
+    return load_up_to(static_cast<const C*>(dir_.cells) + layer_.cells_map.at(t, b) + u, count);
   }
 
   // ---- products over the rows of a chunk ---------------------------------------------------------
@@ -330,7 +328,7 @@ class Backward {
   void add_weight_grads(const Share& share, int64_t rows, bool start) const {
     share.for_part(rows, [&](int64_t row) {
       const int64_t s = row_step_[row], slot = row_slot_[row];
-      const int64_t x_row = layer_.x_map.at(steps_.time(s, slot, d_.reverse), steps_.row(slot));
+      const int64_t x_row = layer_.x_map.at(walk_.time(s, slot, dir_.reverse), walk_.row(slot));
       dw_ih_.rows[row] = static_cast<const S*>(layer_.x) + x_row;
       dw_hh_.rows[row] = h_before(s, slot);
       if (shape_.projected) dw_hr_.rows[row] = hidden_ + row * shape_.H;
@@ -346,36 +344,36 @@ class Backward {
 
   void pack_rows(const Share& share, const S* const* from, int64_t rows, int64_t N, Packed* panels) const {
     share.for_part(column_panels(N),
-                   [&](int64_t p) { Products::pack(from, rows, N, p, panels + p * Products::panel_size(rows)); });
+                   [&](int64_t p) { Engine::pack(from, rows, N, p, panels + p * Engine::panel_size(rows)); });
   }
 
   const S* h_before(int64_t s, int64_t slot) const {
-    const int64_t b = steps_.row(slot);
-    if (steps_.resets_before(s, slot, d_.reverse)) return nullptr;
+    const int64_t b = walk_.row(slot);
+    if (walk_.resets_before(s, slot, dir_.reverse)) return nullptr;
     if (s == 0) {
-      const S* h0 = static_cast<const S*>(d_.state.h0.data);
-      return h0 ? h0 + b * d_.state.h0.row_stride : nullptr;
+      const S* h0 = static_cast<const S*>(dir_.state.h0.data);
+      return h0 ? h0 + b * dir_.state.h0.row_stride : nullptr;
     }
-    return static_cast<const S*>(d_.y) + layer_.y_map.at(steps_.time(s - 1, slot, d_.reverse), b);
+    return static_cast<const S*>(dir_.y) + layer_.y_map.at(walk_.time(s - 1, slot, dir_.reverse), b);
   }
 
   // The sums of each += transpose of some rows of a, times its own rows; if `start`, whatever the sums held. What has
   // to be transposed for it serves all panels; otherwise a panel stays near while columns pass.
   void add_products(const Share& share, const GradRows& a, int64_t rows, std::initializer_list<const WeightGrad*> grads,
                     bool start) const {
-    const int64_t M = a.width, tiles = ceil_div(M, Products::kRows);
+    const int64_t M = a.width, tiles = ceil_div(M, Engine::kRows);
     int64_t k0 = 0;
     do {  // at least once: the sum of no rows is zero
-      const int64_t K = rows - k0 < kSumDepth ? rows - k0 : kSumDepth;
+      const int64_t K = rows - k0 < plan_.depth[0] ? rows - k0 : plan_.depth[0];
       const auto columns = [&](int64_t tile) {
-        const int64_t m = tile * Products::kRows;
-        return typename Products::Transposed(a.row(k0) + m, M, K, tile_count(M, m));
+        const int64_t m = tile * Engine::kRows;
+        return typename Engine::Transposed(a.row(k0) + m, M, K, tile_count(M, m));
       };
-      const auto add = [&](int64_t tile, const typename Products::Transposed& transposed, const WeightGrad& grad,
+      const auto add = [&](int64_t tile, const typename Engine::Transposed& transposed, const WeightGrad& grad,
                            int64_t p) {
-        add_tile(a, tile * Products::kRows, transposed, k0, K, rows, p, start && k0 == 0, grad);
+        add_tile(a, tile * Engine::kRows, transposed, k0, K, rows, p, start && k0 == 0, grad);
       };
-      if constexpr (Products::kSplitsFloats) {
+      if constexpr (Engine::kSplitsFloats) {
         share.for_part(tiles, [&](int64_t tile) {
           const auto transposed = columns(tile);
           for (const WeightGrad* grad : grads) {
@@ -394,28 +392,27 @@ class Backward {
   }
 
   static int tile_count(int64_t M, int64_t m) {
-    return static_cast<int>(M - m < Products::kRows ? M - m : Products::kRows);
+    return static_cast<int>(M - m < Engine::kRows ? M - m : Engine::kRows);
   }
 
-  void add_tile(const GradRows& a, int64_t m0, const typename Products::Transposed& transposed, int64_t k0, int64_t K,
+  void add_tile(const GradRows& a, int64_t m0, const typename Engine::Transposed& transposed, int64_t k0, int64_t K,
                 int64_t rows, int64_t p, bool start, const WeightGrad& grad) const {
     const int64_t N = grad.N;
     const int count = tile_count(a.width, m0), vectors = panel_vectors<C>(N, p);
-    alignas(64) C product[Products::kRows * kWidth];
+    alignas(64) C product[Engine::kRows * kWidth];
     const auto load_sums = [&](int m) {
       for_vectors(grad.sums + (m0 + m) * N, N, p, product + m * kWidth,
                   [&](C* sum, C* part, int64_t left) { store(part, start ? Vec<C>{} : load_up_to(sum, left)); });
     };
     for (int m = 0; m < count; ++m) load_sums(m);
-    Products::multiply(count, vectors, transposed, k0, K, grad.panels + p * Products::panel_size(rows), product);
+    Engine::multiply(count, vectors, transposed, k0, K, grad.panels + p * Engine::panel_size(rows), product);
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(count, vectors, product, [&](int m, C* row) {
+        load_sums(m);
+        multiply_exactly(a.row(k0) + m0 + m, a.width, K, [&](int64_t k) { return grad.rows[k0 + k]; }, N, p, row);
+      });
+    }
     for (int m = 0; m < count; ++m) {
-      if constexpr (Products::kSplitsFloats) {
-        if (Products::has_nan(product + m * kWidth, vectors)) {
-          load_sums(m);
-          const auto row_of = [&](int64_t k) { return grad.rows[k0 + k]; };
-          multiply_exactly(a.row(k0) + m0 + m, a.width, K, row_of, N, p, product + m * kWidth);
-        }
-      }
       for_vectors(grad.sums + (m0 + m) * N, N, p, product + m * kWidth,
                   [](C* sum, C* part, int64_t left) { store_up_to(sum, load(part), left); });
     }
@@ -443,11 +440,11 @@ class Backward {
   // A panel of w_ih stays near while rows pass.
   void input_grads(const Share& share, int64_t rows) const {
     for (int64_t p = 0; p < column_panels(shape_.I); ++p) {
-      share.for_part(ceil_div(rows, Products::kRows), [&](int64_t tile) {
-        const int64_t first = tile * Products::kRows, I = shape_.I;
+      share.for_part(ceil_div(rows, Engine::kRows), [&](int64_t tile) {
+        const int64_t first = tile * Engine::kRows, I = shape_.I;
         const int count = tile_count(rows, first);
-        alignas(64) C sums[Products::kRows * kWidth];
-        multiply(dgates_, first, count, w_ih_, d_.weights.w_ih, I, p, sums);
+        alignas(64) C sums[Engine::kRows * kWidth];
+        multiply(dgates_, first, count, w_ih_, dir_.weights.w_ih, I, p, sums);
         for (int m = 0; m < count; ++m) {
           for_vectors(dx_row(row_step_[first + m], row_slot_[first + m]), I, p, sums + m * kWidth,
                       [&](S* dx, C* sum, int64_t left) {
@@ -461,49 +458,49 @@ class Backward {
   }
 
   S* dx_row(int64_t s, int64_t slot) const {
-    return static_cast<S*>(layer_.dx) + layer_.dx_map.at(steps_.time(s, slot, d_.reverse), steps_.row(slot));
+    return static_cast<S*>(layer_.dx) + layer_.dx_map.at(walk_.time(s, slot, dir_.reverse), walk_.row(slot));
   }
 
   // ---- after the first step ------------------------------------------------------------------------
 
   void finish(const Share& share) const {
     const auto [T, B, I, H, P, projected] = shape_;
-    if (d_.dh0) {
+    if (dir_.dh0) {
       share.for_panels(column_panels(P), [&](int64_t p) {
         share.for_tiles(B, [&](int64_t first, int count) { initial_h_grad(first, count, p); });
       });
     }
     share.for_part(B, [&](int64_t slot) { finish_row(slot); });
-    if (!d_.grads.wanted) return;
-    convert_part(share, dw_ih_.sums, 4 * H * I, d_.grads.w_ih);
-    convert_part(share, dw_hh_.sums, 4 * H * P, d_.grads.w_hh);
-    if (projected) convert_part(share, dw_hr_.sums, P * H, d_.grads.w_hr);
+    if (!dir_.grads.wanted) return;
+    convert_part(share, dw_ih_.sums, 4 * H * I, dir_.grads.w_ih);
+    convert_part(share, dw_hh_.sums, 4 * H * P, dir_.grads.w_hh);
+    if (projected) convert_part(share, dw_hr_.sums, P * H, dir_.grads.w_hr);
     if (db_) {
-      convert_part(share, db_, 4 * H, d_.grads.b_ih);
-      convert_part(share, db_, 4 * H, d_.grads.b_hh);
+      convert_part(share, db_, 4 * H, dir_.grads.b_ih);
+      convert_part(share, db_, 4 * H, dir_.grads.b_hh);
     }
   }
 
   void initial_h_grad(int64_t first, int count, int64_t p) const {
-    alignas(64) C sums[Products::kRows * kWidth];
+    alignas(64) C sums[Engine::kRows * kWidth];
     recurrent_grad(-1, first, count, p, later_dgates_, sums);
     for (int m = 0; m < count; ++m) {
-      for_vectors(static_cast<S*>(d_.dh0) + steps_.row(first + m) * shape_.P, shape_.P, p, sums + m * kWidth,
+      for_vectors(static_cast<S*>(dir_.dh0) + walk_.row(first + m) * shape_.P, shape_.P, p, sums + m * kWidth,
                   [](S* dh0, C* sum, int64_t left) { store_up_to(dh0, load(sum), left); });
     }
   }
 
   void finish_row(int64_t slot) const {
-    const int64_t b = steps_.row(slot), H = shape_.H, c_width = ceil_div(H, L) * L;
-    if (d_.dc0) {
+    const int64_t b = walk_.row(slot), H = shape_.H, c_width = ceil_div(H, L) * L;
+    if (dir_.dc0) {
       for (int64_t u = 0; u < H; u += L) {
         const Vec<C> dc =
-            steps_.length(slot) == 0 ? load_matrix(d_.dc_n, b, u, H - u, true) : load(dc_ + slot * c_width + u);
-        store_up_to(static_cast<S*>(d_.dc0) + b * H + u, dc, H - u);
+            walk_.length(slot) == 0 ? load_matrix(dir_.dc_n, b, u, H - u, true) : load(dc_ + slot * c_width + u);
+        store_up_to(static_cast<S*>(dir_.dc0) + b * H + u, dc, H - u);
       }
     }
     if (!layer_.dx || add_to_dx_ || layer_.dx_map.packed_offset) return;
-    for (int64_t t = steps_.length(slot); t < shape_.T; ++t) {
+    for (int64_t t = walk_.length(slot); t < shape_.T; ++t) {
       S* dx = static_cast<S*>(layer_.dx) + layer_.dx_map.at(t, b);
       __builtin_memset(dx, 0, static_cast<size_t>(shape_.I) * sizeof(S));
     }
@@ -519,11 +516,12 @@ class Backward {
   }
 
   const LayerBackward& layer_;
-  const BackwardDirection& d_;
-  const Steps& steps_;
+  const BackwardDirection& dir_;
+  const Plan& plan_;
+  const Walk& walk_;
   const SequenceShape shape_;
   const bool add_to_dx_;
-  int64_t chunk_steps_, chunk_rows_;
+  int64_t chunk_rows_;
   int64_t gate_size_;                                 // H, filled up
   GradRows dgates_;                                   // [chunk_rows, 4H]
   GradRows later_dgates_;                             // [B, 4H], the first step of the chunk that was run before

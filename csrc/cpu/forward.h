@@ -1,109 +1,98 @@
-// Forward pass of one direction of a layer.
+// Forward pass of one direction of a layer:
 //
-// The steps go by in chunks. For a chunk, the input projection of all its rows is one product whose tiles
-// start from the bias and land in `pre` as [panel][row][4 gates][width]; then, step by step, h times w_hh is added
-// to the same tiles and the gates are taken from them. A panel is always worked on by the same member, so
-// that `pre` needs no waiting; members who share rows wait once per step, for h.
+//     sums = x_t w_ihᵀ + b_ih + b_hh + h w_hhᵀ        [4H], then gates, c and h by gate_math.h; y_t = h, or w_hr h
+//
+// The steps go by in chunks of plan.chunk_steps. For a chunk, the input projection of all its rows is one product whose
+// tiles start from the bias and land in `pre`; then, step by step, h times w_hh is added to the same tiles and the
+// gates are taken from them. Where a chunk is one step, a panel goes through both products before the next one does.
+//
+//     pre:   panel 0              panel 1                   a panel: the gates of one vector of units
+//          +--------------------+--------------------+--
+//          | row 0    i f g o   | row 0              |      rows: those of a chunk, see chunk_row()
+//          | row 1    i f g o   | row 1              |
+//          | ...                | ...                |      each i, f, g, o a vector (the last panel's may share one)
+//          +--------------------+--------------------+--
+//
+// A panel is always worked on by the same member of a team, so that `pre` needs no waiting; members who share rows wait
+// once per step, for h.
 #pragma once
 
 #include "../gate_math.h"
 #include "product.h"
-#include "steps.h"
+#include "share.h"
 #include "tiles.h"
 #include "vec_math.h"
+#include "walk.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-// Of `pre`, or of copies of x where those are larger. The more weights there are that a second-level cache does not
-// hold, the more rows they should be read for; but not more rows than are read back from a cache.
-inline constexpr int64_t kLeastChunkBytes = 1 << 17, kMostChunkBytes = 1 << 21;
-
-template <class S, class Products>
+template <class S, class Engine>
 class Forward {
  public:
   using C = Compute<S>;
-  using F = typename Products::F;
+  using F = typename Engine::F;
   template <class Rows>
-  using Weights = typename Products::template WeightsOf<Rows>;
+  using Weights = typename Engine::template WeightsOf<Rows>;
   static constexpr int L = kLanes<C>;
+  static constexpr bool kDirectionsAtOnce = true;
 
   // `first_step`: how many steps calls before this one have done, which may have left weights in a cache.
-  Forward(const LayerForward& layer, const ForwardDirection& direction, const Steps& steps, int64_t first_step,
-          Arena& arena)
+  Forward(const LayerForward& layer, int direction, const Plan& plan, const Walk& walk, Arena& arena,
+          int64_t first_step)
       : layer_(layer),
-        d_(direction),
-        steps_(steps),
+        dir_(layer.direction[direction]),
+        plan_(plan),
+        walk_(walk),
         shape_(layer.shape),
         first_step_(first_step),
         gates_{layer.shape.H},
         units_{layer.shape.P} {
     const auto [T, B, I, H, P, projected] = shape_;
-    const int64_t passes = ceil_div(T * B, Products::kRows), step_passes = T * ceil_div(B, Products::kRows);
-    panels_ = gates_.panels<C>();
-    w_ih_ = place<GateRows>(d_.weights.w_ih, gates_, I, passes, arena);
-    w_hh_ = place<GateRows>(d_.weights.w_hh, gates_, P, step_passes, arena);
+    panels_ = gates_.panels();
+    w_ih_ = weights_in(dir_.weights.w_ih, gates_, I, kInput, arena);
+    w_hh_ = weights_in(dir_.weights.w_hh, gates_, P, kRecurrent, arena);
     bias_ = arena.get<C>(panels_ * kPanelWidth<C>);
 
-    x_width_ = Products::row_size(I);
-    const bool as_it_lies = Products::kBorrowsRows && sizeof(S) == sizeof(F) && I % kFactorsPerLane<F> == 0;
-    const int64_t pre_bytes = panels_ * kPanelWidth<C> * static_cast<int64_t>(sizeof(C));
-    const int64_t copy_bytes = as_it_lies ? 0 : x_width_ * static_cast<int64_t>(sizeof(F));
-    const int64_t step_bytes = B * (pre_bytes > copy_bytes ? pre_bytes : copy_bytes);
-    chunk_steps_ = step_bytes > 0 ? chunk_bytes() / step_bytes : T;
-    if (chunk_steps_ < 1) chunk_steps_ = 1;
-    if (chunk_steps_ > T) chunk_steps_ = T;
-    chunk_rows_ = chunk_steps_ * B;
+    x_width_ = Engine::row_size(I);
+    chunk_rows_ = plan_.chunk_steps * B;
     pre_ = arena.get<C>(panels_ * chunk_rows_ * kPanelWidth<C>);
     x_rows_ = arena.get<const F*>(chunk_rows_);
-    if (!as_it_lies) x_copy_ = arena.get<F>(chunk_rows_ * x_width_);
+    if (!plan_.borrow_x) x_copy_ = arena.get<F>(chunk_rows_ * x_width_);
 
-    h_width_ = Products::row_size(P);
+    h_width_ = Engine::row_size(P);
     c_width_ = panels_ * L;
     h_ = arena.get<F>(2 * B * h_width_);
     c_ = arena.get<C>(B * c_width_);
     if (projected) {
-      w_hr_ = place<PlainRows>(d_.weights.w_hr, units_, H, step_passes, arena);
-      hidden_width_ = Products::row_size(H);
+      w_hr_ = weights_in(dir_.weights.w_hr, units_, H, kProjection, arena);
+      hidden_width_ = Engine::row_size(H);
       hidden_ = arena.get<F>(B * hidden_width_);
     }
   }
 
-  StepWork step_work() const {
-    return {shape_.B, Products::kRows, Products::kLeastRows, panels_, w_hh_.packed_bytes()};
-  }
-
   void run(const Team& team) const {
-    const Share share(team, step_work());
-    [[maybe_unused]] const typename Products::Session session;
+    const Share share(team, plan_);
+    [[maybe_unused]] const typename Engine::Session session;
     prepare(share);
     team.sync();
-    for (int64_t s = 0; s < shape_.T; s += chunk_steps_) run_chunk(share, s);
+    for (int64_t s = 0; s < shape_.T; s += plan_.chunk_steps) run_chunk(share, s);
     share.for_part(shape_.B, [&](int64_t slot) { clear_padding(slot); });
   }
 
  private:
-  // `passes`: over the matrix, in all
   template <class Rows>
-  Weights<Rows> place(const Matrix& matrix, Rows rows, int64_t K, int64_t passes, Arena& arena) const {
+  Weights<Rows> weights_in(const Matrix& matrix, Rows rows, int64_t K, Weight weight, Arena& arena) const {
     using W = Weights<Rows>;
-    const bool in_place = W::in_place_pays(rows, K, shape_.T * shape_.B, passes);
     return W(matrix.data, matrix.row_stride, rows, K,
-             in_place ? nullptr : arena.get<typename W::Packed>(W::packed_size(rows, K)));
+             plan_.in_place[weight] ? nullptr : arena.get<typename W::Packed>(W::packed_size(rows, K)));
   }
 
-  int64_t chunk_bytes() const {
-    const int64_t weights = w_ih_.packed_bytes();
-    if (weights < kLeastChunkBytes || weights + w_hh_.packed_bytes() <= Products::kCacheBytes / 2)
-      return kLeastChunkBytes;
-    return weights > kMostChunkBytes ? kMostChunkBytes : weights;
-  }
-
-  // f(k0, k1) for the blocks of 0 .. K, at least once; one tile of rows has no use for several
+  // f(k0, k1) for the blocks of 0 .. K, at least once
   template <class Body>
-  static void for_blocks(int64_t K, int64_t depth, int64_t rows, const Body& body) {
+  static void for_blocks(int64_t K, int64_t depth, const Body& body) {
     int64_t k0 = 0;
     do {
-      const int64_t k1 = K - k0 <= depth || rows <= Products::kRows ? K : k0 + depth;
+      const int64_t k1 = K - k0 <= depth ? K : k0 + depth;
       body(k0, k1);
       k0 = k1;
     } while (k0 < K);
@@ -122,23 +111,23 @@ class Forward {
   }
 
   void pack_bias(int64_t p) const {
-    const S* b_ih = static_cast<const S*>(d_.weights.b_ih);
-    const S* b_hh = static_cast<const S*>(d_.weights.b_hh);
-    const int width = gates_.width<C>(p);
+    const S* b_ih = static_cast<const S*>(dir_.weights.b_ih);
+    const S* b_hh = static_cast<const S*>(dir_.weights.b_hh);
+    const int width = gates_.width(p);
     for (int g = 0; g < 4; ++g) {
-      const int64_t at = gates_.first<C>(p, g), count = gates_.count<C>(p, g);
+      const int64_t at = gates_.first(p, g), count = gates_.count(p, g);
       const Vec<C> sum = b_ih ? load_up_to(b_ih + at, count) + load_up_to(b_hh + at, count) : Vec<C>{};
       store_up_to(bias(p) + g * width, sum, width);
     }
   }
 
   void start_row(int64_t slot) const {
-    const int64_t b = steps_.row(slot);
-    const bool keep = !steps_.resets_before(0, slot, d_.reverse);
-    const bool empty = steps_.length(slot) == 0;
-    start_state(d_.state.h0, b, keep, shape_.P, empty ? d_.h_n : nullptr,
-                [&](int64_t n, Vec<C> value) { Products::put(h_ + slot * h_width_, n, value, shape_.P); });
-    start_state(d_.state.c0, b, keep, shape_.H, empty ? d_.c_n : nullptr,
+    const int64_t b = walk_.row(slot);
+    const bool keep = !walk_.resets_before(0, slot, dir_.reverse);
+    const bool empty = walk_.length(slot) == 0;
+    start_state(dir_.state.h0, b, keep, shape_.P, empty ? dir_.h_n : nullptr,
+                [&](int64_t n, Vec<C> value) { Engine::put(h_ + slot * h_width_, n, value, shape_.P); });
+    start_state(dir_.state.c0, b, keep, shape_.H, empty ? dir_.c_n : nullptr,
                 [&](int64_t n, Vec<C> value) { store(c_ + slot * c_width_ + n, value); });
   }
 
@@ -154,34 +143,43 @@ class Forward {
 
   // ---- the input projection of a chunk ---------------------------------------------------------
 
-  // The rows of a chunk lie group after group and, in a group, step after step, without gaps for slots that have ended:
-  // a tile of rows may reach over steps. Members who have their own groups may be in different chunks at a time.
-  int64_t place(const Share::Group& group, int64_t s0, int64_t s) const {
-    return group.first * chunk_steps_ + steps_.count(group.first, group.last, s0, s);
+  // Where the rows of step s of a group begin, in a chunk that begins at step s0. Rows lie group after group and, in a
+  // group, step after step, without gaps for slots that have ended, so that a tile of rows may reach over steps. Of two
+  // groups (0 to 1 and 2 to 3), in a chunk of three steps of which slot 1 has two and slot 3 has one:
+  //
+  //                    s0   s0+1  s0+2
+  //         slot 0      0    2     4
+  //         slot 1      1    3     -       row 5 stays free: the second group's rows begin at 2 slots * 3 steps = 6
+  //         slot 2      6    8     9
+  //         slot 3      7    -     -
+  //
+  // Members who have their own groups may be in different chunks at a time.
+  int64_t chunk_row(const Share::Group& group, int64_t s0, int64_t s) const {
+    return group.first * plan_.chunk_steps + walk_.count(group.first, group.last, s0, s);
   }
 
   void run_chunk(const Share& share, int64_t s0) const {
-    const int64_t s1 = s0 + chunk_steps_ < shape_.T ? s0 + chunk_steps_ : shape_.T;
+    const int64_t s1 = s0 + plan_.chunk_steps < shape_.T ? s0 + plan_.chunk_steps : shape_.T;
     share.for_groups([&](const Share::Group& group) {
       for (int64_t s = s0; s < s1; ++s) {
-        const int64_t row = place(group, s0, s) - group.first;
-        share.for_slots(group, steps_.active(s), [&](int64_t slot) { fetch_x(s, slot, row + slot); });
+        const int64_t row = chunk_row(group, s0, s) - group.first;
+        share.for_slots(group, walk_.active(s), [&](int64_t slot) { fetch_x(s, slot, row + slot); });
       }
     });
     share.sync_rows();
-    const bool one_step = s1 - s0 == 1;  // then a panel's sums go from one product to the other through a near cache
+    const bool one_step = s1 - s0 == 1;  // then a panel's sums go from one product to the other in a first-level cache
     if (!one_step) share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, s1, p); });
     for (int64_t s = s0; s < s1; ++s) run_step(share, s0, s, one_step);
   }
 
   void fetch_x(int64_t s, int64_t slot, int64_t row) const {
-    const S* x = static_cast<const S*>(layer_.x) + layer_.x_map.at(steps_.time(s, slot, d_.reverse), steps_.row(slot));
-    if (!x_copy_) {
+    const S* x = static_cast<const S*>(layer_.x) + layer_.x_map.at(walk_.time(s, slot, dir_.reverse), walk_.row(slot));
+    if (plan_.borrow_x) {
       x_rows_[row] = reinterpret_cast<const F*>(x);
       return;
     }
     F* copy = x_copy_ + row * x_width_;
-    for (int64_t n = 0; n < shape_.I; n += L) Products::put(copy, n, load_up_to(x + n, shape_.I - n), shape_.I);
+    for (int64_t n = 0; n < shape_.I; n += L) Engine::put(copy, n, load_up_to(x + n, shape_.I - n), shape_.I);
     x_rows_[row] = copy;
   }
 
@@ -189,13 +187,13 @@ class Forward {
   C* tile(int64_t p, int64_t row) const { return pre_ + (p * chunk_rows_ + row) * kPanelWidth<C>; }
 
   void project_input(const Share& share, int64_t s0, int64_t s1, int64_t p) const {
-    for_blocks(shape_.I, w_ih_.block_depth(), chunk_rows_,
+    for_blocks(shape_.I, plan_.depth[kInput],
                [&](int64_t k0, int64_t k1) {  // at least once: with no input there is still the bias
                  share.for_groups([&](const Share::Group& group) {
-                   const int64_t end = place(group, s0, s1);
-                   for (int64_t row = place(group, s0, s0); row < end; row += Products::kRows) {
-                     const int count = static_cast<int>(end - row < Products::kRows ? end - row : Products::kRows);
-                     const F* x[Products::kRows];
+                   const int64_t end = chunk_row(group, s0, s1);
+                   for (int64_t row = chunk_row(group, s0, s0); row < end; row += Engine::kRows) {
+                     const int count = static_cast<int>(end - row < Engine::kRows ? end - row : Engine::kRows);
+                     const F* x[Engine::kRows];
                      for (int m = 0; m < count; ++m) x[m] = x_rows_[row + m] + k0;
                      const bool begins = k0 == 0;
                      w_ih_.multiply(count, x, p, k0, k1, begins ? bias(p) : tile(p, row), begins ? 0 : kPanelWidth<C>,
@@ -212,15 +210,15 @@ class Forward {
   // The panels go by forth and back on alternate steps: what a cache smaller than the weights has kept from the end of
   // one step is what the next one begins with.
   void run_step(const Share& share, int64_t s0, int64_t s, bool projects) const {
-    const bool together = projects && sums_together();
+    const bool together = projects && plan_.one_sum;
     const auto run_panel = [&](int64_t p) {
       if (projects && !together) project_input(share, s, s + 1, p);
-      const int64_t depth = together ? shape_.P : w_hh_.block_depth();
-      for_blocks(shape_.P, depth, shape_.B, [&](int64_t k0, int64_t k1) {
+      const int64_t depth = together ? shape_.P : plan_.depth[kRecurrent];
+      for_blocks(shape_.P, depth, [&](int64_t k0, int64_t k1) {
         share.for_groups([&](const Share::Group& group) {
-          const int64_t row = place(group, s0, s) - group.first;
-          share.for_tiles(group, steps_.active(s), [&](int64_t first, int count) {
-            const F* a[Products::kRows];
+          const int64_t row = chunk_row(group, s0, s) - group.first;
+          share.for_tiles(group, walk_.active(s), [&](int64_t first, int count) {
+            const F* a[Engine::kRows];
             for (int m = 0; m < count; ++m) a[m] = h(s, first + m) + k0;
             C* pre = tile(p, row + first);
             if (together) {
@@ -229,7 +227,7 @@ class Forward {
               w_hh_.multiply(count, a, p, k0, k1, pre, kPanelWidth<C>, pre);
             }
             if (k1 < shape_.P) return;
-            finish_units(s, first, count, p, row + first);
+            pointwise_forward(s, first, count, p, row + first);
           });
         });
       });
@@ -238,22 +236,14 @@ class Forward {
     share.sync_rows();
     if (!shape_.projected) return;
     share.for_panels(w_hr_.panels(), [&](int64_t p) {
-      share.for_tiles(steps_.active(s), [&](int64_t first, int count) { project_output(s, first, count, p); });
+      share.for_tiles(walk_.active(s), [&](int64_t first, int count) { project_output(s, first, count, p); });
     });
     share.sync_rows();
   }
 
-  // Of weights in place both products of a step are one sum, of lanes that are added up once.
-  bool sums_together() const {
-    if constexpr (Products::kBorrowsRows) {
-      const bool short_rows = shape_.I <= kInPlaceDepth && shape_.P <= kInPlaceDepth;  // not worth several blocks
-      return w_ih_.in_place() && w_hh_.in_place() && (short_rows || shape_.B <= Products::kRows);
-    }
-    return false;
-  }
-
+  // Both products of a step as one sum, whose lanes are added up once; of weights in place.
   void multiply_together(int count, const F* const* x, const F* const* a, int64_t p, C* sums) const {
-    if constexpr (Products::kBorrowsRows) {
+    if constexpr (Engine::kKind == EngineKind::kVectors) {
       for (int m = 0; m < count; ++m) __builtin_memcpy(sums + m * kPanelWidth<C>, bias(p), kPanelWidth<C> * sizeof(C));
       w_hh_.multiply_in_place(count, {{&w_ih_, x, 0, shape_.I}, {&w_hh_, a, 0, shape_.P}}, p, sums);
     }
@@ -262,30 +252,27 @@ class Forward {
   // Gates, c and h of some rows and one vector of units, from their sums. In passes over the rows, so that while one
   // waits for its exp or division the next ones are under way. Not inlined into the differently tall tiles: one piece
   // of code, so that a row's bits do not depend on the tile it was in.
-  [[gnu::noinline]] void finish_units(int64_t s, int64_t first, int count, int64_t p, int64_t first_row) const {
-    const int64_t u = p * L, units = gates_.template count<C>(p, 0), width = gates_.template width<C>(p);
+  [[gnu::noinline]] void pointwise_forward(int64_t s, int64_t first, int count, int64_t p, int64_t first_row) const {
+    const int64_t u = p * L, units = gates_.count(p, 0), width = gates_.width(p);
     C* const sums = tile(p, first_row);
     C* const c = c_ + first * c_width_ + u;
-    if constexpr (!Products::kKeepsInfinity) {
-      for (int m = 0; m < count; ++m) {
-        const bool lost = Products::has_nan(sums + m * kPanelWidth<C>, gates_.template vectors<C>(p));
-        if (lost) sum_exactly(s, first + m, p, first_row + m);
-      }
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(count, gates_.vectors(p), sums, [&](int m, C*) { sum_exactly(s, first + m, p, first_row + m); });
     }
-    Vec<C> h[Products::kRows];
+    Vec<C> h[Engine::kRows];
     if (units == L) {  // as numbers that the compiler knows
       run_cells(sums, L, L, count, c, h);
     } else {
       run_cells(sums, units, width, count, c, h);
     }
-    if (d_.gates || d_.cells || !steps_.uniform() || s + 1 == shape_.T) {
+    if (dir_.gates || dir_.cells || !walk_.uniform() || s + 1 == shape_.T) {
       for (int m = 0; m < count; ++m) {
         save_cell(s, first + m, u, units, sums + m * kPanelWidth<C>, width, c + m * c_width_);
       }
     }
     for (int m = 0; m < count; ++m) {
       if (shape_.projected) {
-        Products::put_rounded(hidden_ + (first + m) * hidden_width_, u, h[m], shape_.H);
+        Engine::put_rounded(hidden_ + (first + m) * hidden_width_, u, h[m], shape_.H);
       } else {
         finish_h(s, first + m, u, h[m]);
       }
@@ -313,17 +300,17 @@ class Forward {
 
   // To the outputs, of one row and vector of units; c is then what the next step starts from.
   void save_cell(int64_t s, int64_t slot, int64_t u, int64_t units, const C* gates, int64_t width, C* c) const {
-    const int64_t b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse);
-    if (d_.gates) {
-      S* to = static_cast<S*>(d_.gates) + layer_.gates_map.at(t, b) + u;
+    const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
+    if (dir_.gates) {
+      S* to = static_cast<S*>(dir_.gates) + layer_.gates_map.at(t, b) + u;
       for (int g = 0; g < 4; ++g) store_up_to(to + g * shape_.H, load_up_to(gates + g * width, units), units);
     }
-    if (d_.cells) store_up_to(static_cast<C*>(d_.cells) + layer_.cells_map.at(t, b) + u, load(c), units);
-    if (s == steps_.length(slot) - 1) store_up_to(static_cast<S*>(d_.c_n) + b * shape_.H + u, load(c), units);
-    if (steps_.resets_before(s + 1, slot, d_.reverse)) store(c, Vec<C>{});
+    if (dir_.cells) store_up_to(static_cast<C*>(dir_.cells) + layer_.cells_map.at(t, b) + u, load(c), units);
+    if (s == walk_.length(slot) - 1) store_up_to(static_cast<S*>(dir_.c_n) + b * shape_.H + u, load(c), units);
+    if (walk_.resets_before(s + 1, slot, dir_.reverse)) store(c, Vec<C>{});
   }
 
-  // The sums of a row whose products have met an infinity, or a NaN
+  // The sums of a row that has to be repaired
   void sum_exactly(int64_t s, int64_t slot, int64_t p, int64_t row) const {
     __builtin_memcpy(tile(p, row), bias(p), kPanelWidth<C> * sizeof(C));
     w_ih_.multiply_exactly(x_rows_[row], p, tile(p, row));
@@ -331,18 +318,17 @@ class Forward {
   }
 
   void project_output(int64_t s, int64_t first, int rows, int64_t p) const {
-    alignas(64) C sums[Products::kRows * kPanelWidth<C>] = {};
-    const F* a[Products::kRows] = {};
+    alignas(64) C sums[Engine::kRows * kPanelWidth<C>] = {};
+    const F* a[Engine::kRows] = {};
     for (int m = 0; m < rows; ++m) a[m] = hidden_ + (first + m) * hidden_width_;
     w_hr_.multiply(rows, a, p, 0, shape_.H, sums, kPanelWidth<C>, sums);
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(rows, units_.vectors(p), sums, [&](int m, C* row) {
+        __builtin_memset(row, 0, kPanelWidth<C> * sizeof(C));
+        w_hr_.multiply_exactly(a[m], p, row);
+      });
+    }
     for (int m = 0; m < rows; ++m) {
-      if constexpr (!Products::kKeepsInfinity) {
-        C* row = sums + m * kPanelWidth<C>;
-        if (Products::has_nan(row, units_.template vectors<C>(p))) {
-          __builtin_memset(row, 0, kPanelWidth<C> * sizeof(C));
-          w_hr_.multiply_exactly(a[m], p, row);
-        }
-      }
       for (int g = 0; g < 4; ++g) {
         const int64_t n = p * kPanelWidth<C> + g * L;
         if (n < shape_.P) finish_h(s, first + m, n, load(sums + (m * 4 + g) * L));
@@ -352,24 +338,24 @@ class Forward {
 
   // Elements n .. n + lanes of the new h go to the output and to the next step.
   void finish_h(int64_t s, int64_t slot, int64_t n, Vec<C> value) const {
-    const int64_t b = steps_.row(slot), t = steps_.time(s, slot, d_.reverse), count = shape_.P - n;
-    store_up_to(static_cast<S*>(d_.y) + layer_.y_map.at(t, b) + n, value, count);
-    if (d_.h_n && s == steps_.length(slot) - 1) {
-      store_up_to(static_cast<S*>(d_.h_n) + b * shape_.P + n, value, count);
+    const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse), count = shape_.P - n;
+    store_up_to(static_cast<S*>(dir_.y) + layer_.y_map.at(t, b) + n, value, count);
+    if (dir_.h_n && s == walk_.length(slot) - 1) {
+      store_up_to(static_cast<S*>(dir_.h_n) + b * shape_.P + n, value, count);
     }
-    const bool forget = steps_.resets_before(s + 1, slot, d_.reverse);
-    Products::put_rounded(h(s + 1, slot), n, forget ? Vec<C>{} : value, shape_.P);
+    const bool forget = walk_.resets_before(s + 1, slot, dir_.reverse);
+    Engine::put_rounded(h(s + 1, slot), n, forget ? Vec<C>{} : value, shape_.P);
   }
 
   // ---- after the last step ---------------------------------------------------------------------
 
   void clear_padding(int64_t slot) const {
     if (layer_.y_map.packed_offset) return;
-    const int64_t b = steps_.row(slot);
-    for (int64_t t = steps_.length(slot); t < shape_.T; ++t) {
-      clear(static_cast<S*>(d_.y) + layer_.y_map.at(t, b), shape_.P);
-      if (d_.cells) clear(static_cast<C*>(d_.cells) + layer_.cells_map.at(t, b), shape_.H);
-      if (d_.gates) clear(static_cast<S*>(d_.gates) + layer_.gates_map.at(t, b), 4 * shape_.H);
+    const int64_t b = walk_.row(slot);
+    for (int64_t t = walk_.length(slot); t < shape_.T; ++t) {
+      clear(static_cast<S*>(dir_.y) + layer_.y_map.at(t, b), shape_.P);
+      if (dir_.cells) clear(static_cast<C*>(dir_.cells) + layer_.cells_map.at(t, b), shape_.H);
+      if (dir_.gates) clear(static_cast<S*>(dir_.gates) + layer_.gates_map.at(t, b), 4 * shape_.H);
     }
   }
 
@@ -379,15 +365,16 @@ class Forward {
   }
 
   const LayerForward& layer_;
-  const ForwardDirection& d_;
-  const Steps& steps_;
+  const ForwardDirection& dir_;
+  const Plan& plan_;
+  const Walk& walk_;
   const SequenceShape shape_;
   const int64_t first_step_;
-  const GateRows gates_;
-  const PlainRows units_;
-  Weights<GateRows> w_ih_, w_hh_;
-  Weights<PlainRows> w_hr_;
-  int64_t panels_, chunk_steps_, chunk_rows_, x_width_, h_width_, c_width_, hidden_width_ = 0;
+  const GateRows<C> gates_;
+  const PlainRows<C> units_;
+  Weights<GateRows<C>> w_ih_, w_hh_;
+  Weights<PlainRows<C>> w_hr_;
+  int64_t panels_, chunk_rows_, x_width_, h_width_, c_width_, hidden_width_ = 0;
   C* bias_;              // [panels][4 * lanes]
   C* pre_;               // [panels][chunk_rows][4 * lanes]
   const F** x_rows_;     // [chunk_rows]

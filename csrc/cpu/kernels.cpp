@@ -1,56 +1,87 @@
-// Compiled once for each SIMD level (LSTM_EXT_SIMD_LEVEL names it), always from this one source.
-#include "kernels.h"
-
+// Compiled once for each SIMD level (LSTM_EXT_SIMD_LEVEL names it), always from this one source: which instance of the
+// two passes a plan asks for, and a team to run it.
 #include <new>
 #include <type_traits>
 
 #include "backward.h"
 #include "forward.h"
+#include "levels.h"
 
 namespace lstm_ext::cpu {
 namespace LSTM_EXT_SIMD_LEVEL {
 namespace {
 
-// Calls f with a value of the storage type that `dtype` stands for.
-template <class F>
-void with_storage(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kFloat32: return f(float{});
-    case Dtype::kFloat64: return f(double{});
-    case Dtype::kBFloat16: return f(BFloat16{});
-    case Dtype::kFloat16: return f(Float16{});
+// ---- what the planner is told -----------------------------------------------------------------------------
+
+constexpr unsigned needs() {
+  unsigned features = 0;
+#if defined(__AVX2__)
+  features |= kAvx2;
+#endif
+#if defined(__FMA__)
+  features |= kFma;
+#endif
+#if defined(__AVX512F__)
+  features |= kAvx512;
+#endif
+#if defined(__AVX512BF16__)
+  features |= kAvx512Bf16;
+#endif
+#if defined(LSTM_EXT_TILES)
+  features |= kTiles;
+#endif
+  return features;
+}
+
+constexpr LevelShape kShape{kVecBytes, kTileRows, kFactorsPerLane<Factor<BFloat16>> == 2, (needs() & kTiles) != 0};
+
+// Whether the planner's view of an engine is what the engine is.
+template <class Engine>
+constexpr bool is_shape_of(Dtype dtype, bool backward) {
+  using C = typename Engine::C;
+  using F = typename Engine::F;
+  const EngineShape shape = engine_shape(kShape, Engine::kKind, dtype, backward);
+  bool same = shape.lanes == kLanes<C> && shape.sum_bytes == sizeof(C) && shape.tile_rows == Engine::kRows &&
+              shape.row_planes == Engine::row_planes && shape.column_planes == Engine::planes &&
+              shape.borrows_rows == Engine::kBorrowsRows;
+  if (Engine::kKind == EngineKind::kVectors) same = same && shape.per_lane == kFactorsPerLane<F>;
+  for (int64_t K : {0, 1, 15, 16, 31, 32, 33, 64, 127, 1000}) {
+    same = same && shape.row_bytes(K) == Engine::row_size(K) * static_cast<int64_t>(sizeof(F));
+    same = same &&
+           shape.panel_bytes(K) == Engine::weight_panel_size(K) * static_cast<int64_t>(sizeof(typename Engine::Packed));
+    same =
+        same && shape.unit_panels(K) == GateRows<C>{K}.panels() && shape.column_panels(K) == PlainRows<C>{K}.panels();
   }
+  return same;
 }
 
-// Waking a second thread costs some microseconds, and waiting for each other at every step some tenths of one: with
-// less work than this one thread, or fewer of them, are faster.
-constexpr double kLeastFlops = 6e5, kLeastFlopsPerStepAndMember = 5e4;
+static_assert(is_shape_of<VectorEngine<float>>(Dtype::kFloat32, false));
+static_assert(is_shape_of<VectorEngine<double>>(Dtype::kFloat64, false));
+static_assert(is_shape_of<VectorEngine<BFloat16>>(Dtype::kBFloat16, false));
+static_assert(is_shape_of<VectorEngine<Float16>>(Dtype::kFloat16, false));
+static_assert(is_shape_of<VectorEngine<float>>(Dtype::kBFloat16, true));
+static_assert(is_shape_of<VectorEngine<double>>(Dtype::kFloat64, true));
+#if defined(LSTM_EXT_TILES)
+static_assert(is_shape_of<TileEngine<float>>(Dtype::kFloat32, false));
+static_assert(is_shape_of<TileEngine<BFloat16>>(Dtype::kBFloat16, false));
+static_assert(is_shape_of<TileEngine<Float16>>(Dtype::kFloat16, false));
+static_assert(is_shape_of<TileEngine<BFloat16, 3>>(Dtype::kBFloat16, true));
+static_assert(is_shape_of<TileEngine<Float16, 3>>(Dtype::kFloat16, true));
+#endif
 
-// How many of `threads` to use for directions at the same time, each of which has so much work at a step, done so many
-// times as fast as vectors of floats would do it.
-int threads_worth_having(int threads, const SequenceShape& shape, int directions, const StepWork& work, double speed) {
-  const double step =
-      8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P) / speed;
-  if (step * static_cast<double>(shape.T) < kLeastFlops) return 1;
-  if (threads <= directions) return threads;
-  const int each = threads / directions;
-  if (Share({0, each, nullptr}, work).by_rows) return threads;
-  const double members = step / kLeastFlopsPerStepAndMember;
-  int64_t worth = members < each ? static_cast<int64_t>(members) : each;
-  if (worth > work.panels) worth = work.panels;
-  return directions * (worth > 1 ? static_cast<int>(worth) : 1);
-}
+// ---- a pass -----------------------------------------------------------------------------------------------
 
+// The directions of a layer, run by a team. Forward, two directions divide the threads where there are two or more, as
+// neither waits for the other; backward, one comes after the other, since the second adds to the first one's dx.
 template <class Pass>
-struct ForwardCall {
+struct Call {
   Pass* direction[2];
   int directions;
   Barrier barrier[2];
 
-  // Two directions divide the threads where there are two or more: neither waits for the other.
   static void body(void* context, int rank, int size) {
-    auto& call = *static_cast<ForwardCall*>(context);
-    if (call.directions == 2 && size > 1) {
+    auto& call = *static_cast<Call*>(context);
+    if (Pass::kDirectionsAtOnce && call.directions == 2 && size > 1) {
       const int half = size / 2;
       const int n = rank >= half;
       call.direction[n]->run({rank - n * half, n ? size - half : half, &call.barrier[n]});
@@ -60,79 +91,70 @@ struct ForwardCall {
   }
 };
 
-template <class Pass>
-struct BackwardCall {
-  Pass* direction[2];
-  int directions;
-  Barrier barrier;
-
-  // One after the other: the second adds to the first one's dx.
-  static void body(void* context, int rank, int size) {
-    auto& call = *static_cast<BackwardCall*>(context);
-    for (int n = 0; n < call.directions; ++n) call.direction[n]->run({rank, size, &call.barrier});
+template <class Pass, class Layer, class... More>
+void run_pass(const Layer& layer, const Plan& plan, More... more) {
+  static_assert(std::is_trivially_destructible_v<Pass>);  // it lies in the arena
+  Arena arena;
+  const Walk walk(layer.shape, layer.masks, arena);
+  Call<Pass> call{{}, layer.num_directions, {}};
+  for (int n = 0; n < layer.num_directions; ++n) {
+    call.direction[n] = new (arena.get<Pass>(1)) Pass(layer, n, plan, walk, arena, more...);
   }
+  const int usable = layer.num_threads > plan.threads ? layer.num_threads : plan.threads;
+  run_team(usable, plan.threads, Call<Pass>::body, &call);
+}
+
+// ---- the instance that a plan asks for ----------------------------------------------------------------------
+
+template <class S>
+struct ForwardBy {
+  using Vectors = Forward<S, VectorEngine<S>>;
+#if defined(LSTM_EXT_TILES)
+  using Tiles = Forward<S, TileEngine<S>>;
+#endif
 };
 
-template <class S, class Products>
-void run_forward(const LayerForward& layer) {
-  using Pass = Forward<S, Products>;
-  static thread_local int64_t steps_done = 0;
-  Arena arena;
-  const Steps steps(layer.shape, layer.masks, arena);
-  static_assert(std::is_trivially_destructible_v<Pass>);  // it lies in the arena
-  ForwardCall<Pass> call{{}, layer.num_directions, {}};
-  for (int n = 0; n < layer.num_directions; ++n) {
-    call.direction[n] = new (arena.get<Pass>(1)) Pass(layer, layer.direction[n], steps, steps_done, arena);
+// Gradients are computed numbers, not stored ones: what they are multiplied by is widened, or cut into planes.
+template <class S>
+struct BackwardBy {
+  using Vectors = Backward<S, VectorEngine<Compute<S>>>;
+#if defined(LSTM_EXT_TILES)
+  using Tiles = Backward<S, TileEngine<S, kPlanes<float>>>;
+#endif
+};
+
+template <class By, class C, class Layer, class... More>
+void run_by(const Layer& layer, const Plan& plan, More... more) {
+#if defined(LSTM_EXT_TILES)
+  if constexpr (std::is_same_v<C, float>) {
+    if (plan.engine == EngineKind::kTiles) return run_pass<typename By::Tiles>(layer, plan, more...);
   }
-  const int threads = threads_worth_having(layer.num_threads, layer.shape, layer.num_directions,
-                                           call.direction[0]->step_work(), Products::kSpeed);
-  run_team(layer.num_threads, threads, ForwardCall<Pass>::body, &call);
+#endif
+  run_pass<typename By::Vectors>(layer, plan, more...);
+}
+
+template <template <class> class By, class Layer, class... More>
+void run(const Layer& layer, const Plan& plan, More... more) {
+  switch (layer.dtype) {
+    case Dtype::kFloat32: return run_by<By<float>, float>(layer, plan, more...);
+    case Dtype::kFloat64: return run_by<By<double>, double>(layer, plan, more...);
+    case Dtype::kBFloat16: return run_by<By<BFloat16>, float>(layer, plan, more...);
+    case Dtype::kFloat16: return run_by<By<Float16>, float>(layer, plan, more...);
+  }
+}
+
+void layer_forward(const LayerForward& layer, const Plan& plan) {
+  static thread_local int64_t steps_done = 0;
+  run<ForwardBy>(layer, plan, steps_done);
   steps_done += layer.shape.T;
 }
 
-void layer_forward(const LayerForward& layer) {
-  with_storage(layer.dtype, [&](auto storage) {
-    using S = decltype(storage);
-#if defined(LSTM_EXT_TILES)
-    if constexpr (std::is_same_v<Compute<S>, float>) {
-      if (tiles_pay<S>(layer.shape)) return run_forward<S, Tiles<S>>(layer);
-    }
-#endif
-    run_forward<S, Vectors<S>>(layer);
-  });
-}
-
-template <class S, class Products>
-void run_backward(const LayerBackward& layer) {
-  using Pass = Backward<S, Products>;
-  Arena arena;
-  const Steps steps(layer.shape, layer.masks, arena);
-  static_assert(std::is_trivially_destructible_v<Pass>);
-  BackwardCall<Pass> call{{}, layer.num_directions, {}};
-  for (int n = 0; n < layer.num_directions; ++n) {
-    call.direction[n] = new (arena.get<Pass>(1)) Pass(layer, layer.direction[n], steps, n > 0, arena);
-  }
-  const int threads =
-      threads_worth_having(layer.num_threads, layer.shape, 1, call.direction[0]->step_work(), Products::kSpeed);
-  run_team(layer.num_threads, threads, BackwardCall<Pass>::body, &call);
-}
-
-void layer_backward(const LayerBackward& layer) {
-  with_storage(layer.dtype, [&](auto storage) {
-    using S = decltype(storage);
-#if defined(LSTM_EXT_TILES)
-    if constexpr (std::is_same_v<Compute<S>, float>) {
-      if (tiles_pay_backward<S>(layer.shape)) return run_backward<S, Tiles<S, kPlanes<float>>>(layer);
-    }
-#endif
-    run_backward<S, Vectors<Compute<S>>>(layer);
-  });
-}
+void layer_backward(const LayerBackward& layer, const Plan& plan) { run<BackwardBy>(layer, plan); }
 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels{LSTM_EXT_STRINGIFY(LSTM_EXT_SIMD_LEVEL), layer_forward, layer_backward};
+const Kernels kKernels{LSTM_EXT_STRINGIFY(LSTM_EXT_SIMD_LEVEL), needs(), kShape, layer_forward, layer_backward};
 
 }  // namespace LSTM_EXT_SIMD_LEVEL
 }  // namespace lstm_ext::cpu

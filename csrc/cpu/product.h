@@ -1,15 +1,29 @@
-// The matrix product by vectors: a tile of up to kTileRows rows by up to four vectors. (tiles.h has that of processors
-// with tile registers.)
+// The matrix product by vectors:  C[m, n] += Σ_k A[m, k] B[k, n].  (tiles.h has that of processors with tile
+// registers.)
 //
-// The vectors are the four gates of one vector of units where gates are computed, and neighbouring vectors of columns
-// elsewhere; the last panel has as few of them as hold its units or columns. A *panel* holds the other factor as
-// [K][vectors][lanes], a lane being one element or, of bfloat16 where the machine multiplies it in pairs, two
-// neighbours in k. Every element of a result is one chain of fused multiply-adds in the order of k, whatever the height
-// of the tile that computed it, so that results do not depend on how rows were dealt out to threads.
+// The micro-kernel computes a *tile* of C: up to kTileRows rows m by up to four vectors of n. Its registers, of
+// AVX-512:
+//
+//     6 rows x 4 vectors of sums + 4 vectors of B + 1 broadcast of A = 29 of 32      (AVX2, SSE: 3 x 4 + 1 = 13 of 16)
+//
+// The four vectors are the gates i f g o of one vector of units where gates are computed, and neighbouring vectors of
+// columns elsewhere; the last panel has as few of them as hold its units or columns. B comes as *panels*, one for each
+// four vectors, packed in the order in which they are read:
+//
+//     panel p:   k = 0  | vector 0 | vector 1 | vector 2 | vector 3 |      a lane is one element, or of bfloat16, where
+//                k = 1  | vector 0 | vector 1 | vector 2 | vector 3 |      the machine multiplies it in pairs, B[k, n]
+//                and
+//                ...                                                       B[k + 1, n] side by side
+//
+// or, of few rows, is read where it lies: weights are stored as B transposed, [n][k], and vectors then run along k.
+//
+// Every element of a packed product is one chain of fused multiply-adds in the order of k, whatever the height of the
+// tile that computed it, so that results do not depend on how rows were dealt out to threads.
 #pragma once
 
 #include <initializer_list>
 
+#include "plan.h"
 #include "simd.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
@@ -17,14 +31,7 @@ namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 template <class C>
 inline constexpr int kPanelWidth = 4 * kLanes<C>;
 
-// How much of a panel is multiplied by all rows before the next block of it: what a first-level cache holds; more where
-// weights are read in place, and each block costs sums over lanes.
-inline constexpr int64_t kBlockBytes = 24 << 10, kInPlaceDepth = 512;
-inline constexpr int64_t kNearBytes = 1 << 20;  // of a packed matrix: half of a large second-level cache
-inline constexpr int64_t kSumDepth = 512;       // rows whose products are added before sums of them are written
-
-LSTM_EXT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
+// tile[m] += Σ_k a[m][k * k_stride] * panel[k], for K lanes
 template <int rows, int vectors, class F, class C = Compute<F>>
 void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
   constexpr int L = kLanes<C>;
@@ -66,8 +73,7 @@ void multiply_rows(int rows, const F* const* a, int64_t k_stride, int64_t K, con
   multiply_tile<most, vectors>(a, k_stride, K, panel, tile);
 }
 
-// tile[m] += sum over k of a[m][k * k_stride] * panel[k], K lanes of a panel of 1 to 4 vectors;  tile is
-// [rows][4][lanes], contiguous
+// The same for a panel of 1 to 4 vectors. A tile is [rows][4][lanes], contiguous.
 template <class F>
 void multiply_panel(int rows, int vectors, const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel,
                     Compute<F>* tile) {
@@ -89,66 +95,44 @@ int panel_vectors(int64_t N, int64_t p) {
 
 // Which rows of a [rows, K] matrix make up the vectors of panel p: in *groups* of neighbouring rows, one after the
 // other. Group g is rows first .. first + count, and takes `width` lanes.
+template <class C>
 struct GateRows {  // of a gate matrix [4H, K]: a group for each gate of up to a vector of units
   int64_t H;
-  template <class C>
-  int64_t panels() const {
-    return ceil_div(H, kLanes<C>);
-  }
-  template <class C>
-  int64_t first(int64_t p, int g) const {
-    return g * H + p * kLanes<C>;
-  }
-  template <class C>
+  constexpr int64_t panels() const { return ceil_div(H, kLanes<C>); }
+  int64_t first(int64_t p, int g) const { return g * H + p * kLanes<C>; }
   int64_t count(int64_t p, int) const {
     const int64_t left = H - p * kLanes<C>;
     return left < kLanes<C> ? left : kLanes<C>;
   }
   // Few units share vectors.
-  template <class C>
   int width(int64_t p) const {
-    const int64_t units = count<C>(p, 0);
+    const int64_t units = count(p, 0);
     return 4 * units <= kLanes<C> ? kLanes<C> / 4 : 2 * units <= kLanes<C> ? kLanes<C> / 2 : kLanes<C>;
   }
-  template <class C>
-  int vectors(int64_t p) const {
-    return 4 * width<C>(p) / kLanes<C>;
-  }
+  int vectors(int64_t p) const { return 4 * width(p) / kLanes<C>; }
 };
 
+template <class C>
 struct PlainRows {  // of a matrix [N, K]: a group for each vector
   int64_t N;
-  template <class C>
-  int64_t panels() const {
-    return ceil_div(N, kPanelWidth<C>);
-  }
-  template <class C>
-  int64_t first(int64_t p, int g) const {
-    return p * kPanelWidth<C> + g * kLanes<C>;
-  }
-  template <class C>
+  constexpr int64_t panels() const { return ceil_div(N, kPanelWidth<C>); }
+  int64_t first(int64_t p, int g) const { return p * kPanelWidth<C> + g * kLanes<C>; }
   int64_t count(int64_t p, int g) const {
-    const int64_t left = N - first<C>(p, g);
+    const int64_t left = N - first(p, g);
     return left < 0 ? 0 : left < kLanes<C> ? left : kLanes<C>;
   }
-  template <class C>
-  int width(int64_t) const {
-    return kLanes<C>;
-  }
-  template <class C>
-  int vectors(int64_t p) const {
-    return panel_vectors<C>(N, p);
-  }
+  int width(int64_t) const { return kLanes<C>; }
+  int vectors(int64_t p) const { return panel_vectors<C>(N, p); }
 };
 
 // The rows that are the lanes of vector n of panel p, of a matrix with such rows; null where there is none.
 template <class S, class Rows, class C = Compute<S>>
 void find_lanes(const S* data, int64_t row_stride, const Rows& rows, int64_t p, int n, const S* (&lanes)[kLanes<C>]) {
-  const int width = rows.template width<C>(p);
+  const int width = rows.width(p);
   for (int lane = 0; lane < kLanes<C>; ++lane) {
     const int g = (n * kLanes<C> + lane) / width, unit = (n * kLanes<C> + lane) % width;
-    const bool present = unit < rows.template count<C>(p, g);
-    lanes[lane] = present ? data + (rows.template first<C>(p, g) + unit) * row_stride : nullptr;
+    const bool present = unit < rows.count(p, g);
+    lanes[lane] = present ? data + (rows.first(p, g) + unit) * row_stride : nullptr;
   }
 }
 
@@ -179,34 +163,17 @@ class Weights {
   using Packed = C;
   static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
 
-  // Whether to read a matrix in place that so many rows are multiplied by, in so many passes over it. That costs a
-  // horizontal sum per result, and, where vectors of weights cross cache lines, twice as many loads. Packing costs
-  // about as much as some product rows for each vector of lanes; more where a second-level cache does not hold both
-  // copies; and then lines are not what a pass waits for. (All measured. Sizes alone decide, since the way decides the
-  // bits.)
-  static bool in_place_pays(Rows rows, int64_t K, int64_t rows_to_multiply, int64_t passes) {
-    const bool across_lines = K % (L * kPer) != 0;
-    const int64_t bytes = packed_size(rows, K) * static_cast<int64_t>(sizeof(C));
-    const int64_t sums = rows_to_multiply * (bytes < kNearBytes ? 6 : 3);
-    const int64_t loads = across_lines && bytes < kNearBytes + kNearBytes / 4 ? passes * 14 : 0;
-    return sums + loads < K;
-  }
-
   Weights() = default;
   Weights(const void* data, int64_t row_stride, Rows rows, int64_t K, C* panels)
       : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
 
-  static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * panel_size(K); }
+  static int64_t packed_size(Rows rows, int64_t K) { return rows.panels() * panel_size(K); }
 
-  int64_t panels() const { return rows_.template panels<C>(); }
-  int64_t packed_bytes() const { return packed_size(rows_, K_) * static_cast<int64_t>(sizeof(Packed)); }
-  int64_t block_depth() const {
-    return panels_ ? kBlockBytes / (kPanelWidth<C> * static_cast<int64_t>(sizeof(C))) * kPer : kInPlaceDepth;
-  }
+  int64_t panels() const { return rows_.panels(); }
 
   void pack(int64_t p) const {
     if (!panels_) return;
-    const int vectors = rows_.template vectors<C>(p);
+    const int vectors = rows_.vectors(p);
     for (int n = 0; n < vectors; ++n) {
       const S* lanes[L];
       find_lanes(data_, row_stride_, rows_, p, n, lanes);
@@ -220,20 +187,18 @@ class Weights {
                 C* tile) const {
     if (start != tile) {
       for (int m = 0; m < rows; ++m) {
-        for (int n = 0; n < rows_.template vectors<C>(p); ++n) {
+        for (int n = 0; n < rows_.vectors(p); ++n) {
           store(tile + m * kPanelWidth<C> + n * L, load(start + m * start_stride + n * L));
         }
       }
     }
     if (panels_) {
-      const int vectors = rows_.template vectors<C>(p);
+      const int vectors = rows_.vectors(p);
       multiply_panel(rows, vectors, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + k0 / kPer * vectors * L, tile);
     } else {
       multiply_in_place(rows, {{this, a, k0, k1}}, p, tile);
     }
   }
-
-  bool in_place() const { return !panels_; }
 
   // Columns k0 .. k1 of a matrix in place, and the rows that they are multiplied by
   struct InPlace {
@@ -242,8 +207,12 @@ class Weights {
     int64_t k0, k1;
   };
 
-  // tile[m] += a[m] times panel p, of all these together. Vectors run along k, one sum per unit and row; lane n of the
-  // result is unit n.
+  // tile[m] += a[m] times panel p, of all these together. Vectors run along k:
+  //
+  //     row 0 of the group   |  k = 0 .. L-1  |  k = L .. 2L-1  | ...      one vector of sums for each pair of a row of
+  //     row 1                |                |                 |          weights and a row a[m]; at the end its lanes
+  //     ...                                                                are added up, to lane n of the result for
+  //     row n
   template <int most = kTileRows>
   static void multiply_in_place(int rows, std::initializer_list<InPlace> factors, int64_t p, C* tile) {
     if constexpr (most > 1) {
@@ -251,13 +220,13 @@ class Weights {
     }
     const Rows& groups = factors.begin()->weights->rows_;
     for (int g = 0; g < 4; ++g) {
-      const int64_t count = groups.template count<C>(p, g);
-      if (count > 0) multiply_group<most>(factors, p, g, count, tile + g * groups.template width<C>(p));
+      const int64_t count = groups.count(p, g);
+      if (count > 0) multiply_group<most>(factors, p, g, count, tile + g * groups.width(p));
     }
   }
 
  private:
-  const S* row(int64_t p, int g) const { return data_ + rows_.template first<C>(p, g) * row_stride_; }
+  const S* row(int64_t p, int g) const { return data_ + rows_.first(p, g) * row_stride_; }
   C* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
   static int64_t panel_size(int64_t K) { return ceil_div(K, kPer) * kPanelWidth<C>; }
 
@@ -278,14 +247,15 @@ class Weights {
     }
   }
 
-  // How many units at once: as many as there are registers for their sums, and as the hardware's prefetchers follow.
+  // How many rows of weights are read side by side: as many as there are registers for their sums, and as the
+  // hardware's prefetchers follow.
   static constexpr int streams(int rows) {
     const int most = rows * 8 <= kTileRows * 4 ? 8 : 4;
     return L < most ? L : most;
   }
 
-  // Sums of each row times the unit `first` of a group, the one after it, and so on; the one that is `last` more stands
-  // for those behind it too, whose lanes are not stored.
+  // sums[m][to], lane n = a[m] · row first + n of the group. Past the group's end (`last` rows on) its last row is read
+  // again, so that there is no tail; those lanes are not stored.
   template <int rows, int vectors>
   static LSTM_EXT_INLINE void multiply_streams(std::initializer_list<InPlace> factors, int64_t p, int g, int64_t first,
                                                int64_t last, Vec<C> (&sums)[rows][vectors], int to) {
@@ -348,24 +318,25 @@ void pack_columns(const S* const* rows, int64_t K, int64_t N, int64_t p, C* pane
   }
 }
 
-// What a pass over the steps has to know of its products, here those of vectors: how rows of S are laid out to be
-// multiplied, how many of them at a time, and by what.
+// An engine is what a pass over the steps has to know of its products, here those of vectors: how rows of S are laid
+// out to be multiplied, how many of them at a time, and by what.
 template <class S>
-struct Vectors {
+struct VectorEngine {
   using C = Compute<S>;
   using F = Factor<S>;
   template <class Rows>
   using WeightsOf = Weights<S, Rows>;
   struct Session {};  // held by whoever multiplies
 
-  static constexpr int kRows = kTileRows, kLeastRows = kTileRows;
-  static constexpr int64_t kCacheBytes = 1 << 20;  // of a usual second-level cache
-  static constexpr double kSpeed = 1;              // of large products, over that of vectors of floats (measured)
-  static constexpr bool kBorrowsRows = true;       // rows may be multiplied where they lie
-  static constexpr bool kKeepsInfinity = true, kSplitsFloats = false;
+  static constexpr EngineKind kKind = EngineKind::kVectors;
+  static constexpr int kRows = kTileRows, row_planes = 1, planes = 1;
+  static constexpr bool kBorrowsRows = sizeof(S) == sizeof(F);  // rows of S may be multiplied where they lie
+  static constexpr bool kKeepsInfinity = true;  // else sums that should be infinite are NaN, and their rows repaired
+  static constexpr bool kSplitsFloats = false;  // else a computed number is multiplied as planes of its own
 
-  // Elements of a row of K factors.
+  // Elements of a row of K factors, and of a panel of K factors of WeightsOf.
   static constexpr int64_t row_size(int64_t K) { return ceil_div(K, kLanes<C>) * kLanes<C>; }
+  static constexpr int64_t weight_panel_size(int64_t K) { return ceil_div(K, kFactorsPerLane<F>) * kPanelWidth<C>; }
 
   // Factors n .. n + lanes of a row of K
   static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t) { store(row + n, value); }

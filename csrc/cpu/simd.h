@@ -1,8 +1,23 @@
-// One SIMD vector, as wide as the level this translation unit is compiled for, on compiler vector
-// types: the arithmetic operators, comparisons and `mask ? a : b` work lane by lane.
+// One SIMD vector, as wide as the level this translation unit is compiled for, on compiler vector types: the arithmetic
+// operators, comparisons and `mask ? a : b` work lane by lane.
+//
+// The letters of the kernels:
+//
+//     S      the type that arrays store: float, double, BFloat16, Float16
+//     C      the type that is computed in, Compute<S>: double for double, float for all others
+//     F      the type of a factor of a product, Factor<S>: C, or BFloat16 where bfloat16 is multiplied in pairs
+//     L      lanes: numbers of type C in a vector, kLanes<C>
+//     kPer   factors in one lane, kFactorsPerLane<F>: 1, or 2 of BFloat16
+//
+//     level                     vector     lanes of float   registers   rows of a micro-kernel
+//     baseline, x86             16 bytes         4             16             3
+//     baseline, aarch64         16 bytes         4             32             6
+//     avx2                      32 bytes         8             16             3
+//     avx512, avx512bf16, amx   64 bytes        16             32             6
 //
 // The kernels live in the namespace of their level, so that the linker never takes one level's for another's. Of the
-// inline functions that levels share (steps.h) it keeps the first copy: the build links the levels narrowest first.
+// inline functions that levels share (walk.h, share.h, plan.h) it keeps the first copy: the build links the levels
+// narrowest first.
 #pragma once
 
 #include <cstdint>

@@ -4,14 +4,14 @@
 #include <pthread.h>
 #include <sched.h>
 
-#include <chrono>
 #include <climits>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
-#include <new>
 #include <system_error>
 #include <thread>
+
+#include "crowding.h"
 
 namespace lstm_ext::cpu {
 namespace {
@@ -35,7 +35,6 @@ bool spin_until(const Ready& ready) {
   return ready();
 }
 
-using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 // Longer than a member that is about to run needs to get there: one that sleeps may be woken on the CPU of the one that
@@ -43,37 +42,6 @@ using std::chrono::milliseconds;
 constexpr Clock::duration kYielding = milliseconds(1);
 
 thread_local Clock::duration slept{};  // in barriers, since the member's call began
-
-// Whether teams pay, on cores that other processes may want too.
-class Crowding {
- public:
-  bool alone(Clock::time_point now) const {
-    return now.time_since_epoch().count() < until_.load(std::memory_order_relaxed);
-  }
-
-  // Of a call of `size` members from `start` to `now`, `lost` was spent waiting for one that did not run. If over some
-  // time one member would have been faster alone it is tried alone, the longer the sooner the last try of a team ended
-  // in the same way. Over some time, since a single short call may have waited for a thread that slept.
-  void learn(Clock::time_point start, Clock::time_point now, Clock::duration lost, int size) {
-    const Clock::rep total = spent_.fetch_add((now - start).count(), std::memory_order_relaxed) + (now - start).count();
-    const Clock::rep in_vain = lost_.fetch_add(lost.count(), std::memory_order_relaxed) + lost.count();
-    if (total < kJudged) return;
-    spent_.store(0, std::memory_order_relaxed);
-    lost_.store(0, std::memory_order_relaxed);
-    if ((total - in_vain) * size >= total) return;
-    const Clock::rep since = start.time_since_epoch().count() - until_.load(std::memory_order_relaxed);
-    Clock::rep pause = pause_.load(std::memory_order_relaxed);
-    pause = since < pause ? (pause < kLongest ? 2 * pause : pause) : kShortest;
-    pause_.store(pause, std::memory_order_relaxed);
-    until_.store(now.time_since_epoch().count() + pause, std::memory_order_relaxed);
-  }
-
- private:
-  static constexpr Clock::rep kJudged = Clock::duration(milliseconds(5)).count();
-  static constexpr Clock::rep kShortest = Clock::duration(milliseconds(10)).count();
-  static constexpr Clock::rep kLongest = 16 * kShortest;
-  std::atomic<Clock::rep> spent_{0}, lost_{0}, until_{0}, pause_{0};
-};
 
 Crowding crowding;
 
@@ -313,53 +281,6 @@ int default_threads() {
 #endif
   const unsigned count = std::thread::hardware_concurrency();
   return count ? static_cast<int>(count) : 1;
-}
-
-namespace {
-
-constexpr size_t kAlignment = 64;
-
-struct KeptScratch {
-  unsigned char* memory = nullptr;
-  size_t size = 0;
-
-  ~KeptScratch() { std::free(memory); }
-  void resize(size_t bytes) {
-    std::free(memory);
-    memory = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, bytes));
-    size = memory ? bytes : 0;
-  }
-};
-
-thread_local KeptScratch kept_scratch;
-
-}  // namespace
-
-struct Arena::Block {
-  Block* next;
-};
-
-Arena::~Arena() {
-  while (blocks_) {
-    Block* next = blocks_->next;
-    std::free(blocks_);
-    blocks_ = next;
-  }
-  if (used_ > kept_scratch.size && used_ <= kKeptScratchBytes) kept_scratch.resize(used_);
-}
-
-void* Arena::allocate(size_t bytes) {
-  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
-  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  const size_t start = used_;
-  used_ += bytes;
-  if (used_ <= kept_scratch.size) return kept_scratch.memory + start;
-  void* memory = std::aligned_alloc(kAlignment, kAlignment + bytes);
-  if (!memory) throw std::bad_alloc();
-  Block* block = static_cast<Block*>(memory);
-  block->next = blocks_;
-  blocks_ = block;
-  return static_cast<unsigned char*>(memory) + kAlignment;
 }
 
 }  // namespace lstm_ext::cpu

@@ -1,9 +1,7 @@
-// The threads of one kernel call, the memory it borrows, and the pool they come from.
+// The threads of one kernel call, and the pool they come from.
 #pragma once
 
 #include <atomic>
-#include <cstddef>
-#include <cstdint>
 
 namespace lstm_ext::cpu {
 
@@ -40,34 +38,5 @@ bool share_openmp_threads(const char* library);
 
 // The number of threads to use where the caller names none: OMP_NUM_THREADS, or the usable processors.
 int default_threads();
-
-// Scratch memory for one call on this thread. The thread keeps what a call needed, up to kKeptScratchBytes, for
-// the next one: fresh memory from the system costs more than small kernels do.
-#if defined(__SANITIZE_ADDRESS__)
-inline constexpr size_t kKeptScratchBytes = 0;  // each array is then a block of its own, watched at its ends
-#else
-inline constexpr size_t kKeptScratchBytes = size_t{64} << 20;
-#endif
-
-class Arena {
- public:
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena();
-
-  // Uninitialised and aligned to 64 bytes. Throws std::bad_alloc.
-  template <class T>
-  T* get(int64_t count) {
-    return static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)));
-  }
-
- private:
-  struct Block;
-  void* allocate(size_t bytes);
-
-  size_t used_ = 0;          // in all
-  Block* blocks_ = nullptr;  // what the kept memory could not hold
-};
 
 }  // namespace lstm_ext::cpu

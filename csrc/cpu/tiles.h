@@ -1,10 +1,25 @@
-// Products by tiles of bfloat16, for numbers of any kind up to float.
+// The matrix product by tile registers:  C[m, n] += Σ_k A[m, k] B[k, n],  for numbers of any kind up to float.
 //
-// Wider numbers are made of *planes*: a number cut off or rounded to bfloat16, what is then missing in the same way,
-// and so on, so that a float is the exact sum of three, a float16 of two. A product of two numbers is the sum of the
-// products of their planes, of which those below the last bit of a float product are left out. Six products for one are
-// still faster than multiplying floats by vectors, and round no worse: 32 of them are summed before they are rounded to
-// the sum.
+// Tiles multiply bfloat16. Wider numbers are made of *planes*: a number cut off or rounded to bfloat16, what is then
+// missing in the same way, and so on, so that a float is the exact sum of three, a float16 of two:
+//
+//     float      1.0110111 00101101 01100101       24 bits of mantissa
+//     plane 0    1.0110111                          8 of them
+//     plane 1              .0101101                 what is missing, to 8 bits
+//     plane 2                       01100101        and the rest
+//
+// A product of two numbers is the sum of the products of their planes, of which those below the last bit of a float
+// product are left out (plane i times plane j with i + j > 2). How many are left:
+//
+//                float   float16   bfloat16 (weights)
+//     float        6        5          3                   in a backward pass, where rows are gradients
+//     itself       6        4          1                   forward
+//
+// Six products for one are still faster than multiplying floats by vectors, and round no worse: 32 of them are summed
+// before they are rounded to the sum.
+//
+// A row of A is [planes][K], each plane filled up with zeros to whole tiles. A panel of B is [K / 32][vectors][planes]
+// tiles; one of these holds 32 factors of 16 columns as [16 pairs in k][16 columns][2] (see amx.h).
 //
 // What planes cannot hold is infinity, since what is missing of it is no number: such a product comes out as NaN, and
 // whoever finds one multiplies that row again, exactly. Planes below the smallest normal number are zero.
@@ -60,7 +75,7 @@ LSTM_EXT_INLINE void for_planes(Vec<float> first, Vec<float> second, const F& f)
 
 // ---- a weight matrix --------------------------------------------------------------------------------------
 
-// As Weights; a panel is [K / 32][vectors][planes] tiles of [16 pairs in k][16 columns][2].
+// As Weights, packed into tiles.
 template <class S, class Rows>
 class TileWeights {
  public:
@@ -74,16 +89,12 @@ class TileWeights {
   TileWeights(const void* data, int64_t row_stride, Rows rows, int64_t K, Packed* panels)
       : data_(static_cast<const S*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
 
-  static constexpr bool in_place_pays(Rows, int64_t, int64_t, int64_t) { return false; }
-  static int64_t packed_size(Rows rows, int64_t K) { return rows.template panels<C>() * tile_panel_size<S>(K); }
+  static int64_t packed_size(Rows rows, int64_t K) { return rows.panels() * tile_panel_size<S>(K); }
 
-  int64_t panels() const { return rows_.template panels<C>(); }
-  int64_t packed_bytes() const { return packed_size(rows_, K_) * static_cast<int64_t>(sizeof(Packed)); }
-  // All at once: to load and store sums more often costs more than to read a panel from a second-level cache again.
-  int64_t block_depth() const { return filled_up(K_); }
+  int64_t panels() const { return rows_.panels(); }
 
   void pack(int64_t p) const {
-    const int vectors = rows_.template vectors<C>(p);
+    const int vectors = rows_.vectors(p);
     for (int n = 0; n < vectors; ++n) {
       const S* lanes[L];
       find_lanes(data_, row_stride_, rows_, p, n, lanes);
@@ -94,10 +105,10 @@ class TileWeights {
   }
 
   // tile[m] = start[m * start_stride] + a[m] times panel p, over columns k0 .. k1; k0 is a multiple of kTileDepth, the
-  // rows a[m] are equally far apart and as Tiles<S> puts them.
+  // rows a[m] are equally far apart and as TileEngine<S> puts them.
   void multiply(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, const C* start, int64_t start_stride,
                 C* tile) const {
-    const int vectors = rows_.template vectors<C>(p);
+    const int vectors = rows_.vectors(p);
     const TileRows factors{a[0], rows > 1 ? a[1] - a[0] : 0, filled_up(K_), kTileDepth};
     multiply_blocks<planes, planes>(rows, vectors, factors, ceil_div(k1 - k0, kTileDepth),
                                     panel(p) + k0 / kTileDepth * vectors * planes * kTileFactors, start, start_stride,
@@ -106,7 +117,7 @@ class TileWeights {
 
   // tile += one row times panel p as floats, slowly
   void multiply_exactly(const F* a, int64_t p, C* tile) const {
-    for (int n = 0; n < rows_.template vectors<C>(p); ++n) {
+    for (int n = 0; n < rows_.vectors(p); ++n) {
       const S* lanes[L];
       find_lanes(data_, row_stride_, rows_, p, n, lanes);
       for (int lane = 0; lane < L; ++lane) {
@@ -154,23 +165,24 @@ class TileWeights {
   F* panels_ = nullptr;
 };
 
-// As Vectors. What is multiplied by panels of S are rows of S too, or, in a backward pass, gradients that are floats.
-template <class S, int row_planes = kPlanes<S>>
-struct Tiles {
+// As VectorEngine. What is multiplied by panels of S are rows of S too, or, in a backward pass, gradients that are
+// floats.
+template <class S, int planes_of_rows = kPlanes<S>>
+struct TileEngine {
   using C = float;
   using F = BFloat16;
   template <class Rows>
   using WeightsOf = TileWeights<S, Rows>;
   using Session = TileSession;
 
-  static constexpr int kRows = kTileHeight, kLeastRows = kTileHeight / 2, planes = kPlanes<S>;
-  static constexpr int64_t kCacheBytes = 1 << 21;
-  static constexpr double kSpeed = 6. / products(row_planes, planes);
+  static constexpr EngineKind kKind = EngineKind::kTiles;
+  static constexpr int kRows = kTileHeight, row_planes = planes_of_rows, planes = kPlanes<S>;
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
 
   // Plane after plane, each filled up with zeros to a whole number of tiles. An odd number of cache lines, so that
   // those of neighbouring rows fall into different sets.
+  static constexpr int64_t weight_panel_size(int64_t K) { return tile_panel_size<S>(K); }
   static constexpr int64_t row_size(int64_t K) { return (row_planes * filled_up(K) / kTileDepth | 1) * kTileDepth; }
 
   // Planes of rows are cut off, which takes fewer instructions than rounding, and is as exact. The products left out
@@ -191,7 +203,7 @@ struct Tiles {
     }
   }
 
-  // The planes of rows of T, [K, N], as Vectors packs them: [K / 32][vectors][planes] tiles
+  // The planes of rows of T, [K, N], as VectorEngine packs them: [K / 32][vectors][planes] tiles
   using Packed = BFloat16;
   static constexpr int64_t panel_size(int64_t K) { return tile_panel_size<S>(K); }
   template <class T>
@@ -221,9 +233,9 @@ struct Tiles {
                                         tile);
   }
 
-  // Up to 16 columns of a [K, M], K up to kSumDepth, turned into tiles
+  // Up to 16 columns of a [K, M], K up to kMostSumDepth, turned into tiles
   struct Transposed {
-    alignas(64) F tiles[row_planes * kSumDepth * kTileHeight];
+    alignas(64) F tiles[row_planes * kMostSumDepth * kTileHeight];
 
     Transposed(const C* a, int64_t M, int64_t K, int count) {
       for (int64_t k = 0; k < K; k += kTileDepth) {
@@ -256,7 +268,16 @@ struct Tiles {
                                         tile);
   }
 
-  // Whether any of the sums in some vectors is not a number
+  // exactly(m, its sums) for those rows of a tile of sums that hold a NaN: their products have met an infinity, or a
+  // NaN.
+  template <class Exactly>
+  static void repair(int rows, int vectors, C* tile, const Exactly& exactly) {
+    for (int m = 0; m < rows; ++m) {
+      if (has_nan(tile + m * kPanelWidth<C>, vectors)) exactly(m, tile + m * kPanelWidth<C>);
+    }
+  }
+
+ private:
   static bool has_nan(const C* sums, int vectors) {
     __mmask16 found = 0;
     for (int n = 0; n < vectors; ++n) {
@@ -266,42 +287,12 @@ struct Tiles {
     return found != 0;
   }
 
- private:
   static LSTM_EXT_INLINE void put_plane(F* plane, int64_t n, U16::Type value, int64_t K) {
     __builtin_memcpy(plane + n, &value, sizeof(value));
     const bool half_left = n + kLanes<C> >= K && n + kLanes<C> < filled_up(K);  // of a tile
     if (half_left) __builtin_memset(plane + n + kLanes<C>, 0, sizeof(value));
   }
 };
-
-// Sequences in a batch from which on tiles are faster, by the number of planes (measured); where planes are several,
-// and few columns are multiplied, from twice as many on.
-inline constexpr int64_t kLeastTileRows[] = {1, 4, 8}, kLeastTileRowsBackward[] = {4, 4, 8};
-
-template <class S>
-bool enough_rows(const int64_t (&least)[3], const SequenceShape& shape, int64_t few_columns) {
-  const bool few = kPlanes<S> > 1 && shape.I + shape.P < few_columns;
-  return shape.B >= least[kPlanes<S> - 1] * (few ? 2 : 1);
-}
-
-// Whether a layer is computed faster by tiles than by vectors, which read weights in place for few rows, make no
-// planes, and multiply no zeros that fill tiles up.
-template <class S>
-bool tiles_pay(const SequenceShape& shape) {
-  const int64_t depth = shape.I + shape.P, filled = filled_up(shape.I) + filled_up(shape.P);
-  const bool fits = kPlanes<S> == 1 || (shape.B < kTileHeight ? 6 * filled < 7 * depth : 10 * filled < 13 * depth);
-  return fits && enough_rows<S>(kLeastTileRows, shape, 160) && 6 * shape.T * shape.B >= shape.P;
-}
-
-// Columns that a gradient has to be multiplied by to be worth transposing
-inline constexpr int64_t kLeastTransposedFor = 192;
-
-// The same of its backward pass, where the rows are gradients, floats in each case
-template <class S>
-bool tiles_pay_backward(const SequenceShape& shape) {
-  const bool fits = 6 * (ceil_div(shape.H, kTileHeight) * kTileHeight) < 7 * shape.H;
-  return fits && shape.I + shape.P >= kLeastTransposedFor && enough_rows<S>(kLeastTileRowsBackward, shape, 384);
-}
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL
 

@@ -1,5 +1,8 @@
 // exp and tanh of a SIMD vector, for sigmoids and tanh good to 3 ulp where those are normal numbers; NaN and infinities
 // give what they should.
+//
+//     exp(x)  = 2^n exp(r)          with x = n ln 2 + r, |r| <= ln 2 / 2, and exp(r) by its series
+//     tanh(x) = -m / (2 + m)        with m = exp(-2 |x|) - 1, and the sign of x
 #pragma once
 
 #include "simd.h"
@@ -58,7 +61,7 @@ struct VecMath {
     return scale(1 + reduced.m1, reduced.n);
   }
 
-  // -m / (2 + m) with m = exp(-2|x|) - 1: no cancellation near 0, no overflow; 0 - m, since tanh(0) is no -0
+  // No cancellation near 0, no overflow; 0 - m, since tanh(0) is no -0
   static LSTM_EXT_INLINE Value tanh(Value x) {
     const Int sign = bit_cast<Int>(x) & bit_cast<Int>(broadcast(C(-0.)));
     const Value twice = -2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign);

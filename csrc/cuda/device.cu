@@ -2,17 +2,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include <mutex>
 #include <stdexcept>
 
+#include "check.h"
 #include "kernels.h"
 
 namespace lstm_ext::cuda {
 namespace {
-
-std::string failure(const char* call, cudaError_t error) {
-  (void)cudaGetLastError();  // a failed query must not surface in somebody else's next check
-  return std::string(call) + ": " + cudaGetErrorString(error);
-}
 
 // Why the current device cannot run what was compiled; empty if it can.
 std::string refusal_of_current_device() {
@@ -22,6 +19,17 @@ std::string refusal_of_current_device() {
   } catch (const std::runtime_error& error) {
     return error.what();
   }
+}
+
+DeviceLimits limits_of(int device) {
+  const auto get = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor),
+          get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrClockRate),
+          get(cudaDevAttrCooperativeLaunch) != 0};
 }
 
 }  // namespace
@@ -47,5 +55,22 @@ DeviceReport device_report() {
   report.reason = count == 0 ? "the CUDA driver reports no device" : refusal_of_current_device();
   return report;
 }
+
+const DeviceLimits& device_limits(int device) {
+  static std::mutex mutex;
+  static std::vector<DeviceLimits*> known;  // never freed: references are handed out
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (device >= static_cast<int>(known.size())) known.resize(static_cast<size_t>(device) + 1);
+  DeviceLimits*& limits = known[static_cast<size_t>(device)];
+  if (!limits) limits = new DeviceLimits(limits_of(device));
+  return *limits;
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  check(cudaGetDevice(&former_), "cudaGetDevice");
+  if (former_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+}
+
+DeviceGuard::~DeviceGuard() { (void)cudaSetDevice(former_); }
 
 }  // namespace lstm_ext::cuda

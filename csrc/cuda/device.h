@@ -1,6 +1,7 @@
 // The GPUs of this machine as the CUDA runtime in this module sees them.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -16,5 +17,28 @@ int runtime_version();
 
 // Never throws for want of a driver or a device.
 DeviceReport device_report();
+
+// What the planner asks of a device.
+struct DeviceLimits {
+  int compute_capability;    // 90 for sm_90
+  int sms;                   // multiprocessors
+  int64_t shared_per_block;  // bytes of dynamic shared memory that a block may ask for
+  int clock_khz;
+  bool cooperative;  // it can run all blocks of a launch at the same time, and refuse where they do not fit
+};
+
+// Of a device; asked for once.
+const DeviceLimits& device_limits(int device);
+
+// Makes `device` the current one of this thread, and the former one again at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+
+ private:
+  int former_;
+};
 
 }  // namespace lstm_ext::cuda

@@ -1,8 +1,8 @@
-// The kernels that are compiled: one set for each kind of arithmetic and number of column tiles of the batch.
+// The kernels that are compiled: one set for each kind of arithmetic and number of batch tiles in a block.
 #pragma once
 
+#include "kernel_params.h"
 #include "launch.h"
-#include "plan.h"
 
 namespace lstm_ext::cuda {
 
@@ -11,14 +11,13 @@ struct KernelSet {
   Kernel<SequenceBackward> sequence_backward;
   Kernel<StepForward> step_forward;
   Kernel<StepBackward> step_backward;
-  int64_t (*step_shared_bytes)(int warps_m);
 };
 
-// `column_tiles` is 1, 2 or 4, up to most_column_tiles of the arithmetic.
-const KernelSet& bf16_kernels(int column_tiles);
-const KernelSet& fp16_kernels(int column_tiles);
-const KernelSet& tf32_kernels(int column_tiles);
-const KernelSet& fp32_kernels(int column_tiles);
-const KernelSet& fp64_kernels(int column_tiles);
+// `batch_tiles` is 1, 2 or 4, up to most_batch_tiles of the arithmetic.
+const KernelSet& bf16_kernels(int batch_tiles);
+const KernelSet& fp16_kernels(int batch_tiles);
+const KernelSet& tf32_kernels(int batch_tiles);
+const KernelSet& fp32_kernels(int batch_tiles);
+const KernelSet& fp64_kernels(int batch_tiles);
 
 }  // namespace lstm_ext::cuda

@@ -2,13 +2,13 @@
 
 namespace lstm_ext::cuda {
 
-const KernelSet& fp16_kernels(int column_tiles) {
+const KernelSet& fp16_kernels(int batch_tiles) {
   static constexpr KernelNames kNames = {"sequence_forward<float16>", "sequence_backward<float16>",
                                          "step_forward<float16>", "step_backward<float16>"};
   static const KernelSet sets[] = {kernel_set<Arithmetic::kFp16, HalfTile<__half>, 1>(kNames),
                                    kernel_set<Arithmetic::kFp16, HalfTile<__half>, 2>(kNames),
                                    kernel_set<Arithmetic::kFp16, HalfTile<__half>, 4>(kNames)};
-  return sets[column_tiles / 2];
+  return sets[batch_tiles / 2];
 }
 
 }  // namespace lstm_ext::cuda

@@ -2,13 +2,13 @@
 
 namespace lstm_ext::cuda {
 
-const KernelSet& tf32_kernels(int column_tiles) {
+const KernelSet& tf32_kernels(int batch_tiles) {
   static constexpr KernelNames kNames = {"sequence_forward<TF32>", "sequence_backward<TF32>", "step_forward<TF32>",
                                          "step_backward<TF32>"};
   static const KernelSet sets[] = {kernel_set<Arithmetic::kTf32, Tf32Tile, 1>(kNames),
                                    kernel_set<Arithmetic::kTf32, Tf32Tile, 2>(kNames),
                                    kernel_set<Arithmetic::kTf32, Tf32Tile, 4>(kNames)};
-  return sets[column_tiles / 2];
+  return sets[batch_tiles / 2];
 }
 
 }  // namespace lstm_ext::cuda

@@ -3,42 +3,33 @@
 #include <cuda_runtime_api.h>
 
 #include <mutex>
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <set>
+#include <utility>
+
+#include "check.h"
+#include "device.h"
 
 namespace lstm_ext::cuda {
 namespace {
 
-void check(cudaError_t error, const char* kernel, const char* call) {
-  if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // reported here, and not in somebody else's next check as well
-  const std::string where = *kernel ? std::string(kernel) + ": " : std::string();
-  throw std::runtime_error("lstm_ext: " + where + call + ": " + cudaGetErrorString(error));
-}
-
-void allow_shared_memory(const char* name, const void* function, int64_t bytes) {
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name,
-        "cudaFuncSetAttribute");
-}
-
-struct Configuration {
+// LaunchConfig in the runtime's terms.
+struct RuntimeConfig {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
 
-  explicit Configuration(const Launch& how) {
-    config.gridDim = dim3(how.grid_x, how.grid_y, how.grid_z);
-    config.blockDim = dim3(how.threads);
-    config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
-    config.stream = static_cast<cudaStream_t>(how.stream);
+  RuntimeConfig(const LaunchConfig& of, void* stream) {
+    config.gridDim = dim3(of.grid_x, of.grid_y);
+    config.blockDim = dim3(of.threads);
+    config.dynamicSmemBytes = static_cast<size_t>(of.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    if (how.cluster > 1) {
+    if (of.cluster > 1) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+      attribute.val.clusterDim.x = static_cast<unsigned>(of.cluster);
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     }
-    if (how.cooperative) {
+    if (of.cooperative) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
@@ -46,71 +37,49 @@ struct Configuration {
   }
 };
 
-int attribute_of(int device, cudaDeviceAttr attribute) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, attribute, device), "", "cudaDeviceGetAttribute");
-  return value;
-}
-
-DeviceLimits limits_of(int device) {
-  const auto get = [&](cudaDeviceAttr attribute) { return attribute_of(device, attribute); };
-  return {get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor),
-          get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrClockRate),
-          get(cudaDevAttrCooperativeLaunch) != 0};
-}
-
 }  // namespace
 
-void launch_raw(const char* name, const void* function, const Launch& how, const void* params) {
-  allow_shared_memory(name, function, how.shared_bytes);
-  const Configuration configuration(how);
-  void* arguments[] = {const_cast<void*>(params)};
-  check(cudaLaunchKernelExC(&configuration.config, function, arguments), name, "cudaLaunchKernelExC");
+void prepare_raw(const char* name, const void* entry) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> prepared;  // on a device
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (prepared.count({device, entry})) return;
+  check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(device_limits(device).shared_per_block)),
+        "cudaFuncSetAttribute", name);
+  prepared.insert({device, entry});
 }
 
-int blocks_per_sm_raw(const char* name, const void* function, int threads, int64_t shared_bytes) {
-  allow_shared_memory(name, function, shared_bytes);
+void launch_raw(const char* name, const void* entry, const LaunchConfig& config, const void* params, void* stream) {
+  const RuntimeConfig runtime(config, stream);
+  void* arguments[] = {const_cast<void*>(params)};
+  check(cudaLaunchKernelExC(&runtime.config, entry, arguments), "cudaLaunchKernelExC", name);
+}
+
+int blocks_per_sm_raw(const char* name, const void* entry, int threads, int64_t shared_bytes) {
   int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, static_cast<size_t>(shared_bytes)),
-        name, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, entry, threads, static_cast<size_t>(shared_bytes)),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", name);
   return blocks;
 }
 
-int active_clusters_raw(const char* name, const void* function, const Launch& how) {
-  allow_shared_memory(name, function, how.shared_bytes);
-  const Configuration configuration(how);
+int active_clusters_raw(const char* name, const void* entry, const LaunchConfig& config) {
+  const RuntimeConfig runtime(config, nullptr);
   int clusters = 0;
-  check(cudaOccupancyMaxActiveClusters(&clusters, function, &configuration.config), name,
-        "cudaOccupancyMaxActiveClusters");
+  check(cudaOccupancyMaxActiveClusters(&clusters, entry, &runtime.config), "cudaOccupancyMaxActiveClusters", name);
   return clusters;
 }
 
-int registers_raw(const char* name, const void* function) {
+int registers_raw(const char* name, const void* entry) {
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, function), name, "cudaFuncGetAttributes");
+  check(cudaFuncGetAttributes(&attributes, entry), "cudaFuncGetAttributes", name);
   return attributes.numRegs;
 }
 
 void fill_zero(void* memory, int64_t bytes, void* stream) {
-  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "",
-        "cudaMemsetAsync");
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
-
-const DeviceLimits& device_limits(int device) {
-  static std::mutex mutex;
-  static std::vector<DeviceLimits*> known;  // never freed: references are handed out
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (device >= static_cast<int>(known.size())) known.resize(static_cast<size_t>(device) + 1);
-  DeviceLimits*& limits = known[static_cast<size_t>(device)];
-  if (!limits) limits = new DeviceLimits(limits_of(device));
-  return *limits;
-}
-
-DeviceGuard::DeviceGuard(int device) {
-  check(cudaGetDevice(&former_), "", "cudaGetDevice");
-  if (former_ != device) check(cudaSetDevice(device), "", "cudaSetDevice");
-}
-
-DeviceGuard::~DeviceGuard() { (void)cudaSetDevice(former_); }
 
 }  // namespace lstm_ext::cuda

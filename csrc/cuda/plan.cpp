@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 
@@ -14,6 +15,8 @@ constexpr double kSyncClocks = 40, kProductClocks = 150, kEpilogueClocks = 700, 
 constexpr double kClusterClocks = 700, kGridClocks = 1500;
 constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 3000, kL2BytesPerClockOfSm = 48;
 constexpr double kLaunchMicroseconds = 2.5, kLoadClocksPerNumber = 0.6;
+
+constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -30,12 +33,14 @@ double fma_per_clock(Arithmetic arithmetic) {
   throw std::logic_error("fma_per_clock: no such arithmetic");
 }
 
+// One way to run all steps in one launch: what the search tries.
 struct Candidate {
   Exchange exchange;
-  int ranks, column_tiles, batch_tile;
+  int ranks, batch_tiles, team_batch;
 };
 
-// Lays a block's shared memory out, one thing after the other.
+// Lays a block's shared memory out, one thing after the other, each aligned for reads of 16 bytes. What is far too
+// large stays an int that no device has room for.
 struct SharedMemory {
   int64_t used = 0;
   int take(int64_t bytes) {
@@ -45,136 +50,153 @@ struct SharedMemory {
   }
 };
 
+// What follows from a candidate: its layout, and by COST_MODEL.md its time.
 class Planner {
  public:
-  explicit Planner(const Question& question) : q_(question), sizes_(tile_sizes(question.arithmetic)) {}
+  explicit Planner(const Problem& problem) : problem_(problem), sizes_(tile_sizes(problem.arithmetic)) {}
 
-  // What a rank has of `count` units. A word that is sent holds two of the half types.
-  int share(int64_t count, int ranks) const {
+  // How many of `count` units a rank has. A word that is sent holds two of the half types.
+  int units_of_rank(int64_t count, int ranks) const {
     const int64_t each = ceil_div(count, ranks);
     return static_cast<int>(ranks > 1 && sizes_.on_chip_bytes == 2 ? round_up(each, 2) : each);
   }
 
-  Spread spread(const Candidate& candidate) const {
-    const auto [T, B, I, H, P, projected] = q_.shape;
-    const int U = share(H, candidate.ranks), p = projected ? share(P, candidate.ranks) : U;
-    const int hidden = static_cast<int>(H), width = static_cast<int>(P);
-    const SharedOut gates{U, 4, hidden, H}, units{U, 1, hidden, 0}, h{p, 1, width, 0};
-    Spread spread{};
-    spread.exchange = candidate.exchange;
-    spread.ranks = candidate.ranks;
-    spread.batch_tile = candidate.batch_tile;
-    spread.num_stages = projected ? 2 : 1;
-    spread.stage[0].rows = q_.backward ? h : gates;
-    spread.stage[0].columns = q_.backward ? gates : h;
-    spread.stage[1].rows = q_.backward ? units : h;
-    spread.stage[1].columns = q_.backward ? h : units;
-    lay_out(spread, candidate);
-    return spread;
+  Layout layout(const Candidate& candidate) const {
+    const auto [T, B, I, H, P, projected] = problem_.shape;
+    const int U = units_of_rank(H, candidate.ranks), p = projected ? units_of_rank(P, candidate.ranks) : U;
+    const Slices gates{U, 4, static_cast<int>(H), H};
+    const Slices units{U, 1, static_cast<int>(H), 0};
+    const Slices h{p, 1, static_cast<int>(P), 0};
+    Layout layout{};
+    layout.exchange = candidate.exchange;
+    layout.ranks = candidate.ranks;
+    layout.team_batch = candidate.team_batch;
+    layout.num_products = projected ? 2 : 1;
+    ProductLayout &recurrent = layout.product[0], &projection = layout.product[1];
+    recurrent.rows = problem_.backward ? h : gates;
+    recurrent.columns = problem_.backward ? gates : h;
+    projection.rows = problem_.backward ? units : h;
+    projection.columns = problem_.backward ? h : units;
+    cut_into_tiles(recurrent, sizes_.register_steps, candidate.ranks);
+    if (projected) cut_into_tiles(projection, 0, candidate.ranks);
+    place_in_memory(layout, candidate);
+    return layout;
   }
 
-  // Microseconds of one step of one tile of the batch.
-  double step_time(const Spread& spread) const {
+  // Microseconds of one step of one team_batch.
+  double step_time(const Layout& layout) const {
     double clocks = 0;
-    for (int n = 0; n < spread.num_stages; ++n) clocks += stage_clocks(spread, spread.stage[n]);
+    for (int n = 0; n < layout.num_products; ++n) clocks += product_clocks(layout, layout.product[n]);
     return microseconds(clocks);
   }
 
-  double microseconds(double clocks) const { return clocks * 1e3 / q_.device.clock_khz; }
+  double microseconds(double clocks) const { return clocks * 1e3 / problem_.device.clock_khz; }
 
   // Until a block has its weights.
-  double load_time(const Spread& spread) const {
+  double load_time(const Layout& layout) const {
     double numbers = 0;
-    for (int n = 0; n < spread.num_stages; ++n)
-      numbers += double(spread.stage[n].row_tiles) * sizes_.rows * spread.stage[n].column_tiles * sizes_.columns;
+    for (int n = 0; n < layout.num_products; ++n)
+      numbers += double(layout.product[n].row_tiles) * sizes_.rows * layout.product[n].k_tiles * sizes_.columns;
     return microseconds(numbers * kLoadClocksPerNumber);
   }
 
+  // Microseconds of one step of the whole batch, if it is a launch.
   double launch_per_step_time() const {
-    const double numbers =
-        double(q_.shape.H) * q_.shape.P * 4 + (q_.shape.projected ? double(q_.shape.H) * q_.shape.P : 0);
-    const double tiles = std::ceil(q_.shape.B / (8.0 * sizes_.most_column_tiles));
-    const double bytes = numbers * sizes_.number_bytes * q_.directions * tiles;
-    const double product = numbers * q_.shape.B * q_.directions / fma_per_clock(q_.arithmetic) / q_.device.sms;
-    const int launches = q_.shape.projected ? 2 : 1;
+    const double numbers = double(problem_.shape.H) * problem_.shape.P * 4 +
+                           (problem_.shape.projected ? double(problem_.shape.H) * problem_.shape.P : 0);
+    const double tiles = std::ceil(problem_.shape.B / (8.0 * sizes_.most_batch_tiles));
+    const double bytes = numbers * sizes_.number_bytes * problem_.directions * tiles;
+    const double product =
+        numbers * problem_.shape.B * problem_.directions / fma_per_clock(problem_.arithmetic) / problem_.device.sms;
+    const int launches = problem_.shape.projected ? 2 : 1;
     return launches * (kLaunchMicroseconds + microseconds(kEpilogueClocks)) +
            microseconds(std::max(bytes / kL2BytesPerClock, product));
   }
 
  private:
-  void lay_out(Spread& spread, const Candidate& candidate) const {
-    const int64_t columns = candidate.column_tiles * kColumns;
+  // Tiles of weights, and which of them each warp has. The registers are the first product's.
+  void cut_into_tiles(ProductLayout& product, int register_steps, int ranks) const {
+    product.row_tiles = static_cast<int>(ceil_div(product.rows.per_rank(), sizes_.rows));
+    product.k_tiles = static_cast<int>(ceil_div(int64_t{ranks} * product.columns.per_rank(), sizes_.columns));
+    const int pairs = static_cast<int>(ceil_div(product.row_tiles, sizes_.row_tiles));
+    product.warps_m = 1;
+    while (product.warps_m * 2 <= std::min(pairs, kWarps)) product.warps_m *= 2;
+    const int64_t steps = ceil_div(pairs, product.warps_m) * ceil_div(product.k_tiles, kWarps / product.warps_m);
+    product.shared_steps = static_cast<int>(std::max<int64_t>(0, steps - register_steps));
+  }
+
+  // The operands and tiles of each product are its own; partial sums and outbox serve both, one after the other.
+  void place_in_memory(Layout& layout, const Candidate& candidate) const {
+    const int64_t sequences = candidate.batch_tiles * kBatchColumns;
     const bool cluster = candidate.exchange == Exchange::kCluster, alone = candidate.exchange == Exchange::kBlock;
     SharedMemory memory;
     int64_t partial = 0, outbox = 0;
-    for (int n = 0; n < spread.num_stages; ++n) {
-      share_out(spread.stage[n], n == 0 ? sizes_.register_steps : 0, spread.ranks);
-      const int rows = spread.stage[n].row_tiles * sizes_.rows;
-      spread.partial_stride = std::max(spread.partial_stride, rows + kPartialPadding);
+    for (int n = 0; n < layout.num_products; ++n) {
+      const int rows = layout.product[n].row_tiles * sizes_.rows;
+      layout.partial_stride = std::max(layout.partial_stride, rows + kPartialPadding);
     }
-    for (int n = 0; n < spread.num_stages; ++n) {
-      Stage& stage = spread.stage[n];
-      const int64_t slices = kWarps / stage.warps_m;
-      stage.operand_bytes =
-          static_cast<int>(int64_t{stage.column_tiles} * sizes_.columns * columns * sizes_.on_chip_bytes);
-      stage.tiles_offset = memory.take(int64_t{kWarps} * stage.shared_steps * sizes_.row_tiles * 512);
-      stage.operand_offset = memory.take(int64_t{cluster ? 2 : 1} * stage.operand_bytes);
-      stage.row_words = static_cast<int>(ceil_div(int64_t{stage.columns.each()} * sizes_.on_chip_bytes, 4));
-      stage.words_offset = spread.exchange_words;
-      spread.exchange_words += int64_t{2} * spread.batch_tile * spread.ranks * stage.row_words;
-      partial = std::max(partial, slices * columns * spread.partial_stride * sizes_.sum_bytes);
-      outbox = std::max(outbox, columns * stage.row_words * 4);
+    for (int n = 0; n < layout.num_products; ++n) {
+      ProductLayout& product = layout.product[n];
+      const int64_t splits = kWarps / product.warps_m;
+      product.operand_bytes =
+          static_cast<int>(int64_t{product.k_tiles} * sizes_.columns * sequences * sizes_.on_chip_bytes);
+      product.tiles_offset = memory.take(int64_t{kWarps} * product.shared_steps * sizes_.row_tiles * kTileBytes);
+      product.operand_offset = memory.take(int64_t{cluster ? 2 : 1} * product.operand_bytes);
+      product.row_words = static_cast<int>(ceil_div(int64_t{product.columns.per_rank()} * sizes_.on_chip_bytes, 4));
+      product.words_offset = layout.exchange_words;
+      layout.exchange_words += int64_t{2} * layout.team_batch * layout.ranks * product.row_words;
+      partial = std::max(partial, splits * sequences * layout.partial_stride * sizes_.sum_bytes);
+      outbox = std::max(outbox, sequences * product.row_words * 4);
     }
-    const int units = q_.backward ? spread.stage[spread.num_stages - 1].rows.width : spread.stage[0].rows.width;
-    spread.partial_offset = memory.take(partial);
-    spread.outbox_offset = memory.take(alone ? 0 : outbox);
-    spread.state_offset = memory.take(columns * units * sizes_.sum_bytes);
-    spread.rows_offset = memory.take(2 * columns * static_cast<int64_t>(sizeof(Row)));
-    spread.barriers_offset = memory.take(4 * sizeof(uint64_t));
-    spread.shared_bytes = static_cast<int>(std::min<int64_t>(memory.used, INT32_MAX));
+    const int units =
+        problem_.backward ? layout.product[layout.num_products - 1].rows.width : layout.product[0].rows.width;
+    layout.partial_offset = memory.take(partial);
+    layout.outbox_offset = memory.take(alone ? 0 : outbox);
+    layout.state_offset = memory.take(sequences * units * sizes_.sum_bytes);
+    layout.moments_offset = memory.take(2 * sequences * static_cast<int64_t>(sizeof(Moment)));
+    layout.barriers_offset = memory.take(4 * sizeof(uint64_t));
+    layout.shared_bytes = static_cast<int>(std::min<int64_t>(memory.used, INT32_MAX));
   }
 
-  void share_out(Stage& stage, int register_steps, int ranks) const {
-    stage.row_tiles = static_cast<int>(ceil_div(stage.rows.each(), sizes_.rows));
-    stage.column_tiles = static_cast<int>(ceil_div(int64_t{ranks} * stage.columns.each(), sizes_.columns));
-    const int pairs = static_cast<int>(ceil_div(stage.row_tiles, sizes_.row_tiles));
-    stage.warps_m = 1;
-    while (stage.warps_m * 2 <= std::min(pairs, kWarps)) stage.warps_m *= 2;
-    const int64_t steps = ceil_div(pairs, stage.warps_m) * ceil_div(stage.column_tiles, kWarps / stage.warps_m);
-    stage.shared_steps = static_cast<int>(std::max<int64_t>(0, steps - register_steps));
-  }
-
-  double stage_clocks(const Spread& spread, const Stage& stage) const {
-    const double rows = double(stage.row_tiles) * sizes_.rows, columns = double(stage.column_tiles) * sizes_.columns;
-    const double batch = round_up(spread.batch_tile, kColumns);
-    const double fma = rows * columns * batch / fma_per_clock(q_.arithmetic);
-    const double from_shared = double(kWarps) * stage.shared_steps * sizes_.row_tiles * 512 / kSharedBytesPerClock;
-    const double items = std::ceil(double(stage.rows.width) * spread.batch_tile / kThreads);
+  // Of one product of a step with what comes before and after it: an exchange, and the pointwise part.
+  double product_clocks(const Layout& layout, const ProductLayout& product) const {
+    const double rows = double(product.row_tiles) * sizes_.rows, columns = double(product.k_tiles) * sizes_.columns;
+    const double batch = round_up(layout.team_batch, kBatchColumns);
+    const double fma = rows * columns * batch / fma_per_clock(problem_.arithmetic);
+    const double from_shared =
+        double(kWarps) * product.shared_steps * sizes_.row_tiles * kTileBytes / kSharedBytesPerClock;
+    const double items = std::ceil(double(product.rows.width) * layout.team_batch / kThreads);
     double clocks =
         kProductClocks + std::max(fma, from_shared) + 2 * kSyncClocks + kEpilogueClocks + items * kEpilogueItemClocks;
-    const double words = double(spread.batch_tile) * spread.ranks * stage.row_words;
-    if (spread.exchange == Exchange::kCluster) clocks += kClusterClocks + words * 4 / 32;
-    if (spread.exchange == Exchange::kGrid) {
-      const double blocks = double(spread.ranks) * std::max(spread.teams, 1) * q_.directions;
+    const double words = double(layout.team_batch) * layout.ranks * product.row_words;
+    if (layout.exchange == Exchange::kCluster) clocks += kClusterClocks + words * 4 / 32;
+    if (layout.exchange == Exchange::kGrid) {
+      const double blocks = double(layout.ranks) * std::max(layout.teams, 1) * problem_.directions;
       clocks += kGridClocks + std::max(words * 8 / kL2BytesPerClockOfSm, words * 8 * blocks / kL2BytesPerClock);
     }
     return clocks;
   }
 
-  const Question& q_;
+  const Problem& problem_;
   const TileSizes& sizes_;
 };
 
 struct Choice {
   Candidate candidate;
-  Spread spread;
+  Layout layout;
   double time = INFINITY;  // of the whole layer
   double per_step = 0;     // of all tiles of the batch
 };
 
+// Tries all sizes of a team with one exchange.
+//
+//   batch tiles 1, 2, 4   x   ranks   kBlock: 1    kCluster: 2, 4, 8    kGrid: 2 .. all multiprocessors of a direction
+//
+// More ranks have fewer weights each, and more of them to hear from. More batch tiles need more registers for sums, and
+// let a team take more sequences at a time, which it does only where there would be more teams than can run at once.
 class Search {
  public:
-  explicit Search(const Question& question) : q_(question), planner_(question) {}
+  explicit Search(const Problem& problem) : problem_(problem), planner_(problem) {}
 
   // The fastest way with this exchange, or why there is none.
   std::optional<Choice> best(Exchange exchange, std::string& why) {
@@ -184,11 +206,12 @@ class Search {
     const int most = most_ranks(exchange);
     if (most < 1) {
       why = exchange == Exchange::kCluster ? "no clusters before compute capability 9.0"
-            : q_.device.cooperative        ? "too few multiprocessors"
+            : problem_.device.cooperative  ? "too few multiprocessors"
                                            : "no cooperative launch";
       return {};
     }
-    for (int tiles = 1; tiles <= tile_sizes(q_.arithmetic).most_column_tiles; tiles *= 2)
+    // In this order, and only what is faster replaces what was found: of equals the first.
+    for (int tiles = 1; tiles <= tile_sizes(problem_.arithmetic).most_batch_tiles; tiles *= 2)
       for (int ranks = exchange == Exchange::kBlock ? 1 : 2; ranks <= most;
            ranks = exchange == Exchange::kCluster ? ranks * 2 : ranks + 1)
         try_ranks(exchange, ranks, tiles);
@@ -196,7 +219,7 @@ class Search {
       why = fits_ ? "the device cannot run a team of blocks with so much shared memory at a time"
             : least_shared_ < INT64_MAX
                 ? "needs at least " + std::to_string(least_shared_) + " bytes of shared memory in a block, of " +
-                      std::to_string(q_.device.shared_per_block)
+                      std::to_string(problem_.device.shared_per_block)
                 : "no room for a team of blocks";
       return {};
     }
@@ -204,83 +227,127 @@ class Search {
   }
 
  private:
+  // 0 where the device cannot do it at all.
   int most_ranks(Exchange exchange) const {
-    const int sms = q_.device.sms / q_.directions;
+    const int sms = problem_.device.sms / problem_.directions;
     if (exchange == Exchange::kBlock) return 1;
-    if (exchange == Exchange::kCluster) return q_.device.compute_capability >= 90 ? 8 : 0;
-    return q_.device.cooperative && sms >= 2 ? sms : 0;
+    if (exchange == Exchange::kCluster) return problem_.device.compute_capability >= 90 ? 8 : 0;
+    return problem_.device.cooperative && sms >= 2 ? sms : 0;
   }
 
   // How many teams of each direction can run at a time; 0 if not one can. More of them wait, but for those of kGrid,
   // which must all run.
-  int64_t room(const Candidate& c, const Spread& spread) const {
-    const bool cluster = c.exchange == Exchange::kCluster;
-    const int room =
-        q_.room(q_.arithmetic, q_.backward, c.column_tiles, cluster ? c.ranks : 1, spread.shared_bytes, q_.device.sms);
-    if (c.exchange == Exchange::kGrid) return room / q_.directions / c.ranks;
-    return room == 0 ? 0 : std::max(1, room / q_.directions);
+  int64_t resident_teams(const Candidate& c, const Layout& layout) const {
+    const int cluster = c.exchange == Exchange::kCluster ? c.ranks : 1;
+    const int resident = problem_.resident_blocks(problem_.arithmetic, problem_.backward, c.batch_tiles, cluster,
+                                                  layout.shared_bytes, problem_.device.sms);
+    if (c.exchange == Exchange::kGrid) return resident / problem_.directions / c.ranks;
+    return resident == 0 ? 0 : std::max(1, resident / problem_.directions);
   }
 
   void try_ranks(Exchange exchange, int ranks, int tiles) {
-    if (ranks > 2 && int64_t{ranks} > q_.shape.H) return;
-    Candidate c{exchange, ranks, tiles, tiles * kColumns};
-    Spread spread = planner_.spread(c);
-    least_shared_ = std::min<int64_t>(least_shared_, spread.shared_bytes);
-    if (spread.shared_bytes > q_.device.shared_per_block) return;
+    if (ranks > 2 && int64_t{ranks} > problem_.shape.H) return;  // ranks without a unit
+    Candidate c{exchange, ranks, tiles, tiles * kBatchColumns};
+    Layout layout = planner_.layout(c);
+    least_shared_ = std::min<int64_t>(least_shared_, layout.shared_bytes);
+    if (layout.shared_bytes > problem_.device.shared_per_block) return;
     fits_ = true;
-    const int64_t B = q_.shape.B, room = this->room(c, spread);
-    if (room == 0) return;
-    // As few sequences in a team as the room allows.
-    c.batch_tile = static_cast<int>(std::clamp<int64_t>(ceil_div(B, room), 1, c.batch_tile));
-    spread = planner_.spread(c);
-    const int64_t batch_tiles = std::max<int64_t>(1, ceil_div(B, c.batch_tile));
-    spread.teams = static_cast<int>(std::min(batch_tiles, room));
-    const double per_step = planner_.step_time(spread) * ceil_div(batch_tiles, spread.teams);
-    const double time = per_step * q_.shape.T + planner_.load_time(spread);
-    if (time < best_.time) best_ = {c, spread, time, per_step};
+    const int64_t B = problem_.shape.B, resident = resident_teams(c, layout);
+    if (resident == 0) return;
+    // As few sequences in a team as leave none waiting, if that can be.
+    c.team_batch = static_cast<int>(std::clamp<int64_t>(ceil_div(B, resident), 1, c.team_batch));
+    layout = planner_.layout(c);
+    const int64_t batches = std::max<int64_t>(1, ceil_div(B, c.team_batch));
+    layout.teams = static_cast<int>(std::min(batches, resident));
+    const double per_step = planner_.step_time(layout) * ceil_div(batches, layout.teams);
+    const double time = per_step * problem_.shape.T + planner_.load_time(layout);
+    if (time < best_.time) best_ = {c, layout, time, per_step};
   }
 
-  const Question& q_;
+  const Problem& problem_;
   Planner planner_;
   Choice best_;
-  bool fits_ = false;
-  int64_t least_shared_ = INT64_MAX;
+  bool fits_ = false;                 // some candidate's block fits into a multiprocessor
+  int64_t least_shared_ = INT64_MAX;  // that any candidate's block needs
 };
 
-constexpr std::pair<Exchange, const char*> kExchanges[] = {
-    {Exchange::kBlock, "block"}, {Exchange::kCluster, "cluster"}, {Exchange::kGrid, "grid"}};
+constexpr std::pair<Strategy, Exchange> kSequenceStrategies[] = {
+    {Strategy::kBlock, Exchange::kBlock}, {Strategy::kCluster, Exchange::kCluster}, {Strategy::kGrid, Exchange::kGrid}};
 
-Plan step_plan(const Question& q) {
-  const TileSizes& sizes = tile_sizes(q.arithmetic);
+// One product with a launch of its own.
+StepPart step_part(const Problem& problem, Product product, int64_t batches) {
+  const int64_t H = problem.shape.H;
+  const bool gates = product == Product::kRecurrent && !problem.backward;
+  const bool hidden = product == Product::kProjection && problem.backward;
+  const int64_t units = gates || hidden ? H : problem.shape.P;
+  const int groups = gates ? 4 : 1;
+  StepPart part{};
+  part.product = product;
+  // As many rows in a block as leave a block for every multiprocessor.
+  for (part.warps_m = 8; part.warps_m > 1; part.warps_m /= 2) {
+    const int64_t blocks = ceil_div(units * groups, part.warps_m * kStepRows) * batches * problem.directions;
+    if (blocks >= problem.device.sms) break;
+  }
+  const int width = part.warps_m * kStepRows / groups;
+  part.rows = {width, groups, static_cast<int>(units), H};
+  part.row_blocks = static_cast<int>(ceil_div(units, width));
+  return part;
+}
+
+// What plans of all strategies have in common.
+Plan new_plan(const Problem& problem, Strategy strategy) {
   Plan plan{};
-  plan.strategy = "step";
-  plan.column_tiles = 1;
-  while (plan.column_tiles < sizes.most_column_tiles && plan.column_tiles * kColumns < q.shape.B)
-    plan.column_tiles *= 2;
-  plan.microseconds = Planner(q).launch_per_step_time();
-  const int64_t state = q.directions * q.shape.B * q.shape.H;
-  plan.workspace_bytes = round_up(state * sizes.sum_bytes, 16) + (q.shape.projected ? state * sizes.number_bytes : 0);
-  plan.blocks = step_part(q, 0, plan.column_tiles).row_blocks *
-                std::max<int64_t>(1, ceil_div(q.shape.B, plan.column_tiles * kColumns)) * q.directions;
+  plan.strategy = strategy;
+  plan.arithmetic = problem.arithmetic;
+  plan.backward = problem.backward;
+  for (LaunchConfig& config : plan.config) {
+    config.grid_y = problem.directions;
+    config.threads = kThreads;
+  }
   return plan;
 }
 
-Plan sequence_plan(const Question& q, const char* name, const Choice& choice) {
-  Plan plan{};
-  plan.strategy = name;
-  plan.column_tiles = choice.candidate.column_tiles;
-  plan.spread = choice.spread;
-  plan.blocks = int64_t{choice.spread.ranks} * choice.spread.teams * q.directions;
-  plan.shared_bytes = choice.spread.shared_bytes;
+// As few batch tiles as hold the batch, up to the most: each tile of the batch reads all weights again.
+Plan step_plan(const Problem& problem) {
+  const SequenceShape& shape = problem.shape;
+  const TileSizes& sizes = tile_sizes(problem.arithmetic);
+  Plan plan = new_plan(problem, Strategy::kStep);
+  plan.batch_tiles = 1;
+  while (plan.batch_tiles < sizes.most_batch_tiles && plan.batch_tiles * kBatchColumns < shape.B) plan.batch_tiles *= 2;
+  const int sequences = plan.batch_tiles * kBatchColumns;
+  const int64_t batches = std::max<int64_t>(1, ceil_div(shape.B, sequences));
+  plan.num_parts = shape.projected ? 2 : 1;
+  for (int n = 0; n < plan.num_parts; ++n) {
+    const StepPart& part = plan.part[n] = step_part(problem, static_cast<Product>(n), batches);
+    plan.config[n].grid_x = static_cast<int>(part.row_blocks * batches);
+    plan.config[n].shared_bytes = step_shared_bytes(sequences, part.warps_m, sizes.sum_bytes);
+  }
+  plan.microseconds = Planner(problem).launch_per_step_time();
+  const int64_t state = problem.directions * shape.B * shape.H;  // numbers of c, and of h before a projection
+  plan.hidden_offset = round_up(state * sizes.sum_bytes, 16);
+  plan.workspace_bytes = plan.hidden_offset + (shape.projected ? state * sizes.number_bytes : 0);
+  return plan;
+}
+
+Plan sequence_plan(const Problem& problem, Strategy strategy, const Choice& choice) {
+  const Layout& layout = choice.layout;
+  Plan plan = new_plan(problem, strategy);
+  plan.batch_tiles = choice.candidate.batch_tiles;
+  plan.layout = layout;
   plan.microseconds = choice.per_step;
-  if (choice.spread.exchange == Exchange::kGrid)
-    plan.workspace_bytes = q.directions * choice.spread.teams * choice.spread.exchange_words * 8;
+  LaunchConfig& config = plan.config[0];
+  config.grid_x = layout.ranks * layout.teams;
+  config.shared_bytes = layout.shared_bytes;
+  config.cluster = strategy == Strategy::kCluster ? layout.ranks : 1;
+  config.cooperative = strategy == Strategy::kGrid;
+  if (strategy == Strategy::kGrid)
+    plan.workspace_bytes = problem.directions * layout.teams * layout.exchange_words * int64_t{sizeof(*layout.words)};
   return plan;
 }
 
 std::string slower(double microseconds, const Plan& chosen) {
   char text[96];
-  std::snprintf(text, sizeof(text), "predicted %.2f us a step, %s %.2f", microseconds, chosen.strategy.c_str(),
+  std::snprintf(text, sizeof(text), "predicted %.2f us a step, %s %.2f", microseconds, name_of(chosen.strategy),
                 chosen.microseconds);
   return text;
 }
@@ -297,60 +364,49 @@ Arithmetic arithmetic_of(Dtype dtype, bool tf32) {
   throw std::logic_error("arithmetic_of: no such dtype");
 }
 
-StepPart step_part(const Question& q, int stage, int column_tiles) {
-  const auto [T, B, I, H, P, projected] = q.shape;
-  const bool gates = stage == 0 && !q.backward;
-  const int64_t units = gates || (q.backward && stage == 1) ? H : P;
-  const int64_t batch_tiles = std::max<int64_t>(1, ceil_div(B, column_tiles * kColumns));
-  StepPart part{};
-  part.stage = stage;
-  // As many rows in a block as leave a block for every multiprocessor.
-  for (part.warps_m = 8; part.warps_m > 1; part.warps_m /= 2) {
-    const int64_t blocks = ceil_div(units * (gates ? 4 : 1), part.warps_m * kStepRows) * batch_tiles * q.directions;
-    if (blocks >= q.device.sms) break;
-  }
-  const int width = part.warps_m * kStepRows / (gates ? 4 : 1);
-  part.rows = {width, gates ? 4 : 1, static_cast<int>(units), H};
-  part.row_blocks = static_cast<int>(ceil_div(units, width));
-  return part;
+std::optional<Strategy> strategy_named(const std::string& name) {
+  if (name.empty()) return {};
+  const auto* known = std::find(std::begin(kStrategyNames), std::end(kStrategyNames), name);
+  if (known != std::end(kStrategyNames)) return static_cast<Strategy>(known - std::begin(kStrategyNames));
+  throw std::invalid_argument("strategy: expected 'block', 'cluster', 'grid' or 'step', got '" + name + "'");
 }
 
-Plan make_plan(const Question& q, const std::string& strategy) {
-  std::optional<Plan> chosen;
-  double chosen_time = INFINITY;
-  std::vector<std::pair<Plan, double>> possible;
-  std::vector<std::pair<std::string, std::string>> refused;
-  bool known = strategy.empty() || strategy == "step";
-  Search search(q);
-  for (const auto& [exchange, name] : kExchanges) {
-    known = known || strategy == name;
-    if (!strategy.empty() && strategy != name) continue;
+Plan make_plan(const Problem& problem, std::optional<Strategy> strategy) {
+  const auto wanted = [&](Strategy one) { return !strategy || *strategy == one; };
+  std::vector<std::pair<Plan, double>> possible;  // and the time of the whole layer
+  std::vector<std::pair<Strategy, std::string>> refused;
+  Search search(problem);
+  for (const auto& [one, exchange] : kSequenceStrategies) {
+    if (!wanted(one)) continue;
     std::string why;
     if (const std::optional<Choice> choice = search.best(exchange, why)) {
-      possible.emplace_back(sequence_plan(q, name, *choice), choice->time);
+      possible.emplace_back(sequence_plan(problem, one, *choice), choice->time);
     } else {
-      refused.emplace_back(name, why);
+      refused.emplace_back(one, why);
     }
   }
-  if (!known) {
-    throw std::invalid_argument("strategy: expected 'block', 'cluster', 'grid' or 'step', got '" + strategy + "'");
+  if (wanted(Strategy::kStep)) {
+    const Plan plan = step_plan(problem);
+    possible.emplace_back(plan, plan.microseconds * problem.shape.T);
   }
-  if (strategy.empty() || strategy == "step") {
-    const Plan plan = step_plan(q);
-    possible.emplace_back(plan, plan.microseconds * q.shape.T);
-  }
+  const Plan* chosen = nullptr;
+  double chosen_time = INFINITY;
   for (const auto& [plan, time] : possible) {
     if (time < chosen_time) {
-      chosen = plan;
+      chosen = &plan;
       chosen_time = time;
     }
   }
-  if (!chosen) throw std::runtime_error("strategy: '" + strategy + "' cannot run this: " + refused[0].second);
-  for (const auto& [plan, time] : possible) {
-    if (plan.strategy != chosen->strategy) refused.emplace_back(plan.strategy, slower(plan.microseconds, *chosen));
+  if (!chosen) {
+    throw std::runtime_error("strategy: '" + std::string(strategy ? name_of(*strategy) : "") +
+                             "' cannot run this: " + refused[0].second);
   }
-  chosen->refused = refused;
-  return *chosen;
+  Plan plan = *chosen;
+  for (const auto& [other, time] : possible) {
+    if (other.strategy != plan.strategy) refused.emplace_back(other.strategy, slower(other.microseconds, plan));
+  }
+  plan.refused = refused;
+  return plan;
 }
 
 }  // namespace lstm_ext::cuda

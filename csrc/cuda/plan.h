@@ -1,16 +1,21 @@
 // Which strategy a layer runs by, and why: see COST_MODEL.md.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../params.h"
+#include "device.h"
 #include "launch.h"
-#include "spread.h"
+#include "layout.h"
 
 namespace lstm_ext::cuda {
 
 enum class Arithmetic : int { kBf16, kFp16, kTf32, kFp32, kFp64 };
+
+Arithmetic arithmetic_of(Dtype dtype, bool tf32);
 
 // What a kernel's tiles measure: the planner's view of a Tile, which kernels.cuh holds against the Tile itself.
 struct TileSizes {
@@ -18,7 +23,7 @@ struct TileSizes {
   int row_tiles;                               // that are multiplied together
   int register_steps;                          // of which a warp keeps the weights in registers
   int on_chip_bytes, number_bytes, sum_bytes;  // of a number on chip, in memory, of a sum
-  int most_column_tiles;                       // 1, 2 or 4: of the batch, in one block
+  int most_batch_tiles;                        // 1, 2 or 4: tiles of kBatchColumns sequences in one block
 };
 
 inline constexpr TileSizes kTileSizes[] = {
@@ -30,34 +35,50 @@ inline constexpr TileSizes kTileSizes[] = {
 };
 constexpr const TileSizes& tile_sizes(Arithmetic arithmetic) { return kTileSizes[static_cast<int>(arithmetic)]; }
 
-Arithmetic arithmetic_of(Dtype dtype, bool tf32);
+// The first three are one launch for all T, named by how the blocks of a team exchange h; kStep is a launch for each
+// step, or two with a projection.
+enum class Strategy : int { kBlock, kCluster, kGrid, kStep };
 
-struct Question {
+inline constexpr const char* kStrategyNames[] = {"block", "cluster", "grid", "step"};
+constexpr const char* name_of(Strategy strategy) { return kStrategyNames[static_cast<int>(strategy)]; }
+
+// None for "". Throws std::invalid_argument for an unknown name.
+std::optional<Strategy> strategy_named(const std::string& name);
+
+// What is to be planned.
+struct Problem {
   Arithmetic arithmetic;
   SequenceShape shape;
   int directions;
   bool backward;
   DeviceLimits device;
   // How many blocks (cluster 1) or clusters of so many blocks the whole device runs at a time.
-  int (*room)(Arithmetic, bool backward, int column_tiles, int cluster, int64_t shared_bytes, int sms);
+  int (*resident_blocks)(Arithmetic, bool backward, int batch_tiles, int cluster, int64_t shared_bytes, int sms);
 };
 
+struct KernelSet;
+
+// Everything that a launch needs beside the arrays: made once for a shape and a device, and read by many threads.
 struct Plan {
-  std::string strategy;  // "block", "cluster", "grid" or "step"
-  int column_tiles;      // of the batch: which kernel
-  Spread spread;         // not for "step"
-  int64_t blocks;        // of the whole launch
-  int64_t shared_bytes;
-  double microseconds;  // predicted, for a step of the whole batch
+  Strategy strategy;
+  Arithmetic arithmetic;
+  bool backward;
+  int batch_tiles;           // tiles of kBatchColumns sequences in a block
+  const KernelSet* kernels;  // for that arithmetic and so many tiles
+  Layout layout;             // not for kStep
+  int num_parts;             // kStep: launches of a step
+  StepPart part[2];
+  LaunchConfig config[2];  // of the launch for all T, or those of a step
   int64_t workspace_bytes;
-  std::vector<std::pair<std::string, std::string>> refused;  // (strategy, why)
+  int64_t hidden_offset;                                  // kStep with a projection: in the workspace, of h before it
+  double microseconds;                                    // predicted, for a step of the whole batch
+  std::vector<std::pair<Strategy, std::string>> refused;  // and why
+
+  int64_t blocks() const { return int64_t{config[0].grid_x} * config[0].grid_y; }  // of one launch
 };
 
-// `strategy` forces one; empty chooses. Throws std::invalid_argument for an unknown name, std::runtime_error for one
-// that cannot run this.
-Plan make_plan(const Question& question, const std::string& strategy);
-
-// How the path with a launch for each step cuts rows into blocks.
-StepPart step_part(const Question& question, int stage, int column_tiles);
+// All of the plan but the kernels. `strategy` forces one; empty chooses. Throws std::runtime_error for one that cannot
+// run this.
+Plan make_plan(const Problem& problem, std::optional<Strategy> strategy);
 
 }  // namespace lstm_ext::cuda

@@ -1,14 +1,32 @@
 // Tiles of a product on chip: which lane of a warp holds which numbers, for each kind of arithmetic.
 //
-// A tile of weights [kM, kK] is 16 bytes in each of 32 lanes. A tile of the operand [kK, 8] lies in shared memory so
-// that its readers meet no bank conflict. A lane has kSums sums of the product [kM, 8].
+//   sums [kM, 8]  +=  weights [kM, kK]  x  operand [kK, 8]
+//
+// The weights are 16 bytes in each of 32 lanes, in registers. The operand lies in shared memory, in the order in which
+// the lanes read it (operand_offset), so that they meet no bank conflict; all warps read the same. A lane has kSums of
+// the sums. The weights are the M of mma.sync and the 8 sequences of a batch tile its N, as batches are often small.
+//
+// For bfloat16 and float16 (m16n8k16) "3:4" is number 4 of lane 3, two of which are a register:
+//
+//   weights  k  0    1  |  2    3  |  4    5  |  6    7  |  8    9  | ... | 14   15
+//   row  0     0:0  0:1 | 1:0  1:1 | 2:0  2:1 | 3:0  3:1 | 0:4  0:5 | ... | 3:4  3:5
+//   row  1     4:0  4:1 | 5:0  5:1 | 6:0  6:1 | 7:0  7:1 | 4:4  4:5 | ... | 7:4  7:5
+//    ...
+//   row  8     0:2  0:3 | 1:2  1:3 | 2:2  2:3 | 3:2  3:3 | 0:6  0:7 | ... | 3:6  3:7
+//
+//   operand  k  0    1  |  2    3  | ... |  8    9  | ...       sums  n  0    1  |  2    3  | ... |  6    7
+//   n 0        0:0  0:1 | 1:0  1:1 | ... | 0:2  0:3 | ...       row 0   0:0  0:1 | 1:0  1:1 | ... | 3:0  3:1
+//   n 1        4:0  4:1 | 5:0  5:1 | ... | 4:2  4:3 | ...       row 8   0:2  0:3 | 1:2  1:3 | ... | 3:2  3:3
+//
+// TF32 (m16n8k8) is the same with one number in a register. float32 and float64 are multiplied without tensor cores: a
+// lane has one of 32 rows, all of its k, and the sums of all 8 sequences.
 #pragma once
 
 #include <cstring>
 
 #include "../gate_math.h"
+#include "layout.h"
 #include "ptx.h"
-#include "spread.h"
 
 namespace lstm_ext::cuda {
 
@@ -57,7 +75,8 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// What bf16, fp16 and TF32 have in common: mma.sync, a lane's sums are of 2 rows and 2 columns.
+// What bf16, fp16 and TF32 have in common: mma.sync, a lane's sums are of 2 rows and 2 sequences. Two row tiles are
+// multiplied with each operand tile, so that it is read half as often.
 struct MmaTile {
   static constexpr int kM = 16, kSums = 4, kRowTiles = 2;
   static constexpr int kRegisterSteps = 16;
@@ -73,12 +92,14 @@ struct HalfTile : MmaTile {
   using Math = FastMath;
   static constexpr int kK = 16;
 
+  // What is multiplied, from a sum; from a number in global memory.
   static __device__ __forceinline__ OnChip on_chip(Sum x) { return narrow<T>(x); }
   static __device__ __forceinline__ OnChip keep(Number x) { return x; }
-  // The row and column of number n of a lane's 16 bytes.
+  // The row and column of number n of a lane's 16 bytes of weights.
   static __device__ __forceinline__ int row(int lane, int n) { return lane / 4 + n / 2 % 2 * 8; }
   static __device__ __forceinline__ int column(int lane, int n) { return lane % 4 * 2 + n % 2 + n / 4 * 8; }
-  static __device__ __forceinline__ int operand_place(int k, int n) {
+  // Where operand [k, n] lies in its tile: lane n * 4 + k % 8 / 2 reads four numbers that lie together.
+  static __device__ __forceinline__ int operand_offset(int k, int n) {
     return (n * 4 + k % 8 / 2) * 4 + k / 8 * 2 + k % 2;
   }
   static __device__ __forceinline__ void multiply(float (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
@@ -108,7 +129,7 @@ struct Tf32Tile : MmaTile {
   static __device__ __forceinline__ OnChip keep(Number x) { return to_tf32(x); }
   static __device__ __forceinline__ int row(int lane, int n) { return lane / 4 + n % 2 * 8; }
   static __device__ __forceinline__ int column(int lane, int n) { return lane % 4 + n / 2 * 4; }
-  static __device__ __forceinline__ int operand_place(int k, int n) { return (n * 4 + k % 4) * 2 + k / 4; }
+  static __device__ __forceinline__ int operand_offset(int k, int n) { return (n * 4 + k % 4) * 2 + k / 4; }
   static __device__ __forceinline__ void multiply(float (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
                                                   const OnChip* operand, int lane) {
     const uint2 b = reinterpret_cast<const uint2*>(operand)[lane];
@@ -124,7 +145,7 @@ struct PlainTile {
   using OnChip = T;
   using Sum = T;
   using Math = TMath;
-  static constexpr int kM = 32, kK = 16 / sizeof(T), kSums = kColumns, kRowTiles = 1;
+  static constexpr int kM = 32, kK = 16 / sizeof(T), kSums = kBatchColumns, kRowTiles = 1;
   static constexpr int kRegisterSteps = 16;
 
   static __device__ __forceinline__ OnChip on_chip(Sum x) { return x; }
@@ -133,7 +154,7 @@ struct PlainTile {
   static __device__ __forceinline__ int column(int, int n) { return n; }
   static __device__ __forceinline__ int sum_row(int lane, int) { return lane; }
   static __device__ __forceinline__ int sum_column(int, int n) { return n; }
-  static __device__ __forceinline__ int operand_place(int k, int n) { return n * kK + k; }
+  static __device__ __forceinline__ int operand_offset(int k, int n) { return n * kK + k; }
   static __device__ __forceinline__ void multiply(T (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
                                                   const OnChip* operand, int) {
     struct Numbers {
@@ -141,7 +162,7 @@ struct PlainTile {
     };
     const Numbers a = bits_as<Numbers>(weights[0]);
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
+    for (int n = 0; n < kBatchColumns; ++n) {
       const Numbers b = bits_as<Numbers>(reinterpret_cast<const uint4*>(operand)[n]);
 #pragma unroll
       for (int k = 0; k < kK; ++k) sums[0][n] += a.at[k] * b.at[k];
@@ -152,11 +173,11 @@ struct PlainTile {
 using Fp32Tile = PlainTile<float, ExactMath>;
 using Fp64Tile = PlainTile<double, DoubleMath>;
 
-// Where element (k, n) of an operand of `kTiles` column tiles lies.
-template <class Tile, int kTiles>
+// Where element (k, n) of a whole operand lies: k tile after k tile, of each the batch tiles, of each operand_offset.
+template <class Tile, int kBatchTiles>
 __device__ __forceinline__ int operand_index(int k, int n) {
-  return (k / Tile::kK * kTiles + n / kColumns) * (Tile::kK * kColumns) +
-         Tile::operand_place(k % Tile::kK, n % kColumns);
+  return (k / Tile::kK * kBatchTiles + n / kBatchColumns) * (Tile::kK * kBatchColumns) +
+         Tile::operand_offset(k % Tile::kK, n % kBatchColumns);
 }
 
 }  // namespace lstm_ext::cuda

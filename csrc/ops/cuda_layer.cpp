@@ -73,7 +73,7 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
   if (!xw.contiguous()) throw std::runtime_error("xw: expected a contiguous tensor, got another");
   const auto [T, B, I, H, P, projected] = args.shape;
   const cuda::DeviceGuard guard(xw.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, strategy};
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, false, options, xw.device().id);
 
   const Allocator allocator(xw);
@@ -94,7 +94,7 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
   void* const stream = xw.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_forward(layer, projected_x, *plan, options, xw.device().id, workspace.data, stream);
+    cuda::layer_forward(layer, projected_x, *plan, workspace.data, stream);
   }
   const py::object saved = saves_gates && in_place ? py::reinterpret_borrow<py::object>(steps.x) : gates.object;
   return py::make_tuple(y.object, h_n.object, c_n.object, cells.object, saved);
@@ -109,7 +109,7 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   const int64_t D = args.D;
   const BackwardArrays arrays(args, gates, saved, grads);
   const cuda::DeviceGuard guard(gates.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, strategy};
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, true, options, gates.device().id);
 
   const Allocator allocator(gates);
@@ -133,7 +133,7 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   void* const stream = gates.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_backward(pass, *plan, options, gates.device().id, workspace.data, stream);
+    cuda::layer_backward(pass, *plan, workspace.data, stream);
   }
   return py::make_tuple(d_gates.object, h_prev.object, d_h.object, hidden.object, dh0.object, dc0.object);
 }
@@ -144,7 +144,7 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   if (!args.step) throw std::runtime_error("x: expected no time axis, got shape " + text_of(args.x.shape()));
   if (args.shape.projected) throw std::runtime_error("w_hr: expected none in a single step, got one");
   const cuda::DeviceGuard guard(args.x.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, "step"};
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::Strategy::kStep};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, 1, false, options, args.x.device().id);
 
   const Allocator allocator(args.x);
@@ -157,7 +157,7 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   void* const stream = args.x.current_stream();
   {
     py::gil_scoped_release release;
-    cuda::layer_forward(layer, {}, *plan, options, args.x.device().id, nullptr, stream);
+    cuda::layer_forward(layer, {}, *plan, nullptr, stream);
   }
   return py::make_tuple(y.object, py::none(), c_n.object, py::none(), py::none());
 }
@@ -166,15 +166,15 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, c
                    int num_directions, bool backward, const std::string& strategy, int device) {
   const cuda::DeviceGuard guard(device);
   const SequenceShape shape{T, B, 0, H, projected ? P : H, projected};
-  const cuda::LayerOptions options{dtype_named(dtype), tf32, strategy};
+  const cuda::LayerOptions options{dtype_named(dtype), tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, num_directions, backward, options, device);
   py::dict result, refused;
-  for (const auto& [name, why] : plan->refused) refused[py::str(name)] = why;
-  result["strategy"] = plan->strategy;
-  result["blocks"] = plan->blocks;
-  result["team"] = plan->strategy == "step" ? 1 : plan->spread.ranks;
-  result["registers"] = cuda::plan_registers(*plan, shape, backward, options, device);
-  result["shared_bytes"] = plan->shared_bytes;
+  for (const auto& [other, why] : plan->refused) refused[cuda::name_of(other)] = why;
+  result["strategy"] = cuda::name_of(plan->strategy);
+  result["blocks"] = plan->blocks();
+  result["team"] = plan->strategy == cuda::Strategy::kStep ? 1 : plan->layout.ranks;
+  result["registers"] = cuda::plan_registers(*plan);
+  result["shared_bytes"] = plan->layout.shared_bytes;
   result["microseconds_per_step"] = plan->microseconds;
   result["refused"] = refused;
   return result;

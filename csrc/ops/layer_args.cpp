@@ -4,8 +4,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "../cpu/team.h"
-
 namespace lstm_ext::ops {
 
 namespace {
@@ -252,27 +250,6 @@ void LayerArgs::read_packing() {
 }
 
 // ---- What a kernel is told ---------------------------------------------------------------------
-
-namespace {
-
-constexpr double kFlopsWorthReleasing = 1e5, kFlopsWorthThreads = 6e5;
-
-double flops_of(const SequenceShape& shape) {
-  return 8. * static_cast<double>(shape.T * shape.B) * static_cast<double>(shape.H) *
-         static_cast<double>(shape.I + shape.P);
-}
-
-}  // namespace
-
-ReleasedGil::ReleasedGil(const SequenceShape& shape) {
-  if (flops_of(shape) > kFlopsWorthReleasing) release_.emplace();
-}
-
-int threads_for(const LayerArgs& args, int asked) {
-  if (asked <= 0 && flops_of(args.shape) < kFlopsWorthThreads) return 1;
-  if (asked <= 0) asked = args.x.num_threads();
-  return asked > 0 ? asked : cpu::default_threads();
-}
 
 LayerForward describe_forward(const LayerLayout& args, const Output& y, const Output& h_n, const Output& c_n,
                               const Output& cells, const Output& gates) {

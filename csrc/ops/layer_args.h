@@ -2,7 +2,6 @@
 // them to a kernel.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "call.h"
@@ -78,18 +77,6 @@ struct BackwardArrays {
   LayerBackward describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const;
 
   Array dy, dh_n, dc_n, dcells, y, cells, gates;
-};
-
-// `asked` threads; if that is 0, as many as the framework of x uses or, where it does not say, the process may.
-int threads_for(const LayerArgs& args, int asked);
-
-// Lets other Python threads run meanwhile, unless the work on a layer takes no longer than letting them does.
-class ReleasedGil {
- public:
-  explicit ReleasedGil(const SequenceShape& shape);
-
- private:
-  std::optional<py::gil_scoped_release> release_;
 };
 
 // All of a forward pass but x; outputs that are not allocated are not wanted.

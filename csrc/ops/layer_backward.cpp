@@ -1,4 +1,5 @@
-#include "../cpu/kernels.h"
+#include "../cpu/levels.h"
+#include "cpu_plan.h"
 #include "layer_args.h"
 #include "ops.h"
 
@@ -56,9 +57,10 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
                                 dw[n].w_hr.data};
   }
 
+  const cpu::Plan plan = cpu::plan_backward(layer);
   {
-    const ReleasedGil released(args.shape);
-    cpu::kernels().layer_backward(layer);
+    const GilRelease release(args);
+    cpu::kernels().layer_backward(layer, plan);
   }
   const py::object weight_grads = has(needs, Needs::kWeights) ? py::object(dweights) : py::none();
   return py::make_tuple(dx.object, dh0.object, dc0.object, weight_grads);

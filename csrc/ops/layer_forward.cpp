@@ -1,4 +1,5 @@
-#include "../cpu/kernels.h"
+#include "../cpu/levels.h"
+#include "cpu_plan.h"
 #include "layer_args.h"
 #include "ops.h"
 
@@ -21,9 +22,10 @@ py::object layer_forward(const LayerCall& call, Save save, int num_threads) {
   layer.x_map = args.map_of(args.x);
   layer.num_threads = threads_for(args, num_threads);
 
+  const cpu::Plan plan = cpu::plan_forward(layer);
   {
-    const ReleasedGil released(args.shape);
-    cpu::kernels().layer_forward(layer);
+    const GilRelease release(args);
+    cpu::kernels().layer_forward(layer, plan);
   }
   return py::make_tuple(y.object, h_n.object, c_n.object, cells.object, gates.object);
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from .. import _native
 
@@ -20,3 +22,30 @@ def take_tensors(types: tuple[type, ...], num_threads: Callable[[], int], librar
     """
     _native.C.take_tensor_types(types, num_threads)
     _native.C.share_openmp_threads(library)
+
+
+_forced: dict[str, Any] = {}
+
+
+@contextmanager
+def use_plan(**way: Any) -> Iterator[None]:
+    """Runs the layers inside the `with` block by a plan of which some is forced; the rest is as planned.
+
+    For tests and benchmarks. It counts for the whole process: autograd runs backward passes on threads of its own. A
+    block inside another forces more.
+
+    Args:
+        way: engine ("vectors", "tiles"), in_place (one bool, or those of w_ih, w_hh and w_hr), one_sum, chunk_steps,
+            depth, threads, by_rows, as `lstm_ext.plan(…, device="cpu")` names them.
+
+    Raises:
+        ValueError: no layer could do that at the SIMD level in use; in the block, a layer cannot.
+    """
+    global _forced
+    former, _forced = _forced, _forced | way
+    try:
+        _native.C.force_cpu_plan(**_forced)
+        yield
+    finally:
+        _forced = former
+        _native.C.force_cpu_plan(**_forced)

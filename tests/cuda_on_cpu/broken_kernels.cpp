@@ -6,14 +6,14 @@
 #include <stdexcept>
 #include <vector>
 
-#include "launch.h"
+#include "cuda/launch.h"
 #include "ptx.h"
 
 namespace cuda_on_cpu {
 namespace {
 
 using lstm_ext::cuda::Kernel;
-using lstm_ext::cuda::Launch;
+using lstm_ext::cuda::LaunchConfig;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr unsigned kEvenLanes = 0x55555555;
@@ -276,13 +276,13 @@ bool run_broken_kernel(const std::string& name, bool broken, uint64_t seed) {
   const auto out = std::make_unique<float[]>(kThreads);  // of exactly this size
   std::fill_n(out.get(), kThreads, kNan);
   uint32_t flag = 0;
-  Launch how;
-  how.grid_x = test.blocks;
-  how.threads = kThreads;
-  how.shared_bytes = (kThreads + kMBarrierFloats) * static_cast<int64_t>(sizeof(float));
-  how.cluster = test.cluster;
-  how.cooperative = !broken || name != "grid_barrier";
-  lstm_ext::cuda::launch(Kernel<Params>{name.c_str(), test.kernel}, how, Params{broken, out.get(), &flag});
+  LaunchConfig config;
+  config.grid_x = test.blocks;
+  config.threads = kThreads;
+  config.shared_bytes = (kThreads + kMBarrierFloats) * static_cast<int64_t>(sizeof(float));
+  config.cluster = test.cluster;
+  config.cooperative = !broken || name != "grid_barrier";
+  lstm_ext::cuda::launch(Kernel<Params>{name.c_str(), test.kernel}, config, Params{broken, out.get(), &flag}, nullptr);
   synchronize(seed);
   for (int i = 0; i < kThreads; ++i) {
     if (out[static_cast<size_t>(i)] != value_of((i + 1) % kThreads)) return false;

@@ -4,8 +4,8 @@
 #include <pybind11/stl.h>
 
 #include "broken_kernels.h"
-#include "launch.h"
-#include "ops/cuda_layer.h"
+#include "cuda/launch.h"
+#include "ops/ops.h"
 #include "ptx.h"
 #include "tensors.h"
 
@@ -41,7 +41,7 @@ Floats mma(const std::string& kind, const Words& a, const Words& b, const Floats
   Floats result(d.request().shape);
   std::copy_n(d.data(), d.size(), result.mutable_data());
   const WarpParams params{kind, a.data(), b.data(), result.mutable_data()};
-  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<WarpParams>{"mma", mma_kernel}, {.threads = 32}, params);
+  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<WarpParams>{"mma", mma_kernel}, {.threads = 32}, params, nullptr);
   synchronize(0);
   return result;
 }
@@ -65,8 +65,8 @@ Words ldmatrix_of(const py::array_t<uint16_t, py::array::c_style>& rows, bool tr
   const int count = static_cast<int>(rows.shape(0)) / 8;
   Words fragments({32, count});
   const LdmatrixParams params{rows.data(), count, transposed, fragments.mutable_data()};
-  const lstm_ext::cuda::Launch how{.threads = 32, .shared_bytes = 128 * count};
-  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<LdmatrixParams>{"ldmatrix", ldmatrix_kernel}, how, params);
+  const lstm_ext::cuda::LaunchConfig config{.threads = 32, .shared_bytes = 128 * count};
+  lstm_ext::cuda::launch(lstm_ext::cuda::Kernel<LdmatrixParams>{"ldmatrix", ldmatrix_kernel}, config, params, nullptr);
   synchronize(0);
   return fragments;
 }
@@ -92,7 +92,7 @@ PYBIND11_MODULE(lstm_ext_cuda_on_cpu, m) {
   m.def("run_launched", &run_launched, "seed"_a = 0);
   m.def("cuda_layer_forward", &lstm_ext::ops::cuda_layer_forward);
   m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward);
-  m.def("cuda_cell_forward", &lstm_ext::ops::cuda_cell_forward);
+  m.def("cuda_step_forward", &lstm_ext::ops::cuda_step_forward);
   m.def("cuda_plan", &lstm_ext::ops::cuda_plan);
   m.def("broken_kernels", &broken_kernels);
   m.def("run_broken_kernel", &run_broken_kernel, "name"_a, "broken"_a, "seed"_a);

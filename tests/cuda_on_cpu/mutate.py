@@ -32,21 +32,21 @@ NOT_CAUGHT = {
     "team.cuh without `__syncthreads()`": "another one follows before what it protects is used",
     "never `if (step >= share_.steps)`": "it fetches weights that no step uses",
     "always `if (step < share_.steps)`": "the steps that are not there multiply zeros",
-    "`row < stage.rows.each() ?` always true": "nobody reads the sums of those rows",
-    "`j < rows.each() ?` always true": "nobody reads the sums of those rows",
+    "`row < rows ?` always true": "nobody reads the sums of those rows",
+    "`j < rows.per_rank() ?` always true": "nobody reads the sums of those rows",
     "without `team_.leave()`": "a block that is done has waited for the last stores into it",
     "without `cluster_sync()`": "at the end: a block that is done has waited for the last stores into it",
     "always `if (clustered())`": "a block without a cluster is a cluster of one",
     "`index < count ?` always false": "the words are asked for once more",
-    "always `if (s > 0)`": "the rows of step 0 are found again, as they were",
+    "always `if (s > 0)`": "the moments of step 0 are found again, as they were",
     "always `if (send)`": "nobody reads what the last step sends",
-    "always `if (this->is_empty(n))`": "the last step overwrites what is stored too early",
+    "always `if (block_.is_empty(n))`": "the last step overwrites what is stored too early",
     "always `if (layer.x)`": "a layer that has no x here has no features either: nothing is multiplied",
     "always `if (s > 0 || to.state.h0.data)`": "without h0 it multiplies zeros",
     "always `if (makes_h && params.s == 0)`": "it stores what is there",
     "`params.s + 1 < shape.T ?` always true": "no sequence is active before its last step, which sets what is read",
     "always `if (params.s + 1 < shape.T)`": "after the last step no sequence is active: it multiplies zeros",
-    "`row.active ?` always true": "the h of a sequence that is not active is zero, unless the weights are not finite",
+    "`moment.active ?` always true": "h of a sequence that is not active is zero, unless the weights are not finite",
 }
 
 HEADER = """#pragma once
@@ -208,7 +208,7 @@ def outcome(number: int) -> str:
         "AddressSanitizer: {}": r"AddressSanitizer: ([\w-]+)",
         "UBSan: {}": r"runtime error: ([^\n]{0,60})",
         "harness: {}": r"RuntimeError: seed \d+, kernel [^:]+: ([^\n,]{0,60})",
-        "refused: {}": r"RuntimeError: (launch [^\n]{0,60})",
+        "refused: {}": r"RuntimeError: lstm_ext: ([^\n]{0,60})",
         "wrong result: {}": r"AssertionError: ([\w\[\]]+)",
     }.items():
         if found := re.search(pattern, text):
@@ -261,8 +261,7 @@ def main() -> None:
     import pytest  # noqa: F401
     import torch  # noqa: F401
 
-    import tests.cases
-    import tests.tolerances  # noqa: F401
+    import lstm_ext.testing  # noqa: F401
 
     if said := outcome(0):
         raise SystemExit(f"the tests fail without a mutation: {said}")

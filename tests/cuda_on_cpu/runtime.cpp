@@ -2,12 +2,13 @@
 
 #include <deque>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
 namespace cuda_on_cpu {
 
-int current_device = 0;
+thread_local int current_device = 0;
 
 namespace {
 
@@ -16,32 +17,32 @@ constexpr int64_t kSharedReservedPerBlock = 1024;  // beside what it asks for, o
 // Registers are not counted here: two blocks of 256 threads fit with 128 each, as the kernels use.
 constexpr int kThreadsPerSmByRegisters = 512;
 
+std::mutex mutex;  // of what threads of the host share: the next two
 std::map<void*, std::deque<std::function<void()>>> streams;
+std::map<const void*, KnownKernel> kernels;
 Chance host_chance(0);
 uint64_t schedule_seed = 0;
 
-[[noreturn]] void refuse(const Grid& grid, const std::string& why) {
-  throw std::runtime_error("launch of " + grid.kernel + " refused: " + why);
-}
+[[noreturn]] void refuse(const std::string& why) { throw std::runtime_error("launch refused: " + why); }
 
 void check(const Grid& grid, bool cooperative, int64_t capacity) {
   const int64_t threads = grid.block_dim.volume(), blocks = grid.grid_dim.volume(), cluster = grid.cluster_dim.volume();
-  if (threads < 1 || threads > kThreadsPerBlock) refuse(grid, std::to_string(threads) + " threads in a block");
+  if (threads < 1 || threads > kThreadsPerBlock) refuse(std::to_string(threads) + " threads in a block");
   if (blocks < 1 || grid.grid_dim.y > 65535 || grid.grid_dim.z > 65535) {
-    refuse(grid, "a grid of " + text_of(grid.grid_dim) + " blocks");
+    refuse("a grid of " + text_of(grid.grid_dim) + " blocks");
   }
   if (static_cast<int64_t>(grid.shared_size) > device().shared_per_block) {
-    refuse(grid, std::to_string(grid.shared_size) + " bytes of shared memory in a block");
+    refuse(std::to_string(grid.shared_size) + " bytes of shared memory in a block");
   }
   if (cluster < 1 || cluster > kMostBlocksPerCluster || (cluster > 1 && device().compute_capability < 90)) {
-    refuse(grid, "clusters of " + std::to_string(cluster) + " blocks");
+    refuse("clusters of " + std::to_string(cluster) + " blocks");
   }
   if (grid.grid_dim.x % grid.cluster_dim.x || grid.grid_dim.y % grid.cluster_dim.y ||
       grid.grid_dim.z % grid.cluster_dim.z) {
-    refuse(grid, "the grid is not a multiple of the cluster");
+    refuse("the grid is not a multiple of the cluster");
   }
   if (capacity < (cooperative ? blocks : cluster)) {
-    refuse(grid, std::to_string(blocks) + " blocks at the same time, of which " + std::to_string(capacity) + " fit");
+    refuse(std::to_string(blocks) + " blocks at the same time, of which " + std::to_string(capacity) + " fit");
   }
 }
 
@@ -54,7 +55,20 @@ int blocks_per_sm(int threads, int64_t shared_bytes) {
   return static_cast<int>(std::min({by_shared, by_threads, int64_t{kMostBlocksPerSm}}));
 }
 
-void enqueue(void* stream, std::function<void()> work) { streams[stream].push_back(std::move(work)); }
+void add_kernel(const void* function, const char* name, std::function<std::function<void()>(const void*)> with) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  kernels[function] = {name, std::move(with)};
+}
+
+KnownKernel known_kernel(const void* function) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return kernels.at(function);
+}
+
+void enqueue(void* stream, std::function<void()> work) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  streams[stream].push_back(std::move(work));
+}
 
 void launch(Grid grid, bool cooperative, void* stream) {
   const int64_t per_sm =
@@ -73,7 +87,11 @@ void launch(Grid grid, bool cooperative, void* stream) {
 
 void synchronize(uint64_t seed) {
   host_chance = Chance(schedule_seed = seed);
-  auto work = std::exchange(streams, {});
+  std::map<void*, std::deque<std::function<void()>>> work;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    work.swap(streams);
+  }
   try {
     while (!work.empty()) {
       const auto stream = std::next(work.begin(), static_cast<long>(host_chance.below(work.size())));

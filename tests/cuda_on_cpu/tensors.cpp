@@ -66,7 +66,7 @@ void take_tensors(py::type type) {
   api.view_of_object = view;
   api.current_stream = stream;
   type.attr(kAttribute) = py::capsule(&api, "dlpack_exchange_api");
-  take_tensor_types(py::make_tuple(type));
+  take_tensor_types(py::make_tuple(type), py::none());
   type.attr(kAttribute) = capsule;  // others ask for it too
 }
 

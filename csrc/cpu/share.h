@@ -1,66 +1,26 @@
-// The order in which a kernel walks the rows of a batch.
+// Who does what: how the members of a team share the work of a pass.
 //
-// Rows are dealt to *slots* by falling length, so that those still running at step s are slots
-// 0 .. active(s) - 1: a finished sequence costs nothing. Step s of a slot is time s, or length - 1 - s when
-// the direction is reversed; both directions begin at step 0.
+//   by rows: each member has sequences of its own        by panels: each has panels of the weights, for all sequences
+//
+//              panels                                                 panels
+//            +--------+                                             +----+----+
+//      rows  |   0    |   no waiting at steps; each member     rows | 0  | 1  |   each member reads its part of the
+//            +--------+   reads all of the weights                  |    |    |   weights; all wait for h at each step
+//            |   1    |                                             |    |    |
+//            +--------+                                             +----+----+
 #pragma once
 
-#include "../params.h"
+#include "plan.h"
 #include "team.h"
 
 namespace lstm_ext::cpu {
 
-class Steps {
- public:
-  Steps(const SequenceShape& shape, const Masks& masks, Arena& arena);
-
-  int64_t T, B;
-
-  // No row is shorter than another or forgets its state.
-  bool uniform() const { return !rows_ && !masks_.resets; }
-
-  int64_t row(int64_t slot) const { return rows_ ? rows_[slot] : slot; }
-  int64_t length(int64_t slot) const { return rows_ ? lengths_[rows_[slot]] : T; }
-  int64_t active(int64_t step) const { return rows_ ? active_[step] : (step < T ? B : 0); }
-
-  // How many of the slots first .. last - 1 are active at the steps from .. to - 1, all steps together.
-  int64_t count(int64_t first, int64_t last, int64_t from, int64_t to) const {
-    if (!rows_) return (last - first) * (to - from);
-    int64_t sum = 0;
-    for (int64_t slot = first; slot < last && length(slot) > from; ++slot) {
-      sum += (length(slot) < to ? length(slot) : to) - from;
-    }
-    return sum;
-  }
-
-  int64_t time(int64_t step, int64_t slot, bool reverse) const { return reverse ? length(slot) - 1 - step : step; }
-
-  // Whether the state is forgotten before this step.
-  bool resets_before(int64_t step, int64_t slot, bool reverse) const {
-    if (!masks_.resets || step >= length(slot)) return false;
-    return masks_.resets[time(step, slot, reverse) * masks_.reset_t_stride + row(slot) * masks_.reset_b_stride] != 0;
-  }
-
- private:
-  Masks masks_;
-  const int64_t* lengths_;
-  int64_t* rows_ = nullptr;    // [B], null: all rows have length T
-  int64_t* active_ = nullptr;  // [T + 1]
-};
-
-// What there is to share out at each step: sequences, and panels of the recurrent weights.
-struct StepWork {
-  int64_t rows;
-  int tile_rows, least_rows;  // of a tile: as many as it holds, and as few as it is still worth having
-  int64_t panels, bytes;      // of the weights
-};
-
-// What one member of a team does: some tiles of rows and all panels, or all rows and some panels. With rows of their
-// own members need not wait for each other, but each reads all weights at each step: so they share rows where these are
-// few, or the weights more than a core's cache holds.
 class Share {
  public:
-  Share(const Team& team, const StepWork& work);
+  Share(const Team& t, const Plan& plan)
+      : team(t), by_rows(plan.divides_rows(t.size)), rows_(plan.load.rows), tiles_(tile_count(plan.load)) {
+    if (by_rows) tiles_ = ceil_div(tiles_, team.size) * team.size;  // as many tiles for each
+  }
 
   const Team team;
   const bool by_rows;
@@ -123,6 +83,8 @@ class Share {
   }
 
  private:
+  static int64_t tile_count(const Load& load) { return ceil_div(load.rows, load.tile_rows); }
+
   int64_t rows_, tiles_;
 };
 

@@ -1,3 +1,5 @@
+#include "levels.h"
+
 #if defined(__linux__) && defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -8,35 +10,23 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
-
 namespace lstm_ext::cpu {
 
-namespace baseline {
-extern const Kernels kKernels;
-}
-#if defined(LSTM_EXT_HAVE_AVX2)
-namespace avx2 {
-extern const Kernels kKernels;
-}
-#endif
-#if defined(LSTM_EXT_HAVE_AVX512)
-namespace avx512 {
-extern const Kernels kKernels;
-}
-#endif
-#if defined(LSTM_EXT_HAVE_AVX512BF16)
-namespace avx512bf16 {
-extern const Kernels kKernels;
-}
-#endif
-#if defined(LSTM_EXT_HAVE_AMX)
-namespace amx {
-extern const Kernels kKernels;
-}
-#endif
+// simd_levels.inc is written by CMake: LSTM_EXT_LEVEL(name) for each level, narrowest first.
+#define LSTM_EXT_LEVEL(name)     \
+  namespace name {               \
+  extern const Kernels kKernels; \
+  }
+#include "simd_levels.inc"
+#undef LSTM_EXT_LEVEL
 
 namespace {
+
+#define LSTM_EXT_LEVEL(name) &name::kKernels,
+constexpr const Kernels* kBuilt[] = {
+#include "simd_levels.inc"
+    nullptr};
+#undef LSTM_EXT_LEVEL
 
 // Linux lends the tile registers only to a process that asks for them.
 [[maybe_unused]] bool tiles_usable() {
@@ -53,29 +43,31 @@ namespace {
 #endif
 }
 
+// Of the features named, those of this machine. It is asked for tiles only if it has all the others: asking changes
+// what the process may use.
+unsigned features_of(unsigned needs) {
+  unsigned found = 0;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) found |= kAvx2;
+  if (__builtin_cpu_supports("fma")) found |= kFma;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    found |= kAvx512;
+  }
+  if (__builtin_cpu_supports("avx512bf16")) found |= kAvx512Bf16;
+#endif
+  if (needs & kTiles && (needs & ~found) == kTiles && tiles_usable()) found |= kTiles;
+  return found & needs;
+}
+
 struct Available {
-  const Kernels* levels[6] = {};
+  const Kernels* levels[sizeof(kBuilt) / sizeof(kBuilt[0])] = {};
   int count = 0;
 
   Available() {
-    levels[count++] = &baseline::kKernels;
-#if defined(LSTM_EXT_HAVE_AVX2)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels[count++] = &avx2::kKernels;
-#endif
-#if defined(LSTM_EXT_HAVE_AVX512)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-      levels[count++] = &avx512::kKernels;
+    for (auto level = kBuilt; *level; ++level) {
+      if (features_of((*level)->needs) == (*level)->needs) levels[count++] = *level;
     }
-#endif
-#if defined(LSTM_EXT_HAVE_AVX512BF16)
-    if (count > 1 && levels[count - 1] == &avx512::kKernels && __builtin_cpu_supports("avx512bf16")) {
-      levels[count++] = &avx512bf16::kKernels;
-    }
-#endif
-#if defined(LSTM_EXT_HAVE_AMX)
-    if (levels[count - 1] == &avx512bf16::kKernels && tiles_usable()) levels[count++] = &amx::kKernels;
-#endif
   }
 };
 
@@ -90,8 +82,8 @@ const Kernels& pick() {
   if (!wanted || !*wanted) return *all.levels[all.count - 1];
   std::string names;
   for (int n = 0; n < all.count; ++n) {
-    if (std::string(wanted) == all.levels[n]->level) return *all.levels[n];
-    names += (n ? ", " : "") + std::string(all.levels[n]->level);
+    if (std::string(wanted) == all.levels[n]->name) return *all.levels[n];
+    names += (n ? ", " : "") + std::string(all.levels[n]->name);
   }
   throw std::runtime_error("LSTM_EXT_SIMD: expected one of " + names + " on this machine, got '" + wanted + "'");
 }
@@ -103,6 +95,7 @@ const Kernels& kernels() {
   return picked;
 }
 
+const Kernels* const* built_kernels() { return kBuilt; }
 const Kernels* const* available_kernels() { return available().levels; }
 
 }  // namespace lstm_ext::cpu

@@ -1,0 +1,35 @@
+// The SIMD levels: kernels.cpp is compiled once for each that CMakeLists.txt names, and one of them is picked at run
+// time.
+#pragma once
+
+#include "plan.h"
+
+namespace lstm_ext::cpu {
+
+// What a processor and its system may have. A level needs what its code was compiled for.
+enum Feature : unsigned {
+  kAvx2 = 1,
+  kFma = 2,
+  kAvx512 = 4,  // F, BW, VL and DQ
+  kAvx512Bf16 = 8,
+  kTiles = 16,  // AMX, and the permission to use it
+};
+
+// One level. `needs` are Features.
+struct Kernels {
+  const char* name;
+  unsigned needs;
+  LevelShape shape;
+  void (*layer_forward)(const LayerForward&, const Plan&);
+  void (*layer_backward)(const LayerBackward&, const Plan&);
+};
+
+// The widest level that was built and that this machine runs, or the one that LSTM_EXT_SIMD names.
+// Throws std::runtime_error if that is not available.
+const Kernels& kernels();
+
+// The levels that were built, and those of them that run here, narrowest first; both end with a null pointer.
+const Kernels* const* built_kernels();
+const Kernels* const* available_kernels();
+
+}  // namespace lstm_ext::cpu
