@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lstm_ext.call import BOTH, REVERSE, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved
+from lstm_ext.call import BOTH, FORWARD, REVERSE, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, make_inputs, run_layer, run_oracle, to_float64
 
 from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradient_magnitude
@@ -234,8 +234,8 @@ def test_threads_that_plan_and_launch_at_once_do_not_disturb_each_other() -> Non
 
     def launch(given: tuple[Any, list[Any]]) -> list[Any]:
         w_hh, xws = given
-        layout = (None, None, [w_hh], None, None, None, 0, False, 0, False, "block")
-        return [harness.cuda_layer_forward(xw, *layout)[0] for xw in xws]
+        steps = [LayerCall(xw, None, None, [w_hh], None, None, None, FORWARD, False) for xw in xws]
+        return [harness.cuda_layer_forward(call, Save.NOTHING, False, "block")[0] for call in steps]
 
     def shared_bytes(H: int) -> int:
         plan = harness.cuda_plan(lengths[0], 2, H, 0, False, "float32", False, 1, False, "block", 0)
@@ -250,7 +250,7 @@ def test_threads_that_plan_and_launch_at_once_do_not_disturb_each_other() -> Non
     assert len({shared_bytes(H) for H in widths}) == len(widths)
     for ours, theirs in zip(together, alone, strict=True):
         assert all(torch.isfinite(y).all() for y in ours)
-        assert_same(ours, theirs)
+        assert all(map(torch.equal, ours, theirs))
 
 
 CELLS = [Case(1, 1, 1, 1), Case(1, 3, 32, 33, state=False), Case(1, 16, 64, 64), Case(1, 9, 45, 17, bias=False)]

@@ -155,3 +155,41 @@ def test_aot_inductor_package(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     without = run_python(tmp_path, LOADING.format(imports="", load=load))
     assert "lstm_ext::layer_forward" in without.stderr
+
+
+# Files of older versions ---------------------------------------------------------------------------------------------
+
+SAVED = sorted(Path(__file__).with_name("golden").glob("lstm_ext_*"))  # made by tests/golden/make.py
+
+
+@pytest.mark.parametrize("folder", SAVED, ids=lambda folder: folder.name)
+def test_what_older_versions_saved_still_runs(folder: Path, tmp_path: Path) -> None:
+    """A program, a pickled module and a state dict, each in a process that has imported no more than it must."""
+    x, hx, y, state, made_with = torch.load(folder / "example.pt")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, made_with.split(".")[:2])):
+        pytest.skip(f"the files were written by torch {made_with}")
+    torch.save([y, *state], tmp_path / "expected.pt")
+    torch.save((x, hx), tmp_path / "x.pt")
+    for imports, load in (
+        ("import lstm_ext.ops", f"torch.export.load({str(folder / 'program.pt2')!r}).module()"),
+        ("", f"torch.load({str(folder / 'module.pt')!r}, weights_only=False)"),
+    ):
+        code = LOADING.replace("load(x)", "load(*x)").format(imports=imports, load=load)
+        done = run_python(tmp_path, code)
+        assert done.returncode == 0, done.stderr
+    module = lstm_ext.LSTM(3, 4, bidirectional=True)
+    module.load_state_dict(torch.load(folder / "state_dict.pt"))
+    assert_same(module(x, hx), (y, state))
+    program, pickled = (
+        torch.export.load(folder / "program.pt2").module(),
+        torch.load(folder / "module.pt", weights_only=False),
+    )
+    for T, B in ((1, 1), (7, 3)):  # sizes that were dynamic
+        x, hx = torch.randn(T, B, 3), tuple(torch.randn(2, 2, B, 4).unbind())
+        for load in (program, pickled):
+            assert_same(load(x, hx), module(x, hx))
+    parameters = list(pickled.parameters())
+    gradients = [torch.autograd.grad(m(x, hx)[0].sin().sum(), list(m.parameters())) for m in (pickled, program, module)]
+    assert len(parameters) == len(gradients[1])
+    assert_same(gradients[0], gradients[2])
+    assert_same(gradients[1], gradients[2])

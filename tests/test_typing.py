@@ -87,6 +87,45 @@ lstm_ext.replace_lstm("model")
 lstm_ext.to_torch(torch.nn.Linear)
 """
 
+# What an engine and the core take, in the right order; each line once more with two arguments swapped.
+INSIDE_CODE = """
+from lstm_ext._native import C
+from lstm_ext.call import LayerCall, Needs, OutputGrads, Save, Saved
+from lstm_ext.engines import Engine, composed, cuda, numpy, stock
+from lstm_ext.route import run
+
+
+def passes(engine: Engine, call: LayerCall, save: Save, saved: Saved, grads: OutputGrads, needs: Needs, n: int) -> None:
+    engine.forward(call, save)
+    engine.backward(call, saved, grads, needs)
+    cuda.forward(call, save)
+    cuda.backward(call, saved, grads, needs)
+    numpy.forward(call, save)
+    numpy.backward(call, saved, grads, needs)
+    composed.forward(call, save)
+    stock.forward(call, save)
+    run(call, save)
+    C.layer_forward(call, save, n)
+    C.layer_backward(call, saved, grads, needs, n)
+    C.cuda_layer_forward(call, save, True, "")
+    C.cuda_layer_backward(call, saved, grads, needs, True, "")
+"""
+SWAPPED = [("call", "save"), ("saved", "grads"), ("save", "n"), ("needs", "n"), ("call", "saved"), ("grads", "needs")]
+
+
+def swapped_code() -> tuple[str, set[int]]:
+    """INSIDE_CODE with a copy of each line for each two arguments in it that are swapped, and which those lines are."""
+    lines, wrong = INSIDE_CODE.splitlines(), set()
+    for line in [line for line in lines if line.startswith("    ")]:
+        name, _, rest = line.partition("(")
+        arguments = rest.rstrip(")").split(", ")
+        for a, b in SWAPPED:
+            if {a, b} <= set(arguments):
+                swap = {a: b, b: a}
+                lines.append(f"{name}({', '.join(swap.get(each, each) for each in arguments)})")
+                wrong.add(len(lines))
+    return "\n".join(lines) + "\n", wrong
+
 
 def mypy(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """`mypy --strict` on a user's file, against the package that this process imports."""
@@ -116,6 +155,17 @@ def test_strict_mypy_on_user_code(tmp_path: Path) -> None:
     wrong = [n for n, line in enumerate(WRONG_CODE.splitlines(), 1) if line.startswith("lstm_ext.")]
     found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
     assert found == set(wrong), done.stdout + done.stderr
+
+
+def test_swapped_arguments_of_an_engine_are_found(tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="needs mypy (extra `dev`)")
+    done = mypy(tmp_path, INSIDE_CODE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    code, wrong = swapped_code()
+    done = mypy(tmp_path, code)
+    found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
+    assert found == wrong, done.stdout + done.stderr
+    assert len(wrong) >= 20
 
 
 def test_the_marker_is_installed() -> None:

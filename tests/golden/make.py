@@ -1,13 +1,17 @@
-"""Makes the golden data beside it: what TensorFlow's and haste's own LSTMs compute from given weights.
+"""Makes the golden data beside it: what TensorFlow's and haste's own LSTMs compute, and modules of ours as saved once.
 
-Both are heavy to install: TensorFlow is large, haste compiles CUDA. Weights and inputs are random multiples of 1/64, so
-that they are short to write and exact; everything is in float64.
+TensorFlow is large, and haste compiles CUDA. Weights and inputs are random multiples of 1/64, so that they are short to
+write and exact; everything is in float64.
 
     pip install tf-keras && python tests/golden/make.py tensorflow
     pip download --no-deps --no-build-isolation haste-pytorch==0.5.0rc0 && tar xf haste_pytorch-0.5.0rc0.tar.gz
     python tests/golden/make.py haste haste_pytorch-0.5.0rc0/frameworks/pytorch    # needs torch
 
 haste runs on the CPU in its own Python code; its compiled module is imported there, but not called.
+
+What a version of lstm_ext saved has to be readable in those after it. That version has to be the one that is installed:
+
+    python tests/golden/make.py saved lstm_ext_0.1.0    # at commit 72f0405, before calls became LayerCall
 """
 
 from __future__ import annotations
@@ -91,6 +95,26 @@ def haste_cases(folder: Path) -> list[dict[str, Any]]:
     return cases
 
 
+def save_modules(folder: Path) -> None:
+    """A module in each way in which torch saves one, with an input and what it makes of that."""
+    import torch
+
+    import lstm_ext
+
+    torch.manual_seed(0)
+    module, x, hx = lstm_ext.LSTM(3, 4, bidirectional=True), torch.randn(5, 2, 3), torch.randn(2, 2, 2, 4).unbind()
+    dims = {0: torch.export.Dim("T", max=1024), 1: torch.export.Dim("B", max=1024)}
+    program = torch.export.export(module, (x, hx), dynamic_shapes=(dims, ({1: dims[1]}, {1: dims[1]})))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # the folders of this machine
+    folder.mkdir(exist_ok=True)
+    torch.export.save(program, folder / "program.pt2")
+    torch.save(module, folder / "module.pt")
+    torch.save(module.state_dict(), folder / "state_dict.pt")
+    y, state = module(x, hx)
+    torch.save([x, hx, y.detach(), [a.detach() for a in state], str(torch.__version__)], folder / "example.pt")
+
+
 def to_lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: to_lists(each) for name, each in value.items()}
@@ -99,6 +123,9 @@ def to_lists(value: Any) -> Any:
 
 def main() -> None:
     name, *folders = sys.argv[1:]
+    if name == "saved":
+        save_modules(Path(__file__).with_name(folders[0]))
+        return
     os.environ["TF_USE_LEGACY_KERAS"] = "1"  # tf.compat.v1.nn.rnn_cell is in tf-keras
     cases = {"tensorflow": tensorflow_cases, "haste": haste_cases}[name](*map(Path, folders))
     lines = ",\n".join(json.dumps(to_lists(case)) for case in cases)
