@@ -404,11 +404,12 @@ def check(call: LayerCall, values: bool = True) -> None:
         RuntimeError: dtype, device, layout or shape, as torch does.
         ValueError: a length out of range.
     """
+    check_kind("x", call.x)
+    _check_options(call)
     check_kinds(call)
     x, arrays = call.x, call.named()
     _check_dtypes(arrays, x)
     _check_devices_and_layouts(arrays, x)
-    _check_options(call)
 
     if call.batch_sizes is not None:
         _check_rank("x", x, 2)
