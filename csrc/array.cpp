@@ -9,8 +9,7 @@ namespace lstm_ext {
 namespace {
 
 std::string text_of(dlpack::DataType dtype) {
-  std::string name = "a type unknown to lstm_ext";
-  if (dtype.code == dlpack::kBfloat) name = "bfloat";
+  std::string name = "bfloat";
   if (dtype.code == dlpack::kFloat) name = "float";
   if (dtype.code == dlpack::kInt) name = "int";
   if (dtype.code == dlpack::kUInt) name = "uint";
@@ -220,6 +219,7 @@ void Array::view_ndarray(py::handle object) {
                        : kind == 'i' ? dlpack::kInt
                        : kind == 'u' ? dlpack::kUInt
                        : kind == 'b' ? dlpack::kBool
+                       : kind == 'c' ? dlpack::kComplex
                                      : 255;
   dtype_ = {code, static_cast<uint8_t>(item * 8), 1};
   const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
@@ -236,6 +236,13 @@ bool Array::usable_as_it_lies() const {
   const bool aligned = reinterpret_cast<uintptr_t>(data_) % (dtype_.bits < 8 ? 1 : dtype_.bits / 8) == 0;
   if (ndim_ == 0) return aligned;
   return aligned && (stride_[ndim_ - 1] == 1 || (shape_[ndim_ - 1] < 2 && stride_[ndim_ - 1] != 0));
+}
+
+std::string Array::dtype_text() const {
+  constexpr uint8_t kKnown[] = {dlpack::kInt,    dlpack::kUInt,    dlpack::kFloat,
+                                dlpack::kBfloat, dlpack::kComplex, dlpack::kBool};
+  const bool known = std::find(std::begin(kKnown), std::end(kKnown), dtype_.code) != std::end(kKnown);
+  return known ? text_of(dtype_) : std::string(py::str(object_.attr("dtype")));
 }
 
 const void* Array::address(int64_t offset) const {
@@ -264,7 +271,7 @@ void Array::expect_shape(const Shape& expected, const char* dims) const {
 void Array::expect_dtype(Dtype dtype, const char* whose) const {
   if (same(dtype_, facts(dtype).type)) return;
   throw std::runtime_error(std::string(name_) + ": expected dtype " + facts(dtype).name + whose + ", got " +
-                           text_of(dtype_));
+                           dtype_text());
 }
 
 Dtype Array::float_dtype() const {
@@ -272,22 +279,22 @@ Dtype Array::float_dtype() const {
     if (same(dtype_, facts(dtype).type)) return dtype;
   }
   throw std::runtime_error(std::string(name_) + ": expected dtype bfloat16, float16, float32, float64, got " +
-                           text_of(dtype_));
+                           dtype_text());
 }
 
 void Array::expect_integers() const {
   if (dtype_.code == dlpack::kInt || dtype_.code == dlpack::kUInt) return;
-  throw py::type_error(std::string(name_) + ": expected an integer dtype, got " + text_of(dtype_));
+  throw py::type_error(std::string(name_) + ": expected an integer dtype, got " + dtype_text());
 }
 
 void Array::expect_int64() const {
   if (same(dtype_, {dlpack::kInt, 64, 1})) return;
-  throw py::type_error(std::string(name_) + ": expected dtype int64, got " + text_of(dtype_));
+  throw py::type_error(std::string(name_) + ": expected dtype int64, got " + dtype_text());
 }
 
 void Array::expect_bool() const {
   if (dtype_.code == dlpack::kBool) return;
-  throw py::type_error(std::string(name_) + ": expected dtype bool, got " + text_of(dtype_));
+  throw py::type_error(std::string(name_) + ": expected dtype bool, got " + dtype_text());
 }
 
 int64_t Array::integer(int64_t n) const {

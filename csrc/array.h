@@ -105,6 +105,7 @@ class Array {
   bool usable_as_it_lies() const;
   bool negated(py::handle tensor) const;
   const void* address(int64_t offset) const;
+  std::string dtype_text() const;
   [[noreturn]] void refuse_view(py::handle tensor, const Array* like) const;
 
   const char* name_ = "";

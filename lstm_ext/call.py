@@ -173,11 +173,23 @@ class LayerCall(NamedTuple):
 
     def num_steps(self) -> int:
         """T."""
-        return self.x.shape[1 if self.batch_first else 0] if self.batch_sizes is None else self.batch_sizes.shape[0]
+        if self.batch_sizes is not None:
+            return self.batch_sizes.shape[0]
+        return 1 if self.is_step else self.x.shape[1 if self.batch_first else 0]
 
     def batch_size(self) -> int:
         """B, which of packed rows the contents of batch_sizes tell."""
-        return self.x.shape[0 if self.batch_first else 1] if self.batch_sizes is None else int(self.batch_sizes[0])
+        if self.batch_sizes is not None:
+            return int(self.batch_sizes[0])
+        if self.is_step:
+            return self.x.shape[0] if len(self.x.shape) == 2 else 1
+        return self.x.shape[0 if self.batch_first else 1]
+
+    def state_sizes(self, batch_size: int) -> tuple[int, ...]:
+        """The shape of a state but for its last axis: (D, B), and of a step (B,) or ()."""
+        if not self.is_step:
+            return self.num_directions, batch_size
+        return (batch_size,) if len(self.x.shape) == 2 else ()
 
 
 # The same without names, as it is quicker to make: what the engines take, and what the compiled core returns.
@@ -318,33 +330,56 @@ def _check_devices_and_layouts(arrays: Arrays, x: Array) -> None:
     if isinstance(x, np.ndarray):
         return
     for name, a in arrays:
-        if a is not None and name not in ("lengths", "batch_sizes") and a.device != x.device:
+        if a is not None and name != "batch_sizes" and a.device != x.device:
             raise RuntimeError(f"{name}: expected on device {x.device} as x is, got {a.device}")
     for name, a in arrays:
         if a is not None and str(a.layout) != "torch.strided":
             raise RuntimeError(f"{name}: expected a dense tensor (torch.strided), got {a.layout}")
 
 
+def _check_rank(name: str, a: Array, rank: int) -> None:
+    if len(a.shape) != rank:
+        raise RuntimeError(f"{name}: expected {rank} dimensions, got {len(a.shape)}: shape {list(a.shape)}")
+
+
+def _check_options(call: LayerCall) -> None:
+    """What may be given together."""
+    if call.batch_sizes is not None and call.batch_first:
+        raise ValueError("batch_first: expected False with batch_sizes, got True")
+    if call.batch_sizes is not None and call.masked:
+        raise ValueError("lengths, resets: expected None with batch_sizes, got an array")
+    if call.is_step and (call.masked or call.directions == BOTH):
+        raise ValueError("directions, lengths, resets: expected one direction and no masks without a time axis")
+    count, D = len(call.weights), call.num_directions
+    if count % D or not 2 <= count // D <= 5:
+        raise RuntimeError(f"weights: expected 2 to 5 arrays for each direction, got {count} for {D}")
+
+
+def _check_shape(name: str, a: Array, dims: str, sizes: Sequence[int]) -> None:
+    if tuple(a.shape) != tuple(sizes):
+        names = f"[{dims}] = " if dims else ""
+        raise RuntimeError(f"{name}: expected shape {names}{list(sizes)}, got {list(a.shape)}")
+
+
 def _check_shapes(call: LayerCall, T: int, B: int) -> None:
     w = call.split()[0]
-    H, P = w.w_hh.shape[0] // 4, w.w_hh.shape[1]
-    D, steps = call.num_directions, (("B", "T"), (B, T)) if call.batch_first else (("T", "B"), (T, B))
+    H, P, state = w.w_hh.shape[0] // 4, w.w_hh.shape[1], call.state_sizes(B)
+    letters = ("", "B, ", "D, B, ")[len(state)]
     expected = {
-        "h0": (("D", "B", "P"), (D, B, P)),
-        "c0": (("D", "B", "H"), (D, B, H)),
-        "w_ih": (("4*H", "I"), (4 * H, call.x.shape[-1])),
-        "w_hh": (("4*H", "P"), (4 * H, H if w.w_hr is None else P)),
-        "b_ih": (("4*H",), (4 * H,)),
-        "b_hh": (("4*H",), (4 * H,)),
-        "w_hr": (("P", "H"), (P, H)),
-        "lengths": (("B",), (B,)),
-        "resets": steps,
+        "h0": (f"{letters}P", (*state, P)),
+        "c0": (f"{letters}H", (*state, H)),
+        "w_ih": ("4*H, I", (4 * H, call.x.shape[-1])),
+        "w_hh": ("4*H, P", (4 * H, H if w.w_hr is None else P)),
+        "b_ih": ("4*H", (4 * H,)),
+        "b_hh": ("4*H", (4 * H,)),
+        "w_hr": ("P, H", (P, H)),
+        "lengths": ("B", (B,)),
+        "resets": ("B, T", (B, T)) if call.batch_first else ("T, B", (T, B)),
     }
     for name, a in call.named():
-        dims, sizes = expected.get(name.removesuffix("_reverse"), ((), None))
-        if a is not None and sizes is not None and tuple(a.shape) != tuple(sizes):
-            text = f"[{', '.join(dims)}] = [{', '.join(map(str, sizes))}]"
-            raise RuntimeError(f"{name}: expected shape {text}, got {list(a.shape)}")
+        dims, sizes = expected.get(name.removesuffix("_reverse"), ("", None))
+        if a is not None and sizes is not None:
+            _check_shape(name, a, dims, sizes)
 
 
 def check_values(lengths: Array | None, batch_sizes: Array | None, num_steps: int, num_rows: int) -> None:
@@ -370,21 +405,23 @@ def check(call: LayerCall, values: bool = True) -> None:
         ValueError: a length out of range.
     """
     check_kinds(call)
-    if call.is_step:
-        for name, a in (("h0", call.h0), ("c0", call.c0)):
-            if a is not None and len(a.shape) > 2:  # ValueError, as torch's cell
-                raise ValueError(f"{name}: expected 1 or 2 dimensions, got {len(a.shape)}: shape {list(a.shape)}")
-        call = call.with_time()
     x, arrays = call.x, call.named()
     _check_dtypes(arrays, x)
     _check_devices_and_layouts(arrays, x)
+    _check_options(call)
 
-    rank = 3 if call.batch_sizes is None else 2
-    if len(x.shape) != rank:
-        raise RuntimeError(f"x: expected {rank} dimensions, got {len(x.shape)}: shape {list(x.shape)}")
-    for name, w in zip(("w_ih", "w_hh"), call.weights, strict=False):
-        if len(w.shape) != 2:
-            raise RuntimeError(f"{name}: expected 2 dimensions, got {len(w.shape)}: shape {list(w.shape)}")
+    if call.batch_sizes is not None:
+        _check_rank("x", x, 2)
+        _check_rank("batch_sizes", call.batch_sizes, 1)
+    elif not call.is_step:
+        _check_rank("x", x, 3)
+    for w in call.split():
+        _check_rank("w_ih", w.w_ih, 2)
+        _check_rank("w_hh", w.w_hh, 2)
+    if call.is_step:
+        for name, a in (("h0", call.h0), ("c0", call.c0)):
+            if a is not None and len(a.shape) > 2:  # the type of error is that of torch's cell
+                raise ValueError(f"{name}: expected 1 or 2 dimensions, got {len(a.shape)}: shape {list(a.shape)}")
     T = call.num_steps()
     if T == 0:
         raise RuntimeError(f"x: expected at least one time step, got T = 0: shape {list(x.shape)}")
@@ -395,3 +432,40 @@ def check(call: LayerCall, values: bool = True) -> None:
     _check_shapes(call, T, B)
     if values:
         check_values(call.lengths, call.batch_sizes, T, x.shape[0])
+
+
+def check_backward(call: LayerCall, saved: Saved, grads: OutputGrads) -> None:
+    """The same of what a backward pass is given besides its call, which counts as checked.
+
+    Raises:
+        TypeError: not an array of x's kind, or nothing saved.
+        RuntimeError: dtype, device, layout or shape.
+    """
+    arrays = [*grads._asdict().items(), *saved._asdict().items()]
+    for name, a in arrays:
+        if a is not None:
+            check_kind(name, a, call.x)
+    if any(a is None for a in saved):
+        raise TypeError("y, cells, gates: expected what layer_forward left with Save.ALL, got None")
+    w, D, T, B = call.split()[0], call.num_directions, call.num_steps(), call.batch_size()
+    H, P = w.w_hh.shape[0] // 4, w.w_hh.shape[1]
+    rows = call.x.shape[:1] if call.batch_sizes is not None else (T, B)
+    stored = dtype_name(call.x)
+    wide = "float32" if stored in ("bfloat16", "float16") else stored
+    sequence, state = (*call.x.shape[:-1], D * P), call.state_sizes(B)
+    expected = {
+        "dy": (stored, sequence),
+        "dh_n": (stored, (*state, P)),
+        "dc_n": (stored, (*state, H)),
+        "dcells": (wide, (D, *rows, H)),
+        "y": (stored, sequence),
+        "cells": (wide, (D, *rows, H)),
+        "gates": (stored, (D, *rows, 4 * H)),
+    }
+    _check_devices_and_layouts(arrays, call.x)
+    for name, a in arrays:
+        if a is not None:
+            dtype, sizes = expected[name]
+            if dtype_name(a) != dtype:
+                raise RuntimeError(f"{name}: expected dtype {dtype}, got {dtype_name(a)}")
+            _check_shape(name, a, "", sizes)

@@ -33,10 +33,10 @@ struct OutputGrads {
   py::handle dy, dh_n, dc_n, dcells;  // each may be None
 };
 
-// Whether all are None or arrays that this module reads itself. If not, an operation returns NotImplemented: its caller
-// has to see what they are.
+// Whether all are None or arrays that this module reads itself, of one kind. If not, an operation returns
+// NotImplemented: its caller has to see what they are.
 bool takes(const LayerCall& call);
-bool takes(const OutputGrads& grads);
+bool takes(const LayerCall& call, const Saved& saved, const OutputGrads& grads);
 py::object not_implemented();
 
 }  // namespace lstm_ext::ops

@@ -102,7 +102,7 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
 
 py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
                                bool tf32, const std::string& strategy) {
-  if (!takes(steps) || !takes(grads)) return not_implemented();
+  if (!takes(steps, saved, grads)) return not_implemented();
   const Array gates(steps.x, "gates", dlpack::kCuda);
   const StepsArgs args(steps, gates, gates.float_dtype());
   const auto [T, B, I, H, P, projected] = args.shape;

@@ -10,28 +10,30 @@ namespace {
 
 constexpr const char* kLike = " as x has";
 
+bool all_of_kind(Kind kind, std::initializer_list<py::handle> objects) {
+  return std::all_of(objects.begin(), objects.end(), [&](py::handle object) {
+    const Kind own = kind_of(object);
+    return own == Kind::kNone || own == kind;
+  });
+}
+
 }  // namespace
 
 bool takes(const LayerCall& call) {
   const Kind kind = kind_of(call.x);
   if (kind != Kind::kTensor && kind != Kind::kNdarray) return false;
-  const auto same = [&](py::handle object) { return kind_of(object) == kind; };
-  for (const py::handle& object : {call.h0, call.c0, call.lengths, call.resets, call.batch_sizes}) {
-    if (!object.is_none() && !same(object)) return false;
-  }
-  if (!PyList_Check(call.weights.ptr()) && !PyTuple_Check(call.weights.ptr())) return false;
-  const auto weights = py::reinterpret_borrow<py::sequence>(call.weights);
-  for (size_t n = 0; n < weights.size(); ++n) {
-    if (!same(PySequence_Fast_ITEMS(call.weights.ptr())[n])) return false;
+  if (!all_of_kind(kind, {call.h0, call.c0, call.lengths, call.resets, call.batch_sizes})) return false;
+  PyObject* const weights = call.weights.ptr();
+  if (!PyList_Check(weights) && !PyTuple_Check(weights)) return false;
+  for (Py_ssize_t n = 0; n < PySequence_Fast_GET_SIZE(weights); ++n) {
+    if (kind_of(PySequence_Fast_GET_ITEM(weights, n)) != kind) return false;
   }
   return true;
 }
 
-bool takes(const OutputGrads& grads) {
-  for (const py::handle& object : {grads.dy, grads.dh_n, grads.dc_n, grads.dcells}) {
-    if (kind_of(object) == Kind::kOther) return false;
-  }
-  return true;
+bool takes(const LayerCall& call, const Saved& saved, const OutputGrads& grads) {
+  return takes(call) && all_of_kind(kind_of(call.x), {saved.y, saved.cells, saved.gates, grads.dy, grads.dh_n,
+                                                      grads.dc_n, grads.dcells});
 }
 
 py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
@@ -187,8 +189,8 @@ void LayerArgs::read_axes() {
   if (step ? x.ndim() == 0 : x.ndim() != (packed ? 2 : 3)) x.expect_dims(packed ? 2 : 3);
   shape.I = x.size(x.ndim() - 1);
   if (packed) {
+    batch_sizes.expect_integers();
     batch_sizes.expect_dims(1);
-    batch_sizes.expect_int64();
     shape.T = batch_sizes.size(0);
     rows = x.size(0);
     return;

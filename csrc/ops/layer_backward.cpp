@@ -14,7 +14,7 @@ struct WeightOutputs {
 
 py::object layer_backward(const LayerCall& call, const Saved& saved, const OutputGrads& grads, Needs needs,
                           int num_threads) {
-  if (!takes(call) || !takes(grads)) return not_implemented();
+  if (!takes(call, saved, grads)) return not_implemented();
   const LayerArgs args(call);
   const auto [T, B, I, H, P, projected] = args.shape;
   const BackwardArrays arrays(args, args.x, saved, grads);

@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 
 from .. import reference
-from ..call import CallTuple, GradsTuple, LayerCall, Needs, OutputGrads, OutputsTuple, Save, Saved, check, is_tensor
+from ..call import (
+    CallTuple,
+    GradsTuple,
+    LayerCall,
+    Needs,
+    OutputGrads,
+    OutputsTuple,
+    Save,
+    Saved,
+    check,
+    check_backward,
+    is_tensor,
+)
 
 
 def _array(a: Any) -> Any:
@@ -46,6 +58,8 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
 
 def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
     """See `engines.Engine`."""
+    check(call)
+    check_backward(call, saved, grads)
     taken = Saved(*map(_array, saved)), OutputGrads(*map(_array, grads))
     dx, dh0, dc0, dweights = reference.layer_backward(_arrays(call), *taken, needs)
     own = None if dweights is None else [_like(call.x, dw) for dw in dweights]
