@@ -340,7 +340,7 @@ def largest_error(actual: Any, expected: Any) -> float:
     counts = np.isfinite(expected)
     if not counts.any():
         return 0.0
-    error = np.abs(actual - expected)[counts].max()
+    error = np.abs(actual[counts] - expected[counts]).max()
     return float(error / max(1.0, np.abs(expected[counts]).max())) if np.isfinite(error) else float("inf")
 
 
