@@ -14,9 +14,9 @@
 //                k = 1  | vector 0 | vector 1 | vector 2 | vector 3 |
 //                ...
 //
-// (a lane is one element, or, of bfloat16 where the machine multiplies it in pairs, B[k, n] and B[k + 1, n] side by
-// side) or, of few rows, is read where it lies: weights are stored as B transposed, [n][k], and vectors then run along
-// k.
+// A lane is one element, or, of bfloat16 where the machine multiplies it in pairs, B[k, n] and B[k + 1, n] side by
+// side. For few rows B is not packed but read where it lies: weights are stored as B transposed, [n][k], and vectors
+// then run along k.
 //
 // Every element of a packed product is one chain of fused multiply-adds in the order of k, whatever the height of the
 // tile that computed it, so that results do not depend on how rows were dealt out to threads.
