@@ -160,12 +160,13 @@ def tile_columns() -> Iterator[Crossing]:
 
 def tile_zeros() -> Iterator[Crossing]:
     """Widths just above a multiple of the tiles', and then nearer to the next one."""
-    for name, B, backward in (("kMostFilled", 24, False), ("kMostFilledFewRows", 10, False)):
-        layer = Layer(20, B, 1, 1, backward=backward)
-        values = (97, 100, 104, 108, 112, 120, 128)
-        yield Crossing(name, "I = H", values, lambda n, layer=layer: replace(layer, I=n, H=n), VECTORS, TILES)
-    layer = Layer(20, 24, 192, 1, backward=True)
-    values = (97, 99, 101, 103, 106, 112)
+    layer, values = Layer(20, 24, 1, 1), (65, 68, 70, 72, 74, 76, 80, 88, 96)
+    yield Crossing("kMostFilled", "I = H", values, lambda n, layer=layer: replace(layer, I=n, H=n), VECTORS, TILES)
+    layer, values = Layer(20, 10, 1, 1), (97, 100, 104, 108, 112, 120, 128)
+    yield Crossing(
+        "kMostFilledFewRows", "I = H", values, lambda n, layer=layer: replace(layer, I=n, H=n), VECTORS, TILES
+    )
+    layer, values = Layer(20, 24, 384, 1, backward=True), (65, 66, 68, 70, 72, 76, 80)
     yield Crossing("kMostFilledBackward", "H", values, lambda n, layer=layer: replace(layer, H=n), VECTORS, TILES)
 
 

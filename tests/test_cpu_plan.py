@@ -69,6 +69,11 @@ def problem(case: Case, dtype: str) -> tuple[Inputs, tuple[dict[str, Any], dict[
     return (inputs.to_torch(dtype) if dtype == "bfloat16" else inputs), expected
 
 
+def assert_right(actual: Any, expected: Any, case: Case, dtype: str = "float32") -> None:
+    """As tolerances.py says, a gradient at H = 1 may be what terms of three times its size left of each other."""
+    assert_all_close(actual, expected, case, dtype, gradient_magnitude=3.0 if case.H == 1 else 1.0)
+
+
 def run(inputs: Inputs, **way: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     with use_plan(**way):
         return run_layer(C, inputs, 1)
@@ -96,7 +101,7 @@ def test_every_way_matches_the_oracle_and_no_team_changes_a_bit(case: Case, way:
     inputs, expected = problem(case, "float32")
     for steps in CHUNKS if case.T > 1 else CHUNKS[:1]:
         alone = run(inputs, **way, chunk_steps=steps)
-        assert_all_close(alone, expected, case, "float32")
+        assert_right(alone, expected, case)
         for team in TEAMS if steps == CHUNKS[-1] else TEAMS[steps % 2 :: 2]:
             assert_same(run(inputs, **way, chunk_steps=steps, **team), alone)
 
@@ -112,8 +117,8 @@ def test_every_way_matches_the_oracle_in_other_dtypes(case: Case, dtype: str) ->
     inputs, expected = problem(case, dtype)
     for way in WAYS:
         if can(way, dtype):
-            assert_all_close(run(inputs, **way), expected, case, dtype)
-            assert_all_close(run(inputs, **way, chunk_steps=1, threads=2), expected, case, dtype)
+            assert_right(run(inputs, **way), expected, case, dtype)
+            assert_right(run(inputs, **way, chunk_steps=1, threads=2), expected, case, dtype)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "one_sum" not in way or not way["one_sum"]][1:], ids=described)
@@ -203,7 +208,7 @@ def test_simd_level_default_plans_of_the_cases_cover_all_ways() -> None:
 def test_simd_level_ways_match_the_oracle(case: Case) -> None:
     inputs, expected = problem(case, "float32")
     for way in WAYS:
-        assert_all_close(run(inputs, **way), expected, case, "float32")
+        assert_right(run(inputs, **way), expected, case)
 
 
 @pytest.mark.skipif("LSTM_EXT_SIMD" in os.environ, reason="this is the run of one level")
@@ -259,7 +264,7 @@ def test_what_a_layer_cannot_do_is_refused_when_it_is_planned() -> None:
             run_layer(C, inputs, 1)
         with use_plan(in_place=True), pytest.raises(ValueError, match="in_place: tiles multiply packed weights only"):
             run_layer(C, inputs, 1)
-    assert_all_close(run_layer(C, inputs, 1), expected, case, "float32")
+    assert_right(run_layer(C, inputs, 1), expected, case)
 
 
 @pytest.mark.parametrize(

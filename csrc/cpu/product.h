@@ -1,21 +1,22 @@
-// The matrix product by vectors:  C[m, n] += Σ_k A[m, k] B[k, n].  (tiles.h has that of processors with tile
-// registers.)
+// The matrix product by vectors:  C[m, n] += Σ_k A[m, k] B[k, n]
 //
-// The micro-kernel computes a *tile* of C: up to kTileRows rows m by up to four vectors of n. Its registers, of
-// AVX-512:
+// (tiles.h has that of processors with tile registers.) The micro-kernel computes a *tile* of C, up to kTileRows rows m
+// by up to four vectors of n. Its registers:
 //
-//     6 rows x 4 vectors of sums + 4 vectors of B + 1 broadcast of A = 29 of 32      (AVX2, SSE: 3 x 4 + 1 = 13 of 16)
+//     AVX-512      6 rows x 4 vectors of sums + 4 vectors of B + 1 broadcast of A     29 of 32
+//     AVX2, SSE2   3 rows x 4 vectors of sums + 1 broadcast of A, B from memory       13 of 16
 //
 // The four vectors are the gates i f g o of one vector of units where gates are computed, and neighbouring vectors of
 // columns elsewhere; the last panel has as few of them as hold its units or columns. B comes as *panels*, one for each
 // four vectors, packed in the order in which they are read:
 //
-//     panel p:   k = 0  | vector 0 | vector 1 | vector 2 | vector 3 |      a lane is one element, or of bfloat16, where
-//                k = 1  | vector 0 | vector 1 | vector 2 | vector 3 |      the machine multiplies it in pairs, B[k, n]
-//                and
-//                ...                                                       B[k + 1, n] side by side
+//     panel p:   k = 0  | vector 0 | vector 1 | vector 2 | vector 3 |
+//                k = 1  | vector 0 | vector 1 | vector 2 | vector 3 |
+//                ...
 //
-// or, of few rows, is read where it lies: weights are stored as B transposed, [n][k], and vectors then run along k.
+// A lane is one element, or, of bfloat16 where the machine multiplies it in pairs, B[k, n] and B[k + 1, n] side by
+// side. For few rows B is not packed but read where it lies: weights are stored as B transposed, [n][k], and vectors
+// then run along k.
 //
 // Every element of a packed product is one chain of fused multiply-adds in the order of k, whatever the height of the
 // tile that computed it, so that results do not depend on how rows were dealt out to threads.
@@ -209,10 +210,12 @@ class Weights {
 
   // tile[m] += a[m] times panel p, of all these together. Vectors run along k:
   //
-  //     row 0 of the group   |  k = 0 .. L-1  |  k = L .. 2L-1  | ...      one vector of sums for each pair of a row of
-  //     row 1                |                |                 |          weights and a row a[m]; at the end its lanes
-  //     ...                                                                are added up, to lane n of the result for
-  //     row n
+  //     row 0 of the group   |  k = 0 .. L-1  |  k = L .. 2L-1  | ...
+  //     row 1                |  k = 0 .. L-1  |  k = L .. 2L-1  | ...
+  //     ...
+  //
+  // Each pair of a row of weights and a row a[m] has a vector of sums, whose lanes are added up at the end: that is
+  // lane n of the result for row n.
   template <int most = kTileRows>
   static void multiply_in_place(int rows, std::initializer_list<InPlace> factors, int64_t p, C* tile) {
     if constexpr (most > 1) {
