@@ -212,7 +212,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
 # here. A Function, and a rule of vmap, takes no lists: there a call is flat, with its weights last.
 
 
-_NUM_FIELDS = len(LayerCall._fields) - 1  # of a flat call, before the weights
+_NUM_FIELDS = len(LayerCall._fields) - 1  # of a flat call, before the weights; the first three have gradients
 
 
 def flat(call: CallTuple) -> tuple[Any, ...]:
@@ -255,7 +255,7 @@ class LayerFunction(_SingleLevelFunction):
         needed = unflat(ctx.needs_input_grad[2:])
         needs = Needs.of(bool(needed.x), bool(needed.h0), bool(needed.c0), any(needed.weights))
         dx, dh0, dc0, dweights = _first_derivative(call, saved, OutputGrads(*gradients[:4]), needs)
-        return None, None, dx, dh0, dc0, *[None] * 5, *(dweights or [None] * len(call.weights))
+        return None, None, dx, dh0, dc0, *[None] * (_NUM_FIELDS - 3), *(dweights or [None] * len(call.weights))
 
 
 def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
@@ -338,7 +338,7 @@ class LayerGradFunction(_SingleLevelFunction):
         floats = (*call[:3], *call.weights)
         asked = [None if a is None else g for a, g in zip_longest(floats, wanted)]
         second = _pull(gradients, (*grads, *floats), asked)
-        return None, None, *second[:4], *[None] * 3, *second[4:7], *[None] * 5, *second[7:]
+        return None, None, *second[:4], *[None] * 3, *second[4:7], *[None] * (_NUM_FIELDS - 3), *second[7:]
 
 
 def _restored(tensors: Sequence[Any], options: tuple[Directions, bool]) -> LayerCall:
