@@ -34,23 +34,6 @@ constexpr const DtypeFacts& facts(Dtype dtype) { return kDtypes[static_cast<int>
 
 bool same(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
-// The types are kept alive for good, so that an address stands for its type.
-struct TensorTypes {
-  static constexpr int kMost = 4;
-  PyObject* types[kMost];
-  int count = 0;
-  const dlpack::ExchangeApi* api = nullptr;
-  PyObject* num_threads = nullptr;
-} tensor_types;
-
-const dlpack::ExchangeApi* api_of(py::handle object) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-  for (int n = 0; n < tensor_types.count; ++n) {
-    if (tensor_types.types[n] == type) return tensor_types.api;
-  }
-  return nullptr;
-}
-
 constexpr int64_t kSmallBytes = 1 << 15;
 
 // A tensor of at most kSmallBytes on the CPU, in memory of ours: a framework's own allocation takes as long as a small
@@ -109,17 +92,10 @@ void take_tensor_types(py::tuple types, py::object num_threads) {
     const dlpack::ExchangeApi* api = exchange_api_of(type);
     if (taken.api && taken.api != api) throw py::value_error("types: expected types of one framework, got several");
     taken.api = api;
-    taken.types[taken.count++] = type.inc_ref().ptr();
+    taken.types[taken.count++] = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
   }
   if (!num_threads.is_none()) taken.num_threads = num_threads.release().ptr();
   tensor_types = taken;
-}
-
-Kind kind_of(py::handle object) {
-  if (object.is_none()) return Kind::kNone;
-  if (api_of(object)) return Kind::kTensor;
-  const bool ndarray = static_cast<void*>(Py_TYPE(object.ptr())) == py::detail::npy_api::get().PyArray_Type_;
-  return ndarray ? Kind::kNdarray : Kind::kOther;
 }
 
 int64_t bytes_of(Dtype dtype) { return facts(dtype).type.bits / 8; }

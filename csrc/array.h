@@ -23,9 +23,33 @@ const dlpack::ExchangeApi* exchange_api_of(py::handle type);
 // exchange_api_of does.
 void take_tensor_types(py::tuple types, py::object num_threads);
 
+// Those types. They are kept alive for good, so that an address stands for its type.
+struct TensorTypes {
+  static constexpr int kMost = 4;
+  PyTypeObject* types[kMost];
+  int count = 0;
+  const dlpack::ExchangeApi* api = nullptr;
+  PyObject* num_threads = nullptr;
+};
+inline TensorTypes tensor_types;
+
+// The API of an object of one of them; null if it is none.
+inline const dlpack::ExchangeApi* api_of(py::handle object) {
+  for (int n = 0; n < tensor_types.count; ++n) {
+    if (tensor_types.types[n] == Py_TYPE(object.ptr())) return tensor_types.api;
+  }
+  return nullptr;
+}
+
 // What an object is to this module. Only exact types count: a subclass may mean more than its memory.
 enum class Kind { kNone, kNdarray, kTensor, kOther };
-Kind kind_of(py::handle object);
+
+inline Kind kind_of(py::handle object) {
+  if (object.is_none()) return Kind::kNone;
+  if (api_of(object)) return Kind::kTensor;
+  const bool ndarray = static_cast<void*>(Py_TYPE(object.ptr())) == py::detail::npy_api::get().PyArray_Type_;
+  return ndarray ? Kind::kNdarray : Kind::kOther;
+}
 
 int64_t bytes_of(Dtype dtype);
 // Throws ValueError for a name of no dtype, such as "int32".

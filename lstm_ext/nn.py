@@ -380,7 +380,7 @@ class LSTMCell(RNNCellBase):
             weights = [p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]]
         except KeyError:  # a parametrization computes them
             weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        if not self.bias:
+        if weights[2] is None:  # bias=False
             del weights[2:]
         y, _, c_n, _, _ = run((input, h, c, weights, None, None, None, FORWARD, False))
         return y, c_n

@@ -28,10 +28,10 @@ def run(call: CallTuple, save: Save = NOTHING) -> OutputsTuple:
         TypeError, RuntimeError, ValueError: see `call.check`; what a kernel or its memory fails of is raised as it is.
     """
     if is_eager() and not _is_any_autocast_enabled():  # most calls: the last row of the table, without the others
-        x, lengths = call[0], call[4]
+        x = call[0]
         engine = choose_under(forced.get(), "cpu" if x.is_cpu else x.device.type, x.dtype).engine
-        at_hand = lengths is None or getattr(lengths, "device", None) == x.device
-        if engine is not None and at_hand and not (_is_grad_enabled() and requires_grad(call)):
+        asks = _is_grad_enabled() and requires_grad(call)
+        if engine is not None and not asks and (call[4] is None or getattr(call[4], "device", None) == x.device):
             outputs = engine.forward(call, save)
             if outputs is not NotImplemented:
                 return outputs

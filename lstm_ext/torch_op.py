@@ -31,7 +31,7 @@ from torch._C._functorch import (
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn import Parameter
 
 from . import _native
@@ -67,7 +67,7 @@ _is_grad_enabled = torch.is_grad_enabled
 def is_eager() -> bool:
     """Whether no compiler, trace, transform, mode or forward-mode differentiation sees this call."""
     return not (
-        is_compiling()
+        is_dynamo_compiling()  # other tracers set a mode
         or peek_interpreter_stack() is not None
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
