@@ -1,6 +1,7 @@
 #include "array.h"
 
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -54,12 +55,15 @@ dlpack::ManagedTensor* small_tensor(Dtype dtype, const Shape& shape) {
   const int64_t bytes = count * (type.bits / 8);
   if (bytes > kSmallBytes) return nullptr;
   const size_t units = (static_cast<size_t>(bytes) + sizeof(Small) - 1) / sizeof(Small);
-  void* memory = std::aligned_alloc(alignof(Small), (1 + units) * sizeof(Small));
-  if (!memory) throw std::bad_alloc();
-  auto* small = new (memory) Small(head);
+  // malloc keeps freed blocks of this size at hand for the next call; aligned_alloc looks for a place each time.
+  size_t space = (1 + units) * sizeof(Small) + alignof(Small);
+  void* const block = std::malloc(space);
+  if (!block) throw std::bad_alloc();
+  void* memory = block;
+  auto* small = new (std::align(alignof(Small), space - alignof(Small), memory, space)) Small(head);
   small->managed = {{dlpack::kMajorVersion, 0},
-                    nullptr,
-                    [](dlpack::ManagedTensor* self) { std::free(self); },
+                    block,
+                    [](dlpack::ManagedTensor* self) { std::free(self->manager_context); },
                     0,
                     {small + 1, {dlpack::kCpu, 0}, shape.size(), type, small->shape, small->strides, 0}};
   return &small->managed;
