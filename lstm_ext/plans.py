@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -117,7 +118,8 @@ def plan(
         backward: the backward pass instead of the forward one.
         tf32: whether float32 may be multiplied as TF32 on a GPU (`torch.backends.cudnn.rnn.fp32_precision`).
         strategy: of a GPU: asks about one; None for the one that would be chosen.
-        num_threads: of the CPU: how many there are at most; 0 is OMP_NUM_THREADS, or the usable processors.
+        num_threads: of the CPU: how many there are at most; 0 is what torch uses if it is imported, else
+            OMP_NUM_THREADS or the usable processors.
         device: "cpu"; "cuda", "cuda:1" and so on, or the number of the GPU.
 
     Returns:
@@ -143,6 +145,8 @@ def plan(
     projected, dtype_name, D = proj_size > 0, str(dtype).removeprefix("torch."), 2 if bidirectional else 1
     if kind == "cpu":
         width = hidden_size if input_size is None else input_size
+        if not num_threads and "torch" in sys.modules:
+            num_threads = sys.modules["torch"].get_num_threads()
         layer = (num_steps, batch_size, width, hidden_size, proj_size, projected, dtype_name, D, backward)
         return CpuPlan(**_native.C.cpu_plan(*layer, num_threads))
     gpu = device if isinstance(device, int) else int(number or 0)

@@ -23,6 +23,13 @@ from ..call import (
 )
 
 
+def _takes(call: CallTuple, *others: Any) -> bool:
+    """Whether all are exactly tensors or exactly ndarrays: a subclass means more than its memory."""
+    types = {type(a) for a in (*call[:3], *call[3], *call[4:7], *others) if a is not None}
+    torch = sys.modules.get("torch")
+    return types == {np.ndarray} or (torch is not None and types <= {torch.Tensor, torch.nn.Parameter})
+
+
 def _array(a: Any) -> Any:
     """A tensor as an array that views its memory; NumPy has no bfloat16, float32 stands in."""
     if not is_tensor(a):
@@ -49,6 +56,8 @@ def _arrays(call: LayerCall) -> LayerCall:
 
 def forward(call: CallTuple, save: Save) -> OutputsTuple:
     """See `engines.Engine`."""
+    if not _takes(call):
+        return NotImplemented
     asked = LayerCall(*call)
     check(asked)
     y, h_n, c_n, cells, gates = reference.layer_forward(_arrays(asked), save)
@@ -58,6 +67,8 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
 
 def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
     """See `engines.Engine`."""
+    if not _takes(call, *saved, *grads):
+        return NotImplemented
     check(call)
     check_backward(call, saved, grads)
     taken = Saved(*map(_array, saved)), OutputGrads(*map(_array, grads))
