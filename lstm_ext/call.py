@@ -133,10 +133,6 @@ class LayerCall(NamedTuple):
 
         return [of(self.weights[n * each : (n + 1) * each]) for n in range(self.num_directions)]
 
-    def with_weights(self, split: Sequence[Weights]) -> LayerCall:
-        """The same call with other weights: the way back from `split`."""
-        return self._replace(weights=[a for w in split for a in w if a is not None])
-
     def map(self, f: Callable[[Array], Array]) -> LayerCall:
         """Puts f(a) for each array."""
         x, h0, c0 = (None if a is None else f(a) for a in self[:3])

@@ -68,8 +68,8 @@ def _walk(call: LayerCall) -> LayerCall:
 
 def steps_of(call: LayerCall) -> LayerCall:
     """What the kernels are asked: the call without the w_ih of each direction, whose products are made here."""
-    each = len(call.weights) // call.num_directions
-    return _walk(call)._replace(weights=[w.contiguous() for n, w in enumerate(call.weights) if n % each])
+    kept = [a.contiguous() for w in call.split() for a in w[1:] if a is not None]
+    return _walk(call)._replace(weights=kept)
 
 
 def _rows(x: Tensor, batch_first: bool) -> Tensor:
@@ -81,9 +81,8 @@ def _rows(x: Tensor, batch_first: bool) -> Tensor:
 def _multipliable(call: LayerCall) -> bool:
     """Whether x and each w_ih, which the core does not see, go together."""
     x = call.x
-    each = len(call.weights) // call.num_directions
     return x.dim() == (3 if call.batch_sizes is None else 2) and all(
-        w.shape[1:] == x.shape[-1:] and w.dtype == x.dtype and w.device == x.device for w in call.weights[::each]
+        w.w_ih.shape[1:] == x.shape[-1:] and w.w_ih.dtype == x.dtype and w.w_ih.device == x.device for w in call.split()
     )
 
 
