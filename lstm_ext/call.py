@@ -294,6 +294,8 @@ def check_kind(name: str, a: object, x: object = None) -> None:
 def check_kinds(call: LayerCall) -> None:
     """All are arrays of one kind."""
     check_kind("x", call.x)
+    if any(w is None for w in call.weights):
+        raise TypeError("weights: expected arrays, got None")
     for name, a in call.named():
         if a is not None:
             check_kind(name, a, call.x)

@@ -12,7 +12,7 @@ from torch.compiler import assume_constant_result, is_compiling
 from . import torch_op
 from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds
 from .engines import Engine, backends, choose, choose_under, composed, forced, onnx, stock, warn_once
-from .torch_op import PLAIN, LayerFunction, engine_of, is_eager, requires_grad
+from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requires_grad
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NOTHING, ALL = Save.NOTHING, Save.ALL
@@ -70,7 +70,7 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
 
 def _are_plain(call: LayerCall) -> bool:
     """Whether all are tensors that mean no more than their memory, of which an engine can make something."""
-    plain = PLAIN.issuperset(map(type, (*call[:3], *call[4:7], *call.weights)))
+    plain = PLAIN.issuperset(map(type, (*call[:3], *call[4:7]))) and TENSORS.issuperset(map(type, call.weights))
     return plain and call.x.dtype in DTYPES and not call.x.is_meta
 
 

@@ -56,7 +56,8 @@ if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
 if not _native.reason:
     cpu.take_tensors((Tensor, Parameter), torch.get_num_threads, "libtorch_cpu.so")
 
-PLAIN = frozenset({Tensor, Parameter, NoneType})
+TENSORS = frozenset({Tensor, Parameter})
+PLAIN = TENSORS | {NoneType}
 
 _is_grad_enabled = torch.is_grad_enabled
 
