@@ -13,6 +13,7 @@ import torch
 import lstm_ext.torch_op  # noqa: F401 (makes the native module take tensors)
 from lstm_ext import _native
 from lstm_ext.call import BOTH, FORWARD, LayerCall, Needs, OutputGrads, Save, Saved, check
+from lstm_ext.engines import cpu
 from lstm_ext.engines import numpy as numpy_engine
 
 from .conftest import needs_native
@@ -209,9 +210,13 @@ NOT_PLAIN: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
+ENGINES = [cpu, numpy_engine]
+
+
 @pytest.mark.parametrize("name", ["x", "w_ih", "b_hh", "h0", "c0", "lengths", "resets", "batch_sizes"])
 @pytest.mark.parametrize("odd", NOT_PLAIN)
-def test_the_core_leaves_what_is_no_plain_array_to_its_caller(odd: str, name: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__.rpartition(".")[2])
+def test_an_engine_leaves_what_is_no_plain_array_to_its_caller(engine: Any, odd: str, name: str) -> None:
     """It says NotImplemented, and no exception, whatever else may be wrong."""
     kind, change = NOT_PLAIN[odd]
     a = arguments(kind)
@@ -221,19 +226,20 @@ def test_the_core_leaves_what_is_no_plain_array_to_its_caller(odd: str, name: st
         strange = call._replace(weights=[*call.weights[:n], change(call.weights[n]), *call.weights[n + 1 :]])
     else:
         strange = call._replace(**{name: change(getattr(call, name))})
-    assert _native.C.layer_forward(strange, Save.NOTHING) is NotImplemented
-    y, h_n, c_n, cells, gates = _native.C.layer_forward(call, Save.ALL)
+    assert engine.forward(strange, Save.NOTHING) is NotImplemented
+    y, h_n, c_n, cells, gates = engine.forward(call, Save.ALL)
     saved, grads = Saved(y, cells, gates), OutputGrads(y, h_n, c_n, cells)
-    assert _native.C.layer_backward(strange, saved, grads, Needs.ALL) is NotImplemented
+    assert engine.backward(strange, saved, grads, Needs.ALL) is NotImplemented
 
 
 @pytest.mark.parametrize("name", [*OutputGrads._fields, *Saved._fields])
 @pytest.mark.parametrize("odd", NOT_PLAIN)
-def test_the_core_leaves_gradients_that_are_no_plain_arrays_to_its_caller(odd: str, name: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__.rpartition(".")[2])
+def test_an_engine_leaves_gradients_that_are_no_plain_arrays_to_its_caller(engine: Any, odd: str, name: str) -> None:
     kind, change = NOT_PLAIN[odd]
     call = layer_call(arguments(kind))
-    y, h_n, c_n, cells, gates = _native.C.layer_forward(call, Save.ALL)
+    y, h_n, c_n, cells, gates = engine.forward(call, Save.ALL)
     given = {"dy": y, "dh_n": h_n, "dc_n": c_n, "dcells": cells, "y": y, "cells": cells, "gates": gates}
     given[name] = change(given[name])
     saved, grads = (kind_of(*(given[field] for field in kind_of._fields)) for kind_of in (Saved, OutputGrads))
-    assert _native.C.layer_backward(call, saved, grads, Needs.ALL) is NotImplemented
+    assert engine.backward(call, saved, grads, Needs.ALL) is NotImplemented

@@ -173,7 +173,12 @@ def run_tests() -> None:
             for seed in range(2):
                 tests.check(case, dtype, strategy, seed=seed, data_seed=1)
     for strategy in tests.STRATEGIES:
-        tests.test_what_is_not_there_or_not_wanted(tests.MASKED_CASE, strategy)
+        suite, way = tests.TestContract(), tests.OnFibers("float32", strategy)
+        suite.test_missing_gradients_are_zeros(tests.MASKED_CASE, suite.missing_sets[-1], way)
+        for save in suite.saves:
+            suite.test_save_changes_no_output(tests.MASKED_CASE, save, way)
+        for needs in suite.all_needs:
+            suite.test_needs_change_no_gradient(tests.MASKED_CASE, needs, way)
         tests.check(tests.LARGE_BATCH_CASE, "float32", strategy, device=0 if strategy == "grid" else 1)
     for case in tests.CELLS:
         tests.check_cell(case, "float32")
