@@ -6,6 +6,7 @@ modules need torch, imported at their first use.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__ as __version__
@@ -34,7 +35,12 @@ __all__ = [
 _NEED_TORCH = frozenset({"LSTM", "BasicLSTMCell", "LSTMCell", "replace_lstm", "to_torch"})
 
 
+_MODULES = frozenset({"convert", "onnx", "ops", "testing"})  # public ones, imported once somebody names them
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -50,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
