@@ -173,7 +173,11 @@ void Array::refuse_view(py::handle tensor, const Array* like) const {
   if (device != expected) {
     throw std::runtime_error(name + ": expected on device " + expected + (like ? " as x is, got " : ", got ") + device);
   }
-  throw std::runtime_error(name + ": expected a dense tensor (torch.strided), got " + text("layout"));
+  const std::string layout = text("layout");
+  if (layout != "torch.strided") {
+    throw std::runtime_error(name + ": expected a dense tensor (torch.strided), got " + layout);
+  }
+  throw std::runtime_error(name + ": expected a dtype that DLPack has, got " + text("dtype"));
 }
 
 void Array::view_ndarray(py::handle object) {

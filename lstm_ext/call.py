@@ -418,9 +418,7 @@ def check(call: LayerCall, values: bool = True) -> None:
         _check_rank("w_ih", w.w_ih, 2)
         _check_rank("w_hh", w.w_hh, 2)
     if call.is_step:
-        for name, a in (("h0", call.h0), ("c0", call.c0)):
-            if a is not None and len(a.shape) > 2:  # the type of error is that of torch's cell
-                raise ValueError(f"{name}: expected 1 or 2 dimensions, got {len(a.shape)}: shape {list(a.shape)}")
+        check_step_state(call)
     T = call.num_steps()
     if T == 0:
         raise RuntimeError(f"x: expected at least one time step, got T = 0: shape {list(x.shape)}")
@@ -431,6 +429,13 @@ def check(call: LayerCall, values: bool = True) -> None:
     _check_shapes(call, T, B)
     if values:
         check_values(call.lengths, call.batch_sizes, T, x.shape[0])
+
+
+def check_step_state(call: LayerCall) -> None:
+    """The ranks of the state of a single step; the type of the error is that of torch's cell."""
+    for name, a in (("h0", call.h0), ("c0", call.c0)):
+        if a is not None and len(a.shape) not in (1, 2):
+            raise ValueError(f"{name}: expected 1 or 2 dimensions, got {len(a.shape)}: shape {list(a.shape)}")
 
 
 def check_backward(call: LayerCall, saved: Saved, grads: OutputGrads) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -30,12 +29,17 @@ NOTHING, CELLS = Save.NOTHING, Save.CELLS
 A = TypeVar("A")  # an array of any kind, or of the kinds of another library
 
 
-@cache
-def _run_of_tensors() -> Callable[[CallTuple, Save], OutputsTuple]:
-    """`route.run`, which imports torch, once tensors have come."""
-    from .route import run
+_route: Any = None  # the module, once tensors have come: it imports torch
 
-    return run
+
+def _run_tensors(call: CallTuple, save: Save) -> OutputsTuple:
+    """`route.run`."""
+    global _route
+    if _route is None:
+        from . import route
+
+        _route = route
+    return _route.run(call, save)
 
 
 def _run_arrays(call: CallTuple, save: Save) -> OutputsTuple:
@@ -204,7 +208,7 @@ def lstm(
         weights.append(w_hr)
     _expect_rank("x", x, 3, x)
     state_of = (_with_direction("state[0]", h0, x), _with_direction("state[1]", c0, x))
-    run = _run_of_tensors() if tensors else _run_arrays
+    run = _run_tensors if tensors else _run_arrays
     y, h_n, c_n, cells, _ = run(
         (x, *state_of, weights, lengths, resets, None, REVERSE if reverse else FORWARD, False),
         CELLS if return_cells else NOTHING,
@@ -253,6 +257,6 @@ def lstm_cell(
         if a is not None:
             _expect_rank(name, a, 2, x)
     weights = [w_ih, w_hh, *_both_or_none(b_ih, b_hh)]
-    run = _run_of_tensors() if tensors else _run_arrays
+    run = _run_tensors if tensors else _run_arrays
     y, _, c_n, _, _ = run((x, h, c, weights, None, None, None, FORWARD, False), NOTHING)
     return y, c_n

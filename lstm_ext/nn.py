@@ -18,7 +18,7 @@ from torch.types import Device
 
 from . import route
 from .call import BOTH, FORWARD, LayerCall, Save
-from .engines import stock
+from .engines import stock, warn_once
 from .route import run
 from .swap import recast, swap
 
@@ -30,6 +30,7 @@ if torch.backends.mkldnn.is_available():
         _ONE_DNN_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 NOTHING, CELLS = Save.NOTHING, Save.CELLS
+STRIDED = torch.strided
 State = tuple[Tensor, Tensor]
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -180,7 +181,7 @@ class LSTM(RNNBase):
                 raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {h0.dim()}-D and {c0.dim()}-D")
             if not pair:
                 hx = _pair("LSTM", hx)
-            if self.num_layers > 1:
+            if self.num_layers > 1 or not route.has_kernel(input):  # else the engine checks it
                 self._check_state(input, hx, None)
         if self.num_layers == 1 and input.is_cpu and not return_cells and not _is_any_autocast_enabled():
             # One call is all: small layers are called often.
@@ -289,7 +290,7 @@ class LSTM(RNNBase):
         with torch.autocast("cpu", enabled=False):
             y, h_n, c_n, cells = self._layers(call.x, cast_hx, call.weights, *masks)
         if self.proj_size:
-            y, h_n = (a if a.dtype == torch.float64 else a.to(dtype) for a in (y, h_n))
+            y, h_n = (a.to(dtype) if a.is_floating_point() and a.dtype != torch.float64 else a for a in (y, h_n))
         return y, h_n, c_n, cells
 
     def _drop(self, x: Tensor, batch_first: bool) -> Tensor:
@@ -337,6 +338,15 @@ def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: boo
     return cells.transpose(0, 1) if batch_first else cells
 
 
+def _why_stock_cell(x: Tensor, c: Tensor | None) -> str:
+    """Why torch's own cell has to run, which takes other layouts, and a c of another dtype; "" if it need not."""
+    if x.layout is not STRIDED:
+        return f"input: expected a dense tensor (torch.strided), got {x.layout}"
+    if c is not None and c.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"hx[1]: expected dtype {x.dtype} as input has, got {c.dtype}"
+    return ""
+
+
 class LSTMCell(RNNCellBase):
     """`torch.nn.LSTMCell` with a fused kernel: the same arguments, parameters, `state_dict`, results and errors.
 
@@ -380,8 +390,13 @@ class LSTMCell(RNNCellBase):
             weights = [p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]]
         except KeyError:  # a parametrization computes them
             weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        if weights[2] is None:  # bias=False
+        if weights[2] is None and weights[3] is None:  # bias=False
             del weights[2:]
+        unusual = input.layout is not STRIDED or (c is not None and c.dtype is not input.dtype)
+        if unusual and (why := _why_stock_cell(input, c)):
+            warn_once(f"lstm_ext runs torch's own LSTM cell: {why}")
+            y, _, c_n, _, _ = stock.forward(LayerCall(input, h, c, weights, None, None, None, FORWARD, False), NOTHING)
+            return y, c_n
         y, _, c_n, _, _ = run((input, h, c, weights, None, None, None, FORWARD, False))
         return y, c_n
 

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.compiler import assume_constant_result, is_compiling
 
 from . import torch_op
-from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds
+from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds, check_step_state
 from .engines import Engine, backends, choose, choose_under, composed, forced, onnx, stock, warn_once
 from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requires_grad
 
@@ -44,9 +44,11 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
         with torch.autocast(device, enabled=False):
             return run(call.cast(autocast_cell_dtype(call) if call.is_step else torch.get_autocast_dtype(device)), save)
     watched = not (is_eager() and _are_plain(call))
-    served = _has_step_kernel(call) if call.is_step else has_kernel(call.x)
+    served = has_kernel(call.x, "LSTM cell" if call.is_step else "LSTM")
     if watched and not is_compiling():
         check_kinds(call)
+    if call.is_step:
+        check_step_state(call)
     if call.is_step and watched and served:
         return Outputs(*run(call.with_time(), save)).without_time(call)
     if call.lengths is not None:
@@ -54,10 +56,10 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
 
     if watched and onnx.is_exporting():
         return onnx.forward(call, save)
-    if watched and _in_forward_mode():
-        return _composed(call, save)
     if not served:
         return _composed(call, save) if call.masked or save or call.directions == REVERSE else stock.forward(call, save)
+    if watched and _in_forward_mode():
+        return _composed(call, save)
     if watched:
         return torch_op.forward(call, save)
     if _is_grad_enabled() and requires_grad(call):
@@ -95,10 +97,7 @@ def _has_gpu_kernels() -> bool:
 
 
 def has_kernel(x: Tensor, what: str = "LSTM") -> bool:
-    """Whether a kernel runs for x, or its shape rule for meta tensors; if not, torch's own does, and a warning says so.
-
-    `what` is the module that runs, for the warning.
-    """
+    """Whether a kernel runs for x, or its shape rule for meta tensors; if not, torch's own `what` does, and says so."""
     if x.is_meta:
         return True
     if is_compiling():
@@ -107,15 +106,6 @@ def has_kernel(x: Tensor, what: str = "LSTM") -> bool:
     if choice.name is None:
         warn_once(f"lstm_ext runs torch's own {what} on {x.device.type} tensors of {x.dtype}: {choice.reason}")
     return choice.name is not None
-
-
-def _has_step_kernel(call: LayerCall) -> bool:
-    """The same of a single step, of which torch's own cell takes a c of another dtype too."""
-    x, c = call.x, call.c0
-    if c is None or c.dtype == x.dtype:
-        return has_kernel(x, "LSTM cell")
-    warn_once(f"lstm_ext runs torch's own LSTM cell: expected c of dtype {x.dtype} as the input has, got {c.dtype}")
-    return False
 
 
 def autocast_cell_dtype(call: LayerCall) -> torch.dtype:

@@ -234,6 +234,8 @@ def apply(function: Any, *arguments: Any) -> Any:
 class LayerFunction(_SingleLevelFunction):
     """The outputs of `below(call, save)`: of an engine, or of the op as the next level sees it."""
 
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], save: Save, *arguments: Any) -> Any:
         """`arguments` is a flat call."""
@@ -265,8 +267,9 @@ def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: 
         return _composed_derivative(call, grads, needs)  # an older vmap than the one that the ops have rules for
     if saved.gates.dim() == 1:  # the forward was not asked to save
         saved = Saved(saved.y, *layer_forward(*call, Save.ALL)[3:])
-    if not _is_grad_enabled() and is_eager():
-        derivatives = engine_of(call.x).backward(call, saved, grads, needs)
+    engine = choose(call.x.device.type, call.x.dtype).engine
+    if engine is not None and not _is_grad_enabled() and is_eager():
+        derivatives = engine.backward(call, saved, grads, needs)
         if derivatives is not NotImplemented:
             return derivatives
     if call.is_step:
@@ -311,6 +314,8 @@ class LayerGradFunction(_SingleLevelFunction):
 
     What is differentiated is the derivative of `composed.forward`: y, cells and gates count as functions of the others.
     """
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], needs: Needs, *arguments: Any) -> Any:

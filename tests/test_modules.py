@@ -595,3 +595,60 @@ def test_basic_lstm_cell_refuses_what_does_not_fit() -> None:
         cell(x, (c[:1], h))
     with pytest.raises(ValueError, match=r"state: expected the pair \(c, h\), got Tensor"):
         cell(x, c)
+
+
+# What is rare -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_shapes_alone_go_backward(cell: bool, backend: str) -> None:
+    _, module = pair(I, H, cell=cell, device="meta")
+    x = torch.randn(*(() if cell else (T,)), B, I, device="meta", requires_grad=True)
+    tensors(module(x))[0].sum().backward()
+    assert x.grad.is_meta
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_cell_takes_what_only_torch_takes(grad: bool) -> None:
+    """A c of another dtype, and a sparse input; with gradients and without."""
+    stock, ours = pair(I, H, cell=True)
+    x, h, c = torch.randn(B, I), torch.randn(B, H), torch.randn(B, H)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for arguments in ((x, (h, c.double())), (x.to_sparse(), (h, c)), (x.to_sparse(), None)):
+            for actual, expected in zip(ours(*arguments), stock(*arguments), strict=True):
+                assert actual.dtype == expected.dtype
+                torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_state_of_another_rank_is_refused_as_by_stock(rank: int, mapped: bool) -> None:
+    x, state = torch.randn(2, B, I), torch.randn([1, B, H][3 - rank :])
+    for module in pair(I, H, cell=True):
+        with pytest.raises(RuntimeError if rank == 1 else ValueError):
+            if mapped:
+                torch.vmap(lambda each, module=module: module(each, (state, state)))(x)
+            else:
+                module(x[0], (state, state))
+
+
+def test_compiled_autograd_takes_eager_calls() -> None:
+    from torch._dynamo import compiled_autograd
+
+    stock, ours = pair(I, H)
+    x = torch.randn(T, B, I)
+    for module in (stock, ours):
+        loss = module(x)[0].square().sum()
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+    assert_same([p.grad for p in ours.parameters()], [p.grad for p in stock.parameters()])
+
+
+def test_a_compiled_function_warns_of_nothing() -> None:
+    weights = [torch.randn(4 * H, width) for width in (I, H)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(lambda x: lstm_ext.lstm(x, None, *weights)[0], backend="eager", fullgraph=True)
+        assert compiled(torch.randn(T, B, I)).shape == (T, B, H)

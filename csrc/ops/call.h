@@ -95,7 +95,9 @@ struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerC
     type_caster<lstm_ext::ops::Directions> directions;
     if (!fits(source) || !directions.load(item(source, 7), convert)) return false;
     const auto at = [&](int n) { return item(source, n); };
-    value = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), directions, at(8).ptr() == Py_True};
+    const int batch_first = PyObject_IsTrue(at(8).ptr());
+    if (batch_first < 0) throw error_already_set();
+    value = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), directions, batch_first == 1};
     return true;
   }
 };

@@ -140,8 +140,11 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
 
 py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   if (!takes(call)) return not_implemented();
+  const Array x(call.x, "x", dlpack::kCuda);
+  if (x.ndim() > 2 || !call.batch_sizes.is_none()) {
+    throw std::runtime_error("x: expected no time axis, got shape " + text_of(x.shape()));
+  }
   const LayerArgs args(call, dlpack::kCuda);
-  if (!args.step) throw std::runtime_error("x: expected no time axis, got shape " + text_of(args.x.shape()));
   if (args.shape.projected) throw std::runtime_error("w_hr: expected none in a single step, got one");
   const cuda::DeviceGuard guard(args.x.device().id);
   const cuda::LayerOptions options{args.dtype, tf32, cuda::Strategy::kStep};

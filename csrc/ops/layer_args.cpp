@@ -94,7 +94,7 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
 
 void LayerLayout::check_state() const {
   for (const Array* array : {&h0, &c0}) {
-    if (step && array->ndim() > 2) array->refuse_dims();
+    if (step && *array && (array->ndim() == 0 || array->ndim() > 2)) array->refuse_dims();
   }
   if (h0) {
     h0.expect_dtype(dtype, kLike);

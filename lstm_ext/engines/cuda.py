@@ -78,11 +78,18 @@ def _rows(x: Tensor, batch_first: bool) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
-def _multipliable(call: LayerCall) -> bool:
-    """Whether x and each w_ih, which the core does not see, go together."""
+def _seems_right(call: LayerCall) -> bool:
+    """Whether what the core does not see is right: x, each w_ih, and the dtype of lengths, which are cast."""
     x = call.x
-    return x.dim() == (3 if call.batch_sizes is None else 2) and all(
-        w.w_ih.shape[1:] == x.shape[-1:] and w.w_ih.dtype == x.dtype and w.w_ih.device == x.device for w in call.split()
+    counted = call.lengths is None or "int" in str(call.lengths.dtype)
+    return (
+        counted
+        and x.dim() == 3
+        and call.num_steps() > 0
+        and all(
+            w.w_ih.shape == (w.w_hh.shape[0], x.shape[-1]) and w.w_ih.dtype == x.dtype and w.w_ih.device == x.device
+            for w in call.split()
+        )
     )
 
 
@@ -104,6 +111,8 @@ def input_products(call: LayerCall) -> Tensor:
 def forward(call: CallTuple, save: Save) -> OutputsTuple:
     """See `Engine`."""
     asked = LayerCall(*call)
+    if not all(isinstance(a, Tensor) for a in (*call[:3], *call[3], *call[4:7]) if a is not None):
+        return NotImplemented
     if asked.is_step:
         if not save:
             return C.cuda_step_forward(asked, tf32_allowed())
@@ -111,7 +120,7 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         return outputs if outputs is NotImplemented else Outputs(*outputs).without_time(asked)
     if asked.batch_sizes is not None and (asked.masked or asked.batch_first):
         raise ValueError("lengths, resets, batch_first: expected none of them with batch_sizes, got one")
-    if asked.batch_sizes is not None or not _multipliable(asked):
+    if asked.batch_sizes is not None or not _seems_right(asked):
         check(asked, values=asked.batch_sizes is not None)  # a kernel follows batch_sizes, and cannot check them
     steps = steps_of(asked)._replace(x=input_products(asked))
     return C.cuda_layer_forward(steps, save, tf32_allowed(), _strategy)
@@ -126,10 +135,13 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
     steps = steps_of(call)._replace(x=saved.gates)
     # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
     alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None
-    d_gates, h_prev, d_h, hidden, dh0, dc0 = C.cuda_layer_backward(
+    results = C.cuda_layer_backward(
         *(steps, saved, grads, needs & ~Needs.H0 if alone else needs, tf32_allowed()),
         _strategy or ("step" if alone else ""),
     )
+    if results is NotImplemented:
+        return results
+    d_gates, h_prev, d_h, hidden, dh0, dc0 = results
     split = call.split()
     if alone and needs & Needs.H0:
         dh0 = torch.stack([d_gates[d].flatten(0, -2) @ w.w_hh for d, w in enumerate(split)])

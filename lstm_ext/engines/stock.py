@@ -43,9 +43,10 @@ def _step(call: LayerCall) -> Outputs:
         x, h0, c0 = (None if a is None else a[None] for a in call[:3])
         y, _, c_n, _, _ = _step(call._replace(x=x, h0=h0, c0=c0))
         return Outputs(y[0], None, c_n[0], None, None)
-    zeros = call.x.new_zeros(call.x.shape[0], call.weights[1].shape[1])
+    x, H = call.x, call.weights[1].shape[1]
+    zeros = torch.zeros(x.shape[0], H, dtype=x.dtype, device=x.device)  # dense, also where x is sparse
     h, c = (zeros if a is None else a for a in (call.h0, call.c0))
-    y, c_n = torch._VF.lstm_cell(call.x, (h, c), *call.weights)
+    y, c_n = torch._VF.lstm_cell(x, (h, c), *call.weights)
     return Outputs(y, None, c_n, None, None)
 
 
