@@ -597,7 +597,7 @@ def test_basic_lstm_cell_refuses_what_does_not_fit() -> None:
         cell(x, c)
 
 
-# What is rare -----------------------------------------------------------------------------------------------------------
+# What is rare --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell", [False, True])
@@ -627,11 +627,9 @@ def test_a_cell_takes_what_only_torch_takes(grad: bool) -> None:
 def test_a_state_of_another_rank_is_refused_as_by_stock(rank: int, mapped: bool) -> None:
     x, state = torch.randn(2, B, I), torch.randn([1, B, H][3 - rank :])
     for module in pair(I, H, cell=True):
+        call = torch.vmap(module, in_dims=(0, None)) if mapped else module
         with pytest.raises(RuntimeError if rank == 1 else ValueError):
-            if mapped:
-                torch.vmap(lambda each, module=module: module(each, (state, state)))(x)
-            else:
-                module(x[0], (state, state))
+            call(x if mapped else x[0], (state, state))
 
 
 def test_compiled_autograd_takes_eager_calls() -> None:
