@@ -181,7 +181,7 @@ class LSTM(RNNBase):
                 raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {h0.dim()}-D and {c0.dim()}-D")
             if not pair:
                 hx = _pair("LSTM", hx)
-            if self.num_layers > 1 or not route.has_kernel(input):  # else the engine checks it
+            if self.num_layers > 1 or not input.is_cpu or input.dtype not in route.DTYPES:  # else the engine checks it
                 self._check_state(input, hx, None)
         if self.num_layers == 1 and input.is_cpu and not return_cells and not _is_any_autocast_enabled():
             # One call is all: small layers are called often.
