@@ -29,17 +29,17 @@ NOTHING, CELLS = Save.NOTHING, Save.CELLS
 A = TypeVar("A")  # an array of any kind, or of the kinds of another library
 
 
-_route: Any = None  # the module, once tensors have come: it imports torch
+_run: Callable[[CallTuple, Save], OutputsTuple] | None = None
 
 
 def _run_tensors(call: CallTuple, save: Save) -> OutputsTuple:
-    """`route.run`."""
-    global _route
-    if _route is None:
-        from . import route
+    """`route.run`, which imports torch, once tensors have come."""
+    global _run
+    if _run is None:
+        from .route import run
 
-        _route = route
-    return _route.run(call, save)
+        _run = run
+    return _run(call, save)
 
 
 def _run_arrays(call: CallTuple, save: Save) -> OutputsTuple:
