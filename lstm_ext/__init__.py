@@ -15,12 +15,14 @@ from .functional import lstm, lstm_cell
 from .plans import Plan, plan
 
 if TYPE_CHECKING:
-    from .nn import LSTM, BasicLSTMCell, LSTMCell, replace_lstm, to_torch
+    from .nn import LSTM, BasicLSTMCell, LSTMCell, LSTMStateTuple
+    from .swap import replace_lstm, to_torch
 
 __all__ = [
     "LSTM",
     "BasicLSTMCell",
     "LSTMCell",
+    "LSTMStateTuple",
     "Plan",
     "backends",
     "build_info",
@@ -32,7 +34,10 @@ __all__ = [
     "use_backend",
 ]
 
-_NEED_TORCH = frozenset({"LSTM", "BasicLSTMCell", "LSTMCell", "replace_lstm", "to_torch"})
+_NEED_TORCH = {
+    **dict.fromkeys(("LSTM", "BasicLSTMCell", "LSTMCell", "LSTMStateTuple"), "nn"),
+    **dict.fromkeys(("replace_lstm", "to_torch"), "swap"),
+}
 
 
 _MODULES = frozenset({"convert", "onnx", "ops", "testing"})  # public ones, imported once somebody names them
@@ -44,14 +49,14 @@ def __getattr__(name: str) -> Any:
     if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from . import nn
+        module = import_module(f"{__name__}.{_NEED_TORCH[name]}")
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise ImportError(
             f"lstm_ext.{name} needs PyTorch (torch>=2.11); lstm_ext.lstm works on NumPy arrays"
         ) from error
-    globals().update({each: getattr(nn, each) for each in _NEED_TORCH})
+    globals()[name] = getattr(module, name)
     return globals()[name]
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from operator import is_
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._C import _is_any_autocast_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import functional as F
+from torch.nn.modules import rnn as torch_rnn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.parameter import Parameter, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import route
-from .call import BOTH, FORWARD, LayerCall, Save
-from .engines import stock, warn_once
+from .call import BOTH, FORWARD, LayerCall, Save, check, check_step_state
+from .engines import warn_once
 from .route import run
-from .swap import recast, swap
 
 # Inputs that torch gives to oneDNN's LSTM.
 _ONE_DNN_DTYPES: frozenset[torch.dtype] = frozenset()
@@ -29,13 +32,34 @@ if torch.backends.mkldnn.is_available():
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         _ONE_DNN_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
+# torch's own classes: other names for ours may stand in torch.nn by now. Any, since ours are none of them by type.
+_TorchLSTM: Any = torch_rnn.LSTM
+_TorchLSTMCell: Any = torch_rnn.LSTMCell
+
+# What torch's forward asks of a module, and what decides which weights it sees: a subclass may override each.
+_ASKED = (
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+    "_init_flat_weights",
+    "_update_flat_weights",
+    "_weights_have_changed",
+    "__getattr__",
+    "__getattribute__",
+)
+
+# What a wrong argument raises, by our checks or by Python as it is used.
+_ARGUMENT_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, BufferError)
+
 NOTHING, CELLS = Save.NOTHING, Save.CELLS
-STRIDED = torch.strided
 State = tuple[Tensor, Tensor]
 M = TypeVar("M", bound=torch.nn.Module)
 
 
-class LSTM(RNNBase):
+class LSTM(torch_rnn.RNNBase):
     """`torch.nn.LSTM` with fused kernels: the same arguments, parameters, `state_dict`, results and errors.
 
     L layers, D directions (2 if bidirectional), H = hidden_size, P = proj_size or H, I = input_size.
@@ -79,7 +103,8 @@ class LSTM(RNNBase):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
+        torch_rnn.RNNBase.__init__(  # not super(): a class may be torch's LSTM as well
+            self,
             "LSTM",
             input_size,
             hidden_size,
@@ -93,26 +118,43 @@ class LSTM(RNNBase):
             dtype,
         )
 
-    @property
-    def _flat_weights(self) -> list[Any]:
-        """The weights as they are now. A list kept goes stale under parametrizations and functional calls."""
-        parameters = self._parameters
-        try:
-            return [parameters[name] for name in self._flat_weights_names]
-        except KeyError:
-            return [getattr(self, name, None) for name in self._flat_weights_names]
+    # torch's forward asks these, so code that was copied from there or overrides them works here as well.
+    check_forward_args = _TorchLSTM.check_forward_args
+    get_expected_cell_size = _TorchLSTM.get_expected_cell_size
+    permute_hidden = _TorchLSTM.permute_hidden
 
-    @_flat_weights.setter
-    def _flat_weights(self, _: list[Any]) -> None:
-        """RNNBase assigns its list; there is nothing to keep."""
+    _customised = False  # whether a subclass overrides any of `_ASKED`
 
-    def _check_state(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
-        L, D = self.num_layers, 2 if self.bidirectional else 1
-        B = x.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
-        self.check_hidden_size(
-            hx[0], (L * D, B, self.proj_size or self.hidden_size), "LSTM: expected hx[0] of size {}, got {}"
-        )
-        self.check_hidden_size(hx[1], (L * D, B, self.hidden_size), "LSTM: expected hx[1] of size {}, got {}")
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._customised = any(getattr(cls, name) is not getattr(LSTM, name) for name in _ASKED)
+
+    def _weights(self) -> list[Any]:
+        """The weights of a call, by torch's rule: those in the list `_flat_weights`, to which others may write.
+
+        The list is out of date once one of the weights it was made from is another object, as under parametrizations
+        and functional calls; then the weights are those that the module has now.
+        """
+        if self._customised:
+            self._update_flat_weights()
+            return self._flat_weights
+        if all(map(is_, self._flat_weights, map(self._parameters.get, self._flat_weights_names))):
+            return self._flat_weights
+        now = [getattr(self, name, None) for name in self._flat_weights_names]
+        made_from = [ref and ref() for ref in self._flat_weight_refs] or [None] * len(now)
+        changed = any(w is not None and w is not old for w, old in zip(now, made_from, strict=True))
+        return now if changed else self._flat_weights
+
+    def _checked(self, x: Tensor, hx: State | None, batch_sizes: Tensor | None, order: Tensor | None) -> State | None:
+        """The state in the order of the rows, after torch's own checks; for whoever overrides these, zeros for None."""
+        if hx is None:
+            if not self._customised:
+                return None
+            sizes = self.get_expected_hidden_size(x, batch_sizes), self.get_expected_cell_size(x, batch_sizes)
+            hx = x.new_zeros(sizes[0]), x.new_zeros(sizes[1])
+        hx = _pair(hx)
+        self.check_forward_args(x, hx, batch_sizes)
+        return self.permute_hidden(hx, order)
 
     @overload
     def forward(
@@ -162,37 +204,68 @@ class LSTM(RNNBase):
         return_cells: bool = False,
     ) -> tuple[Any, ...]:
         """See the class for shapes: (output, (h_n, c_n)), and with `return_cells` the cells of the last layer."""
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, resets, return_cells)
-        rank = input.dim()
-        if rank == 2:
-            return self._forward_unbatched(input, hx, lengths, resets, return_cells)
-        if rank != 3:
-            raise ValueError(f"LSTM: expected input to be 2-D or 3-D, got {rank}-D")
-        weights = self._flat_weights
-        if input.dtype is not weights[0].dtype:  # the engine checks the rest
-            self.check_input(input, None)
-        h0: Tensor | None = None
-        c0: Tensor | None = None
-        if hx is not None:
-            pair = type(hx) is tuple and len(hx) == 2
-            h0, c0 = hx if pair else (hx[0], hx[1])
-            if h0.dim() != 3 or c0.dim() != 3:
-                raise RuntimeError(f"LSTM: a 3-D input needs a 3-D hx, got {h0.dim()}-D and {c0.dim()}-D")
-            if not pair:
-                hx = _pair("LSTM", hx)
-            if self.num_layers > 1 or not input.is_cpu or input.dtype not in route.DTYPES:  # else the engine checks it
-                self._check_state(input, hx, None)
-        if self.num_layers == 1 and input.is_cpu and not return_cells and not _is_any_autocast_enabled():
-            # One call is all: small layers are called often.
-            directions = BOTH if self.bidirectional else FORWARD
-            y, h_n, c_n, _, _ = run((input, h0, c0, weights, lengths, resets, None, directions, self.batch_first))
-            return y, (h_n, c_n)
-        y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
-        return (y, (h_n, c_n), cells) if return_cells else (y, (h_n, c_n))
+        try:
+            if type(input) is not Tensor:
+                if isinstance(input, PackedSequence):
+                    return self._forward_packed(input, hx, lengths, resets, return_cells)
+                if _is_proxy(input):
+                    return _as_leaf(self, input, hx, lengths=lengths, resets=resets, return_cells=return_cells or None)
+            rank = input.dim()
+            if rank == 2:
+                return self._forward_unbatched(input, hx, lengths, resets, return_cells)
+            if rank != 3:
+                raise ValueError(f"input: expected 2 or 3 dimensions, got {rank}")
+            weights = self._weights()
+            if self._customised or self.num_layers > 1:
+                hx = self._checked(input, hx, None, None)
+            h0: Tensor | None = None
+            c0: Tensor | None = None
+            if hx is not None:
+                h0, c0 = _pair(hx)
+            if lengths is not None or resets is not None:
+                lengths, resets = _as_tensor(lengths, input), _as_tensor(resets, input)
+            if (
+                self.num_layers == 1
+                and input.is_cpu
+                and not (return_cells or _is_any_autocast_enabled() or is_tracing())
+            ):
+                # One call is all: small layers are called often.
+                directions = BOTH if self.bidirectional else FORWARD
+                y, h_n, c_n, _, _ = run((input, h0, c0, weights, lengths, resets, None, directions, self.batch_first))
+            elif lengths is None and resets is None and not return_cells and _is_left_to_torch(input):
+                return _TorchLSTM.forward(self, input, hx)
+            else:
+                y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
+                if return_cells:
+                    return y, (h_n, c_n), cells
+            return y, self.permute_hidden((h_n, c_n), None) if self._customised else (h_n, c_n)
+        except _ARGUMENT_ERRORS as error:
+            if _became_torchs(self):
+                return _TorchLSTM.forward(self, input, hx)
+            new = lengths is not None or resets is not None or return_cells
+            if new or _is_transformed() or not self._are_wrong(input, hx):
+                raise
+            why = str(error)
+        return _ask_torch(_TorchLSTM.forward, why, self, input, hx)
 
     if TYPE_CHECKING:
         __call__ = forward  # Module's says no more than Callable[..., Any]
+
+    def _are_wrong(self, input: Any, hx: Any) -> bool:
+        """Whether an error was about these arguments, and not about a kernel that failed."""
+        try:
+            x, batch_sizes = input[:2] if isinstance(input, PackedSequence) else (input, None)
+            if batch_sizes is None and x.dim() == 2:
+                x, hx = x.unsqueeze(0 if self.batch_first else 1), hx and [a.unsqueeze(1) for a in _pair(hx)]
+            if x.dim() != (3 if batch_sizes is None else 2):
+                return True
+            D, masks = 2 if self.bidirectional else 1, (None, None, batch_sizes)
+            h0, c0 = [a[:D] for a in self._checked(x, hx, batch_sizes, None) or ()] or (None, None)
+            own = self._weights()[: len(self._flat_weights_names) // self.num_layers]
+            check(LayerCall(x, h0, c0, own, *masks, BOTH if self.bidirectional else FORWARD, self.batch_first))
+        except _ARGUMENT_ERRORS:
+            return True
+        return False
 
     def _forward_unbatched(
         self, x: Tensor, hx: State | None, lengths: Tensor | None, resets: Tensor | None, return_cells: bool
@@ -200,14 +273,15 @@ class LSTM(RNNBase):
         """x [T, I], as a batch of one."""
         batch = 0 if self.batch_first else 1
         if hx is not None:
-            if hx[0].dim() != 2 or hx[1].dim() != 2:
-                raise RuntimeError(f"LSTM: a 2-D input needs a 2-D hx, got {hx[0].dim()}-D and {hx[1].dim()}-D")
-            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+            h0, c0 = _pair(hx)
+            if h0.dim() != 2 or c0.dim() != 2:
+                raise RuntimeError(f"hx: expected 2 dimensions as input has, got {h0.dim()} and {c0.dim()}")
+            hx = h0.unsqueeze(1), c0.unsqueeze(1)
         y, (h_n, c_n), *cells = self.forward(
             x.unsqueeze(batch),
             hx,
-            lengths=None if lengths is None else lengths.reshape(1),
-            resets=None if resets is None else resets.unsqueeze(batch),
+            lengths=None if lengths is None else _as_tensor(lengths, x).reshape(1),
+            resets=None if resets is None else _as_tensor(resets, x).unsqueeze(batch),
             return_cells=return_cells,
         )
         return y.squeeze(batch), (h_n.squeeze(1), c_n.squeeze(1)), *(a.squeeze(batch) for a in cells)
@@ -222,22 +296,18 @@ class LSTM(RNNBase):
     ) -> tuple[Any, ...]:
         """The rows go to the kernel as they are packed."""
         if lengths is not None or resets is not None:
-            raise ValueError("LSTM: lengths and resets go with a padded input, got a PackedSequence")
+            raise ValueError("lengths, resets: expected a padded input beside them, got a PackedSequence")
         x, batch_sizes, sorted_indices, unsorted_indices = packed
-        if hx is not None:
-            hx = _pair("LSTM", hx)
-            self._check_state(x, hx, batch_sizes)
-            hx = self._permute(hx, sorted_indices)
-        y, h_n, c_n, cells = self._layers(x, hx, self._flat_weights, None, None, batch_sizes, return_cells)
+        if not return_cells and not x.is_cpu and _is_left_to_torch(x):
+            return _TorchLSTM.forward(self, packed, hx)
+        weights, hx = self._weights(), self._checked(x, hx, batch_sizes, sorted_indices)
+        y, h_n, c_n, cells = self._layers(x, hx, weights, None, None, batch_sizes, return_cells)
 
         def pack(rows: Tensor) -> PackedSequence:
             return PackedSequence(rows, batch_sizes, sorted_indices, unsorted_indices)
 
-        state = self._permute((h_n, c_n), unsorted_indices)
+        state = self.permute_hidden((h_n, c_n), unsorted_indices)
         return (pack(y), state, pack(cells)) if return_cells else (pack(y), state)
-
-    def _permute(self, state: State, order: Tensor | None) -> State:
-        return state if order is None else (state[0].index_select(1, order), state[1].index_select(1, order))
 
     def _layers(
         self,
@@ -255,8 +325,6 @@ class LSTM(RNNBase):
         L, directions = self.num_layers, BOTH if self.bidirectional else FORWARD
         batch_first = self.batch_first and batch_sizes is None
         masks = (lengths, resets, batch_sizes, directions, batch_first)
-        if not x.is_cpu and lengths is None and resets is None and not return_cells and not route.has_kernel(x):
-            return *self._stock_layers(x, hx, weights, batch_sizes), None
         h0, c0 = (None, None) if hx is None else hx
         if L == 1:
             y, h_n, c_n, cells, _ = run((x, h0, c0, weights, *masks), CELLS if return_cells else NOTHING)
@@ -299,35 +367,22 @@ class LSTM(RNNBase):
             return F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
         return F.dropout(x, self.dropout)
 
-    def _stock_layers(
-        self, x: Tensor, hx: State | None, weights: list[Tensor], batch_sizes: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """torch's own LSTM on our weights, all layers at once."""
-        return stock.stack(
-            x,
-            hx,
-            weights,
-            batch_sizes,
-            has_biases=self.bias,
-            num_layers=self.num_layers,
-            dropout=self.dropout,
-            train=self.training,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-        )
-
-    def __prepare_scriptable__(self) -> torch.nn.LSTM:
+    def __prepare_scriptable__(self) -> torch_rnn.LSTM:
         """TorchScript compiles torch's own LSTM, on our weights."""
-        return _for_torch_script(torch.nn.LSTM, self)
+        return _for_torch_script(torch_rnn.LSTM, self)
 
 
-def _pair(name: str, hx: Any) -> State:
-    """The pair (h_0, c_0); the error types are those of torch."""
-    if not isinstance(hx, (tuple, list)):
-        raise TypeError(f"{name}: expected hx to be a pair (h_0, c_0), got {type(hx).__name__}")
-    if len(hx) != 2:
-        raise RuntimeError(f"{name}: expected hx to be a pair (h_0, c_0), got {len(hx)} items")
+def _pair(hx: Any) -> State:
+    """The pair (h_0, c_0)."""
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or hx[0] is None or hx[1] is None:
+        what = f"{len(hx)} items" if isinstance(hx, (tuple, list)) and len(hx) != 2 else type(hx).__name__
+        raise TypeError(f"hx: expected a pair of tensors (h_0, c_0), got {what}")
     return hx[0], hx[1]
+
+
+def _as_tensor(mask: Any, x: Tensor) -> Any:
+    """Lengths or resets given as a list, a tuple or an array, beside x."""
+    return mask if mask is None or isinstance(mask, Tensor) else torch.as_tensor(mask, device=x.device)
 
 
 def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
@@ -338,16 +393,7 @@ def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: boo
     return cells.transpose(0, 1) if batch_first else cells
 
 
-def _why_stock_cell(x: Tensor, c: Tensor | None) -> str:
-    """Why torch's own cell has to run, which takes other layouts, and a c of another dtype; "" if it need not."""
-    if x.layout is not STRIDED:
-        return f"input: expected a dense tensor (torch.strided), got {x.layout}"
-    if c is not None and c.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        return f"hx[1]: expected dtype {x.dtype} as input has, got {c.dtype}"
-    return ""
-
-
-class LSTMCell(RNNCellBase):
+class LSTMCell(torch_rnn.LSTMCell):
     """`torch.nn.LSTMCell` with a fused kernel: the same arguments, parameters, `state_dict`, results and errors.
 
     Args:
@@ -373,39 +419,76 @@ class LSTMCell(RNNCellBase):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
-    def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """See the class for shapes: (h_1, c_1)."""
-        h: Any = None
-        c: Any = None
-        if hx is not None:
-            h, c = hx if type(hx) is tuple and len(hx) == 2 else _pair("LSTMCell", hx)
-            if h is None or c is None:
-                raise AttributeError("LSTMCell: expected hx to be a pair of tensors, got None in it")  # torch's type
-        if (rank := input.dim()) != 2 and rank != 1:
-            raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {rank}-D")
+    _customised = False  # whether a subclass computes its attributes
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        names = ("__getattr__", "__getattribute__")
+        cls._customised = any(getattr(cls, name) is not getattr(LSTMCell, name) for name in names)
+
+    def _weights(self) -> list[Any]:
+        """Those that there are; zeros stand for one bias of two."""
         p: dict[str, Any] = self._parameters
         try:
             weights = [p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]]
         except KeyError:  # a parametrization computes them
+            weights = []
+        if self._customised or not weights:
             weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        if weights[2] is None and weights[3] is None:  # bias=False
-            del weights[2:]
-        unusual = input.layout is not STRIDED or (c is not None and c.dtype is not input.dtype)
-        if unusual and (why := _why_stock_cell(input, c)):
-            warn_once(f"lstm_ext runs torch's own LSTM cell: {why}")
-            y, _, c_n, _, _ = stock.forward(LayerCall(input, h, c, weights, None, None, None, FORWARD, False), NOTHING)
+        if weights[2] is None or weights[3] is None:
+            given = weights[2] if weights[3] is None else weights[3]
+            if given is None:
+                return weights[:2]
+            zeros = torch.zeros_like(given)
+            weights[2:] = [given, zeros] if weights[3] is None else [zeros, given]
+        return weights
+
+    def _are_wrong(self, input: Any, hx: Any) -> bool:
+        """Whether an error was about these arguments, and not about a kernel that failed."""
+        try:
+            if input.dim() not in (1, 2):
+                return True
+            h, c = (None, None) if hx is None else _pair(hx)
+            call = LayerCall(input, h, c, self._weights(), None, None, None, FORWARD, False)
+            check_step_state(call)
+            check(call)
+        except _ARGUMENT_ERRORS:
+            return True
+        return False
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """See the class for shapes: (h_1, c_1)."""
+        try:
+            if type(input) is not Tensor and _is_proxy(input):
+                return _as_leaf(self, input, hx)
+            if (rank := input.dim()) != 2 and rank != 1:
+                raise ValueError(f"input: expected 1 or 2 dimensions, got {rank}")
+            h, c = (None, None) if hx is None else _pair(hx)
+            y, _, c_n, _, _ = run((input, h, c, self._weights(), None, None, None, FORWARD, False))
             return y, c_n
-        y, _, c_n, _, _ = run((input, h, c, weights, None, None, None, FORWARD, False))
-        return y, c_n
+        except _ARGUMENT_ERRORS as error:
+            if _became_torchs(self):
+                return _TorchLSTMCell.forward(self, input, hx)
+            if _is_transformed() or not self._are_wrong(input, hx):
+                raise
+            why = str(error)
+        return _ask_torch(_TorchLSTMCell.forward, why, self, input, hx)
 
     if TYPE_CHECKING:
         __call__ = forward
 
-    def __prepare_scriptable__(self) -> torch.nn.LSTMCell:
+    def __prepare_scriptable__(self) -> torch_rnn.LSTMCell:
         """TorchScript compiles torch's own cell, on our weights."""
-        return _for_torch_script(torch.nn.LSTMCell, self)
+        return _for_torch_script(torch_rnn.LSTMCell, self)
+
+
+class LSTMStateTuple(NamedTuple):
+    """The state of a `BasicLSTMCell`: c [B, U] and h [B, U], c first."""
+
+    c: Any
+    h: Any
 
 
 class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
@@ -422,10 +505,11 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
     Args:
         num_units: U.
         forget_bias: added to f at every step; it is no part of `bias`.
-        state_is_tuple: whether a state is the pair (c, h), c first, or one tensor [B, 2U] of both.
+        state_is_tuple: whether a state is an `LSTMStateTuple` (c, h), c first, or one tensor [B, 2U] of both.
         activation: a callable, or the name of one in torch; None is tanh.
         input_size: the width I of x; None takes it from the first input.
         device, dtype: of the parameters.
+        name: kept as an attribute and shown; in TensorFlow it names the variables.
 
     Shape:
         - input: [B, I]; state: (c, h), each [B, U], or [B, 2U], or None for zeros.
@@ -434,9 +518,11 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
     Attributes:
         kernel: [I + U, 4U], uniform as Glorot and Bengio initialise (2010).
         bias: [4U], zeros.
+        state_size: the widths of a state, `LSTMStateTuple(U, U)` or 2U.
+        output_size: U.
 
     Raises:
-        ValueError: an input that is not [B, I], a state of another form.
+        ValueError: an input that is not [B, I], a state of another form, another dtype than that of `kernel`.
     """
 
     cls_to_become = None
@@ -451,6 +537,7 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
         input_size: int | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        name: str | None = None,
     ) -> None:
         if num_units <= 0:
             raise ValueError(f"num_units: expected a positive number, got {num_units}")
@@ -468,6 +555,7 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
         if not callable(getattr(torch, activation, None) if isinstance(activation, str) else activation):
             raise ValueError(f"activation: expected a callable or the name of one in torch, got {activation!r}")
         self.activation = activation
+        self.name = name
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.kernel = UninitializedParameter(**factory)
         self.bias = Parameter(torch.zeros(4 * num_units, **factory))
@@ -492,96 +580,119 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
             torch.nn.init.xavier_uniform_(self.kernel)
         torch.nn.init.zeros_(self.bias)
 
+    @property
+    def state_size(self) -> LSTMStateTuple | int:
+        """The widths of a state."""
+        return LSTMStateTuple(self.num_units, self.num_units) if self.state_is_tuple else 2 * self.num_units
+
+    @property
+    def output_size(self) -> int:
+        """The width of an output."""
+        return self.num_units
+
+    def zero_state(self, batch_size: int, dtype: torch.dtype | None = None) -> LSTMStateTuple | Tensor:
+        """A state of zeros for `batch_size` rows, where the parameters are; the dtype is theirs if None."""
+        c, h = self.bias.new_zeros(2, batch_size, self.num_units, dtype=dtype)
+        return LSTMStateTuple(c, h) if self.state_is_tuple else torch.cat([c, h], 1)
+
+    def _check(self, name: str, a: Any, axes: str, *shape: int) -> None:
+        """The parameters decide the dtype, except under autocast."""
+        if not isinstance(a, Tensor) or tuple(a.shape) != shape:
+            got = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
+            raise ValueError(f"{name}: expected shape {axes}, got {got}")
+        if a.dtype != self.kernel.dtype and not torch.is_autocast_enabled(a.device.type):
+            raise ValueError(f"{name}: expected dtype {self.kernel.dtype} as the kernel has, got {a.dtype}")
+
     def _split(self, x: Tensor, state: Any) -> State:
         """(c, h) of a state of either form."""
-        U = self.num_units
+        B, U = x.shape[0], self.num_units
         if state is None:
-            zeros = x.new_zeros(x.shape[0], U)
+            zeros = x.new_zeros(B, U)
             return zeros, zeros
-        if self.state_is_tuple:
-            if not isinstance(state, (tuple, list)) or len(state) != 2:
-                raise ValueError(f"state: expected the pair (c, h), got {type(state).__name__}")
-            for name, each in zip("ch", state, strict=True):
-                if tuple(each.shape) != (x.shape[0], U):
-                    expected = [x.shape[0], U]
-                    raise ValueError(
-                        f"state: expected {name} of shape [B, num_units] = {expected}, got {list(each.shape)}"
-                    )
-            return state[0], state[1]
-        if not isinstance(state, Tensor) or tuple(state.shape) != (x.shape[0], 2 * U):
-            got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
-            raise ValueError(f"state: expected a tensor of shape [B, 2*num_units] = {[x.shape[0], 2 * U]}, got {got}")
-        return state[:, :U], state[:, U:]
+        if not self.state_is_tuple:
+            self._check("state", state, f"[B, 2*num_units] = {[B, 2 * U]}", B, 2 * U)
+            return state[:, :U], state[:, U:]
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise ValueError(f"state: expected the pair (c, h), got {type(state).__name__}")
+        for name, a in zip(("state.c", "state.h"), state, strict=True):
+            self._check(name, a, f"[B, num_units] = {[B, U]}", B, U)
+        return state[0], state[1]
 
     def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """See the class for shapes: (h', state)."""
-        if input.dim() != 2 or input.shape[1] + self.num_units != self.kernel.shape[0]:
-            width = self.kernel.shape[0] - self.num_units
-            raise ValueError(f"input: expected shape [B, I] with I = {width}, got {list(input.shape)}")
+        width = self.kernel.shape[0] - self.num_units
+        self._check("input", input, f"[B, I] with I = {width}", len(input) if input.dim() else 0, width)
         activation = getattr(torch, self.activation) if isinstance(self.activation, str) else self.activation
         c, h = self._split(input, state)
         i, j, f, o = torch.addmm(self.bias, torch.cat([input, h], 1), self.kernel).chunk(4, 1)
         c = c * torch.sigmoid(f + self.forget_bias) + torch.sigmoid(i) * activation(j)
         h = activation(c) * torch.sigmoid(o)
-        return h, (c, h) if self.state_is_tuple else torch.cat([c, h], 1)
+        return h, LSTMStateTuple(c, h) if self.state_is_tuple else torch.cat([c, h], 1)
 
     if TYPE_CHECKING:
         __call__ = forward
 
+    def __prepare_scriptable__(self) -> None:
+        """TorchScript knows neither lazy parameters nor callables as attributes."""
+        raise NotImplementedError(
+            "BasicLSTMCell: TorchScript cannot compile it; expected torch.jit.trace, torch.compile or torch.export"
+        )
+
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""
-        options = {"forget_bias": (self.forget_bias, 1.0), "state_is_tuple": (self.state_is_tuple, True)}
+        options = {
+            "forget_bias": (self.forget_bias, 1.0),
+            "state_is_tuple": (self.state_is_tuple, True),
+            "name": (self.name, None),
+        }
         shown = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
         return ", ".join([str(self.num_units), *shown])
 
 
+# What is torch's -----------------------------------------------------------------------------------------------------
+
+
+def _is_left_to_torch(x: Tensor) -> bool:
+    """Whether torch's own module runs a call that asks for nothing new: in a trace, or where there is no kernel."""
+    return is_tracing() or not route.has_kernel(x)
+
+
+def _became_torchs(module: Any) -> bool:
+    """Whether `to_torch` changed the class of a module after somebody had taken its `forward`."""
+    return not isinstance(module, (LSTM, LSTMCell))
+
+
+def _is_transformed() -> bool:
+    """Whether torch's own operators would say other things, such as that they have no rule for this transform."""
+    return is_compiling() or peek_interpreter_stack() is not None
+
+
+def _ask_torch(forward: Callable[..., Any], why: str, module: torch.nn.Module, *args: Any) -> Any:
+    """What torch's own module makes of arguments that were found wrong: its error, or its result with a warning."""
+    result = forward(module, *args)
+    warn_once(f"lstm_ext runs torch's own {module._get_name()}: {why}")
+    return result
+
+
+def _is_proxy(input: Any) -> bool:
+    """Whether torch.fx records this call."""
+    return isinstance(input, fx.Proxy)
+
+
+def _as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> Any:
+    """The call as one node of a graph that torch.fx records, as it is for the modules of torch."""
+    args = (input,) if hx is None else (input, hx)
+    given = {name: value for name, value in options.items() if value is not None}
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, given)
+
+
 def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:
+    """A module of torch's class with the Parameters, hooks and options of ours."""
     warnings.warn(
         f"TorchScript puts torch's own {cls.__name__} in the place of lstm_ext's, on its weights", stacklevel=3
     )
-    return recast(cls, module)
-
-
-_OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
-_TORCHS = {ours: stock for stock, ours in _OURS.items()}
-
-
-@overload
-def replace_lstm(module: torch.nn.LSTM) -> LSTM: ...
-@overload
-def replace_lstm(module: torch.nn.LSTMCell) -> LSTMCell: ...
-@overload
-def replace_lstm(module: M) -> M: ...
-def replace_lstm(module: torch.nn.Module) -> torch.nn.Module:
-    """Puts our `LSTM` and `LSTMCell` in the place of each `torch.nn.LSTM` and `torch.nn.LSTMCell` inside `module`.
-
-    The new modules share the Parameters, hooks, training flags, parametrizations and pruning masks of the old ones; a
-    module used in several places stays one. A warning names what is left alone: subclasses, and modules whose forward
-    method was replaced. The logger "lstm_ext" tells each replacement at the level INFO.
-
-    Returns:
-        `module`; or the new module if `module` itself is one to replace.
-    """
-    return swap("replace_lstm", module, _OURS)
-
-
-@overload
-def to_torch(module: LSTM) -> torch.nn.LSTM: ...
-@overload
-def to_torch(module: LSTMCell) -> torch.nn.LSTMCell: ...
-@overload
-def to_torch(module: M) -> M: ...
-def to_torch(module: torch.nn.Module) -> torch.nn.Module:
-    """The way back from `replace_lstm`: torch's own modules in the place of each `LSTM` and `LSTMCell` of ours.
-
-    All is shared, warned of and logged as there. A `BasicLSTMCell`, for which torch has no module, is left alone. Calls
-    that give `lengths`, `resets` or `return_cells` fail afterwards.
-
-    Returns:
-        `module`; or the new module if `module` itself is one to replace.
-    """
-
-    def why_not(each: torch.nn.Module) -> str:
-        return "torch has no BasicLSTMCell" if isinstance(each, BasicLSTMCell) else ""
-
-    return swap("to_torch", module, _TORCHS, why_not)
+    new = cls.__new__(cls)
+    new.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[name] = module.__dict__[name].copy()
+    return new

@@ -8,6 +8,7 @@ from torch._C import _is_any_autocast_enabled
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import assume_constant_result, is_compiling
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from . import torch_op
 from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds, check_step_state
@@ -49,6 +50,8 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
         check_kinds(call)
     if call.is_step:
         check_step_state(call)
+    if is_tracing() and not (call.masked or save or call.directions == REVERSE):
+        return stock.forward(call, save)
     if call.is_step and watched and served:
         return Outputs(*run(call.with_time(), save)).without_time(call)
     if call.lengths is not None:

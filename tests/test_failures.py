@@ -146,9 +146,9 @@ def runs_a_kernel(node: ast.AST) -> bool:
 
 
 def catches(node: ast.AST) -> list[ast.stmt]:
-    """The statements whose exceptions it catches."""
+    """The statements whose exceptions it catches, unless it looks whether they were about an argument."""
     if isinstance(node, ast.Try) and node.handlers:
-        return node.body
+        return [] if any("self._are_wrong(" in ast.unparse(handler) for handler in node.handlers) else node.body
     suppresses = isinstance(node, ast.With) and any("suppress" in ast.unparse(item) for item in node.items)
     return node.body if suppresses and isinstance(node, ast.With) else []
 

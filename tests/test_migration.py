@@ -1,4 +1,4 @@
-"""`replace_lstm` and `to_torch`: what the new modules share with the old ones, what is left alone, what is told."""
+"""`replace_lstm` and `to_torch`: the objects stay, what is left alone, what is told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import gc
 import logging
 import pickle
 import types
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import lstm_ext
+import lstm_ext.swap as swap_module
 
 from .drop_in import B, H, I, T, assert_same, pair, run, tensors
 
@@ -88,11 +91,14 @@ def test_a_model_there_and_back() -> None:
     model.first.weight_ih_l0.requires_grad_(False)
     model.cells[0].eval()
     expected, names, parameters = model(x), list(model.state_dict()), list(model.parameters())
+    modules = list(model.modules())
     for swap, lstm, cell in (
-        (lstm_ext.replace_lstm, lstm_ext.LSTM, lstm_ext.LSTMCell),
+        (lstm_ext.replace_lstm, swap_module.LSTM, lstm_ext.LSTMCell),
+        (partial(lstm_ext.replace_lstm, compilable=True), lstm_ext.LSTM, lstm_ext.LSTMCell),
         (lstm_ext.to_torch, nn.LSTM, nn.LSTMCell),
     ):
         assert swap(model) is model
+        assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
         assert [type(m) for m in (model.first, *model.cells)] == [lstm, cell, OwnLSTM, nn.Linear]
         assert model.again is model.first
         assert list(model.state_dict()) == names
@@ -100,10 +106,10 @@ def test_a_model_there_and_back() -> None:
         assert not model.first.weight_ih_l0.requires_grad
         assert (model.first.training, model.cells[0].training) == (True, False)
         assert_same([model(x)], [expected])
-    assert len(calls) == 3
+    assert len(calls) == 4
     handle.remove()
     model(x)
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 ROOTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
@@ -116,9 +122,12 @@ ROOTS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
 @pytest.mark.parametrize(("args", "options"), ROOTS)
 def test_a_root_is_returned_and_keeps_its_options(args: tuple[Any, ...], options: dict[str, Any]) -> None:
     stock = nn.LSTM(*args, **options).eval()
-    ours = lstm_ext.replace_lstm(stock)
-    back = lstm_ext.to_torch(ours)
-    assert (type(stock), type(ours), type(back)) == (nn.LSTM, lstm_ext.LSTM, nn.LSTM)
+    ours, back = copy.deepcopy(stock), copy.deepcopy(stock)
+    assert lstm_ext.replace_lstm(ours) is ours
+    assert lstm_ext.to_torch(lstm_ext.replace_lstm(back)) is back
+    assert (type(stock), type(ours), type(back)) == (nn.LSTM, swap_module.LSTM, nn.LSTM)
+    assert isinstance(ours, nn.LSTM)
+    assert isinstance(ours, lstm_ext.LSTM)
     assert repr(stock) == repr(ours) == repr(back)
     assert not ours.training
     assert not back.training
@@ -130,16 +139,59 @@ def test_a_root_is_returned_and_keeps_its_options(args: tuple[Any, ...], options
     )
     for module in (ours, back, pickle.loads(pickle.dumps(ours)), copy.deepcopy(back)):
         assert_same(run(module, x), run(stock, x), dtype)
-    with torch.no_grad():
-        stock.weight_ih_l0.mul_(2)
-    assert_same(run(back, x), run(ours, x), dtype)
     assert_same(run(ours.float(), x.float()), run(copy.deepcopy(stock).float(), x.float()))
 
 
 def test_what_is_no_lstm_is_returned_as_it_is() -> None:
     for module in (nn.Linear(2, 2), nn.GRU(2, 2)):
-        assert lstm_ext.replace_lstm(module) is module
-        assert lstm_ext.to_torch(module) is module
+        name = type(module).__name__
+        with pytest.warns(UserWarning, match=rf"replace_lstm found no torch.nn.LSTM and no .*LSTMCell in {name}"):
+            assert lstm_ext.replace_lstm(module) is module
+        with pytest.warns(UserWarning, match=rf"to_torch found no lstm_ext.LSTM and no .*LSTMCell in {name}"):
+            assert lstm_ext.to_torch(module) is module
+
+
+def test_what_is_ours_already_stays_without_a_word() -> None:
+    model = nn.Sequential(lstm_ext.LSTM(I, H), lstm_ext.LSTMCell(I, H), nn.LSTM(H, H))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lstm_ext.replace_lstm(lstm_ext.replace_lstm(model))
+        assert [type(m) for m in model] == [lstm_ext.LSTM, lstm_ext.LSTMCell, swap_module.LSTM]
+        lstm_ext.to_torch(lstm_ext.to_torch(model))
+    assert [type(m) for m in model] == [nn.LSTM, nn.LSTMCell, nn.LSTM]
+
+
+class Listed(nn.Module):
+    """Layers in a list beside `add_module`, a method of one kept, and a layer that another object holds."""
+
+    def __init__(self, lstm: Any = nn.LSTM) -> None:
+        super().__init__()
+        self.layers = []
+        for n in range(2):
+            layer = lstm(H, H, 2, dropout=0.5)
+            self.add_module(f"layer{n}", layer)
+            self.layers.append(layer)
+        self.held = [lstm(H, H, 2, dropout=0.5)]
+        self.last = self.held[0]
+        self.run = self.last.forward
+
+    def forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x, _ = layer(x)
+        return self.held[0](self.run(x)[0])[0]
+
+
+@pytest.mark.parametrize("swap", [lstm_ext.replace_lstm, lstm_ext.to_torch])
+def test_other_references_keep_what_runs(swap: Callable[[Any], Any]) -> None:
+    model, x = Listed(nn.LSTM if swap is lstm_ext.replace_lstm else lstm_ext.LSTM), torch.randn(T, B, H)
+    swap(model)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    zeros = {name: torch.zeros_like(a) for name, a in model.state_dict().items()}
+    model.load_state_dict(zeros, assign=True)
+    assert not model(x).any()
+    assert all(type(a) is type(b) for a, b in zip(model.layers, (model.layer0, model.layer1), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -185,8 +237,8 @@ def test_parametrizations_and_pruning_can_be_removed_after_the_swap(swap: Callab
     assert_same(run(new, x)[:3], expected)
 
 
-def test_hooks_that_know_their_module_follow_it() -> None:
-    """torch keeps such a module by a weak reference, which would be dead."""
+def test_hooks_that_know_their_module_stay() -> None:
+    """torch keeps such a module by a weak reference."""
     model, seen = nn.Sequential(nn.LSTM(I, H)), []
     handle = model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
     lstm_ext.replace_lstm(model)
@@ -243,11 +295,36 @@ def test_what_is_left_alone_is_named_with_the_reason(name: str) -> None:
         assert swap(module) is module
 
 
-def test_a_compiled_module_is_not_run_as_the_old_one() -> None:
+def test_one_module_is_said_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lstm_ext"):
+        lstm_ext.replace_lstm(nn.LSTM(I, H))
+    assert caplog.records[-1].getMessage() == "replace_lstm: 1 module replaced"
+
+
+@pytest.mark.parametrize("allow_rnn", [False, True])
+@pytest.mark.parametrize("compilable", [False, True])
+def test_a_compiled_module_runs_the_new_class(allow_rnn: bool, compilable: bool) -> None:
+    """As torch's class it breaks the graph, unless `allow_rnn` is set; ours runs in each case."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=allow_rnn):
+        check_compiled(allow_rnn, compilable)
+    torch._dynamo.reset()
+
+
+def check_compiled(allow_rnn: bool, compilable: bool) -> None:
     stock, x = nn.LSTM(I, H), torch.randn(T, B, I)
-    expected = run(stock, x)
+    expected = tensors(stock(x))
     stock.compile(backend="eager")
-    with pytest.warns(UserWarning, match=r"replace_lstm: the module itself was compiled; call its compile\(\) again"):
-        ours = lstm_ext.replace_lstm(stock)
-    stock.weight_ih_l0 = None  # ours would fail if it ran the old module
-    assert_same(run(ours, x), expected)
+    with torch.no_grad():
+        stock(x)
+        ours = lstm_ext.replace_lstm(stock, compilable=compilable)
+        with torch.profiler.profile() as profile:
+            actual = tensors(ours(x))
+    assert_same(actual, expected)
+    assert not any("aten::lstm" in event.key for event in profile.key_averages())
+    whole = torch.compile(lambda x: ours(x)[0] * 2, backend="eager", fullgraph=True)
+    if allow_rnn or compilable:
+        assert_same([whole(x)], [2 * expected[0]])
+    else:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            whole(x)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from ..call import LayerCall, Outputs, Save
 
@@ -69,7 +70,7 @@ def forward(call: LayerCall, save: Save) -> Outputs:
         has_biases=call.split()[0].b_ih is not None,
         num_layers=1,
         dropout=0.0,
-        train=torch.is_grad_enabled(),
+        train=torch.is_grad_enabled() or is_tracing(),  # a trace is run with gradients, and checked without
         bidirectional=call.num_directions == 2,
         batch_first=call.batch_first,
     )
