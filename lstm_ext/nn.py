@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, fx
-from torch._C import _is_any_autocast_enabled
+from torch._C import _get_tracing_state, _is_any_autocast_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
-from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import functional as F
 from torch.nn.modules import rnn as torch_rnn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -138,12 +137,16 @@ class LSTM(torch_rnn.RNNBase):
         if self._customised:
             self._update_flat_weights()
             return self._flat_weights
-        if all(map(is_, self._flat_weights, map(self._parameters.get, self._flat_weights_names))):
-            return self._flat_weights
+        flat, parameters = self._flat_weights, self._parameters
+        if len(flat) == len(parameters) and all(map(is_, flat, parameters.values())):
+            return flat
         now = [getattr(self, name, None) for name in self._flat_weights_names]
         made_from = [ref and ref() for ref in self._flat_weight_refs] or [None] * len(now)
         changed = any(w is not None and w is not old for w, old in zip(now, made_from, strict=True))
-        return now if changed else self._flat_weights
+        return now if changed else flat
+
+    def _num_states(self) -> int:
+        return self.num_layers * (2 if self.bidirectional else 1)
 
     def _checked(self, x: Tensor, hx: State | None, batch_sizes: Tensor | None, order: Tensor | None) -> State | None:
         """The state in the order of the rows, after torch's own checks; for whoever overrides these, zeros for None."""
@@ -215,30 +218,34 @@ class LSTM(torch_rnn.RNNBase):
                 return self._forward_unbatched(input, hx, lengths, resets, return_cells)
             if rank != 3:
                 raise ValueError(f"input: expected 2 or 3 dimensions, got {rank}")
-            weights = self._weights()
-            if self._customised or self.num_layers > 1:
+            weights, num_layers, customised = self._weights(), self.num_layers, self._customised
+            if customised:
                 hx = self._checked(input, hx, None, None)
-            h0: Tensor | None = None
-            c0: Tensor | None = None
-            if hx is not None:
-                h0, c0 = _pair(hx)
+            h0: Any = None
+            c0: Any = None
+            if hx is not None:  # what is not checked here the engine checks
+                h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else _pair(hx)
+                if h0 is None or c0 is None or (num_layers > 1 and not len(h0) == len(c0) == self._num_states()):
+                    raise TypeError("hx: expected a pair of tensors with a state for each layer and direction")
             if lengths is not None or resets is not None:
                 lengths, resets = _as_tensor(lengths, input), _as_tensor(resets, input)
             if (
-                self.num_layers == 1
+                num_layers == 1
                 and input.is_cpu
-                and not (return_cells or _is_any_autocast_enabled() or is_tracing())
+                and not (return_cells or _is_any_autocast_enabled() or _get_tracing_state())
             ):
                 # One call is all: small layers are called often.
                 directions = BOTH if self.bidirectional else FORWARD
                 y, h_n, c_n, _, _ = run((input, h0, c0, weights, lengths, resets, None, directions, self.batch_first))
+                if not customised:
+                    return y, (h_n, c_n)
             elif lengths is None and resets is None and not return_cells and _is_left_to_torch(input):
                 return _TorchLSTM.forward(self, input, hx)
             else:
                 y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
                 if return_cells:
                     return y, (h_n, c_n), cells
-            return y, self.permute_hidden((h_n, c_n), None) if self._customised else (h_n, c_n)
+            return y, self.permute_hidden((h_n, c_n), None) if customised else (h_n, c_n)
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
                 return _TorchLSTM.forward(self, input, hx)
@@ -374,8 +381,8 @@ class LSTM(torch_rnn.RNNBase):
 
 def _pair(hx: Any) -> State:
     """The pair (h_0, c_0)."""
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or hx[0] is None or hx[1] is None:
-        what = f"{len(hx)} items" if isinstance(hx, (tuple, list)) and len(hx) != 2 else type(hx).__name__
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        what = f"{len(hx)} items" if isinstance(hx, (tuple, list)) else type(hx).__name__
         raise TypeError(f"hx: expected a pair of tensors (h_0, c_0), got {what}")
     return hx[0], hx[1]
 
@@ -430,27 +437,24 @@ class LSTMCell(torch_rnn.LSTMCell):
 
     def _weights(self) -> list[Any]:
         """Those that there are; zeros stand for one bias of two."""
-        p: dict[str, Any] = self._parameters
+        p: dict[str, Any] = {} if self._customised else self._parameters
         try:
-            weights = [p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]]
-        except KeyError:  # a parametrization computes them
-            weights = []
-        if self._customised or not weights:
-            weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        if weights[2] is None or weights[3] is None:
-            given = weights[2] if weights[3] is None else weights[3]
-            if given is None:
-                return weights[:2]
-            zeros = torch.zeros_like(given)
-            weights[2:] = [given, zeros] if weights[3] is None else [zeros, given]
-        return weights
+            w_ih, w_hh, b_ih, b_hh = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
+        except KeyError:  # they are computed, by the class or by a parametrization
+            w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        if b_ih is not None and b_hh is not None:
+            return [w_ih, w_hh, b_ih, b_hh]
+        if b_ih is None and b_hh is None:
+            return [w_ih, w_hh]
+        zeros = torch.zeros_like(b_hh if b_ih is None else b_ih)
+        return [w_ih, w_hh, zeros, b_hh] if b_ih is None else [w_ih, w_hh, b_ih, zeros]
 
     def _are_wrong(self, input: Any, hx: Any) -> bool:
         """Whether an error was about these arguments, and not about a kernel that failed."""
         try:
-            if input.dim() not in (1, 2):
-                return True
             h, c = (None, None) if hx is None else _pair(hx)
+            if input.dim() not in (1, 2) or (h is None) != (hx is None) or (c is None) != (hx is None):
+                return True
             call = LayerCall(input, h, c, self._weights(), None, None, None, FORWARD, False)
             check_step_state(call)
             check(call)
@@ -465,7 +469,12 @@ class LSTMCell(torch_rnn.LSTMCell):
                 return _as_leaf(self, input, hx)
             if (rank := input.dim()) != 2 and rank != 1:
                 raise ValueError(f"input: expected 1 or 2 dimensions, got {rank}")
-            h, c = (None, None) if hx is None else _pair(hx)
+            h: Any = None
+            c: Any = None
+            if hx is not None:
+                h, c = hx if type(hx) is tuple and len(hx) == 2 else _pair(hx)
+                if h is None or c is None:
+                    raise TypeError("hx: expected a pair of tensors, got None in it")
             y, _, c_n, _, _ = run((input, h, c, self._weights(), None, None, None, FORWARD, False))
             return y, c_n
         except _ARGUMENT_ERRORS as error:
@@ -654,7 +663,7 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
 
 def _is_left_to_torch(x: Tensor) -> bool:
     """Whether torch's own module runs a call that asks for nothing new: in a trace, or where there is no kernel."""
-    return is_tracing() or not route.has_kernel(x)
+    return _get_tracing_state() is not None or not route.has_kernel(x)
 
 
 def _became_torchs(module: Any) -> bool:
