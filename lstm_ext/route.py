@@ -50,7 +50,7 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     if call.is_step:
         check_step_state(call)
     if call.is_step and watched and served:
-        return Outputs(*run(call.with_time(), save)).without_time(call)
+        return Outputs(*run(call.with_time(), save)).squeeze_time_(call)
     if call.lengths is not None:
         call = _with_own_lengths(call)
 

@@ -76,18 +76,19 @@ class OnGpu:
 
     def backward(self, call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Any:
         if call.is_step:
-            timed = self.backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
+            timed = self.backward(call.with_time(), saved, grads.with_time(call), needs)
             return Grads(*timed).without_time(call)
         steps = cuda.steps_of(call)._replace(x=saved.gates)
-        d_gates, h_prev, d_h, hidden, dh0, dc0 = self.core.cuda_layer_backward(
+        d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = self.core.cuda_layer_backward(
             steps, saved, grads, needs, False, self.strategy
         )
         x = time_major(call)  # [rows, I]
         dx, dweights = np.zeros_like(x), []
         for d, w in enumerate(call.split()):
-            d_pre = rows_of(d_gates[d])
+            d_pre, h = rows_of(d_gates[d]), rows_of(h_prev[d])
+            h = h if w.w_hr is None else h + rows_of(hidden_prev[d]) @ to_float64(w.w_hr).T
             dx += d_pre @ to_float64(w.w_ih)
-            dweights += [d_pre.T @ x, d_pre.T @ rows_of(h_prev[d])]
+            dweights += [d_pre.T @ x, d_pre.T @ h]
             dweights += [d_pre.sum(axis=0)] * 2 if w.b_ih is not None else []
             dweights += [rows_of(d_h[d]).T @ rows_of(hidden[d])] if w.w_hr is not None else []
         dx = dx.reshape(*d_gates.shape[1:-1], x.shape[-1])

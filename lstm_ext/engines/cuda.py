@@ -117,7 +117,7 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         if not save:
             return C.cuda_step_forward(asked, tf32_allowed())
         outputs = forward(asked.with_time(), save)
-        return outputs if outputs is NotImplemented else Outputs(*outputs).without_time(asked)
+        return outputs if outputs is NotImplemented else Outputs(*outputs).squeeze_time_(asked)
     if asked.batch_sizes is not None and (asked.masked or asked.batch_first):
         raise ValueError("lengths, resets, batch_first: expected none of them with batch_sizes, got one")
     if asked.batch_sizes is not None or not _seems_right(asked):
@@ -129,9 +129,7 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
 def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
     """See `Engine`."""
     if call.is_step:
-        return Grads(*backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)).without_time(
-            call
-        )
+        return Grads(*backward(call.with_time(), saved, grads.with_time(call), needs)).without_time(call)
     steps = steps_of(call)._replace(x=saved.gates)
     # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
     alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None
@@ -141,7 +139,7 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
     )
     if results is NotImplemented:
         return results
-    d_gates, h_prev, d_h, hidden, dh0, dc0 = results
+    d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = results
     split = call.split()
     if alone and needs & Needs.H0:
         dh0 = torch.stack([d_gates[d].flatten(0, -2) @ w.w_hh for d, w in enumerate(split)])
@@ -149,7 +147,7 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
         _input_grad(call, d_gates) if needs & Needs.X else None,
         dh0,
         dc0,
-        _weight_grads(call, steps.lengths, d_gates, h_prev, d_h, hidden) if needs & Needs.WEIGHTS else None,
+        _weight_grads(call, steps.lengths, d_gates, h_prev, d_h, hidden, hidden_prev) if needs & Needs.WEIGHTS else None,
     )
 
 
@@ -165,14 +163,22 @@ def _input_grad(call: LayerCall, d_gates: Tensor) -> Tensor:
 
 
 def _weight_grads(
-    call: LayerCall, lengths: Tensor | None, d_gates: Tensor, h_prev: Tensor, d_h: Tensor | None, hidden: Tensor | None
+    call: LayerCall,
+    lengths: Tensor | None,
+    d_gates: Tensor,
+    h_prev: Tensor,
+    d_h: Tensor | None,
+    hidden: Tensor | None,
+    hidden_prev: Tensor | None,
 ) -> list[Tensor]:
     """In the order of the weights; each is one product over all steps."""
     x = call.x if call.batch_sizes is not None else _masked(call.x, lengths, call.batch_first)
     rows, dweights = _rows(x, call.batch_first), []
     for d, w in enumerate(call.split()):
-        g = d_gates[d].flatten(0, -2)
-        dweights += [g.t() @ rows, g.t() @ h_prev[d].flatten(0, -2)]
+        g, h = d_gates[d].flatten(0, -2), h_prev[d].flatten(0, -2)
+        if w.w_hr is not None and hidden_prev is not None:
+            h.addmm_(hidden_prev[d].flatten(0, -2), w.w_hr.t())
+        dweights += [g.t() @ rows, g.t() @ h]
         if w.b_ih is not None:
             db = g.sum(0)
             dweights += [db, db.clone()]
