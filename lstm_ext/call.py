@@ -232,7 +232,7 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward pass takes from the forward one, as `Outputs` has it. h is had again from it, so that y is free."""
+    """What a backward pass takes from the forward one, as `Outputs` has it: h of each step is had again from it."""
 
     cells: Array
     gates: Array

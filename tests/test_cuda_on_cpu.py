@@ -22,6 +22,7 @@ harness: Any = pytest.importorskip(
 )
 torch: Any = pytest.importorskip("torch")
 
+from lstm_ext import route  # noqa: E402
 from lstm_ext.engines import cuda  # noqa: E402
 from lstm_ext.engines.composed import compute_dtype  # noqa: E402
 
@@ -261,6 +262,18 @@ CELLS = [Case(1, 1, 1, 1), Case(1, 3, 32, 33, state=False), Case(1, 16, 64, 64),
 @pytest.mark.parametrize("case", CELLS, ids=str)
 def test_a_cell_matches_the_oracle(case: Case, dtype: str) -> None:
     check_cell(case, dtype, seed=CELLS.index(case))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_states_of_a_cell_can_be_changed_in_place(batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no views, of which autograd forbids some changes."""
+    monkeypatch.setattr(cuda, "C", Core())
+    weights = [torch.randn(20, 4, requires_grad=True), torch.randn(20, 5)]
+    call = LayerCall(torch.randn(*batch, 4), None, None, weights, None, None, None, FORWARD, False)
+    y, _, c_n, _, _ = route.differentiable(cuda, call, Save.NOTHING)
+    assert (y.shape, c_n.shape) == ((*batch, 5), (*batch, 5))
+    c_n.mul_(2)
+    assert y.detach_().grad_fn is None
 
 
 @pytest.mark.parametrize("strategy", ["", "step"])

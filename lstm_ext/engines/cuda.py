@@ -141,13 +141,16 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
         return results
     d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = results
     split = call.split()
+    for d, w in enumerate(split if needs & Needs.WEIGHTS else ()):
+        if w.w_hr is not None and hidden_prev is not None:
+            h_prev[d].flatten(0, -2).addmm_(hidden_prev[d].flatten(0, -2), w.w_hr.t())
     if alone and needs & Needs.H0:
         dh0 = torch.stack([d_gates[d].flatten(0, -2) @ w.w_hh for d, w in enumerate(split)])
     return (
         _input_grad(call, d_gates) if needs & Needs.X else None,
         dh0,
         dc0,
-        _weight_grads(call, steps.lengths, d_gates, h_prev, d_h, hidden, hidden_prev) if needs & Needs.WEIGHTS else None,
+        _weight_grads(call, steps.lengths, d_gates, h_prev, d_h, hidden) if needs & Needs.WEIGHTS else None,
     )
 
 
@@ -163,22 +166,14 @@ def _input_grad(call: LayerCall, d_gates: Tensor) -> Tensor:
 
 
 def _weight_grads(
-    call: LayerCall,
-    lengths: Tensor | None,
-    d_gates: Tensor,
-    h_prev: Tensor,
-    d_h: Tensor | None,
-    hidden: Tensor | None,
-    hidden_prev: Tensor | None,
+    call: LayerCall, lengths: Tensor | None, d_gates: Tensor, h_prev: Tensor, d_h: Tensor | None, hidden: Tensor | None
 ) -> list[Tensor]:
     """In the order of the weights; each is one product over all steps."""
     x = call.x if call.batch_sizes is not None else _masked(call.x, lengths, call.batch_first)
     rows, dweights = _rows(x, call.batch_first), []
     for d, w in enumerate(call.split()):
-        g, h = d_gates[d].flatten(0, -2), h_prev[d].flatten(0, -2)
-        if w.w_hr is not None and hidden_prev is not None:
-            h.addmm_(hidden_prev[d].flatten(0, -2), w.w_hr.t())
-        dweights += [g.t() @ rows, g.t() @ h]
+        g = d_gates[d].flatten(0, -2)
+        dweights += [g.t() @ rows, g.t() @ h_prev[d].flatten(0, -2)]
         if w.b_ih is not None:
             db = g.sum(0)
             dweights += [db, db.clone()]
