@@ -70,8 +70,8 @@ def pass_over(layer: Layer) -> Callable[[], Any]:
     call = LayerCall(tensor(T, B, I), None, None, weights, None, None, None, FORWARD, False)
     if not layer.backward:
         return lambda: _native.C.layer_forward(call, Save.NOTHING, layer.threads)
-    y, _, _, cells, gates = _native.C.layer_forward(call, Save.ALL, layer.threads)
-    saved, grads = (y, cells, gates), (tensor(T, B, P), None, None, None)
+    *_, cells, gates = _native.C.layer_forward(call, Save.ALL, layer.threads)
+    saved, grads = (cells, gates), (tensor(T, B, P), None, None, None)
     return lambda: _native.C.layer_backward(call, saved, grads, Needs.ALL, layer.threads)
 
 

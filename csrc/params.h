@@ -80,11 +80,11 @@ struct BackwardDirection {
   bool reverse;
   LayerWeights weights;
   InitialState state;
-  const void *y, *cells, *gates;  // what the forward pass left
-  const void* dy;                 // rows by dy_map, may be null
-  const void* d_cells;            // rows by d_cells_map, float or double, may be null
-  Matrix dh_n, dc_n;              // [B, P], [B, H]; data may be null
-  void *dh0, *dc0;                // [B, P], [B, H], contiguous, may be null
+  const void *cells, *gates;  // what the forward pass left
+  const void* dy;             // rows by dy_map, may be null
+  const void* d_cells;        // rows by d_cells_map, float or double, may be null
+  Matrix dh_n, dc_n;          // [B, P], [B, H]; data may be null
+  void *dh0, *dc0;            // [B, P], [B, H], contiguous, may be null
   WeightGrads grads;
 };
 
@@ -94,7 +94,7 @@ struct LayerBackward {
   Masks masks;
   const void* x;
   void* dx;  // rows by dx_map, may be null
-  RowMap x_map, dx_map, y_map, dy_map, cells_map, d_cells_map, gates_map;
+  RowMap x_map, dx_map, dy_map, cells_map, d_cells_map, gates_map;
   int num_directions;
   BackwardDirection direction[2];
   int num_threads;

@@ -33,7 +33,7 @@ class CpuPlan(TypedDict):
     by_rows: bool
     why: dict[str, str]
 
-_Saved = tuple[Array, Array, Array]
+_Saved = tuple[Array, Array]
 _OutputGrads = tuple[Array | None, Array | None, Array | None, Array | None]
 
 def layer_forward(call: CallTuple, save: Save, num_threads: int = 0) -> OutputsTuple: ...
@@ -45,7 +45,7 @@ def layer_backward(
 def cuda_layer_forward(steps: CallTuple, save: Save, tf32: bool, strategy: str) -> OutputsTuple: ...
 def cuda_layer_backward(
     steps: CallTuple, saved: _Saved, grads: _OutputGrads, needs: Needs, tf32: bool, strategy: str
-) -> tuple[Array, Array, Array | None, Array | None, Array | None, Array | None]: ...
+) -> tuple[Array, Array, Array | None, Array | None, Array | None, Array | None, Array | None]: ...
 def cuda_step_forward(call: CallTuple, tf32: bool) -> OutputsTuple: ...
 def cuda_plan(
     T: int,

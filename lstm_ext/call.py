@@ -223,17 +223,19 @@ class Outputs(NamedTuple):
         """Those of `call.with_time()` as those of `call`."""
         return self._replace(y=drop_axes(self.y, call), h_n=None, c_n=drop_axes(self.c_n, call))
 
+    def squeeze_time_(self, call: LayerCall) -> Outputs:
+        """The same of tensors, in place: a state that is no view can be detached in place, as those of torch's cell."""
+        for a in (self.y, self.c_n):
+            for _ in range(3 - len(call.x.shape)):
+                a.squeeze_(0)
+        return self._replace(h_n=None)
+
 
 class Saved(NamedTuple):
-    """What a backward pass takes from the forward one, as `Outputs` has it."""
+    """What a backward pass takes from the forward one, as `Outputs` has it: h of each step is had again from it."""
 
-    y: Array
     cells: Array
     gates: Array
-
-    def with_time(self, call: LayerCall) -> Saved:
-        """Those of `call` as those of `call.with_time()`."""
-        return self._replace(y=add_axes(self.y, call))
 
 
 class OutputGrads(NamedTuple):
@@ -450,7 +452,7 @@ def check_backward(call: LayerCall, saved: Saved, grads: OutputGrads) -> None:
         if a is not None:
             check_kind(name, a, call.x)
     if any(a is None for a in saved):
-        raise TypeError("y, cells, gates: expected what layer_forward left with Save.ALL, got None")
+        raise TypeError("cells, gates: expected what layer_forward left with Save.ALL, got None")
     w, D, T, B = call.split()[0], call.num_directions, call.num_steps(), call.batch_size()
     H, P = w.w_hh.shape[0] // 4, w.w_hh.shape[1]
     rows = call.x.shape[:1] if call.batch_sizes is not None else (T, B)
@@ -462,7 +464,6 @@ def check_backward(call: LayerCall, saved: Saved, grads: OutputGrads) -> None:
         "dh_n": (stored, (*state, P)),
         "dc_n": (stored, (*state, H)),
         "dcells": (wide, (D, *rows, H)),
-        "y": (stored, sequence),
         "cells": (wide, (D, *rows, H)),
         "gates": (stored, (D, *rows, 4 * H)),
     }

@@ -144,7 +144,6 @@ def direction_backward(
     h0: Array,
     c0: Array,
     w: Weights,
-    y: Array,
     cells: Array,
     gates: Array,
     walk: Walk,
@@ -154,10 +153,9 @@ def direction_backward(
 
     Returns dx (None unless needed), dh0, dc0 and the weights' gradients (None unless needed).
     """
-    h_prev = walk.mask(walk.forget(slice(None), np.concatenate([h0[None], y[:-1]])))
     c_prev = walk.mask(walk.forget(slice(None), np.concatenate([c0[None], cells[:-1]])))
     tanh_c = np.tanh(cells)
-    dh_total = np.empty_like(y)  # with what arrives from later steps
+    dh_total = np.empty((*x.shape[:2], h0.shape[1]), x.dtype)  # with what arrives from later steps
     d_pre = np.empty_like(gates)
     for s in reversed(range(len(x))):
         dh_total[s] = dh + dy[s]
@@ -171,7 +169,10 @@ def direction_backward(
     if not needs & Needs.WEIGHTS:
         return dx, dh, dc, None
     db = None if w.b_ih is None else d_pre.sum(axis=(0, 1))
-    dw_hr = None if w.w_hr is None else outer_sum(walk.mask(dh_total), split_gates(gates)[3] * tanh_c)
+    hidden = split_gates(gates)[3] * tanh_c  # h before a projection
+    h = hidden if w.w_hr is None else linear(hidden, w.w_hr)
+    h_prev = walk.mask(walk.forget(slice(None), np.concatenate([h0[None], h[:-1]])))
+    dw_hr = None if w.w_hr is None else outer_sum(walk.mask(dh_total), hidden)
     return dx, dh, dc, Weights(outer_sum(d_pre, walk.mask(x)), outer_sum(d_pre, h_prev), db, db, dw_hr)
 
 
@@ -264,14 +265,14 @@ def layer_forward(call: LayerCall, save: Save) -> Outputs:
 def layer_backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Grads:
     """The gradients of `layer_forward(call, Save.ALL)`, of which `saved` is a part, from those of its outputs."""
     if call.is_step:
-        return layer_backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs).without_time(call)
+        return layer_backward(call.with_time(), saved, grads.with_time(call), needs).without_time(call)
     result, dtype = call.x.dtype.newbyteorder("="), compute_dtype(call.x.dtype)
     layout, time_major = Layout(call.batch_first, call.batch_sizes), Layout(False, call.batch_sizes)
-    x, y = plain(layout.pad(call.x), dtype), plain(layout.pad(saved.y), dtype)
-    dy = zeros_if_none(None if grads.dy is None else layout.pad(grads.dy), y.shape, dtype)
+    x = plain(layout.pad(call.x), dtype)
     walks = make_walks(call, layout, len(x))
     per_direction = split_weights(call, dtype)
-    T, B, H, P = *x.shape[:2], saved.cells.shape[-1], y.shape[-1] // len(walks)
+    T, B, H, P = *x.shape[:2], saved.cells.shape[-1], per_direction[0].w_hh.shape[1]
+    dy = zeros_if_none(None if grads.dy is None else layout.pad(grads.dy), (T, B, len(walks) * P), dtype)
     h0, dh_n = (zeros_if_none(a, (len(walks), B, P), dtype) for a in (call.h0, grads.dh_n))
     c0, dc_n = (zeros_if_none(a, (len(walks), B, H), dtype) for a in (call.c0, grads.dc_n))
 
@@ -289,7 +290,6 @@ def layer_backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Nee
             h0[d],
             c0[d],
             w,
-            walk.order(y[..., columns]),
             walk.order(plain(time_major.pad(saved.cells[d]), dtype)),
             walk.order(plain(time_major.pad(saved.gates[d]), dtype)),
             walk,

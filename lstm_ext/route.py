@@ -53,7 +53,7 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     if is_tracing() and not (call.masked or save or call.directions == REVERSE):
         return stock.forward(call, save)
     if call.is_step and watched and served:
-        return Outputs(*run(call.with_time(), save)).without_time(call)
+        return Outputs(*run(call.with_time(), save)).squeeze_time_(call)
     if call.lengths is not None:
         call = _with_own_lengths(call)
 

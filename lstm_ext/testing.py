@@ -279,7 +279,7 @@ def run_layer(engine: Any, inputs: Inputs, *num_threads: int) -> tuple[dict[str,
     own = hasattr(engine, "layer_forward")
     forward, backward = (getattr(engine, f"layer_{name}" if own else name) for name in ("forward", "backward"))
     outputs = Outputs(*forward(inputs.call, Save.ALL, *num_threads))
-    saved = Saved(outputs.y, outputs.cells, outputs.gates)
+    saved = Saved(outputs.cells, outputs.gates)
     grads = Grads(*backward(inputs.call, saved, inputs.grads, Needs.ALL, *num_threads))
     gradients = {"dx": grads.dx, "dh0": grads.dh0, "dc0": grads.dc0}
     gradients |= {f"dweights[{n}]": dw for n, dw in enumerate(grads.dweights or [])}

@@ -86,7 +86,8 @@ def requires_grad(call: CallTuple) -> bool:
 
 
 # `torch.library.custom_op` would take 9 µs more a call: it checks each time that no output is an input. Programs that
-# were exported name these two with these arguments: they stay as they are.
+# were exported name these two with these arguments: they stay as they are, and so does y of layer_backward, which was
+# needed once. It is None now, and whatever else comes is not looked at.
 _library = torch.library.Library("lstm_ext", "FRAGMENT")
 _library.define(
     "layer_forward"
@@ -97,7 +98,7 @@ _library.define(
 _library.define(
     "layer_backward"
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, "
-    "Tensor[] weights, Tensor y, Tensor cells, Tensor gates, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
+    "Tensor[] weights, Tensor? y, Tensor cells, Tensor gates, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
     "int directions, bool batch_first, int needs) -> (Tensor, Tensor, Tensor, Tensor[])",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -113,14 +114,14 @@ def _forward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Save]:
 
 def _backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrads, Needs]:
     """The arguments of `layer_backward` by name."""
-    dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, *masks, directions, batch_first, needs = arguments
+    dy, dh_n, dc_n, dcells, x, h0, c0, weights, _, cells, gates, *masks, directions, batch_first, needs = arguments
     call = LayerCall._make((x, h0, c0, weights, *masks, Directions(directions), batch_first))
-    return call, Saved(y, cells, gates), OutputGrads(dy, dh_n, dc_n, dcells), Needs(needs)
+    return call, Saved(cells, gates), OutputGrads(dy, dh_n, dc_n, dcells), Needs(needs)
 
 
 def _backward_arguments(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> tuple[Any, ...]:
     """The way back from `_backward_of`."""
-    return *grads, *call[:4], *saved, *call[4:], needs
+    return *grads, *call[:4], None, *saved, *call[4:], needs
 
 
 def _plain(a: Any) -> Any:
@@ -199,7 +200,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     B = _batch_size(call, grads.dh_n, grads.dc_n)
     return (
         x.new_empty(x.shape) if needs & Needs.X else x.new_empty(0),
-        x.new_empty(D, B, saved.y.shape[-1] // D) if needs & Needs.H0 else x.new_empty(0),
+        x.new_empty(D, B, call.split()[0].w_hh.shape[1]) if needs & Needs.H0 else x.new_empty(0),
         x.new_empty(D, B, H) if needs & Needs.C0 else x.new_empty(0),
         [w.new_empty(w.shape) for w in call.weights] if needs & Needs.WEIGHTS else [],
     )
@@ -242,9 +243,7 @@ class LayerFunction(_SingleLevelFunction):
         call = unflat(arguments)
         outputs = Outputs(*below(call, save))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            outputs.y, outputs.cells, outputs.gates, *(a for a in arguments if not isinstance(a, int))
-        )
+        ctx.save_for_backward(outputs.cells, outputs.gates, *(a for a in arguments if not isinstance(a, int)))
         ctx.options = call.directions, call.batch_first
         unsaved = outputs.cells is not None and outputs.cells.dim() == 1
         ctx.mark_non_differentiable(*(a for a in (outputs.gates, outputs.cells if unsaved else None) if a is not None))
@@ -253,8 +252,8 @@ class LayerFunction(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         """`gradients` are those of the outputs, None for zeros."""
-        y, cells, gates, *tensors = ctx.saved_tensors
-        saved, call = Saved(y, cells, gates), _restored(tensors, ctx.options)
+        cells, gates, *tensors = ctx.saved_tensors
+        saved, call = Saved(cells, gates), _restored(tensors, ctx.options)
         needed = unflat(ctx.needs_input_grad[2:])
         needs = Needs.of(bool(needed.x), bool(needed.h0), bool(needed.c0), any(needed.weights))
         dx, dh0, dc0, dweights = _first_derivative(call, saved, OutputGrads(*gradients[:4]), needs)
@@ -266,15 +265,15 @@ def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: 
     if any([g is not None and is_legacy_batchedtensor(g) for g in grads]):  # noqa: C419
         return _composed_derivative(call, grads, needs)  # an older vmap than the one that the ops have rules for
     if saved.gates.dim() == 1:  # the forward was not asked to save
-        saved = Saved(saved.y, *layer_forward(*call, Save.ALL)[3:])
+        saved = Saved(*layer_forward(*call, Save.ALL)[3:])
     engine = choose(call.x.device.type, call.x.dtype).engine
     if engine is not None and not _is_grad_enabled() and is_eager():
         derivatives = engine.backward(call, saved, grads, needs)
         if derivatives is not NotImplemented:
             return derivatives
     if call.is_step:
-        timed = saved.with_time(call), grads.with_time(call)
-        return Grads(*_first_derivative(call.with_time(), *timed, needs)).without_time(call)
+        timed = _first_derivative(call.with_time(), saved, grads.with_time(call), needs)
+        return Grads(*timed).without_time(call)
     dx, dh0, dc0, dweights = layer_backward(*_backward_arguments(call, saved, grads, needs))
     return (
         dx if needs & Needs.X else None,
@@ -312,7 +311,7 @@ def _with_floats(call: LayerCall, floats: Sequence[Any]) -> LayerCall:
 class LayerGradFunction(_SingleLevelFunction):
     """(dx, dh0, dc0, *dweights) of `below(call, saved, grads, needs)`, the op as the next level sees it.
 
-    What is differentiated is the derivative of `composed.forward`: y, cells and gates count as functions of the others.
+    What is differentiated is the derivative of `composed.forward`: cells and gates count as functions of the others.
     """
 
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
@@ -320,10 +319,10 @@ class LayerGradFunction(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], needs: Needs, *arguments: Any) -> Any:
         """`arguments` are the gradients of the outputs, what was saved, and a flat call."""
-        grads, saved, call = OutputGrads(*arguments[:4]), Saved(*arguments[4:7]), unflat(arguments[7:])
+        grads, saved, call = OutputGrads(*arguments[:4]), Saved(*arguments[4:6]), unflat(arguments[6:])
         dx, dh0, dc0, dweights = below(call, saved, grads, needs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads, *(a for a in arguments[7:] if not isinstance(a, int)))
+        ctx.save_for_backward(*grads, *(a for a in arguments[6:] if not isinstance(a, int)))
         ctx.options = call.directions, call.batch_first
         given = ((dx, Needs.X), (dh0, Needs.H0), (dc0, Needs.C0))
         ctx.mark_non_differentiable(*(a for a, bit in given if not needs & bit))
@@ -344,7 +343,7 @@ class LayerGradFunction(_SingleLevelFunction):
         floats = (*call[:3], *call.weights)
         asked = [None if a is None else g for a, g in zip_longest(floats, wanted)]
         second = _pull(gradients, (*grads, *floats), asked)
-        return None, None, *second[:4], *[None] * 3, *second[4:7], *[None] * (_NUM_FIELDS - 3), *second[7:]
+        return None, None, *second[:4], *[None] * 2, *second[4:7], *[None] * (_NUM_FIELDS - 3), *second[7:]
 
 
 def _restored(tensors: Sequence[Any], options: tuple[Directions, bool]) -> LayerCall:
@@ -507,7 +506,7 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     call, saved, grads, needs = _backward_of(arguments)
     size = info.batch_size
-    g, (x, h0, c0, weights), s, masks = in_dims[:4], in_dims[4:8], in_dims[8:11], in_dims[11:-1]
+    g, (x, h0, c0, weights), s, masks = in_dims[:4], in_dims[4:8], in_dims[9:11], in_dims[11:-1]
     dims = LayerCall(x, h0, c0, weights, *masks)
     if needs & Needs.WEIGHTS or not _foldable(size, dims):  # the kernel adds up over the batch
         return _one_by_one(layer_backward, size, in_dims, arguments)
@@ -515,7 +514,7 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     axis, saved_axis = batch.axis, batch.saved_axis
     folded = (
         batch.fold_call(dims),
-        Saved(*map(batch.fold, saved, s, (axis, saved_axis, saved_axis))),
+        Saved(*map(batch.fold, saved, s, (saved_axis, saved_axis))),
         OutputGrads(*map(batch.fold, grads, g, (axis, 1, 1, saved_axis))),
     )
     *outputs, _ = layer_backward(*_backward_arguments(*folded, needs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -171,11 +172,139 @@ def test_retain_graph_and_freed_graph(backend: str) -> None:
         torch.autograd.grad(y, x)
 
 
-def test_an_output_changed_in_place_is_noticed(backend: str) -> None:
-    y, _ = lstm_ext.LSTM(3, 4)(torch.randn(5, 2, 3))
-    y.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+# Outputs changed in place --------------------------------------------------------------------------------------------
+
+
+def clear_a_row(y: Any) -> None:
+    y[0] = 0
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "relu_": lambda y: y.relu_(),
+    "mul_": lambda y: y.mul_(2),
+    "y[0] = 0": clear_a_row,
+    "data": lambda y: y.data.mul_(2),
+}
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of the module, and of a call
+    "plain": ({}, {}),
+    "float64": ({"dtype": torch.float64}, {}),
+    "bfloat16": ({"dtype": torch.bfloat16}, {}),
+    "float16": ({"dtype": torch.float16}, {}),
+    "layers": ({"num_layers": 2, "bidirectional": True}, {}),
+    "projected": ({"proj_size": 2, "bidirectional": True}, {}),
+    "batch first": ({"batch_first": True}, {}),
+    "lengths": ({"bidirectional": True}, {"lengths": torch.tensor([2, 5, 0, 4])}),
+    "resets": ({"bidirectional": True}, {"resets": torch.arange(20).view(5, 4) % 3 == 0}),
+    "packed": ({"bidirectional": True, "proj_size": 2}, {"batch_sizes": torch.tensor([4, 3, 3, 1])}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_may_be_changed_in_place(form: str, change: str, backend: str) -> None:
+    """A backward pass needs none of them, so that the change counts as one of a copy does, bit for bit."""
+    options, masks = FORMS[form]
+    module = lstm_ext.LSTM(3, 4, **options)
+    sizes = masks.get("batch_sizes")
+    shape = (4, 5, 3) if module.batch_first else (5, 4, 3) if sizes is None else (int(sizes.sum()), 3)
+    x = torch.randn(shape, dtype=module.weight_ih_l0.dtype, requires_grad=True)
+
+    def gradients(own: Callable[[Any], Any]) -> list[Any]:
+        y, state = module(x, **masks) if sizes is None else module(PackedSequence(x, sizes))
+        outputs = [own(a) for a in (y if sizes is None else y.data, *state)]
+        for a in outputs:
+            CHANGES[change](a)
+        loss = sum((a * torch.linspace(1, 2, a.numel()).view_as(a)).sum() for a in outputs)
+        return list(torch.autograd.grad(loss, [x, *module.parameters()]))
+
+    actual, expected = gradients(lambda a: a), gradients(torch.clone)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert any(e.abs().sum() > 0 for e in expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("options", [{"bidirectional": True}, {"proj_size": 2}, {"num_layers": 2}], ids=str)
+def test_outputs_changed_in_place_give_the_gradients_of_stock(
+    options: dict[str, Any], change: str, backend: str
+) -> None:
+    stock, ours = (L.LSTM(3, 4, dtype=torch.float64, **options) for L in (nn, lstm_ext))
+    ours.load_state_dict(stock.state_dict())
+    x, gradients = torch.randn(5, 4, 3, dtype=torch.float64), []
+    for module in (ours, stock):
+        y, _ = module(x)
+        CHANGES[change](y)
+        gradients.append(torch.autograd.grad(y.pow(2).sum(), list(module.parameters())))
+    for actual, expected in zip(*gradients, strict=True):
+        assert_close(actual, expected, "float64", terms=64)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "second derivative", "vmap", "anomaly", "DataParallel", "watched"])
+def test_outputs_changed_in_place_by_any_way(way: str, backend: str) -> None:
+    module, x = lstm_ext.LSTM(3, 4, bidirectional=True, dtype=torch.float64), leaf(5, 2, 3)
+
+    def doubled(x: Any) -> Any:
+        return module(x)[0].mul_(2)
+
+    def gradient(y: Any, create_graph: bool = False) -> Any:
+        return torch.autograd.grad(y.sin().sum(), x, create_graph=create_graph)[0]
+
+    expected = gradient(module(x)[0] * 2)
+    if way == "checkpoint":
+        actual = gradient(checkpoint(doubled, x, use_reentrant=False))
+    elif way == "second derivative":
+        actual = gradient(doubled(x), create_graph=True)
+        assert gradgradcheck(doubled, x, fast_mode=True)
+    elif way == "vmap":
+        actual = torch.vmap(torch.func.grad(lambda row: doubled(row).sin().sum()), 1, 1)(x)
+    elif way == "anomaly":
+        with torch.autograd.detect_anomaly(check_nan=True):
+            actual = gradient(doubled(x))
+    elif way == "DataParallel":
+        actual = gradient(nn.DataParallel(module)(x)[0].mul_(2))
+    else:
+        with torch.overrides.BaseTorchFunctionMode():
+            actual = gradient(doubled(x))
+    assert_close(actual, expected, "float64", terms=64)
+
+
+STATE_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "mask": lambda a: a.__setitem__(torch.arange(a.numel()).view_as(a) % 2 == 0, 0.0),
+    "mul_": lambda a: a.mul_(2),
+    "data": lambda a: a.data.mul_(2),
+    "detach_": lambda a: a.detach_(),
+    "transpose_": lambda a: a.transpose_(0, 1),
+    "data =": lambda a: setattr(a, "data", a.data * 2),
+    "resize_": lambda a: a.resize_(3),
+    "set_": lambda a: a.set_(torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("change", STATE_CHANGES)
+@pytest.mark.parametrize("kind", ["LSTMCell", "LSTM"])
+def test_states_can_be_changed_as_those_of_stock(kind: str, change: str, watched: bool, backend: str) -> None:
+    """Each output by itself: what torch allows works, what it refuses is refused in the same words."""
+
+    def outcome(L: Any, n: int) -> Any:
+        torch.manual_seed(0)
+        module = getattr(L, kind)(3, 4, dtype=torch.float64)
+        with torch.overrides.BaseTorchFunctionMode() if watched else nullcontext():
+            outputs = module(torch.ones(2, 3, dtype=torch.float64))
+        flat = list(outputs) if kind == "LSTMCell" else [outputs[0], *outputs[1]]
+        try:
+            STATE_CHANGES[change](flat[n])
+            sum(a.sum() for a in flat if a.requires_grad).backward()
+        except RuntimeError as error:
+            return str(error)
+        return [p.grad for p in module.parameters()]
+
+    for n in range(2 if kind == "LSTMCell" else 3):
+        actual, expected = outcome(lstm_ext, n), outcome(nn, n)
+        if isinstance(expected, str):
+            assert actual == expected
+        else:
+            for a, e in zip(actual, expected, strict=True):
+                assert_close(a, e, "float64", terms=64)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -215,6 +344,17 @@ def test_a_training_step_keeps_no_more_than_stock(options: dict[str, Any]) -> No
     x = torch.randn(50, 16, 64)
     (kept, _), (kept_by_stock, _) = saved_bytes(lambda: ours(x)), saved_bytes(lambda: stock(x))
     assert 0 < kept <= kept_by_stock
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 5}])
+def test_a_training_step_keeps_gates_cells_and_what_it_was_given(options: dict[str, Any], backend: str) -> None:
+    """Not y."""
+    T, B, I, H = 7, 2, 3, 8  # noqa: E741
+    module, x = lstm_ext.LSTM(I, H, **options), torch.randn(T, B, I)
+    kept, _ = saved_bytes(lambda: module(x))
+    directions = 2 if module.bidirectional else 1
+    given = sum(p.numel() for p in module.parameters()) + x.numel()
+    assert kept == 4 * (given + directions * T * B * 5 * H)
 
 
 def test_backward_frees_what_it_saved() -> None:

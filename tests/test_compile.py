@@ -104,6 +104,23 @@ def test_compiles_packed_sequences_and_functions() -> None:
     assert_same(function(x, None, *weights, reverse=True), lstm_ext.lstm(x, None, *weights, reverse=True))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_outputs_may_be_changed_in_place(backend: str) -> None:
+    layer, cell = lstm(), lstm_ext.LSTMCell(8, 4)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y, _ = layer(x)
+        h, c = cell(y.mul_(2)[-1])
+        h.detach_()
+        c[0] = 0
+        return (y * 3).relu_().sum() + (h * c).sum()
+
+    x, parameters = torch.randn(5, 2, 3), [*layer.parameters(), *cell.parameters()]
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    actual, expected = (torch.autograd.grad(each(x), parameters) for each in (compiled, call))
+    assert_same(actual, expected)
+
+
 # What runs -----------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ harness: Any = pytest.importorskip(
 )
 torch: Any = pytest.importorskip("torch")
 
+from lstm_ext import route  # noqa: E402
 from lstm_ext.engines import cuda  # noqa: E402
 from lstm_ext.engines.composed import compute_dtype  # noqa: E402
 
@@ -76,18 +77,19 @@ class OnGpu:
 
     def backward(self, call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Any:
         if call.is_step:
-            timed = self.backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
+            timed = self.backward(call.with_time(), saved, grads.with_time(call), needs)
             return Grads(*timed).without_time(call)
         steps = cuda.steps_of(call)._replace(x=saved.gates)
-        d_gates, h_prev, d_h, hidden, dh0, dc0 = self.core.cuda_layer_backward(
+        d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = self.core.cuda_layer_backward(
             steps, saved, grads, needs, False, self.strategy
         )
         x = time_major(call)  # [rows, I]
         dx, dweights = np.zeros_like(x), []
         for d, w in enumerate(call.split()):
-            d_pre = rows_of(d_gates[d])
+            d_pre, h = rows_of(d_gates[d]), rows_of(h_prev[d])
+            h = h if w.w_hr is None else h + rows_of(hidden_prev[d]) @ to_float64(w.w_hr).T
             dx += d_pre @ to_float64(w.w_ih)
-            dweights += [d_pre.T @ x, d_pre.T @ rows_of(h_prev[d])]
+            dweights += [d_pre.T @ x, d_pre.T @ h]
             dweights += [d_pre.sum(axis=0)] * 2 if w.b_ih is not None else []
             dweights += [rows_of(d_h[d]).T @ rows_of(hidden[d])] if w.w_hr is not None else []
         dx = dx.reshape(*d_gates.shape[1:-1], x.shape[-1])
@@ -260,6 +262,18 @@ CELLS = [Case(1, 1, 1, 1), Case(1, 3, 32, 33, state=False), Case(1, 16, 64, 64),
 @pytest.mark.parametrize("case", CELLS, ids=str)
 def test_a_cell_matches_the_oracle(case: Case, dtype: str) -> None:
     check_cell(case, dtype, seed=CELLS.index(case))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_states_of_a_cell_can_be_changed_in_place(batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no views, of which autograd forbids some changes."""
+    monkeypatch.setattr(cuda, "C", Core())
+    weights = [torch.randn(20, 4, requires_grad=True), torch.randn(20, 5)]
+    call = LayerCall(torch.randn(*batch, 4), None, None, weights, None, None, None, FORWARD, False)
+    y, _, c_n, _, _ = route.differentiable(cuda, call, Save.NOTHING)
+    assert (y.shape, c_n.shape) == ((*batch, 5), (*batch, 5))
+    c_n.mul_(2)
+    assert y.detach_().grad_fn is None
 
 
 @pytest.mark.parametrize("strategy", ["", "step"])

@@ -193,3 +193,11 @@ def test_what_older_versions_saved_still_runs(folder: Path, tmp_path: Path) -> N
     assert len(parameters) == len(gradients[1])
     assert_same(gradients[0], gradients[2])
     assert_same(gradients[1], gradients[2])
+
+
+@pytest.mark.parametrize("folder", SAVED, ids=lambda folder: folder.name)
+def test_a_backward_pass_that_was_saved_with_y_still_runs(folder: Path) -> None:
+    module, x = lstm_ext.LSTM(3, 4, bidirectional=True), torch.randn(7, 3, 3, requires_grad=True)
+    weights = [w.detach() for w in module.parameters()]
+    (expected,) = torch.autograd.grad(module(x)[0].sin().sum(), x)
+    assert_same(torch.export.load(folder / "backward.pt2").module()(x.detach(), weights), expected)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from lstm_ext import _native, reference
 from lstm_ext.call import BOTH, FORWARD, REVERSE, Directions, Save
+from lstm_ext.engines.cpu import use_plan
 from lstm_ext.testing import (
     CASES,
     Case,
@@ -236,6 +237,21 @@ def test_simd_level_matches_the_oracle(case: Case, dtype: str) -> None:
     assert_all_close(run_layer(C, inputs, 2), run_oracle(inputs), case, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("directions", [FORWARD, REVERSE])
+@pytest.mark.parametrize("P", [0, 37])
+def test_simd_level_has_h_again_bit_for_bit(P: int, directions: Directions, dtype: str) -> None:
+    """Of two steps the second alone has an input, 1: dw_ih is then its gates' gradients, and dw_hh these times h."""
+    inputs = make_inputs(Case(2, 1, 1, 67, P=P, directions=directions, state=False), dtype)
+    first, second = (0, 1) if directions == FORWARD else (1, 0)
+    inputs.x[:, 0, 0] = [first == 1, second == 1]
+    with use_plan(in_place=False):  # sums of a projection are then in the order of those of a backward pass
+        outputs, gradients = run_layer(C, inputs)
+    dw_ih, dw_hh = gradients["dweights[0]"], gradients["dweights[1]"]
+    np.testing.assert_array_equal(dw_hh, dw_ih * outputs["y"][first])
+    assert np.count_nonzero(dw_hh) == dw_hh.size
+
+
 @pytest.mark.skipif(FORCED_LEVEL is not None, reason="this is the run of one level")
 @pytest.mark.parametrize("level", C.build_info()["simd_available"] if C else [])
 def test_every_simd_level(level: str) -> None:
@@ -244,7 +260,7 @@ def test_every_simd_level(level: str) -> None:
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    expected = 1 + 3 * len(COMPACT_CASES)
+    expected = 1 + 3 * len(COMPACT_CASES) + 8
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{expected} passed" in done.stdout, done.stdout
 

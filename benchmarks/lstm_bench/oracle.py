@@ -106,9 +106,9 @@ def answers(case: Case, inputs: Inputs) -> Named:
         return named
     gradient: Array | None = inputs.dy.astype(np.float64)
     dweights: list[Array] = []
-    for call, (y, _, _, cells, gates) in reversed(runs):
+    for call, (*_, cells, gates) in reversed(runs):
         grads = OutputGrads(gradient, None, None, None)
-        gradient, _, _, own = reference.layer_backward(call, Saved(y, cells, gates), grads, Needs.X | Needs.WEIGHTS)
+        gradient, _, _, own = reference.layer_backward(call, Saved(cells, gates), grads, Needs.X | Needs.WEIGHTS)
         dweights = [*(own or []), *dweights]
     return named | {"dx": gradient} | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
 

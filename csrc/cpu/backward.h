@@ -5,7 +5,10 @@
 //
 //     dx                = dgates w_ih                                   of all steps of a chunk in one product
 //     dw_ih             = Σ dgates_tᵀ x_t          dw_hh = Σ dgates_tᵀ h_t-1
-//     db                = Σ dgates_t               dw_hr = Σ dh_tᵀ hidden_t        hidden: h before its projection
+//     db                = Σ dgates_t               dw_hr = Σ dh_tᵀ hidden_t
+//
+// hidden, h before its projection, is o tanh(c), which a step has at hand; it is kept for the products of its chunk,
+// with that of the step before the chunk. h is hidden, or w_hr times it once more, rounded as y was: no y is read.
 //
 // Chunks of steps are walked from the last to the first. Within a chunk only the recurrence is sequential. Its gate
 // gradients are kept as rows [4H] of `dgates_`, step after step, the active slots of each; the weight gradients and dx
@@ -53,12 +56,13 @@ class Backward {
     w_hh_ = arena.get<Packed>(column_panels(P) * gate_panel);
     if (projected) {
       dh_ = grad_rows(chunk_rows_, P, P, arena);
-      hidden_ = arena.get<S>(chunk_rows_ * H);
       w_hr_ = arena.get<Packed>(column_panels(H) * Engine::panel_size(P));
     }
     if (layer_.dx) w_ih_ = arena.get<Packed>(column_panels(I) * gate_panel);
     matrix_rows_ = arena.get<const S*>(4 * gate_size_ > P ? 4 * gate_size_ : P);
     if (dir_.grads.wanted) {
+      if (T > 1 || projected) h_ = hidden_ = arena.get<S>((B + chunk_rows_) * H) + B * H;
+      if (T > 1 && projected) project_again_in(arena);
       dw_ih_ = product_for(dir_.grads.w_ih, 4 * H, I, arena);
       dw_hh_ = product_for(dir_.grads.w_hh, 4 * H, P, arena);
       if (dir_.grads.b_ih) db_ = sums_for(dir_.grads.b_ih, 4 * H, arena);
@@ -127,6 +131,14 @@ class Backward {
             sums_for(out, M * N, arena)};
   }
 
+  void project_again_in(Arena& arena) {
+    const auto [T, B, I, H, P, projected] = shape_;
+    h_ = arena.get<S>((B + chunk_rows_) * P) + B * P;
+    w_hr_columns_ = arena.get<S>(H * P);
+    w_hr_again_ = arena.get<Packed>(column_panels(P) * Engine::panel_size(H));
+    factors_ = grad_rows(plan_.threads * Engine::kRows, H, H, arena);
+  }
+
   static int64_t column_panels(int64_t N) { return ceil_div(N, kWidth); }
 
   // Weight gradients are summed in place where storage can hold the sums.
@@ -141,8 +153,16 @@ class Backward {
     pack_matrix(share, dir_.weights.w_hh, 4, H, gate_size_, P, w_hh_);
     if (projected) pack_matrix(share, dir_.weights.w_hr, 1, P, P, H, w_hr_);
     if (layer_.dx) pack_matrix(share, dir_.weights.w_ih, 4, H, gate_size_, I, w_ih_);
+    if (w_hr_again_) {
+      share.for_part(H, [&](int64_t u) {
+        for (int64_t n = 0; n < P; ++n) w_hr_columns_[u * P + n] = matrix_row(dir_.weights.w_hr, n)[u];
+      });
+      pack_matrix(share, w_hr_by_columns(), 1, H, H, P, w_hr_again_);
+    }
     share.team.sync();
   }
+
+  Matrix w_hr_by_columns() const { return {w_hr_columns_, shape_.P}; }
 
   // Some blocks of rows, each filled up to `size`
   void pack_matrix(const Share& share, const Matrix& matrix, int64_t blocks, int64_t rows, int64_t size, int64_t N,
@@ -172,6 +192,7 @@ class Backward {
       });
       rows += walk_.active(s);
     }
+    if (hidden_ && s0 > 0) recall_hidden(share, s0 - 1);
     // dgates rows of the step after the current one: in the chunk, or left over from the chunk before
     GradRows later = later_dgates_;
     int64_t end = rows;
@@ -183,7 +204,7 @@ class Backward {
     }
     if (share.by_rows) share.team.sync();  // members who share rows have just waited
     share.for_part(walk_.active(s0), [&](int64_t slot) { dgates_.copy_row(slot, later_dgates_); });
-    if (dir_.grads.wanted) add_weight_grads(share, rows, s1 == shape_.T);
+    if (dir_.grads.wanted) add_weight_grads(share, s0, s1, rows);
     if (layer_.dx) input_grads(share, rows);
     share.team.sync();
   }
@@ -306,7 +327,7 @@ class Backward {
     dgates_.put(row, 2 * H + u, 2 * gate_size_ + u, grad.d_pre.g, count);
     dgates_.put(row, 3 * H + u, 3 * gate_size_ + u, grad.d_pre.o, count);
     store(dc_state, walk_.resets_before(s, slot, dir_.reverse) ? Vec<C>{} : grad.d_c_prev);
-    if (shape_.projected) store_up_to(hidden_ + row * H + u, gate.o * tanh_c, count);
+    if (hidden_) store_up_to(hidden_ + row * H + u, gate.o * tanh_c, count);
   }
 
   static Vec<C> load_matrix(const Matrix& matrix, int64_t row, int64_t n, int64_t count, bool wanted) {
@@ -322,15 +343,31 @@ class Backward {
     return load_up_to(static_cast<const C*>(dir_.cells) + layer_.cells_map.at(t, b) + u, count);
   }
 
+  // Of the step before a chunk; its rows end where those of the chunk begin.
+  void recall_hidden(const Share& share, int64_t s) const {
+    const int64_t active = walk_.active(s), H = shape_.H;
+    share.for_part(active, [&](int64_t slot) {
+      const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
+      const S* o = static_cast<const S*>(dir_.gates) + layer_.gates_map.at(t, b) + 3 * H;
+      const C* cell = static_cast<const C*>(dir_.cells) + layer_.cells_map.at(t, b);
+      for (int64_t u = 0; u < H; u += L) {
+        const Vec<C> h = cell_output<VecMath<C>>(load_up_to(o + u, H - u), load_up_to(cell + u, H - u));
+        store_up_to(hidden_ + (slot - active) * H + u, h, H - u);
+      }
+    });
+  }
+
   // ---- products over the rows of a chunk ---------------------------------------------------------
 
-  // `start`: the sums of this chunk, which is the first to be run, are the first.
-  void add_weight_grads(const Share& share, int64_t rows, bool start) const {
+  // Of steps s0 .. s1 - 1, which have so many rows together.
+  void add_weight_grads(const Share& share, int64_t s0, int64_t s1, int64_t rows) const {
+    const bool start = s1 == shape_.T;  // the chunk is the first to be run, its sums are the first
+    if (w_hr_again_) project_again(share, s0 > 0 ? -walk_.active(s0 - 1) : 0, rows - walk_.active(s1 - 1));
     share.for_part(rows, [&](int64_t row) {
       const int64_t s = row_step_[row], slot = row_slot_[row];
       const int64_t x_row = layer_.x_map.at(walk_.time(s, slot, dir_.reverse), walk_.row(slot));
       dw_ih_.rows[row] = static_cast<const S*>(layer_.x) + x_row;
-      dw_hh_.rows[row] = h_before(s, slot);
+      dw_hh_.rows[row] = h_before(s, slot, row);
       if (shape_.projected) dw_hr_.rows[row] = hidden_ + row * shape_.H;
     });
     share.team.sync();
@@ -347,14 +384,37 @@ class Backward {
                    [&](int64_t p) { Engine::pack(from, rows, N, p, panels + p * Engine::panel_size(rows)); });
   }
 
-  const S* h_before(int64_t s, int64_t slot) const {
+  // h of rows first .. last - 1 from their hidden
+  void project_again(const Share& share, int64_t first, int64_t last) const {
+    const int64_t mine = share.team.rank * int64_t{Engine::kRows};
+    share.for_part(ceil_div(last - first, Engine::kRows), [&](int64_t tile) {
+      const int64_t row = first + tile * Engine::kRows, H = shape_.H, P = shape_.P;
+      const int count = tile_count(last, row);
+      for (int m = 0; m < count; ++m) {
+        for (int64_t u = 0; u < H; u += L) {
+          factors_.put(mine + m, u, u, load_up_to(hidden_ + (row + m) * H + u, H - u), H - u);
+        }
+      }
+      for (int64_t p = 0; p < column_panels(P); ++p) {
+        alignas(64) C sums[Engine::kRows * kWidth];
+        multiply(factors_, mine, count, w_hr_again_, w_hr_by_columns(), P, p, sums);
+        for (int m = 0; m < count; ++m) {
+          for_vectors(h_ + (row + m) * P, P, p, sums + m * kWidth,
+                      [](S* h, C* sum, int64_t left) { store_up_to(h, load(sum), left); });
+        }
+      }
+    });
+  }
+
+  // What row `row` of the chunk, that of a slot at step s, started from
+  const S* h_before(int64_t s, int64_t slot, int64_t row) const {
     const int64_t b = walk_.row(slot);
     if (walk_.resets_before(s, slot, dir_.reverse)) return nullptr;
     if (s == 0) {
       const S* h0 = static_cast<const S*>(dir_.state.h0.data);
       return h0 ? h0 + b * dir_.state.h0.row_stride : nullptr;
     }
-    return static_cast<const S*>(dir_.y) + layer_.y_map.at(walk_.time(s - 1, slot, dir_.reverse), b);
+    return h_ + (row - walk_.active(s - 1)) * shape_.P;
   }
 
   // The sums of each += transpose of some rows of a, times its own rows; if `start`, whatever the sums held. What has
@@ -529,10 +589,14 @@ class Backward {
   C* dc_;                                             // [B, H rounded up to vectors]
   Packed *w_hh_, *w_hr_ = nullptr, *w_ih_ = nullptr;  // packed as columns
   GradRows dh_;                                       // [chunk_rows, P], with a projection
-  S* hidden_ = nullptr;                               // [chunk_rows, H], as well
+  S *hidden_ = nullptr, *h_ = nullptr;                // [-B .. chunk_rows, H or P], the same without a projection
   const S** matrix_rows_;                             // of a weight matrix that is being packed
   WeightGrad dw_ih_, dw_hh_, dw_hr_;
   C* db_ = nullptr;
+  // To project hidden again:
+  S* w_hr_columns_ = nullptr;     // [H, P], w_hr transposed
+  Packed* w_hr_again_ = nullptr;  // the same packed
+  GradRows factors_;              // [threads * kRows, H], rows of hidden as they are multiplied
 };
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

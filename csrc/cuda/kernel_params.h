@@ -16,9 +16,11 @@ struct SequenceForward {
 
 struct BackwardOutputs {
   void* d_gates;  // of the gates before their activation, rows by gates_map of LayerBackward, zero past a length
-  void* h_prev;   // the h that each step started from, rows by h_map
+  void* h_prev;   // the h that each step started from, rows by h_map; with a projection h0 alone, and zeros
   void* d_h;      // of h as each step made it; null without a projection; rows by h_map
   void* hidden;   // h before the projection; null without one; rows by hidden_map
+  // What hidden was one step earlier, zero where a step started from h0; without a projection h_prev itself.
+  void* hidden_prev;
 };
 
 struct BackwardPass {

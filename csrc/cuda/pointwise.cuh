@@ -5,6 +5,8 @@
 //   forward     [pre i f g o] + c            -> c', h            stored: gates, cells, y
 //   backward    dh, dc (from the step after) -> d_gates, dc      read: gates, cells, dy; stored: d_gates, h_prev
 //
+// Backward reads no y: a step has its h again from its gates and cells, and stores it as h_prev of the step after it.
+//
 // One sequence of length 3, where T = 5, with a reset at t = 2. Forward walks to the right, backward to the left:
 //
 //   step s           0        1        2        3        4
@@ -133,6 +135,9 @@ __device__ __forceinline__ typename Tile::Sum forward_cell(const LayerForward& l
 
 // ---- Backward -------------------------------------------------------------------------------------------------
 
+// Whether no step before this one leaves an h to it.
+__device__ __forceinline__ bool begins(const Moment& moment, int64_t s) { return s == 0 || !moment.active; }
+
 // The gradient of one step's h: what comes back through time, and from the outputs.
 template <class Tile>
 __device__ __forceinline__ typename Tile::Sum backward_output(const BackwardPass& pass, int d, const Moment& moment,
@@ -141,17 +146,17 @@ __device__ __forceinline__ typename Tile::Sum backward_output(const BackwardPass
   const LayerBackward& layer = pass.layer;
   const BackwardDirection& from = layer.direction[d];
   const BackwardOutputs& to = pass.outputs[d];
-  typename Tile::Sum h_prev = 0;
   if (!moment.active) d_h = 0;
   if (moment.active) {
     if (from.dy) d_h += widen(*element<Number>(from.dy, layer.dy_map, moment.t, b, p));
     if (moment.last) d_h += state_at<Number>(from.dh_n, b, p);
-    if (!moment.forgets)
-      h_prev = s > 0 ? widen(*element<Number>(from.y, layer.y_map, moment.t_before, b, p))
-                     : state_at<Number>(from.state.h0, b, p);
   }
   if (has_row(pass.h_map, moment)) {
-    *element<Number>(to.h_prev, pass.h_map, moment.t, b, p) = narrow<Number>(h_prev);
+    if (begins(moment, s) || layer.shape.projected) {
+      const bool from_h0 = s == 0 && moment.active && !moment.forgets;
+      *element<Number>(to.h_prev, pass.h_map, moment.t, b, p) =
+          narrow<Number>(from_h0 ? state_at<Number>(from.state.h0, b, p) : 0);
+    }
     if (to.d_h) *element<Number>(to.d_h, pass.h_map, moment.t, b, p) = narrow<Number>(d_h);
   }
   return d_h;
@@ -182,10 +187,19 @@ __device__ __forceinline__ Pre<Tile> backward_cell(const BackwardPass& pass, int
     if (from.d_cells) d_c += *element<Sum>(from.d_cells, layer.d_cells_map, moment.t, b, unit);
     grad = cell_backward(gates, c_prev, tanh_c, d_h, d_c);
     hidden = gates.o * tanh_c;
+    if (!moment.last) {
+      const int64_t t_after = 2 * moment.t - moment.t_before;
+      *element<Number>(to.hidden_prev, pass.hidden_map, t_after, b, unit) =
+          narrow<Number>(moment.forgets_next ? 0 : hidden);
+    }
   }
   if (has_row(pass.d_gates_map, moment)) {
     write_gates<Tile>(to.d_gates, pass.d_gates_map, moment.t, b, H, unit, grad.d_pre);
-    if (to.hidden) *element<Number>(to.hidden, pass.hidden_map, moment.t, b, unit) = narrow<Number>(hidden);
+    if (to.hidden) {
+      *element<Number>(to.hidden, pass.hidden_map, moment.t, b, unit) = narrow<Number>(hidden);
+      if (begins(moment, s))
+        *element<Number>(to.hidden_prev, pass.hidden_map, moment.t, b, unit) = narrow<Number>(Sum(0));
+    }
   }
   d_c = moment.forgets ? 0 : grad.d_c_prev;
   if (moment.forgets) grad.d_pre = {};

@@ -26,7 +26,7 @@ struct LayerCall {
 };
 
 struct Saved {
-  py::handle y, cells, gates;
+  py::handle cells, gates;
 };
 
 struct OutputGrads {
@@ -103,11 +103,11 @@ struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerC
 };
 
 template <>
-struct type_caster<lstm_ext::ops::Saved> : TupleCaster<lstm_ext::ops::Saved, 3> {
+struct type_caster<lstm_ext::ops::Saved> : TupleCaster<lstm_ext::ops::Saved, 2> {
   static constexpr auto name = const_name("Saved");
   bool load(handle source, bool) {
     if (!fits(source)) return false;
-    value = {item(source, 0), item(source, 1), item(source, 2)};
+    value = {item(source, 0), item(source, 1)};
     return true;
   }
 };

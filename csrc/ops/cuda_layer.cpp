@@ -117,6 +117,7 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   const Output h_prev = allocator.empty(args.dtype, args.saved_shape(P));
   const Output d_h = projected ? allocator.empty(args.dtype, args.saved_shape(P)) : Output{};
   const Output hidden = projected ? allocator.empty(args.dtype, args.saved_shape(H)) : Output{};
+  const Output hidden_prev = projected ? allocator.empty(args.dtype, args.saved_shape(H)) : Output{};
   const Output dh0 = has(needs, Needs::kH0) ? allocator.empty(args.dtype, args.state_shape(P)) : Output{};
   const Output dc0 = has(needs, Needs::kC0) ? allocator.empty(args.dtype, args.state_shape(H)) : Output{};
   const Output workspace = workspace_of(allocator, plan->workspace_bytes);
@@ -128,14 +129,16 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   pass.layer = arrays.describe(args, dh0, dc0);
   for (int n = 0; n < D; ++n) {
     pass.outputs[n] = {d_gates.at(n * args.saved_size(4 * H)), h_prev.at(n * args.saved_size(P)),
-                       d_h.at(n * args.saved_size(P)), hidden.at(n * args.saved_size(H))};
+                       d_h.at(n * args.saved_size(P)), hidden.at(n * args.saved_size(H)),
+                       (projected ? hidden_prev : h_prev).at(n * args.saved_size(H))};
   }
   void* const stream = gates.current_stream();
   {
     py::gil_scoped_release release;
     cuda::layer_backward(pass, *plan, workspace.data, stream);
   }
-  return py::make_tuple(d_gates.object, h_prev.object, d_h.object, hidden.object, dh0.object, dc0.object);
+  return py::make_tuple(d_gates.object, h_prev.object, d_h.object, hidden.object, hidden_prev.object, dh0.object,
+                        dc0.object);
 }
 
 py::object cuda_step_forward(const LayerCall& call, bool tf32) {

@@ -32,8 +32,8 @@ bool takes(const LayerCall& call) {
 }
 
 bool takes(const LayerCall& call, const Saved& saved, const OutputGrads& grads) {
-  return takes(call) && all_of_kind(kind_of(call.x), {saved.y, saved.cells, saved.gates, grads.dy, grads.dh_n,
-                                                      grads.dc_n, grads.dcells});
+  return takes(call) &&
+         all_of_kind(kind_of(call.x), {saved.cells, saved.gates, grads.dy, grads.dh_n, grads.dc_n, grads.dcells});
 }
 
 py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
@@ -290,11 +290,9 @@ BackwardArrays::BackwardArrays(const LayerLayout& args, const Array& like, const
   dh_n = get(grads.dh_n, "dh_n", args.dtype, args.state_shape(P));
   dc_n = get(grads.dc_n, "dc_n", args.dtype, args.state_shape(H));
   dcells = get(grads.dcells, "dcells", args.compute_dtype, args.saved_shape(H));
-  y = get(saved.y, "y", args.dtype, args.sequence_shape(args.D * P));
   cells = get(saved.cells, "cells", args.compute_dtype, args.saved_shape(H));
   gates = get(saved.gates, "gates", args.dtype, args.saved_shape(4 * H));
-  if (!y || !cells || !gates)
-    throw py::type_error("y, cells, gates: expected what layer_forward left with Save.ALL, got None");
+  if (!cells || !gates) throw py::type_error("cells, gates: expected what layer_forward left with Save.ALL, got None");
 }
 
 LayerBackward BackwardArrays::describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const {
@@ -303,7 +301,6 @@ LayerBackward BackwardArrays::describe(const LayerLayout& args, const Output& dh
   layer.dtype = args.dtype;
   layer.shape = args.shape;
   layer.masks = args.masks;
-  layer.y_map = args.map_of(y);
   layer.dy_map = args.map_of(dy);
   layer.cells_map = args.saved_map_of(cells);
   layer.d_cells_map = args.saved_map_of(dcells);
@@ -314,7 +311,6 @@ LayerBackward BackwardArrays::describe(const LayerLayout& args, const Output& dh
     to.reverse = args.reverse(n);
     to.weights = args.direction[n].pointers();
     to.state = args.state(n);
-    to.y = y.column(n * P);
     to.cells = cells.at(n);
     to.gates = gates.at(n);
     to.dy = dy.column(n * P);

@@ -76,7 +76,7 @@ struct BackwardArrays {
   // All of the layer but x, dx and the gradients of the weights.
   LayerBackward describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const;
 
-  Array dy, dh_n, dc_n, dcells, y, cells, gates;
+  Array dy, dh_n, dc_n, dcells, cells, gates;
 };
 
 // All of a forward pass but x; outputs that are not allocated are not wanted.

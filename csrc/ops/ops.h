@@ -26,9 +26,10 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
 py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, const std::string& strategy);
 
 // `steps` as above, but x is `saved.gates`.
-// -> (d_gates [D, .., 4H], h_prev [D, .., P], d_h [D, .., P] or None, hidden [D, .., H] or None, dh0, dc0)
-// d_gates are those before the activation, h_prev what each step started from, d_h and hidden (with a projection) the
-// gradient of h and h before the projection; all are zero past a length.
+// -> (d_gates [D, .., 4H], h_prev [D, .., P], d_h [D, .., P], hidden [D, .., H], hidden_prev [D, .., H], dh0, dc0)
+// d_gates are those before the activation, h_prev what each step started from. The three that follow are None without a
+// projection. With one, d_h and hidden are the gradient of h and h before the projection, and what a step started from
+// is h_prev + hidden_prev W_hr': one of the two terms is zero, as h_prev holds h0 alone. All are zero past a length.
 py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
                                bool tf32, const std::string& strategy);
 

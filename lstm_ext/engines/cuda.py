@@ -117,7 +117,7 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         if not save:
             return C.cuda_step_forward(asked, tf32_allowed())
         outputs = forward(asked.with_time(), save)
-        return outputs if outputs is NotImplemented else Outputs(*outputs).without_time(asked)
+        return outputs if outputs is NotImplemented else Outputs(*outputs).squeeze_time_(asked)
     if asked.batch_sizes is not None and (asked.masked or asked.batch_first):
         raise ValueError("lengths, resets, batch_first: expected none of them with batch_sizes, got one")
     if asked.batch_sizes is not None or not _seems_right(asked):
@@ -129,9 +129,7 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
 def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
     """See `Engine`."""
     if call.is_step:
-        return Grads(*backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)).without_time(
-            call
-        )
+        return Grads(*backward(call.with_time(), saved, grads.with_time(call), needs)).without_time(call)
     steps = steps_of(call)._replace(x=saved.gates)
     # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
     alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None
@@ -141,8 +139,11 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
     )
     if results is NotImplemented:
         return results
-    d_gates, h_prev, d_h, hidden, dh0, dc0 = results
+    d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = results
     split = call.split()
+    for d, w in enumerate(split if needs & Needs.WEIGHTS else ()):
+        if w.w_hr is not None and hidden_prev is not None:
+            h_prev[d].flatten(0, -2).addmm_(hidden_prev[d].flatten(0, -2), w.w_hr.t())
     if alone and needs & Needs.H0:
         dh0 = torch.stack([d_gates[d].flatten(0, -2) @ w.w_hh for d, w in enumerate(split)])
     return (

@@ -12,6 +12,7 @@ haste runs on the CPU in its own Python code; its compiled module is imported th
 What a version of lstm_ext saved has to be readable in those after it. That version has to be the one that is installed:
 
     python tests/golden/make.py saved lstm_ext_0.1.0    # at commit 72f0405, before calls became LayerCall
+    python tests/golden/make.py backward lstm_ext_0.1.0    # at commit 233ef28, the last whose backward pass took y
 """
 
 from __future__ import annotations
@@ -115,6 +116,28 @@ def save_modules(folder: Path) -> None:
     torch.save([x, hx, y.detach(), [a.detach() for a in state], str(torch.__version__)], folder / "example.pt")
 
 
+def save_backward(folder: Path) -> None:
+    """A program that calls both ops, with the first one's y among what the second one is given."""
+    import torch
+
+    import lstm_ext.ops  # noqa: F401
+
+    ops = torch.ops.lstm_ext
+
+    class Gradient(torch.nn.Module):
+        def forward(self, x: Any, weights: list[Any]) -> Any:
+            call, masks = (x, None, None, weights), (None, None, None, 2, False)  # both directions
+            y, _, _, cells, gates = ops.layer_forward(*call, *masks, 2)
+            return ops.layer_backward(y.cos(), None, None, None, *call, y, cells, gates, *masks, 1)[0]
+
+    weights = [torch.randn(shape) for shape in ((16, 3), (16, 4), (16,), (16,)) * 2]
+    dims = {0: torch.export.Dim("T", max=1024), 1: torch.export.Dim("B", max=1024)}
+    program = torch.export.export(Gradient(), (torch.randn(5, 2, 3), weights), dynamic_shapes=(dims, [{}] * 8))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    torch.export.save(program, folder / "backward.pt2")
+
+
 def to_lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: to_lists(each) for name, each in value.items()}
@@ -123,8 +146,8 @@ def to_lists(value: Any) -> Any:
 
 def main() -> None:
     name, *folders = sys.argv[1:]
-    if name == "saved":
-        save_modules(Path(__file__).with_name(folders[0]))
+    if name in ("saved", "backward"):
+        {"saved": save_modules, "backward": save_backward}[name](Path(__file__).with_name(folders[0]))
         return
     os.environ["TF_USE_LEGACY_KERAS"] = "1"  # tf.compat.v1.nn.rnn_cell is in tf-keras
     cases = {"tensorflow": tensorflow_cases, "haste": haste_cases}[name](*map(Path, folders))
