@@ -174,7 +174,7 @@ class Inputs:
             return None if a is None else a[0]
 
         states = {"h0": first(self.h0), "c0": first(self.c0), "dc_n": first(self.dc_n), "dh_n": None}
-        return replace(self, x=self.x[0], dy=first(self.dy), **states)
+        return replace(self, x=self.x[0], dy=first(self.dy), resets=first(self.resets), **states)
 
     def map(self, f: Callable[[Any], Any], cells: Callable[[Any], Any] | None = None) -> Inputs:
         """Puts f(a) for each floating-point array; `cells` does it for dcells, whose dtype is that of the cells."""
