@@ -115,6 +115,14 @@ def _from_environment() -> str | None:
     return _known(name, ENVIRONMENT) if name else None
 
 
+@cache
+def _check_simd() -> None:
+    """Says so where LSTM_EXT_SIMD asks for more than this machine has; of an unknown name the core makes an error."""
+    wanted, used = os.environ.get("LSTM_EXT_SIMD"), _native.C.build_info()["simd"]
+    if wanted and wanted != used:
+        warn_once(f"LSTM_EXT_SIMD: this machine has no {wanted}; lstm_ext uses {used}")
+
+
 def _refusal(name: str, device: str, dtype: str) -> str:
     """Why the backend does not serve tensors of this device type and dtype; "" if it does."""
     served = "cuda" if name == "cuda" else "cpu"
@@ -143,7 +151,9 @@ def choose_under(name: str | None, device: str, dtype: object) -> Choice:
     refused: list[tuple[str, str]] = []
     for name in (required,) if required else NAMES:
         if not (why := _refusal(name, device, str(dtype).removeprefix("torch."))):
-            if name == "numpy" and _native.reason and str(dtype).startswith("torch."):
+            if name == "cpu":
+                _check_simd()
+            if name == "numpy" and _native.reason and not _native.missing and str(dtype).startswith("torch."):
                 warn_once(f"lstm_ext computes in NumPy, slowly: the compiled kernels are missing ({_native.reason})")
             return Choice(name, _engine(name), tuple(refused))
         refused.append((name, why))
