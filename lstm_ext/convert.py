@@ -265,6 +265,13 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> list[tuple[Weights, ...]]:
         From the input up, (forward,) or (forward, backward) for each layer.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+
+    Example:
+        >>> ((layer,), _) = convert.from_state_dict(torch.nn.LSTM(3, 4, num_layers=2).state_dict())
+        >>> layer.w_ih.shape
+        (16, 3)
+        >>> sorted(convert.to_state_dict(layer))
+        ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping from names to arrays, got {type(state_dict).__name__}")
@@ -317,6 +324,12 @@ def from_tensorflow(params: Mapping[str, Any], *, forget_bias: float) -> Weights
             the cell's bias in b_ih.
 
     Source: tf_keras/src/layers/rnn/legacy_cells.py, which was tensorflow/python/ops/rnn_cell_impl.py.
+
+    Example:
+        >>> variables = {"kernel": np.ones((3 + 4, 16)), "bias": np.zeros(16)}  # input width 3, num_units 4
+        >>> weights = convert.from_tensorflow(variables, forget_bias=1.0)
+        >>> {name: a.shape for name, a in convert.to_tensorflow(weights, forget_bias=1.0).items()}
+        {'kernel': (7, 16), 'bias': (16,)}
     """
     shapes = {"bias": "4U", "projection/kernel": "U P", "kernel": "I+P 4U"}
     arrays = _read(params, shapes, optional={"projection/kernel"})
@@ -363,6 +376,11 @@ def from_keras(weights: Sequence[Any]) -> tuple[Weights, ...]:
         (forward,) or (forward, backward).
 
     Source: keras/src/layers/rnn/lstm.py and bidirectional.py.
+
+    Example:
+        >>> (forward,) = convert.from_keras([np.ones((3, 16)), np.ones((4, 16)), np.zeros(16)])  # layer.get_weights()
+        >>> [a.shape for a in convert.to_keras(forward)]
+        [(3, 16), (4, 16), (16,)]
     """
     if not isinstance(weights, Sequence) or len(weights) not in (2, 3, 4, 6):
         got = f"{len(weights)}" if isinstance(weights, Sequence) else type(weights).__name__
@@ -442,6 +460,11 @@ def from_linen(params: Mapping[str, Any]) -> Weights:
             a module for each gate, of x (i…) and of h (h…): `variables["params"]` of a cell.
 
     Source: flax/linen/recurrent.py.
+
+    Example:
+        >>> params = convert.to_linen(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> params["ii"]["kernel"].shape, params["hi"]["bias"].shape, convert.from_linen(params).w_ih.shape
+        ((3, 4), (4,), (16, 3))
     """
     return _from_gates(_flatten(params), *_LINEN)
 
@@ -466,6 +489,11 @@ def from_nnx(params: Mapping[str, Any]) -> Weights:
             with "if_" for "if": `nnx.state(cell, nnx.Param)` or `nnx.to_pure_dict` of it.
 
     Source: flax/nnx/nn/recurrent.py.
+
+    Example:
+        >>> params = convert.to_nnx(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> params["dense_i"]["kernel"].shape, convert.from_nnx(params).w_ih.shape
+        ((3, 16), (16, 3))
     """
     flat = _flatten(params)
     if not any(name.startswith("dense_") for name in flat):
@@ -501,6 +529,11 @@ def from_equinox(params: Mapping[str, Any]) -> Weights:
             cell by name.
 
     Source: equinox/nn/_rnn.py.
+
+    Example:
+        >>> params = convert.to_equinox(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> params["weight_ih"].shape, params["bias"], convert.from_equinox(params).w_ih.shape
+        ((16, 3), None, (16, 3))
     """
     arrays = _read(params, {"weight_hh": "4H H", "weight_ih": "4H I", "bias": "4H"}, optional={"bias"})
     bias = arrays.get("bias")
@@ -530,6 +563,11 @@ def from_haste(params: Mapping[str, Any]) -> Weights:
         params: kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H].
 
     Source: haste 0.5.0rc0, haste_pytorch/lstm.py (frameworks/pytorch/lstm.py in its repository).
+
+    Example:
+        >>> params = convert.to_haste(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> params["kernel"].shape, convert.from_haste(params).w_ih.shape
+        ((3, 16), (16, 3))
     """
     arrays = _read(params, {"recurrent_kernel": "H 4H", "kernel": "I 4H", "bias": "4H"})
     return _from_kernels(arrays["kernel"], arrays["recurrent_kernel"], arrays["bias"], "igfo")
@@ -585,6 +623,11 @@ def from_onnx(inputs: Mapping[str, Any], attributes: Mapping[str, Any] | None = 
         (forward,) or (forward, backward). The one of a node with direction="reverse" goes with `lstm(…, reverse=True)`.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html
+
+    Example:
+        >>> inputs = convert.to_onnx(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> {name: a.shape for name, a in inputs.items()}, len(convert.from_onnx(inputs))
+        ({'W': (1, 16, 3), 'R': (1, 16, 4)}, 1)
     """
     arrays = _read(inputs, {"R": "D 4H H", "W": "D 4H I", "B": "D 8H"}, optional={"B"})
     D, _, H = arrays["R"].shape
@@ -648,6 +691,11 @@ def from_cudnn(
         From the input up, (forward,) or (forward, backward) for each layer.
 
     Source: jax/experimental/rnn.py.
+
+    Example:
+        >>> flat = convert.to_cudnn(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> flat.shape, convert.from_cudnn(flat, 3, 4)[0][0].w_ih.shape
+        ((144,), (16, 3))
     """
     sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
     for name, size in sizes.items():

@@ -196,6 +196,12 @@ def lstm(
         TypeError: not an array, arrays of several kinds, a tracer of JAX, lengths not integer, resets not bool.
         RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, T = 0, memory that cannot be shared.
         ValueError: a length out of range (on a GPU lengths are clamped instead).
+
+    Example:
+        >>> x, w_ih, w_hh = np.ones((5, 2, 3)), np.ones((16, 3)), np.ones((16, 4))  # T, B, I = 5, 2, 3; H = 4
+        >>> y, (h_n, c_n) = lstm_ext.lstm(x, None, w_ih, w_hh, lengths=np.array([5, 2]))
+        >>> y.shape, h_n.shape, bool((y[1, 1] == h_n[1]).all()), bool(y[2:, 1].any())  # row 1 has 2 steps
+        ((5, 2, 4), (2, 4), True, False)
     """
     tensors = is_tensor(x)
     if not tensors:
@@ -251,6 +257,13 @@ def lstm_cell(
     Raises:
         TypeError: not an array, arrays of several kinds, a tracer of JAX, resets not bool.
         RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, memory that cannot be shared.
+
+    Example:
+        >>> state, w_ih, w_hh = None, np.ones((16, 3)), np.ones((16, 4))
+        >>> for x in np.ones((5, 2, 3)):  # 5 steps
+        ...     h, c = state = lstm_ext.lstm_cell(x, state, w_ih, w_hh)
+        >>> h.shape, c.shape
+        ((2, 4), (2, 4))
     """
     tensors = is_tensor(x)
     if not tensors and dlpack.library_of(x) is not None:

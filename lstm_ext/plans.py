@@ -24,6 +24,11 @@ class Plan:
         microseconds_per_step: predicted by the cost model (csrc/cuda/COST_MODEL.md), for one step of the whole batch.
             Its constants are assumed, and an H100's.
         refused: why each other strategy was not taken.
+
+    Example:
+        >>> plan = lstm_ext.plan(num_steps=512, batch_size=16, hidden_size=256, dtype="bfloat16", device="A100")
+        >>> plan.refused["cluster"]
+        'no clusters before compute capability 9.0'
     """
 
     strategy: str
@@ -132,10 +137,10 @@ def plan(
         ValueError: a size out of range; a dtype, a strategy or a device unknown.
 
     Example:
-        >>> lstm_ext.plan(num_steps=512, batch_size=16, hidden_size=768, dtype="bfloat16", device="H100").strategy
-        'grid'
-        >>> lstm_ext.plan(50, 1, 32, device="cpu", num_threads=2).threads
+        >>> lstm_ext.plan(50, 1, 32, device="cpu", num_threads=2).threads  # so few units are faster on one of two
         1
+        >>> lstm_ext.plan(1, 16, 768, dtype="bfloat16", device="H100").strategy
+        'step'
     """
     sizes = {"num_steps": num_steps, "batch_size": batch_size, "hidden_size": hidden_size}
     for name, size in sizes.items():

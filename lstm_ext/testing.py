@@ -2,8 +2,9 @@
 
 Needs NumPy alone; torch where tensors are asked for. A kernel of your own is checked in two lines:
 
-    inputs = make_inputs(case, "float32")
-    assert_all_close(run_layer(engine, inputs), run_oracle(inputs), case, "float32")
+    >>> case, engine = Case(T=5, B=3, I=7, H=13, resets=True), reference
+    >>> inputs = make_inputs(case, "float32")
+    >>> assert_all_close(run_layer(engine, inputs), run_oracle(inputs), case, "float32")
 """
 
 from __future__ import annotations
