@@ -64,6 +64,12 @@ class LSTM(RNNBase):
 
     Raises:
         ValueError, RuntimeError, TypeError: as `torch.nn.LSTM`; ValueError for a length out of range.
+
+    Example:
+        >>> layer = lstm_ext.LSTM(28, 64, batch_first=True)
+        >>> y, (h_n, c_n) = layer(torch.randn(16, 50, 28), lengths=torch.randint(0, 51, (16,)))
+        >>> y.shape, h_n.shape
+        (torch.Size([16, 50, 64]), torch.Size([1, 16, 64]))
     """
 
     def __init__(
@@ -161,7 +167,15 @@ class LSTM(RNNBase):
         resets: Tensor | None = None,
         return_cells: bool = False,
     ) -> tuple[Any, ...]:
-        """See the class for shapes: (output, (h_n, c_n)), and with `return_cells` the cells of the last layer."""
+        """(output, (h_n, c_n)), and with `return_cells` the cells of the last layer; the class tells all shapes.
+
+        Args:
+            input: a sequence, batched or not, or a PackedSequence.
+            hx: the initial state (h_0, c_0); None is zeros.
+            lengths: integer [B], the valid steps of each row; not with a PackedSequence.
+            resets: bool [T, B] or [B, T], where the state is zero before a step; not with a PackedSequence.
+            return_cells: whether to return c of every step too.
+        """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, resets, return_cells)
         rank = input.dim()
@@ -359,10 +373,18 @@ class LSTMCell(RNNCellBase):
     Shape:
         - input: [B, I] or [I].
         - hx: None (zeros) or (h_0, c_0), each [B, H] or [H].
+        - resets: bool [B], or [] where the input is [I]; where True, the state is zero before the step.
         - output: (h_1, c_1), each [B, H] or [H].
 
     Raises:
         ValueError, RuntimeError, TypeError: as `torch.nn.LSTMCell`.
+
+    Example:
+        >>> cell, state = lstm_ext.LSTMCell(28, 64), None
+        >>> for x, new in zip(torch.randn(50, 16, 28), torch.rand(50, 16) < 0.1):
+        ...     h, c = state = cell(x, state, resets=new)
+        >>> h.shape
+        torch.Size([16, 64])
     """
 
     def __init__(
@@ -375,8 +397,14 @@ class LSTMCell(RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """See the class for shapes: (h_1, c_1)."""
+    def forward(self, input: Tensor, hx: State | None = None, *, resets: Tensor | None = None) -> State:
+        """(h_1, c_1); the class tells all shapes.
+
+        Args:
+            input: one step, batched or not.
+            hx: the state before it (h_0, c_0); None is zeros.
+            resets: bool [B] or [], where that state is zero instead.
+        """
         h: Any = None
         c: Any = None
         if hx is not None:
@@ -395,9 +423,11 @@ class LSTMCell(RNNCellBase):
         unusual = input.layout is not STRIDED or (c is not None and c.dtype is not input.dtype)
         if unusual and (why := _why_stock_cell(input, c)):
             warn_once(f"lstm_ext runs torch's own LSTM cell: {why}")
+            if resets is not None:
+                h, c = (None if a is None else a.masked_fill(resets[..., None], 0) for a in (h, c))
             y, _, c_n, _, _ = stock.forward(LayerCall(input, h, c, weights, None, None, None, FORWARD, False), NOTHING)
             return y, c_n
-        y, _, c_n, _, _ = run((input, h, c, weights, None, None, None, FORWARD, False))
+        y, _, c_n, _, _ = run((input, h, c, weights, None, resets, None, FORWARD, False))
         return y, c_n
 
     if TYPE_CHECKING:
@@ -530,7 +560,14 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""
-        options = {"forget_bias": (self.forget_bias, 1.0), "state_is_tuple": (self.state_is_tuple, True)}
+        width = None if self.has_uninitialized_params() else self.kernel.shape[0] - self.num_units
+        activation = "tanh" if isinstance(self.activation, torch.nn.Module) else self.activation  # Module shows its own
+        options = {
+            "forget_bias": (self.forget_bias, 1.0),
+            "state_is_tuple": (self.state_is_tuple, True),
+            "activation": (getattr(activation, "__name__", activation), "tanh"),
+            "input_size": (width, None),
+        }
         shown = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
         return ", ".join([str(self.num_units), *shown])
 
