@@ -85,14 +85,19 @@ def _array(name: str, a: Any) -> Array:
     return np.asarray(a).astype(dtype, order="C", copy=True)
 
 
+def _listed(names: Collection[str], optional: Collection[str]) -> str:
+    return ", ".join(f"{name} (optional)" if name in optional else name for name in names)
+
+
 def _check_names(given: Collection[Any], expected: Collection[str], optional: Collection[str]) -> None:
     missing = [name for name in expected if name not in given and name not in optional]
     unknown = [str(name) for name in given if name not in expected]
     if missing or unknown:
-        names = ", ".join(f"{name} (optional)" if name in optional else name for name in expected)
         found = [f"{what} {', '.join(which)}" for what, which in (("missing", missing), ("unknown", unknown)) if which]
         hint = "; peepholes have no counterpart here" if _PEEPHOLES & set(unknown) else ""
-        raise ValueError(f"expected the arrays {names}; {' and '.join(found)}{hint}")
+        if any(name.endswith((f"/{each}", f".{each}")) for name in unknown for each in missing):
+            hint = "; the names are those without the scope before them"
+        raise ValueError(f"expected the arrays {_listed(expected, optional)}; {' and '.join(found)}{hint}")
 
 
 def _check_dtypes(arrays: Mapping[str, Array]) -> None:
@@ -121,7 +126,8 @@ def _check_shapes(arrays: Mapping[str, Array], shapes: Mapping[str, str]) -> Non
 def _read(params: Mapping[str, Any], shapes: Mapping[str, str], optional: Collection[str] = ()) -> dict[str, Array]:
     """Copies of the arrays that `shapes` names, in its order, after all checks. None is as good as absent."""
     if not isinstance(params, Mapping):
-        raise TypeError(f"expected a mapping from the names {', '.join(shapes)} to arrays, got {type(params).__name__}")
+        names = _listed(shapes, optional)
+        raise TypeError(f"expected a mapping from the names {names} to arrays, got {type(params).__name__}")
     given = {name: a for name, a in params.items() if a is not None}
     _check_names(given, shapes, optional)
     arrays = {name: _array(name, given[name]) for name in shapes if name in given}

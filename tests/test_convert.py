@@ -720,6 +720,17 @@ def test_cudnn_buffers_of_other_sizes_are_refused() -> None:
         convert.from_cudnn(np.zeros(144, "float32"), I, H, 0)
 
 
+def test_names_with_their_scope_and_arrays_without_names_get_a_hint(rng: np.random.Generator) -> None:
+    params = {"kernel": draw(rng, I + H, 4 * H), "bias": draw(rng, 4 * H)}
+    for scope in ("rnn/basic_lstm_cell/", "cell."):
+        with pytest.raises(ValueError, match=r"unknown .*; the names are those without the scope before them"):
+            convert.from_tensorflow({scope + name: a for name, a in params.items()}, forget_bias=1.0)
+    with pytest.raises(
+        TypeError, match=r"a mapping from the names bias, projection/kernel \(optional\), kernel to arrays"
+    ):
+        convert.from_tensorflow(list(params.values()), forget_bias=1.0)  # type: ignore[arg-type]
+
+
 def test_a_kernel_too_short_for_h_is_refused(rng: np.random.Generator) -> None:
     params = {"kernel": draw(rng, H - 1, 4 * H), "bias": draw(rng, 4 * H)}
     with pytest.raises(ValueError, match=r"kernel: expected shape \[I\+P, 4U\] with P = 4, got \[3, 16\]"):
