@@ -31,7 +31,7 @@ def _recorded_reason() -> str:
 
 def _why_not_here(error: ImportError) -> str:
     """Why an installation that should have the compiled module has none."""
-    package = Path(__file__).parent
+    package = Path(__file__).resolve().parent
     if any(package.glob("_C*.so")) or not (package.parent / "csrc").is_dir():
         return f"lstm_ext._C cannot be imported: {error}"
     elsewhere = PathFinder.find_spec("lstm_ext", [each for each in sys.path if Path(each).resolve() != package.parent])

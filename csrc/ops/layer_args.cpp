@@ -154,7 +154,8 @@ void LayerLayout::check_state(const Array& state, const char* letter, int64_t wi
   const bool swapped = other && got == state_shape(other_width) && other.shape() == expected;
   const bool one = !step && D == 1 && got.size() > 0 && got.begin()[0] == 1;
   std::string hint = swapped ? ": the pair is (h, c); swapped?" : "";
-  if (one && got.size() == 4 && Shape(got.begin() + 1, 3) == expected) hint = ": lstm() takes [B, P] and [B, H], no axis of layers";
+  if (one && got.size() == 4 && Shape(got.begin() + 1, 3) == expected)
+    hint = ": lstm() takes [B, P] and [B, H], no axis of layers";
   if (!step && got == Shape{D, shape.T, width}) hint = layout_hint(true);
   const std::string dims = step ? (batched ? "B, " : "") : one ? "B, " : "D, B, ";
   state.refuse_shape(expected, (dims + letter).c_str(), hint, one ? 1 : 0);
