@@ -126,8 +126,9 @@ def _check_shapes(arrays: Mapping[str, Array], shapes: Mapping[str, str]) -> Non
 def _read(params: Mapping[str, Any], shapes: Mapping[str, str], optional: Collection[str] = ()) -> dict[str, Array]:
     """Copies of the arrays that `shapes` names, in its order, after all checks. None is as good as absent."""
     if not isinstance(params, Mapping):
-        names = _listed(shapes, optional)
-        raise TypeError(f"expected a mapping from the names {names} to arrays, got {type(params).__name__}")
+        raise TypeError(
+            f"expected a mapping from the names {_listed(shapes, optional)} to arrays, got {type(params).__name__}"
+        )
     given = {name: a for name, a in params.items() if a is not None}
     _check_names(given, shapes, optional)
     arrays = {name: _array(name, given[name]) for name in shapes if name in given}
