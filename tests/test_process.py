@@ -182,6 +182,9 @@ def test_the_self_check_fails_where_kernels_are_missing(sources: Path) -> None:
     assert done.stdout.count("built with LSTM_EXT_BUILD=python") == 1
     assert done.stdout.rstrip().endswith("all checks passed")
     assert "Warning" not in done.stderr
+    program = "import torch, lstm_ext; [lstm_ext.LSTM(1, 1)(torch.zeros(1, 1, 1)) for _ in range(2)]"
+    done = run_python("-c", program, cwd=sources)
+    assert done.stderr.count("the compiled kernels are missing (built with LSTM_EXT_BUILD=python)") == 1
 
 
 def test_import_is_fast_and_leaves_torch_alone() -> None:
