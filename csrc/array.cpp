@@ -247,16 +247,29 @@ void Array::refuse_dims() const {
 
 void Array::expect_shape(const Shape& expected, const char* dims) const {
   if (shape() == expected) return;
-  const std::string names = *dims ? "[" + std::string(dims) + "] = " : "";
-  throw std::runtime_error(std::string(name_) + ": expected shape " + names + text_of(expected) + ", got " +
-                           text_of(shape()));
+  const int64_t* const sizes = expected.begin();
+  const bool transposed = expected.size() == 2 && shape() == Shape{sizes[1], sizes[0]};
+  refuse_shape(expected, dims, transposed ? ": transposed?" : "");
 }
 
+void Array::refuse_shape(const Shape& expected, const char* dims, const std::string& hint, int skipped) const {
+  const std::string names = *dims ? "[" + std::string(dims) + "] = " : "";
+  const auto text = [&](const Shape& sizes) {
+    return lstm_ext::text_of(Shape(sizes.begin() + skipped, sizes.size() - skipped));
+  };
+  throw std::runtime_error(std::string(name_) + ": expected shape " + names + text(expected) + ", got " +
+                           text(shape()) + hint);
+}
+
+bool Array::has_dtype(Dtype dtype) const { return same(dtype_, facts(dtype).type); }
+
 void Array::expect_dtype(Dtype dtype, const char* whose) const {
-  if (same(dtype_, facts(dtype).type)) return;
+  if (has_dtype(dtype)) return;
   throw std::runtime_error(std::string(name_) + ": expected dtype " + facts(dtype).name + whose + ", got " +
                            dtype_text());
 }
+
+bool Array::has_dtype_of(const Array& other) const { return same(dtype_, other.dtype_); }
 
 Dtype Array::float_dtype() const {
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
@@ -268,7 +281,9 @@ Dtype Array::float_dtype() const {
 
 void Array::expect_integers() const {
   if (dtype_.code == dlpack::kInt || dtype_.code == dlpack::kUInt) return;
-  throw py::type_error(std::string(name_) + ": expected an integer dtype, got " + dtype_text());
+  const std::string name(name_);
+  throw py::type_error(name + ": expected an integer dtype, got " + dtype_text() + ": use " + name +
+                       (api_ ? ".long()" : ".astype(int)"));
 }
 
 void Array::expect_int64() const {
@@ -278,7 +293,9 @@ void Array::expect_int64() const {
 
 void Array::expect_bool() const {
   if (dtype_.code == dlpack::kBool) return;
-  throw py::type_error(std::string(name_) + ": expected dtype bool, got " + dtype_text());
+  const std::string name(name_);
+  throw py::type_error(name + ": expected dtype bool, got " + dtype_text() + ": use " + name +
+                       (api_ ? ".bool()" : ".astype(bool)"));
 }
 
 int64_t Array::integer(int64_t n) const {

@@ -103,11 +103,17 @@ class Array {
   const void* column(int64_t n) const { return address(n); }
 
   // Each throws, naming the array, what was expected and what came. `dims` are names of the sizes, as in "4*H, I";
-  // `whose` ends the sentence, as in " as x has".
+  // `whose` ends the sentence, as in " as x has"; a hint says what may have happened.
   void expect_dims(int ndim) const;
   [[noreturn]] void refuse_dims() const;  // of the state of a single step: ValueError, as torch's cell
   void expect_shape(const Shape& shape, const char* dims = "") const;
+  // The first `skipped` sizes are not told.
+  [[noreturn]] void refuse_shape(const Shape& expected, const char* dims, const std::string& hint,
+                                 int skipped = 0) const;
   void expect_dtype(Dtype dtype, const char* whose = "") const;
+  bool has_dtype(Dtype dtype) const;
+  bool has_dtype_of(const Array& other) const;
+  std::string dtype_text() const;
   Dtype float_dtype() const;
   void expect_integers() const;
   void expect_int64() const;
@@ -129,7 +135,6 @@ class Array {
   bool usable_as_it_lies() const;
   bool negated(py::handle tensor) const;
   const void* address(int64_t offset) const;
-  std::string dtype_text() const;
   [[noreturn]] void refuse_view(py::handle tensor, const Array* like) const;
 
   const char* name_ = "";

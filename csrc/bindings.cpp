@@ -3,6 +3,7 @@
 #include "build_info.h"
 #include "cpu/team.h"
 #include "ops/cpu_plan.h"
+#include "ops/gpu_plan.h"
 #include "ops/ops.h"
 
 namespace py = pybind11;
@@ -23,6 +24,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_plan", &lstm_ext::ops::cpu_plan, "T"_a, "B"_a, "I"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a,
         "num_directions"_a, "backward"_a, "num_threads"_a);
+  m.def("gpu_plan", &lstm_ext::ops::gpu_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
+        "num_directions"_a, "backward"_a, "strategy"_a, "compute_capability"_a, "sms"_a, "gpcs"_a, "shared_bytes"_a,
+        "clock_khz"_a);
   m.def("force_cpu_plan", &lstm_ext::ops::force_cpu_plan, "engine"_a = py::none(), "in_place"_a = py::none(),
         "one_sum"_a = py::none(), "chunk_steps"_a = py::none(), "depth"_a = py::none(), "threads"_a = py::none(),
         "by_rows"_a = py::none());

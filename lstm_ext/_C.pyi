@@ -72,6 +72,23 @@ def cpu_plan(
     backward: bool,
     num_threads: int,
 ) -> CpuPlan: ...
+def gpu_plan(
+    T: int,
+    B: int,
+    H: int,
+    P: int,
+    projected: bool,
+    dtype: str,
+    tf32: bool,
+    num_directions: int,
+    backward: bool,
+    strategy: str,
+    compute_capability: int,
+    sms: int,
+    gpcs: int,
+    shared_bytes: int,
+    clock_khz: int,
+) -> dict[str, Any]: ...
 def force_cpu_plan(
     engine: Literal["vectors", "tiles"] | None = None,
     in_place: bool | tuple[bool | None, bool | None, bool | None] | None = None,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import _native, backends, build_info, reference
+from . import __version__, _native, backends, build_info, reference
 from .call import BOTH, REVERSE
+from .engines import choose
 from .testing import TOLERANCES, Case, assert_all_close, largest_error, make_inputs, run_layer, run_oracle
 
 CASES = (
@@ -38,10 +41,12 @@ def _describe(torch: Any) -> Iterator[str]:
     )
     for name, value in info.items():
         yield f"  {name}: {', '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
-    gpus, why_none = ([], _native.reason) if _native.C is None else _native.C.gpus()
-    yield f"  gpus: {', '.join(gpus) or f'none ({why_none})'}"
+    if not _native.reason:
+        gpus, why_none = _native.C.gpus()
+        yield f"  gpus: {', '.join(gpus) or f'none ({why_none})'}"
     for backend in backends().values():
-        yield f"backend {backend.name}: {'available' if backend.available else f'not available ({backend.reason})'}"
+        why = "the reason above" if backend.reason == _native.reason else backend.reason
+        yield f"backend {backend.name}: {'available' if backend.available else f'not available ({why})'}"
 
 
 def _check(engine: Any, case: Case, dtype: str, tensors: bool) -> tuple[bool, float]:
@@ -70,18 +75,36 @@ def _checks(torch: Any) -> Iterator[tuple[str, bool, float]]:
             yield what, *_check(engine, case, dtype, "torch" in name)
 
 
-def main() -> int:
-    """Prints the report; 0 if every check passes, else 1."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the report; 0 if every check passes and no kernels are missing that should be there, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lstm_ext",
+        description="Prints what this installation of lstm_ext is, and checks each backend of this machine against "
+        "float64, in a few seconds.",
+        epilog="Exit status: 0 if all checks pass; 1 if one fails, or if the CPU kernels are not in use though this "
+        "installation should have them.",
+    )
+    parser.add_argument("--version", action="version", version=f"lstm_ext {__version__}")
+    parser.parse_args(arguments)
     torch = _torch()
-    for line in _describe(torch):
-        print(line)
+    try:  # what the environment variables ask for
+        choose("cpu", "float32")
+        lines = list(_describe(torch))
+    except (RuntimeError, ValueError) as error:
+        print(f"lstm_ext: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
     failed = 0
     for name, passed, ulps in _checks(torch):
         print(f"{'pass' if passed else 'FAIL'}  {name}: {ulps:.1f} ulp")
         failed += not passed
     print(f"{failed} checks failed" if failed else "all checks passed")
-    return 1 if failed else 0
+    if _native.missing:
+        print("but the CPU kernels are not in use, for the reason above")
+    return 1 if failed or _native.missing else 0
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this process as it does others
     sys.exit(main())

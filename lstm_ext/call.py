@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from enum import IntEnum, IntFlag
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -19,6 +19,7 @@ Array = Any
 Arrays = Sequence[tuple[str, Array]]  # by name, None where one is absent
 
 DTYPES = frozenset({"float32", "float64", "bfloat16", "float16"})
+WEIGHTS = frozenset(name + suffix for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr") for suffix in ("", "_reverse"))
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -75,9 +76,9 @@ class Weights(NamedTuple):
 
     w_ih: Array  # [4H, I]
     w_hh: Array  # [4H, P]
-    b_ih: Array | None  # [4H]
-    b_hh: Array | None  # [4H]
-    w_hr: Array | None  # [P, H]
+    b_ih: Array | None = None  # [4H]
+    b_hh: Array | None = None  # [4H]
+    w_hr: Array | None = None  # [P, H]
 
 
 class LayerCall(NamedTuple):
@@ -92,7 +93,7 @@ class LayerCall(NamedTuple):
         weights: per direction w_ih [4H, I], w_hh [4H, P], then both or neither of b_ih, b_hh [4H], then perhaps
             w_hr [P, H]; gates in the order i, f, g, o. `split` takes them apart.
         lengths: the valid steps of each row [B], or None. What x holds past them does not matter.
-        resets: bool, laid out as x: where True, the state is zero before that step; or None.
+        resets: bool, laid out as x, without I: where True, the state is zero before that step; or None.
         batch_sizes: the rows of each time [T], from a PackedSequence, or None.
         directions: forward, reverse or both.
         batch_first: whether B comes before T in x, resets and y.
@@ -119,6 +120,11 @@ class LayerCall(NamedTuple):
         return self.lengths is not None or self.resets is not None
 
     @property
+    def projected(self) -> bool:
+        """Whether there are w_hr."""
+        return len(self.weights) // self.num_directions % 2 == 1
+
+    @property
     def is_step(self) -> bool:
         """Whether x has no time axis: [B, I] or [I]."""
         return self.batch_sizes is None and len(self.x.shape) < 3
@@ -129,7 +135,7 @@ class LayerCall(NamedTuple):
 
         def of(w: Sequence[Array]) -> Weights:
             b_ih, b_hh = w[2:4] if each >= 4 else (None, None)
-            return Weights(w[0], w[1], b_ih, b_hh, w[-1] if each % 2 else None)
+            return Weights(w[0], w[1], b_ih, b_hh, w[-1] if self.projected else None)
 
         return [of(self.weights[n * each : (n + 1) * each]) for n in range(self.num_directions)]
 
@@ -154,7 +160,7 @@ class LayerCall(NamedTuple):
     def with_time(self) -> LayerCall:
         """A call without a time axis as one with a single step."""
         x, h0, c0 = (add_axes(a, self) for a in self[:3])
-        return self._replace(x=x, h0=h0, c0=c0)
+        return self._replace(x=x, h0=h0, c0=c0, resets=add_axes(self.resets, self))
 
     def named(self) -> Arrays:
         """The arrays by name, the weights of a second direction with the suffix "_reverse"."""
@@ -290,14 +296,27 @@ def check_kind(name: str, a: object, x: object = None) -> None:
     """`a` is an array, and of the kind of x if that is given."""
     if kind(a) not in (("numpy.ndarray", "torch.Tensor") if x is None else (kind(x),)):
         expected = "numpy.ndarray or torch.Tensor" if x is None else f"{kind(x)} as x is"
-        raise TypeError(f"{name}: expected a {expected}, got {kind(a)}{dlpack.why_not(a)}")
+        raise TypeError(f"{name}: expected a {expected}, got {kind(a)}{_kind_hint(name, a, x)}")
+
+
+def _kind_hint(name: str, a: object, x: object) -> str:
+    """How it may become an array of the right kind, for the end of a message."""
+    if isinstance(a, (list, tuple)) and (is_tensor(x) or isinstance(x, np.ndarray)):
+        return f": use {'torch.tensor' if is_tensor(x) else 'np.array'}({name})"
+    if isinstance(x, np.ndarray) and is_tensor(a):
+        return ": all of one call are arrays or all tensors; torch.from_numpy(x) is a tensor"
+    if is_tensor(x) and isinstance(a, np.ndarray):
+        return f": all of one call are arrays or all tensors; torch.from_numpy({name}) is a tensor"
+    return dlpack.why_not(a)
 
 
 def check_kinds(call: LayerCall) -> None:
     """All are arrays of one kind."""
     check_kind("x", call.x)
     if any(w is None for w in call.weights):
-        raise TypeError("weights: expected arrays, got None")
+        w_ih, w_hh = (*call.weights, None, None)[:2]
+        name = "w_ih" if w_ih is None else "w_hh" if w_hh is None else "weights"
+        raise TypeError(f"{name}: expected a {kind(call.x)} as x is, got None")
     for name, a in call.named():
         if a is not None:
             check_kind(name, a, call.x)
@@ -318,11 +337,15 @@ def _check_dtypes(arrays: Arrays, x: Array) -> None:
         got = dtype_name(a)
         if name == "resets":
             if got != "bool":
-                raise TypeError(f"resets: expected dtype bool, got {got}")
+                use = "resets.astype(bool)" if isinstance(a, np.ndarray) else "resets.bool()"
+                raise TypeError(f"resets: expected dtype bool, got {got}: use {use}")
         elif name in ("lengths", "batch_sizes"):
             if "int" not in got:
-                raise TypeError(f"{name}: expected an integer dtype, got {got}")
+                use = f"{name}.astype(int)" if isinstance(a, np.ndarray) else f"{name}.long()"
+                raise TypeError(f"{name}: expected an integer dtype, got {got}: use {use}")
         elif got != expected:
+            if name == "w_ih" and got in DTYPES and all(dtype_name(w) == got for n, w in arrays if n in WEIGHTS):
+                raise RuntimeError(f"x: expected dtype {got} as the weights have, got {expected}")
             raise RuntimeError(f"{name}: expected dtype {expected} as x has, got {got}")
 
 
@@ -348,38 +371,103 @@ def _check_options(call: LayerCall) -> None:
         raise ValueError("batch_first: expected False with batch_sizes, got True")
     if call.batch_sizes is not None and call.masked:
         raise ValueError("lengths, resets: expected None with batch_sizes, got an array")
-    if call.is_step and (call.masked or call.directions == BOTH):
-        raise ValueError("directions, lengths, resets: expected one direction and no masks without a time axis")
+    if call.is_step and (call.lengths is not None or call.directions == BOTH):
+        raise ValueError("directions, lengths: expected one direction and no lengths without a time axis")
     count, D = len(call.weights), call.num_directions
     if count % D or not 2 <= count // D <= 5:
         raise RuntimeError(f"weights: expected 2 to 5 arrays for each direction, got {count} for {D}")
 
 
+def _refuse_shape(name: str, got: Sequence[int], dims: str, sizes: Sequence[int], hint: str = "") -> NoReturn:
+    names = f"[{dims}] = " if dims else ""
+    raise RuntimeError(f"{name}: expected shape {names}{list(sizes)}, got {list(got)}{hint}")
+
+
 def _check_shape(name: str, a: Array, dims: str, sizes: Sequence[int]) -> None:
-    if tuple(a.shape) != tuple(sizes):
-        names = f"[{dims}] = " if dims else ""
-        raise RuntimeError(f"{name}: expected shape {names}{list(sizes)}, got {list(a.shape)}")
+    got = tuple(a.shape)
+    if got != tuple(sizes):
+        transposed = len(sizes) == 2 and got == (sizes[1], sizes[0])
+        _refuse_shape(name, got, dims, sizes, ": transposed?" if transposed else "")
+
+
+def _check_first(call: LayerCall) -> None:
+    """The weights of the first direction, from which H and P are read: which of w_ih, w_hh and x is the wrong one.
+
+    Where w_ih agrees with w_hh it is x.
+    """
+    w, x = call.split()[0], call.x
+    rows, columns = w.w_hh.shape
+    if w.w_hr is None and rows != 4 * columns:
+        H = rows if columns == 4 * rows else w.w_ih.shape[0] // 4
+        _check_shape("w_hh", w.w_hh, "4*H, H", (4 * H, H))
+    if w.w_hr is not None and rows != w.w_ih.shape[0] == columns:
+        _check_shape("w_hh", w.w_hh, "4*H, P", (columns, rows))
+    if rows % 4 == 0 and w.w_ih.shape[0] == rows and w.w_ih.shape[1] != x.shape[-1]:
+        dims = ("I", "B, I", "B, T, I" if call.batch_first else "T, B, I")[len(x.shape) - 1]
+        expected, hint = (*x.shape[:-1], w.w_ih.shape[1]), f": w_ih is {list(w.w_ih.shape)}"
+        _refuse_shape("x", x.shape, dims if call.batch_sizes is None else "N, I", expected, hint)
+
+
+def _layout_hint(call: LayerCall, T: int, B: int) -> str:
+    """Where sizes would fit if time and batch of x changed places."""
+    if call.is_step or call.batch_sizes is not None or T == B:
+        return ""
+    if call.batch_first:
+        return ": x is taken as [B, T, I] (batch_first); is it [T, B, I]?"
+    return ": x is taken as [T, B, I]; is it [B, T, I] (batch_first)?"
+
+
+def _check_states(call: LayerCall, H: int, P: int, T: int, B: int) -> None:
+    """Of a single direction they are told without that axis, as `lstm` takes them."""
+    D, sizes = call.num_directions, call.state_sizes(B)
+    pair = (("h0", call.h0, "P", P, call.c0, H), ("c0", call.c0, "H", H, call.h0, P))
+    for name, a, letter, width, other, other_width in pair:
+        expected = (*sizes, width)
+        if a is None or tuple(a.shape) == expected:
+            continue
+        got = tuple(a.shape)
+        one = not call.is_step and D == 1 and got[:1] == (1,)
+        hint = ""
+        if other is not None and got == (*sizes, other_width) and tuple(other.shape) == expected:
+            hint = ": the pair is (h, c); swapped?"
+        elif one and got[1:] == expected:
+            hint = ": lstm() takes [B, P] and [B, H], no axis of layers"
+        elif not call.is_step and got == (D, T, width):
+            hint = _layout_hint(call, T, B)
+        dims = ("", "B, ", "B, " if one else "D, B, ")[len(sizes)] + letter
+        _refuse_shape(name, got[one:], dims, expected[one:], hint)
+
+
+def _check_masks(call: LayerCall, T: int, B: int) -> None:
+    lengths, resets = call.lengths, call.resets
+    if lengths is not None and tuple(lengths.shape) != (B,):
+        _refuse_shape("lengths", lengths.shape, "B", (B,), _layout_hint(call, T, B) if lengths.shape == (T,) else "")
+    if resets is not None and call.is_step:
+        sizes = call.state_sizes(B)
+        _check_shape("resets", resets, "B" if sizes else "", sizes)
+    elif resets is not None:
+        sizes = (B, T) if call.batch_first else (T, B)
+        if tuple(resets.shape) != sizes:
+            hint = _layout_hint(call, T, B) if tuple(resets.shape) == sizes[::-1] else ""
+            _refuse_shape("resets", resets.shape, "B, T" if call.batch_first else "T, B", sizes, hint)
 
 
 def _check_shapes(call: LayerCall, T: int, B: int) -> None:
-    w = call.split()[0]
-    H, P, state = w.w_hh.shape[0] // 4, w.w_hh.shape[1], call.state_sizes(B)
-    letters = ("", "B, ", "D, B, ")[len(state)]
+    _check_first(call)
+    first = call.split()[0]
+    H, P = first.w_hh.shape[0] // 4, first.w_hh.shape[1]
     expected = {
-        "h0": (f"{letters}P", (*state, P)),
-        "c0": (f"{letters}H", (*state, H)),
         "w_ih": ("4*H, I", (4 * H, call.x.shape[-1])),
-        "w_hh": ("4*H, P", (4 * H, H if w.w_hr is None else P)),
+        "w_hh": ("4*H, H", (4 * H, H)) if first.w_hr is None else ("4*H, P", (4 * H, P)),
         "b_ih": ("4*H", (4 * H,)),
         "b_hh": ("4*H", (4 * H,)),
         "w_hr": ("P, H", (P, H)),
-        "lengths": ("B", (B,)),
-        "resets": ("B, T", (B, T)) if call.batch_first else ("T, B", (T, B)),
     }
     for name, a in call.named():
-        dims, sizes = expected.get(name.removesuffix("_reverse"), ("", None))
-        if a is not None and sizes is not None:
-            _check_shape(name, a, dims, sizes)
+        if name.removesuffix("_reverse") in expected:
+            _check_shape(name, a, *expected[name.removesuffix("_reverse")])
+    _check_masks(call, T, B)
+    _check_states(call, H, P, T, B)
 
 
 def check_values(lengths: Array | None, batch_sizes: Array | None, num_steps: int, num_rows: int) -> None:
@@ -387,7 +475,8 @@ def check_values(lengths: Array | None, batch_sizes: Array | None, num_steps: in
     if lengths is not None and lengths.shape[0]:
         least, most = int(lengths.min()), int(lengths.max())
         if least < 0 or most > num_steps:
-            raise ValueError(f"lengths: expected values from 0 to T = {num_steps}, got {least} to {most}")
+            got = f"{least} to {most}" if least < most else f"{least}"
+            raise ValueError(f"lengths: expected values from 0 to T = {num_steps}, got {got}")
     if batch_sizes is not None:
         sizes = batch_sizes.tolist()
         if sum(sizes) != num_rows or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):

@@ -8,7 +8,8 @@ both None, w_hr [P, H] or None (then P = H); gates in the order i, f, g, o. `fro
     a layer            Keras, ONNX: (forward,) or (forward, backward)
     a list of layers   torch's state_dict, cuDNN
 
-To write, one `Weights` may stand for a layer of one direction.
+To write, all functions take the same: one `Weights`; a tuple of them, the directions of one layer; or a list of layers,
+each of which is one or the other. A format that keeps less refuses more.
 
 Biases: torch adds two, b_ih + b_hh. What a framework keeps as its one bias becomes b_ih, beside a b_hh of zeros; the
 other way their sum goes out. So a framework's weights come back as they were, and so do torch's where the format has
@@ -61,7 +62,8 @@ __all__ = [
     "to_tensorflow",
 ]
 
-Layer = Weights | Sequence[Weights]
+Layer = Weights | tuple[Weights, ...]
+Layers = Layer | Sequence[Layer]
 Name = Callable[[str, int, int], str]  # what an array is called, from its field in Weights, its layer and direction
 
 _DTYPES = ("float16", "float32", "float64")
@@ -83,14 +85,19 @@ def _array(name: str, a: Any) -> Array:
     return np.asarray(a).astype(dtype, order="C", copy=True)
 
 
+def _listed(names: Collection[str], optional: Collection[str]) -> str:
+    return ", ".join(f"{name} (optional)" if name in optional else name for name in names)
+
+
 def _check_names(given: Collection[Any], expected: Collection[str], optional: Collection[str]) -> None:
     missing = [name for name in expected if name not in given and name not in optional]
     unknown = [str(name) for name in given if name not in expected]
     if missing or unknown:
-        names = ", ".join(f"{name} (optional)" if name in optional else name for name in expected)
         found = [f"{what} {', '.join(which)}" for what, which in (("missing", missing), ("unknown", unknown)) if which]
         hint = "; peepholes have no counterpart here" if _PEEPHOLES & set(unknown) else ""
-        raise ValueError(f"expected the arrays {names}; {' and '.join(found)}{hint}")
+        if any(name.endswith((f"/{each}", f".{each}")) for name in unknown for each in missing):
+            hint = "; the names are those without the scope before them"
+        raise ValueError(f"expected the arrays {_listed(expected, optional)}; {' and '.join(found)}{hint}")
 
 
 def _check_dtypes(arrays: Mapping[str, Array]) -> None:
@@ -119,7 +126,9 @@ def _check_shapes(arrays: Mapping[str, Array], shapes: Mapping[str, str]) -> Non
 def _read(params: Mapping[str, Any], shapes: Mapping[str, str], optional: Collection[str] = ()) -> dict[str, Array]:
     """Copies of the arrays that `shapes` names, in its order, after all checks. None is as good as absent."""
     if not isinstance(params, Mapping):
-        raise TypeError(f"expected a mapping from the names {', '.join(shapes)} to arrays, got {type(params).__name__}")
+        raise TypeError(
+            f"expected a mapping from the names {_listed(shapes, optional)} to arrays, got {type(params).__name__}"
+        )
     given = {name: a for name, a in params.items() if a is not None}
     _check_names(given, shapes, optional)
     arrays = {name: _array(name, given[name]) for name in shapes if name in given}
@@ -154,7 +163,8 @@ def _items(stack: Sequence[Sequence[Weights]], name: Name) -> Iterator[tuple[str
             yield from ((name(field, n, d), a) for field, a in weights._asdict().items() if a is not None)
 
 
-def _directions(layer: Layer) -> tuple[Weights, ...]:
+def _directions(layer: Any) -> tuple[Weights, ...]:
+    """Those of one layer."""
     several = isinstance(layer, Sequence) and not isinstance(layer, Weights)
     directions: tuple[Any, ...] = tuple(layer) if several else (layer,)
     for weights in directions:
@@ -165,11 +175,19 @@ def _directions(layer: Layer) -> tuple[Weights, ...]:
     return directions
 
 
-def _copy_layers(layers: Sequence[Layer], name: Name, projections: bool) -> list[tuple[Weights, ...]]:
-    """Copies, once one torch.nn.LSTM could have all of them."""
-    stack = [_directions(layer) for layer in layers]
+def _copy_stack(layers: Any, projections: bool = False) -> list[tuple[Weights, ...]]:
+    """Copies of all forms of `Layers` as a list of layers, once one torch.nn.LSTM could have all of them."""
+    if not isinstance(layers, Sequence):
+        raise TypeError(f"expected Weights, a tuple of them or a list of layers, got {type(layers).__name__}")
+    one = isinstance(layers, Weights)
+    alone = one or (isinstance(layers, tuple) and all(isinstance(each, Weights) for each in layers))
+    stack = [_directions(layer) for layer in ([layers] if alone else layers)]
     if not stack:
         raise ValueError("layers: expected at least one, got none")
+
+    def name(field: str, n: int, d: int) -> str:
+        return f"weights.{field}" if one else f"layer[{d}].{field}" if alone else f"layers[{n}][{d}].{field}"
+
     everything = [weights for layer in stack for weights in layer]
     biased = any(weights.b_ih is not None or weights.b_hh is not None for weights in everything)
     projected = any(weights.w_hr is not None for weights in everything)
@@ -178,20 +196,20 @@ def _copy_layers(layers: Sequence[Layer], name: Name, projections: bool) -> list
     return _read_layers(dict(_items(stack, name)), name, len(stack), len(stack[0]), biased=biased, projected=projected)
 
 
-def _copy_stack(layers: Sequence[Layer], projections: bool = False) -> list[tuple[Weights, ...]]:
-    if isinstance(layers, Weights) or not isinstance(layers, Sequence):
-        raise TypeError(f"layers: expected a list of layers, got {type(layers).__name__}")
-    return _copy_layers(layers, lambda field, n, d: f"layers[{n}][{d}].{field}", projections)
+def _copy_layer(layers: Layers, projections: bool = False) -> tuple[Weights, ...]:
+    """Of a format that keeps one layer."""
+    stack = _copy_stack(layers, projections)
+    if len(stack) > 1:
+        raise ValueError(f"expected one layer, as this format keeps no more, got {len(stack)}")
+    return stack[0]
 
 
-def _copy_layer(layer: Layer) -> tuple[Weights, ...]:
-    return _copy_layers([layer], lambda field, _, d: f"layer[{d}].{field}", False)[0]
-
-
-def _copy(weights: Weights, projections: bool = False) -> Weights:
-    if not isinstance(weights, Weights):
-        raise TypeError(f"weights: expected Weights of one direction, got {type(weights).__name__}")
-    return _copy_layers([weights], lambda field, *_: f"weights.{field}", projections)[0][0]
+def _copy(layers: Layers, projections: bool = False) -> Weights:
+    """Of a format that keeps one direction of one layer."""
+    layer = _copy_layer(layers, projections)
+    if len(layer) > 1:
+        raise ValueError("expected one direction, as this format keeps no more, got 2")
+    return layer[0]
 
 
 # Layouts -------------------------------------------------------------------------------------------------------------
@@ -219,8 +237,8 @@ def _from_kernels(kernel: Array, recurrent_kernel: Array, bias: Array | None, or
     """From [I, 4H], [P, 4H] and the one bias [4H]."""
     w_ih, w_hh = (_reorder(_transpose(a), order) for a in (kernel, recurrent_kernel))
     if bias is None:
-        return Weights(w_ih, w_hh, None, None, None)
-    return Weights(w_ih, w_hh, _reorder(bias, order), np.zeros_like(bias), None)
+        return Weights(w_ih, w_hh)
+    return Weights(w_ih, w_hh, _reorder(bias, order), np.zeros_like(bias))
 
 
 def _to_kernels(weights: Weights, order: str = "ifgo") -> tuple[Array, Array, Array]:
@@ -254,6 +272,13 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> list[tuple[Weights, ...]]:
         From the input up, (forward,) or (forward, backward) for each layer.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+
+    Example:
+        >>> ((layer,), _) = convert.from_state_dict(torch.nn.LSTM(3, 4, num_layers=2).state_dict())
+        >>> layer.w_ih.shape
+        (16, 3)
+        >>> sorted(convert.to_state_dict(layer))
+        ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping from names to arrays, got {type(state_dict).__name__}")
@@ -269,7 +294,7 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> list[tuple[Weights, ...]]:
     return _read_layers(state_dict, _parameter, num_layers, num_directions, biased=biased, projected=projected)
 
 
-def to_state_dict(layers: Sequence[Layer], *, cell: bool = False) -> dict[str, Tensor]:
+def to_state_dict(layers: Layers, *, cell: bool = False) -> dict[str, Tensor]:
     """To what `load_state_dict` of an `LSTM` takes, or with `cell` that of an `LSTMCell`; see `from_state_dict`.
 
     Args:
@@ -278,12 +303,15 @@ def to_state_dict(layers: Sequence[Layer], *, cell: bool = False) -> dict[str, T
 
     Returns:
         Tensors on the CPU by name.
-    """
-    import torch
 
-    stack = _copy_stack(layers, projections=not cell)
-    if cell and (len(stack) > 1 or len(stack[0]) > 1):
-        raise ValueError(f"layers: expected one of one direction for a cell, got {list(map(len, stack))}")
+    Raises:
+        ImportError: there is no torch.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ImportError("convert.to_state_dict makes tensors, for which it needs PyTorch (torch>=2.11)") from error
+    stack = [(_copy(layers),)] if cell else _copy_stack(layers, projections=True)
     return {name: torch.from_numpy(a) for name, a in _items(stack, _cell_parameter if cell else _parameter)}
 
 
@@ -303,6 +331,12 @@ def from_tensorflow(params: Mapping[str, Any], *, forget_bias: float) -> Weights
             the cell's bias in b_ih.
 
     Source: tf_keras/src/layers/rnn/legacy_cells.py, which was tensorflow/python/ops/rnn_cell_impl.py.
+
+    Example:
+        >>> variables = {"kernel": np.ones((3 + 4, 16)), "bias": np.zeros(16)}  # input width 3, num_units 4
+        >>> weights = convert.from_tensorflow(variables, forget_bias=1.0)
+        >>> {name: a.shape for name, a in convert.to_tensorflow(weights, forget_bias=1.0).items()}
+        {'kernel': (7, 16), 'bias': (16,)}
     """
     shapes = {"bias": "4U", "projection/kernel": "U P", "kernel": "I+P 4U"}
     arrays = _read(params, shapes, optional={"projection/kernel"})
@@ -317,19 +351,19 @@ def from_tensorflow(params: Mapping[str, Any], *, forget_bias: float) -> Weights
     return weights._replace(b_hh=b_hh, w_hr=None if projection is None else _transpose(projection))
 
 
-def to_tensorflow(weights: Weights, *, forget_bias: float) -> dict[str, Array]:
+def to_tensorflow(weights: Layers, *, forget_bias: float) -> dict[str, Array]:
     """To the variables of TensorFlow 1's `LSTMCell` and, without a projection, `BasicLSTMCell`; see `from_tensorflow`.
 
     Args:
         weights: one direction.
         forget_bias: what that cell will add to f at run time; it is taken off the bias.
     """
-    weights = _copy(weights, projections=True)
-    b_ih, b_hh = _biases(weights)
+    own = _copy(weights, projections=True)
+    b_ih, b_hh = _biases(own)
     split_gates(b_hh)[1][:] -= b_hh.dtype.type(forget_bias)  # before the sum: what from_tensorflow wrote leaves a zero
-    kernel, recurrent_kernel, bias = _to_kernels(weights._replace(b_ih=b_ih, b_hh=b_hh), "igfo")
+    kernel, recurrent_kernel, bias = _to_kernels(own._replace(b_ih=b_ih, b_hh=b_hh), "igfo")
     params = {"kernel": np.concatenate([kernel, recurrent_kernel]), "bias": bias}
-    return params if weights.w_hr is None else params | {"projection/kernel": _transpose(weights.w_hr)}
+    return params if own.w_hr is None else params | {"projection/kernel": _transpose(own.w_hr)}
 
 
 # Keras ---------------------------------------------------------------------------------------------------------------
@@ -349,6 +383,11 @@ def from_keras(weights: Sequence[Any]) -> tuple[Weights, ...]:
         (forward,) or (forward, backward).
 
     Source: keras/src/layers/rnn/lstm.py and bidirectional.py.
+
+    Example:
+        >>> (forward,) = convert.from_keras([np.ones((3, 16)), np.ones((4, 16)), np.zeros(16)])  # layer.get_weights()
+        >>> [a.shape for a in convert.to_keras(forward)]
+        [(3, 16), (4, 16), (16,)]
     """
     if not isinstance(weights, Sequence) or len(weights) not in (2, 3, 4, 6):
         got = f"{len(weights)}" if isinstance(weights, Sequence) else type(weights).__name__
@@ -370,7 +409,7 @@ def from_keras(weights: Sequence[Any]) -> tuple[Weights, ...]:
     )
 
 
-def to_keras(layer: Layer) -> list[Array]:
+def to_keras(layer: Layers) -> list[Array]:
     """To what `set_weights` of Keras's `LSTM`, `LSTMCell` or `Bidirectional(LSTM)` takes; see `from_keras`.
 
     Args:
@@ -428,11 +467,16 @@ def from_linen(params: Mapping[str, Any]) -> Weights:
             a module for each gate, of x (i…) and of h (h…): `variables["params"]` of a cell.
 
     Source: flax/linen/recurrent.py.
+
+    Example:
+        >>> params = convert.to_linen(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> params["ii"]["kernel"].shape, params["hi"]["bias"].shape, convert.from_linen(params).w_ih.shape
+        ((3, 4), (4,), (16, 3))
     """
     return _from_gates(_flatten(params), *_LINEN)
 
 
-def to_linen(weights: Weights) -> dict[str, dict[str, Array]]:
+def to_linen(weights: Layers) -> dict[str, dict[str, Array]]:
     """To the parameters of Flax linen's `OptimizedLSTMCell` or `LSTMCell`; see `from_linen`.
 
     Args:
@@ -452,6 +496,11 @@ def from_nnx(params: Mapping[str, Any]) -> Weights:
             with "if_" for "if": `nnx.state(cell, nnx.Param)` or `nnx.to_pure_dict` of it.
 
     Source: flax/nnx/nn/recurrent.py.
+
+    Example:
+        >>> params = convert.to_nnx(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> params["dense_i"]["kernel"].shape, convert.from_nnx(params).w_ih.shape
+        ((3, 16), (16, 3))
     """
     flat = _flatten(params)
     if not any(name.startswith("dense_") for name in flat):
@@ -460,17 +509,17 @@ def from_nnx(params: Mapping[str, Any]) -> Weights:
     return _from_kernels(arrays["dense_i/kernel"], arrays["dense_h/kernel"], arrays["dense_h/bias"])
 
 
-def to_nnx(weights: Weights, *, optimized: bool = True) -> dict[str, dict[str, Array]]:
+def to_nnx(weights: Layers, *, optimized: bool = True) -> dict[str, dict[str, Array]]:
     """To the parameters of Flax NNX's `OptimizedLSTMCell`, or of its `LSTMCell`; see `from_nnx`.
 
     Args:
         weights: one direction; `nnx.update(cell, to_nnx(weights))` loads it.
         optimized: whether for `OptimizedLSTMCell`.
     """
-    weights = _copy(weights)
+    own = _copy(weights)
     if not optimized:
-        return _to_gates(weights, *_NNX)
-    kernel, recurrent_kernel, bias = _to_kernels(weights)
+        return _to_gates(own, *_NNX)
+    kernel, recurrent_kernel, bias = _to_kernels(own)
     return {"dense_i": {"kernel": kernel}, "dense_h": {"kernel": recurrent_kernel, "bias": bias}}
 
 
@@ -487,21 +536,26 @@ def from_equinox(params: Mapping[str, Any]) -> Weights:
             cell by name.
 
     Source: equinox/nn/_rnn.py.
+
+    Example:
+        >>> params = convert.to_equinox(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> params["weight_ih"].shape, params["bias"], convert.from_equinox(params).w_ih.shape
+        ((16, 3), None, (16, 3))
     """
     arrays = _read(params, {"weight_hh": "4H H", "weight_ih": "4H I", "bias": "4H"}, optional={"bias"})
     bias = arrays.get("bias")
-    return Weights(arrays["weight_ih"], arrays["weight_hh"], bias, None if bias is None else np.zeros_like(bias), None)
+    return Weights(arrays["weight_ih"], arrays["weight_hh"], bias, None if bias is None else np.zeros_like(bias))
 
 
-def to_equinox(weights: Weights) -> dict[str, Array | None]:
+def to_equinox(weights: Layers) -> dict[str, Array | None]:
     """To the attributes of Equinox's `nn.LSTMCell`, to be put in with `eqx.tree_at`; see `from_equinox`.
 
     Args:
         weights: one direction; without biases for a cell with `use_bias=False`, whose bias is None.
     """
-    weights = _copy(weights)
-    bias = None if weights.b_ih is None else np.add(*_biases(weights))
-    return {"weight_ih": weights.w_ih, "weight_hh": weights.w_hh, "bias": bias}
+    own = _copy(weights)
+    bias = None if own.b_ih is None else np.add(*_biases(own))
+    return {"weight_ih": own.w_ih, "weight_hh": own.w_hh, "bias": bias}
 
 
 # haste ---------------------------------------------------------------------------------------------------------------
@@ -516,12 +570,17 @@ def from_haste(params: Mapping[str, Any]) -> Weights:
         params: kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H].
 
     Source: haste 0.5.0rc0, haste_pytorch/lstm.py (frameworks/pytorch/lstm.py in its repository).
+
+    Example:
+        >>> params = convert.to_haste(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> params["kernel"].shape, convert.from_haste(params).w_ih.shape
+        ((3, 16), (16, 3))
     """
     arrays = _read(params, {"recurrent_kernel": "H 4H", "kernel": "I 4H", "bias": "4H"})
     return _from_kernels(arrays["kernel"], arrays["recurrent_kernel"], arrays["bias"], "igfo")
 
 
-def to_haste(weights: Weights) -> dict[str, Array]:
+def to_haste(weights: Layers) -> dict[str, Array]:
     """To the parameters of haste's `LSTM` for PyTorch; see `from_haste`.
 
     Args:
@@ -571,6 +630,11 @@ def from_onnx(inputs: Mapping[str, Any], attributes: Mapping[str, Any] | None = 
         (forward,) or (forward, backward). The one of a node with direction="reverse" goes with `lstm(…, reverse=True)`.
 
     Source: https://onnx.ai/onnx/operators/onnx__LSTM.html
+
+    Example:
+        >>> inputs = convert.to_onnx(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> {name: a.shape for name, a in inputs.items()}, len(convert.from_onnx(inputs))
+        ({'W': (1, 16, 3), 'R': (1, 16, 4)}, 1)
     """
     arrays = _read(inputs, {"R": "D 4H H", "W": "D 4H I", "B": "D 8H"}, optional={"B"})
     D, _, H = arrays["R"].shape
@@ -583,11 +647,11 @@ def from_onnx(inputs: Mapping[str, Any], attributes: Mapping[str, Any] | None = 
         biases = np.split(arrays["B"][d], 2) if "B" in arrays else []
         w_ih, w_hh, *both = (_reorder(a, "iofg") for a in (arrays["W"][d], arrays["R"][d], *biases))
         b_ih, b_hh = both or (None, None)
-        layer.append(Weights(w_ih, w_hh, b_ih, b_hh, None))
+        layer.append(Weights(w_ih, w_hh, b_ih, b_hh))
     return tuple(layer)
 
 
-def to_onnx(layer: Layer) -> dict[str, Array]:
+def to_onnx(layer: Layers) -> dict[str, Array]:
     """To the inputs W, R and B of an ONNX `LSTM` node; see `from_onnx`.
 
     The node's attribute hidden_size is `R.shape[2]`, its direction "bidirectional" for two.
@@ -634,6 +698,11 @@ def from_cudnn(
         From the input up, (forward,) or (forward, backward) for each layer.
 
     Source: jax/experimental/rnn.py.
+
+    Example:
+        >>> flat = convert.to_cudnn(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
+        >>> flat.shape, convert.from_cudnn(flat, 3, 4)[0][0].w_ih.shape
+        ((144,), (16, 3))
     """
     sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
     for name, size in sizes.items():
@@ -657,7 +726,7 @@ def from_cudnn(
     ]
 
 
-def to_cudnn(layers: Sequence[Layer]) -> Array:
+def to_cudnn(layers: Layers) -> Array:
     """To cuDNN's flat buffer [N], as `jax.experimental.rnn` takes it (in float32); see `from_cudnn`.
 
     Args:

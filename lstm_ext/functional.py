@@ -73,8 +73,10 @@ def _split_state(state: Any) -> tuple[Array | None, Array | None]:
     if state is None:
         return None, None
     if not isinstance(state, (tuple, list)) or len(state) != 2:
-        size = f" of {len(state)}" if isinstance(state, (tuple, list)) else ""
-        raise TypeError(f"state: expected None or a pair (h, c), got {kind(state)}{size}")
+        several = isinstance(state, (tuple, list))
+        got = f"{kind(state)} of {len(state)}" if several else f"one {kind(state)}"
+        shape = f" of shape {list(state.shape)}" if hasattr(state, "shape") else ""
+        raise TypeError(f"state: expected None or a pair (h, c), got {got}{shape}")
     return state[0], state[1]
 
 
@@ -87,11 +89,11 @@ def _with_direction(name: str, a: Array | None, x: Array) -> Array | None:
     return a[None]
 
 
-def _expect_rank(name: str, a: Array, rank: int, x: Array) -> None:
+def _expect_rank(name: str, a: Array, rank: int, x: Array, hint: str = "") -> None:
     if type(a) is not type(x):
         check_kind(name, a, x)
     if a.ndim != rank:
-        raise RuntimeError(f"{name}: expected {rank} dimensions, got {a.ndim}: shape {list(a.shape)}")
+        raise RuntimeError(f"{name}: expected {rank} dimensions, got {a.ndim}: shape {list(a.shape)}{hint}")
 
 
 def _through_dlpack(
@@ -99,7 +101,7 @@ def _through_dlpack(
 ) -> tuple[Any, ...]:
     """`function` on arrays of the library of x; the results are arrays of that library too."""
     x = arrays["x"]
-    state = dict(zip(("state[0]", "state[1]"), _split_state(state), strict=True))
+    state = dict(zip(("h0", "c0"), _split_state(state), strict=True))
     given = {name: a for name, a in {**arrays, **state}.items() if a is not None}
     for name, a in given.items():
         check_kind(name, a, x)
@@ -116,8 +118,8 @@ def lstm(
     w_hh: A,
     b_ih: A | None = None,
     b_hh: A | None = None,
-    *,
     w_hr: A | None = None,
+    *,
     reverse: bool = False,
     lengths: Any = None,
     resets: Any = None,
@@ -131,8 +133,8 @@ def lstm(
     w_hh: A,
     b_ih: A | None = None,
     b_hh: A | None = None,
-    *,
     w_hr: A | None = None,
+    *,
     reverse: bool = False,
     lengths: Any = None,
     resets: Any = None,
@@ -146,8 +148,8 @@ def lstm(
     w_hh: A,
     b_ih: A | None = None,
     b_hh: A | None = None,
-    *,
     w_hr: A | None = None,
+    *,
     reverse: bool = False,
     lengths: Any = None,
     resets: Any = None,
@@ -160,8 +162,8 @@ def lstm(
     w_hh: Array,
     b_ih: Array | None = None,
     b_hh: Array | None = None,
-    *,
     w_hr: Array | None = None,
+    *,
     reverse: bool = False,
     lengths: Array | None = None,
     resets: Array | None = None,
@@ -180,7 +182,7 @@ def lstm(
         w_ih: [4H, I], gates in the order i, f, g, o as in `torch.nn.LSTM`.
         w_hh: [4H, P].
         b_ih, b_hh: [4H]; either or both may be None.
-        w_hr: projection [P, H] of h, or None.
+        w_hr: projection [P, H] of h, or None. `lstm(x, state, *weights)` takes a `convert.Weights`.
         reverse: walks each row from its last valid step to its first.
         lengths: valid steps of each row [B], integer, 0 to T. What x holds past them does not matter.
         resets: bool [T, B]; where True, the state is zero before that step.
@@ -194,6 +196,12 @@ def lstm(
         TypeError: not an array, arrays of several kinds, a tracer of JAX, lengths not integer, resets not bool.
         RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, T = 0, memory that cannot be shared.
         ValueError: a length out of range (on a GPU lengths are clamped instead).
+
+    Example:
+        >>> x, w_ih, w_hh = np.ones((5, 2, 3)), np.ones((16, 3)), np.ones((16, 4))  # T, B, I = 5, 2, 3; H = 4
+        >>> y, (h_n, c_n) = lstm_ext.lstm(x, None, w_ih, w_hh, lengths=np.array([5, 2]))
+        >>> y.shape, h_n.shape, bool((y[1, 1] == h_n[1]).all()), bool(y[2:, 1].any())  # row 1 has 2 steps
+        ((5, 2, 4), (2, 4), True, False)
     """
     tensors = is_tensor(x)
     if not tensors:
@@ -206,8 +214,8 @@ def lstm(
     weights = [w_ih, w_hh, *_both_or_none(b_ih, b_hh)]
     if w_hr is not None:
         weights.append(w_hr)
-    _expect_rank("x", x, 3, x)
-    state_of = (_with_direction("state[0]", h0, x), _with_direction("state[1]", c0, x))
+    _expect_rank("x", x, 3, x, "; lstm takes a sequence [T, B, I], lstm_cell one step [B, I]")
+    state_of = (_with_direction("h0", h0, x), _with_direction("c0", c0, x))
     run = _run_tensors if tensors else _run_arrays
     y, h_n, c_n, cells, _ = run(
         (x, *state_of, weights, lengths, resets, None, REVERSE if reverse else FORWARD, False),
@@ -228,35 +236,50 @@ def lstm_cell(
     w_hh: A,
     b_ih: A | None = None,
     b_hh: A | None = None,
+    w_hr: A | None = None,
+    *,
+    resets: Any = None,
 ) -> tuple[A, A]:
     """One LSTM step; differentiable for torch tensors.
 
     Args:
         x: input [B, I]; its kind and dtype are those of all, as in `lstm`.
-        state: the pair h [B, H], c [B, H]; None is zeros.
+        state: the pair h0 [B, P], c0 [B, H]; None is zeros.
         w_ih: [4H, I], gates in the order i, f, g, o.
-        w_hh: [4H, H].
+        w_hh: [4H, P].
         b_ih, b_hh: [4H]; either or both may be None.
+        w_hr: projection [P, H] of h, or None; without it P is H.
+        resets: bool [B]; where True, the state is zero before the step.
 
     Returns:
-        (h', c'), both [B, H].
+        (h' [B, P], c' [B, H]).
 
     Raises:
-        TypeError: not an array, arrays of several kinds, a tracer of JAX.
+        TypeError: not an array, arrays of several kinds, a tracer of JAX, resets not bool.
         RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, memory that cannot be shared.
+
+    Example:
+        >>> state, w_ih, w_hh = None, np.ones((16, 3)), np.ones((16, 4))
+        >>> for x in np.ones((5, 2, 3)):  # 5 steps
+        ...     h, c = state = lstm_ext.lstm_cell(x, state, w_ih, w_hh)
+        >>> h.shape, c.shape
+        ((2, 4), (2, 4))
     """
     tensors = is_tensor(x)
     if not tensors and dlpack.library_of(x) is not None:
-        arrays = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
+        arrays = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr, "resets": resets}
         h, c = _through_dlpack(lstm_cell, state, arrays)
         return h, c
-    h, c = _split_state(state)
+    h0, c0 = _split_state(state)
     if not tensors:
         check_kind("x", x)
-    for name, a in (("x", x), ("h", h), ("c", c)):
+    _expect_rank("x", x, 2, x, "; lstm_cell takes one step [B, I], lstm a sequence [T, B, I]")
+    for name, a in (("h0", h0), ("c0", c0)):
         if a is not None:
             _expect_rank(name, a, 2, x)
     weights = [w_ih, w_hh, *_both_or_none(b_ih, b_hh)]
+    if w_hr is not None:
+        weights.append(w_hr)
     run = _run_tensors if tensors else _run_arrays
-    y, _, c_n, _, _ = run((x, h, c, weights, None, None, None, FORWARD, False), NOTHING)
+    y, _, c_n, _, _ = run((x, h0, c0, weights, None, resets, None, FORWARD, False), NOTHING)
     return y, c_n

@@ -87,6 +87,12 @@ class LSTM(torch_rnn.RNNBase):
 
     Raises:
         ValueError, RuntimeError, TypeError: as `torch.nn.LSTM`; ValueError for a length out of range.
+
+    Example:
+        >>> layer = lstm_ext.LSTM(28, 64, batch_first=True)
+        >>> y, (h_n, c_n) = layer(torch.randn(16, 50, 28), lengths=torch.randint(0, 51, (16,)))
+        >>> y.shape, h_n.shape
+        (torch.Size([16, 50, 64]), torch.Size([1, 16, 64]))
     """
 
     def __init__(
@@ -206,7 +212,15 @@ class LSTM(torch_rnn.RNNBase):
         resets: Tensor | None = None,
         return_cells: bool = False,
     ) -> tuple[Any, ...]:
-        """See the class for shapes: (output, (h_n, c_n)), and with `return_cells` the cells of the last layer."""
+        """(output, (h_n, c_n)), and with `return_cells` the cells of the last layer; the class tells all shapes.
+
+        Args:
+            input: a sequence, batched or not, or a PackedSequence.
+            hx: the initial state (h_0, c_0); None is zeros.
+            lengths: integer [B], the valid steps of each row; not with a PackedSequence.
+            resets: bool [T, B] or [B, T], where the state is zero before a step; not with a PackedSequence.
+            return_cells: whether to return c of every step too.
+        """
         try:
             if type(input) is not Tensor:
                 if isinstance(input, PackedSequence):
@@ -412,10 +426,18 @@ class LSTMCell(torch_rnn.LSTMCell):
     Shape:
         - input: [B, I] or [I].
         - hx: None (zeros) or (h_0, c_0), each [B, H] or [H].
+        - resets: bool [B], or [] where the input is [I]; where True, the state is zero before the step.
         - output: (h_1, c_1), each [B, H] or [H].
 
     Raises:
         ValueError, RuntimeError, TypeError: as `torch.nn.LSTMCell`.
+
+    Example:
+        >>> cell, state = lstm_ext.LSTMCell(28, 64), None
+        >>> for x, new in zip(torch.randn(50, 16, 28), torch.rand(50, 16) < 0.1):
+        ...     h, c = state = cell(x, state, resets=new)
+        >>> h.shape
+        torch.Size([16, 64])
     """
 
     def __init__(
@@ -462,11 +484,17 @@ class LSTMCell(torch_rnn.LSTMCell):
             return True
         return False
 
-    def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """See the class for shapes: (h_1, c_1)."""
+    def forward(self, input: Tensor, hx: State | None = None, *, resets: Tensor | None = None) -> State:
+        """(h_1, c_1); the class tells all shapes.
+
+        Args:
+            input: one step, batched or not.
+            hx: the state before it (h_0, c_0); None is zeros.
+            resets: bool [B] or [], where that state is zero instead.
+        """
         try:
             if type(input) is not Tensor and _is_proxy(input):
-                return _as_leaf(self, input, hx)
+                return _as_leaf(self, input, hx, resets=resets)
             if (rank := input.dim()) != 2 and rank != 1:
                 raise ValueError(f"input: expected 1 or 2 dimensions, got {rank}")
             h: Any = None
@@ -475,12 +503,14 @@ class LSTMCell(torch_rnn.LSTMCell):
                 h, c = hx if type(hx) is tuple and len(hx) == 2 else _pair(hx)
                 if h is None or c is None:
                     raise TypeError("hx: expected a pair of tensors, got None in it")
-            y, _, c_n, _, _ = run((input, h, c, self._weights(), None, None, None, FORWARD, False))
+            if resets is not None:
+                resets = _as_tensor(resets, input)
+            y, _, c_n, _, _ = run((input, h, c, self._weights(), None, resets, None, FORWARD, False))
             return y, c_n
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
                 return _TorchLSTMCell.forward(self, input, hx)
-            if _is_transformed() or not self._are_wrong(input, hx):
+            if resets is not None or _is_transformed() or not self._are_wrong(input, hx):
                 raise
             why = str(error)
         return _ask_torch(_TorchLSTMCell.forward, why, self, input, hx)
@@ -649,9 +679,13 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""
+        width = None if self.has_uninitialized_params() else self.kernel.shape[0] - self.num_units
+        activation = "tanh" if isinstance(self.activation, torch.nn.Module) else self.activation  # Module shows its own
         options = {
             "forget_bias": (self.forget_bias, 1.0),
             "state_is_tuple": (self.state_is_tuple, True),
+            "activation": (getattr(activation, "__name__", activation), "tanh"),
+            "input_size": (width, None),
             "name": (self.name, None),
         }
         shown = [f"{name}={value}" for name, (value, default) in options.items() if value != default]

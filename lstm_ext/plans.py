@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-from . import _native
+from . import _native, gpus
 from .engines import backends
 
 
@@ -19,16 +19,22 @@ class Plan:
             all over the GPU for some), all of which keep the recurrent weights on chip; or "step" (a launch a step).
         blocks: blocks in the launch.
         team: blocks that share the work on the same sequences.
-        registers: of a thread.
+        registers: of a thread; None for a GPU by name, since the GPU's own driver tells them.
         shared_bytes: shared memory of a block.
         microseconds_per_step: predicted by the cost model (csrc/cuda/COST_MODEL.md), for one step of the whole batch.
+            Its constants are assumed, and an H100's.
         refused: why each other strategy was not taken.
+
+    Example:
+        >>> plan = lstm_ext.plan(num_steps=512, batch_size=16, hidden_size=256, dtype="bfloat16", device="A100")
+        >>> plan.refused["cluster"]
+        'no clusters before compute capability 9.0'
     """
 
     strategy: str
     blocks: int
     team: int
-    registers: int
+    registers: int | None
     shared_bytes: int
     microseconds_per_step: float
     refused: dict[str, str]
@@ -120,7 +126,8 @@ def plan(
         strategy: of a GPU: asks about one; None for the one that would be chosen.
         num_threads: of the CPU: how many there are at most; 0 is what torch uses if it is imported, else
             OMP_NUM_THREADS or the usable processors.
-        device: "cpu"; "cuda", "cuda:1" and so on, or the number of the GPU.
+        device: "cpu"; "cuda", "cuda:1" and so on, or the number of the GPU; or the name of one that need not be
+            there, such as "H100", "A100" or "RTX 4090".
 
     Returns:
         `CpuPlan` for device="cpu", else `Plan`.
@@ -128,6 +135,12 @@ def plan(
     Raises:
         RuntimeError: the backend is not available, or the strategy cannot run this.
         ValueError: a size out of range; a dtype, a strategy or a device unknown.
+
+    Example:
+        >>> lstm_ext.plan(50, 1, 32, device="cpu", num_threads=2).threads  # so few units are faster on one of two
+        1
+        >>> lstm_ext.plan(1, 16, 768, dtype="bfloat16", device="H100").strategy
+        'step'
     """
     sizes = {"num_steps": num_steps, "batch_size": batch_size, "hidden_size": hidden_size}
     for name, size in sizes.items():
@@ -137,11 +150,15 @@ def plan(
         if size < 0:
             raise ValueError(f"{name}: expected at least 0, got {size}")
     kind, _, number = str(device).partition(":")
-    if not isinstance(device, int) and (kind not in ("cpu", "cuda") or not (number or "0").isdigit()):
-        raise ValueError(f"device: expected 'cpu', 'cuda', 'cuda:N' or the number of a GPU, got {device!r}")
-    backend = backends()["cpu" if kind == "cpu" else "cuda"]
+    named = None if isinstance(device, int) else gpus.named(str(device))
+    if not isinstance(device, int) and not named and (kind not in ("cpu", "cuda") or not (number or "0").isdigit()):
+        names = f"'cpu', 'cuda', 'cuda:N', the number of a GPU or one of {', '.join(gpus.GPUS)}"
+        raise ValueError(f"device: expected {names}, got {device!r}")
+    backend = backends()["cpu" if kind == "cpu" or named else "cuda"]
     if not backend.available:
-        raise RuntimeError(f"plan: the backend {backend.name!r} is not available: {backend.reason}")
+        hint = "" if kind == "cpu" or named else "; a GPU that is not here goes by its name, as in device='H100'"
+        what = "needs the compiled module" if named else f"the backend {backend.name!r} is not available"
+        raise RuntimeError(f"plan: {what}: {backend.reason}{hint}")
     projected, dtype_name, D = proj_size > 0, str(dtype).removeprefix("torch."), 2 if bidirectional else 1
     if kind == "cpu":
         width = hidden_size if input_size is None else input_size
@@ -149,6 +166,8 @@ def plan(
             num_threads = sys.modules["torch"].get_num_threads()
         layer = (num_steps, batch_size, width, hidden_size, proj_size, projected, dtype_name, D, backward)
         return CpuPlan(**_native.C.cpu_plan(*layer, num_threads))
-    gpu = device if isinstance(device, int) else int(number or 0)
-    steps = (num_steps, batch_size, hidden_size, proj_size, projected, dtype_name, tf32, D, backward)
-    return Plan(**_native.C.cuda_plan(*steps, strategy or "", gpu))
+    steps = (num_steps, batch_size, hidden_size, proj_size, projected, dtype_name, tf32, D, backward, strategy or "")
+    if named:
+        limits = (named.compute_capability, named.sms, named.gpcs, named.shared_bytes, named.boost_mhz * 1000)
+        return Plan(**_native.C.gpu_plan(*steps, *limits), registers=None)
+    return Plan(**_native.C.cuda_plan(*steps, device if isinstance(device, int) else int(number or 0)))

@@ -60,7 +60,8 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     if watched and onnx.is_exporting():
         return onnx.forward(call, save)
     if not served:
-        return _composed(call, save) if call.masked or save or call.directions == REVERSE else stock.forward(call, save)
+        more = call.masked or save or call.directions == REVERSE or (call.is_step and call.projected)  # than torch has
+        return _composed(call, save) if more else stock.forward(call, save)
     if watched and _in_forward_mode():
         return _composed(call, save)
     if watched:

@@ -2,8 +2,9 @@
 
 Needs NumPy alone; torch where tensors are asked for. A kernel of your own is checked in two lines:
 
-    inputs = make_inputs(case, "float32")
-    assert_all_close(run_layer(engine, inputs), run_oracle(inputs), case, "float32")
+    >>> case, engine = Case(T=5, B=3, I=7, H=13, resets=True), reference
+    >>> inputs = make_inputs(case, "float32")
+    >>> assert_all_close(run_layer(engine, inputs), run_oracle(inputs), case, "float32")
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Inputs:
             return None if a is None else a[0]
 
         states = {"h0": first(self.h0), "c0": first(self.c0), "dc_n": first(self.dc_n), "dh_n": None}
-        return replace(self, x=self.x[0], dy=first(self.dy), **states)
+        return replace(self, x=self.x[0], dy=first(self.dy), resets=first(self.resets), **states)
 
     def map(self, f: Callable[[Any], Any], cells: Callable[[Any], Any] | None = None) -> Inputs:
         """Puts f(a) for each floating-point array; `cells` does it for dcells, whose dtype is that of the cells."""

@@ -208,10 +208,11 @@ class Contract:
     @over(way="ways", sizes="step_sizes", bias="either", state="either")
     def test_step_matches_the_oracle(self, sizes: tuple[int, int, int], bias: bool, state: bool, way: Way) -> None:
         """A call without a time axis, as a cell makes it, with a batch and without; for a backward pass and not."""
-        case = Case(1, *sizes, bias=bias, state=state)
+        case = Case(1, *sizes, bias=bias, state=state, resets=bias == state)
         drawn = way.draw(case).without_time()
         alone = replace(drawn, x=drawn.x[0], dy=drawn.dy[0], dc_n=drawn.dc_n[0]) if case.B == 1 else drawn
         alone = replace(alone, h0=alone.h0[0], c0=alone.c0[0]) if case.B == 1 and state else alone
+        alone = replace(alone, resets=alone.resets[0, ...]) if case.B == 1 and case.resets else alone
         for step in (drawn, alone):
             expected = run_oracle(step)
             actual = way.run(way.own(step))

@@ -419,7 +419,7 @@ def test_op_refuses_what_the_kernel_would() -> None:
     x, weights = torch.randn(3, 2, 5), make_weights(4, 3)
     weights = [w.float() for w in weights]
     for device in ("cpu", "meta"):
-        with pytest.raises(RuntimeError, match=r"w_ih: expected shape \[4\*H, I\] = \[12, 5\], got \[12, 4\]"):
+        with pytest.raises(RuntimeError, match=r"x: expected shape \[T, B, I\] = \[3, 2, 4\], got \[3, 2, 5\]"):
             layer_forward(x.to(device), None, None, [w.to(device) for w in weights], None, None, None, 0, False, 0)
 
 

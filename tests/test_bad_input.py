@@ -52,28 +52,58 @@ def floats(a: Any) -> Any:
 WRONG: list[tuple[str, Callable[[Any], Any], type[Exception], list[str]]] = [
     ("x", lambda _: None, TypeError, ["x", "expected a numpy.ndarray or torch.Tensor", "NoneType"]),
     ("x", lambda _: [[[1.0]]], TypeError, ["x", "expected a numpy.ndarray or torch.Tensor", "list"]),
-    ("x", lambda a: a[0], RuntimeError, ["x", "expected 3 dimensions", "got 2"]),
+    ("x", lambda a: a[0], RuntimeError, ["x", "expected 3 dimensions", "got 2", "lstm_cell"]),
     ("x", lambda a: a[:0], RuntimeError, ["x", "at least one time step", "got T = 0"]),
-    ("x", lambda a: a[..., 1:], RuntimeError, ["w_ih", "[28, 4]", "got [28, 5]"]),
+    ("x", lambda a: a[..., 1:], RuntimeError, ["x: ", "[T, B, I] = [4, 3, 5]", "got [4, 3, 4]: w_ih is [28, 5]"]),
     ("x", integers, RuntimeError, ["x", "float32", "got int64"]),
-    ("x", half, RuntimeError, ["expected dtype float16", "got float32"]),
+    ("x", half, RuntimeError, ["x: expected dtype float32 as the weights have", "got float16"]),
+    ("w_ih", lambda _: None, TypeError, ["w_ih: expected a ", "got None"]),
+    ("w_hh", lambda _: None, TypeError, ["w_hh: expected a ", "got None"]),
     ("w_ih", lambda a: a[0], RuntimeError, ["w_ih", "expected 2 dimensions", "got 1"]),
     ("w_ih", lambda a: a[1:], RuntimeError, ["w_ih", "[28, 5]", "got [27, 5]"]),
+    ("w_ih", lambda a: a.T, RuntimeError, ["w_ih", "[28, 5]", "got [5, 28]: transposed?"]),
+    ("w_ih", half, RuntimeError, ["w_ih: expected dtype float32 as x has", "got float16"]),
     ("w_hh", lambda a: a[:, 1:], RuntimeError, ["w_hh", "[28, 7]", "got [28, 6]"]),
+    ("w_hh", lambda a: a[1:], RuntimeError, ["w_hh", "[28, 7]", "got [27, 7]"]),
+    ("w_hh", lambda a: a.T, RuntimeError, ["w_hh", "[4*H, H] = [28, 7]", "got [7, 28]: transposed?"]),
     ("w_hh", half, RuntimeError, ["w_hh", "expected dtype float32", "got float16"]),
     ("b_ih", lambda a: a[1:], RuntimeError, ["b_ih", "[28]", "got [27]"]),
-    ("h0", lambda a: a[1:], RuntimeError, ["h0", "[1, 3, 7]", "got [1, 2, 7]"]),
-    ("c0", lambda a: a[:, 1:], RuntimeError, ["c0", "[1, 3, 7]", "got [1, 3, 6]"]),
+    ("b_hh", lambda a: a[:7], RuntimeError, ["b_hh", "[4*H] = [28]", "got [7]"]),
+    ("h0", lambda a: a[1:], RuntimeError, ["h0", "[B, P] = [3, 7]", "got [2, 7]"]),
+    ("h0", lambda a: a[None], RuntimeError, ["h0", "[B, P] = [3, 7]", "got [1, 3, 7]: lstm() takes [B, P]"]),
+    ("c0", lambda a: a[:, 1:], RuntimeError, ["c0", "[B, H] = [3, 7]", "got [3, 6]"]),
+    ("c0", lambda a: a[[0, 0, 1, 2]], RuntimeError, ["c0", "[3, 7]", "got [4, 7]: x is taken as [T, B, I]; is it [B"]),
+    ("c0", lambda a: a[0], RuntimeError, ["c0", "[3, 7]", "got [7]"]),
     ("c0", half, RuntimeError, ["c0", "expected dtype float32", "got float16"]),
     ("state", lambda _: 3, TypeError, ["state", "a pair (h, c)", "int"]),
     ("state", lambda _: (1, 2, 3), TypeError, ["state", "a pair (h, c)", "3"]),
-    ("lengths", lambda a: a + 1, ValueError, ["lengths", "from 0 to T = 4", "5"]),
+    (
+        "state",
+        lambda _: np.zeros((2, 3, 7)),
+        TypeError,
+        ["state", "a pair (h, c)", "one numpy.ndarray of shape [2, 3, 7]"],
+    ),
+    ("lengths", lambda a: a + 1, ValueError, ["lengths", "from 0 to T = 4", "got 1 to 5"]),
     ("lengths", lambda a: a - 1, ValueError, ["lengths", "from 0 to T = 4", "-1"]),
+    ("lengths", lambda a: a * 0 + 5, ValueError, ["lengths", "from 0 to T = 4, got 5"]),
     ("lengths", lambda a: a[1:], RuntimeError, ["lengths", "[3]", "got [2]"]),
-    ("lengths", floats, TypeError, ["lengths", "integer", "float32"]),
+    (
+        "lengths",
+        lambda a: a[[0, 0, 1, 2]],
+        RuntimeError,
+        ["lengths", "got [4]: x is taken as [T, B, I]; is it [B, T, I]"],
+    ),
+    ("lengths", floats, TypeError, ["lengths", "integer", "float32", "use lengths."]),
+    ("lengths", lambda a: a.tolist(), TypeError, ["lengths", "got list", "use ", "(lengths)"]),
     ("resets", lambda a: a[1:], RuntimeError, ["resets", "[4, 3]", "got [3, 3]"]),
-    ("resets", floats, TypeError, ["resets", "bool", "float32"]),
-    ("resets", integers, TypeError, ["resets", "bool", "int64"]),
+    (
+        "resets",
+        lambda a: a.T,
+        RuntimeError,
+        ["resets", "[4, 3]", "got [3, 4]: x is taken as [T, B, I]; is it [B, T, I]"],
+    ),
+    ("resets", floats, TypeError, ["resets", "bool", "float32", "use resets."]),
+    ("resets", integers, TypeError, ["resets", "bool", "int64", "use resets."]),
 ]
 
 
@@ -94,7 +124,11 @@ def test_wrong_arguments_are_named(
 def test_arrays_and_tensors_do_not_mix(name: str) -> None:
     a = arguments("torch")
     a[name] = a[name].numpy()
-    with pytest.raises(TypeError, match=r"expected a torch\.Tensor.*got numpy\.ndarray"):
+    with pytest.raises(TypeError, match=r"expected a torch\.Tensor.*got numpy\.ndarray.*from_numpy"):
+        call(a)
+    a = arguments("torch")
+    a["x"] = a["x"].numpy()
+    with pytest.raises(TypeError, match=r"h0: expected a numpy\.ndarray as x is, got torch\.Tensor: .*from_numpy\(x\)"):
         call(a)
 
 
@@ -125,16 +159,31 @@ def test_a_projection_of_another_shape(kind: str) -> None:
     a["w_hr"] = a["w_hh"][:3, :6]
     with pytest.raises(RuntimeError, match=r"w_hr: expected shape"):
         call(a)
+    projected = a | {"w_hh": a["w_hh"][:, :3], "w_hr": a["w_hh"][:3], "h0": a["h0"][:, :3]}
+    call(projected)
+    for name in ("w_hh", "w_hr"):
+        with pytest.raises(RuntimeError, match=rf"{name}: expected shape .* transposed\?"):
+            call(projected | {name: projected[name].T})
+    with pytest.raises(
+        RuntimeError, match=r"h0: expected shape .* \[3, 3\], got \[3, 7\]: the pair is \(h, c\); swapped\?"
+    ):
+        call(projected | {"h0": projected["c0"], "c0": projected["h0"]})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_cell_arguments_are_named(kind: str) -> None:
     a = arguments(kind)
     x, weights = a["x"][0], [a[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    with pytest.raises(RuntimeError, match=r"x: expected 2 dimensions"):
+    with pytest.raises(RuntimeError, match=r"x: expected 2 dimensions.*lstm a sequence"):
         lstm_ext.lstm_cell(a["x"], None, *weights)
-    with pytest.raises(RuntimeError, match=r"h0?: expected"):
+    with pytest.raises(RuntimeError, match=r"x: expected shape \[B, I\] = \[3, 5\], got \[3, 4\]: w_ih is"):
+        lstm_ext.lstm_cell(x[:, 1:], None, *weights)
+    with pytest.raises(RuntimeError, match=r"h0: expected shape \[B, P\] = \[3, 7\], got \[2, 7\]"):
         lstm_ext.lstm_cell(x, (a["h0"][1:], a["c0"]), *weights)
+    with pytest.raises(RuntimeError, match=r"c0: expected 2 dimensions"):
+        lstm_ext.lstm_cell(x, (a["h0"], a["c0"][None]), *weights)
+    with pytest.raises(RuntimeError, match=r"resets: expected shape \[B\] = \[3\], got \[4, 3\]"):
+        lstm_ext.lstm_cell(x, None, *weights, resets=a["resets"])
     with pytest.raises(TypeError, match=r"x: expected a numpy\.ndarray or torch\.Tensor, got str"):
         lstm_ext.lstm_cell("x", None, *weights)
 

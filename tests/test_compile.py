@@ -66,6 +66,10 @@ MODULES: dict[str, tuple[Any, Any]] = {
         lambda: lstm_ext.LSTMCell(3, 4, bias=False),
         lambda m, T, B: ((torch.randn(B, 3), (torch.randn(B, 4), torch.randn(B, 4))), {}),
     ),
+    "cell resets": (
+        lambda: lstm_ext.LSTMCell(3, 4),
+        lambda m, T, B: ((torch.randn(B, 3), (torch.randn(B, 4), torch.randn(B, 4))), {"resets": torch.rand(B) < 0.5}),
+    ),
     "basic": (lambda: lstm_ext.BasicLSTMCell(4, input_size=3), lambda m, T, B: ((torch.randn(B, 3),), {})),
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lstm_ext
-from lstm_ext import convert
+from lstm_ext import convert, lstm, lstm_cell
 from lstm_ext.convert import Weights
 from lstm_ext.reference import Array, split_gates
 from lstm_ext.testing import assert_close
@@ -644,12 +644,56 @@ def test_stacks_that_one_lstm_cannot_have_are_refused(rng: np.random.Generator) 
             write([one, (two, two, two)])
         with pytest.raises(ValueError, match="layers: expected at least one, got none"):
             write([])
-        with pytest.raises(TypeError, match="layers: expected a list of layers, got Weights"):
-            write(one)
+        with pytest.raises(TypeError, match="expected Weights, a tuple of them or a list of layers, got dict"):
+            write({})
     with pytest.raises(ValueError, match=r"missing layers\[1\]\[0\].w_hr"):
         convert.to_state_dict([draw_weights(rng, biases=2, projected=True), two])
-    with pytest.raises(ValueError, match=r"layers: expected one of one direction for a cell, got \[1, 1\]"):
-        convert.to_state_dict([one, two], cell=True)
+
+
+NO_STACK: list[Callable[[Any], Any]] = [convert.to_keras, convert.to_onnx]
+ONE_DIRECTION: list[Callable[[Any], Any]] = [
+    partial(convert.to_state_dict, cell=True),
+    partial(convert.to_tensorflow, forget_bias=1.0),
+    *(convert.to_linen, convert.to_nnx, convert.to_equinox, convert.to_haste),
+]
+
+
+@pytest.mark.parametrize("write", [convert.to_state_dict, convert.to_cudnn, *NO_STACK, *ONE_DIRECTION])
+def test_all_take_the_same_forms(write: Callable[[Any], Any], rng: np.random.Generator) -> None:
+    """One Weights, the tuple of a layer's directions, a list of layers: as far as the format goes."""
+    one, other = draw_weights(rng, H, biases=2), draw_weights(rng, H, biases=2)
+
+    def arrays(written: Any) -> list[Array]:
+        leaves = written.values() if isinstance(written, dict) else written if isinstance(written, list) else [written]
+        return [a for leaf in leaves for a in (arrays(leaf) if isinstance(leaf, dict) else [np.asarray(leaf)])]
+
+    expected = arrays(write(one))
+    for form in ((one,), [one], [(one,)], ((one,),)):
+        for a, b in zip(arrays(write(form)), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    if write in ONE_DIRECTION:
+        with pytest.raises(ValueError, match="expected one direction, as this format keeps no more, got 2"):
+            write((one, other))
+    else:  # a tuple of directions is no stack, though both fit here
+        assert sum(a.size for a in arrays(write((one, other)))) == 2 * sum(a.size for a in expected)
+        for a, b in zip(arrays(write([(one, other)])), arrays(write((one, other))), strict=True):
+            np.testing.assert_array_equal(a, b)
+    if write in ONE_DIRECTION + NO_STACK:
+        with pytest.raises(ValueError, match="expected one layer, as this format keeps no more, got 2"):
+            write([one, other])
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_weights_go_into_the_functions_as_they_are(projected: bool, rng: np.random.Generator) -> None:
+    weights = draw_weights(rng, biases=2, projected=projected)
+    x = draw(rng, 2, 3, I)
+    _, (h, c) = lstm(x, None, *weights)
+    state = None
+    for step in x:
+        state = lstm_cell(step, state, *weights)
+    np.testing.assert_allclose(state[0], h, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state[1], c, rtol=1e-5, atol=1e-6)
+    assert Weights(weights.w_ih, weights.w_hh) == (weights.w_ih, weights.w_hh, None, None, None)
 
 
 @pytest.mark.parametrize("write", [convert.to_haste, convert.to_keras, convert.to_linen, convert.to_equinox])
@@ -674,6 +718,17 @@ def test_cudnn_buffers_of_other_sizes_are_refused() -> None:
         convert.from_cudnn(np.zeros(287, "float32"), I, H, 1, True)
     with pytest.raises(ValueError, match="num_layers: expected a positive integer, got 0"):
         convert.from_cudnn(np.zeros(144, "float32"), I, H, 0)
+
+
+def test_names_with_their_scope_and_arrays_without_names_get_a_hint(rng: np.random.Generator) -> None:
+    params = {"kernel": draw(rng, I + H, 4 * H), "bias": draw(rng, 4 * H)}
+    for scope in ("rnn/basic_lstm_cell/", "cell."):
+        with pytest.raises(ValueError, match=r"unknown .*; the names are those without the scope before them"):
+            convert.from_tensorflow({scope + name: a for name, a in params.items()}, forget_bias=1.0)
+    with pytest.raises(
+        TypeError, match=r"a mapping from the names bias, projection/kernel \(optional\), kernel to arrays"
+    ):
+        convert.from_tensorflow(list(params.values()), forget_bias=1.0)  # type: ignore[arg-type]
 
 
 def test_a_kernel_too_short_for_h_is_refused(rng: np.random.Generator) -> None:

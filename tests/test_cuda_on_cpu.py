@@ -68,7 +68,7 @@ class OnGpu:
     strategy: str
 
     def forward(self, call: LayerCall, save: Save) -> Any:
-        if call.is_step and not save:
+        if call.is_step and not save and call.resets is None:
             return self.core.cuda_step_forward(call, False)
         if call.is_step:
             return Outputs(*self.forward(call.with_time(), save)).without_time(call)

@@ -343,6 +343,12 @@ def test_cells_and_functions(backend: str) -> None:
     stock, cell = nn.LSTMCell(I, H).double(), lstm_ext.LSTMCell(I, H).double()
     cell.load_state_dict(stock.state_dict())
     x, h, c = (torch.randn(5, B, width, dtype=torch.float64) for width in (I, H, H))
+    resets = torch.rand(5, B) < 0.5
+    mapped = torch.vmap(lambda x, h, resets: cell(x, (h, c[0]), resets=resets))(x, h, resets)
+    by_hand = [cell(x[n], (h[n], c[0]), resets=resets[n]) for n in range(5)]
+    assert_same(mapped, [torch.stack(a) for a in zip(*by_hand, strict=True)])
+    jacobian = torch.func.jacfwd(lambda h: cell(x[0], (h, c[0]), resets=resets[0])[0])(h[0])
+    assert_same(jacobian, torch.func.jacrev(lambda h: cell(x[0], (h, c[0]), resets=resets[0])[0])(h[0]))
     singles: Any = [stock(each, (h[n], c[0])) for n, each in enumerate(x)]
     assert_same(torch.vmap(lambda x, h: cell(x, (h, c[0])))(x, h), [torch.stack(a) for a in zip(*singles, strict=True)])
     weights = dict(cell.named_parameters())

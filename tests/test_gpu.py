@@ -309,8 +309,12 @@ def test_wrong_arguments_are_named() -> None:
     x, w_ih, w_hh = torch.randn(4, 3, 3).cuda(), torch.randn(20, 3).cuda(), torch.randn(20, 5).cuda()
     for error, message, call in (
         (RuntimeError, "w_hh: expected on device cuda", lambda: lstm_ext.lstm(x, None, w_ih, w_hh.cpu())),
-        (RuntimeError, r"w_ih: expected shape \[4\*H, I\]", lambda: lstm_ext.lstm(x[..., :2], None, w_ih, w_hh)),
-        (RuntimeError, "w_ih: expected dtype float16", lambda: lstm_ext.lstm(x.half(), None, w_ih, w_hh)),
+        (RuntimeError, r"x: expected shape \[T, B, I\]", lambda: lstm_ext.lstm(x[..., :2], None, w_ih, w_hh)),
+        (
+            RuntimeError,
+            "x: expected dtype float32 as the weights have, got float16",
+            lambda: lstm_ext.lstm(x.half(), None, w_ih, w_hh),
+        ),
         (TypeError, "resets: expected dtype bool", lambda: lstm_ext.lstm(x, None, w_ih, w_hh, resets=x[..., 0])),
         (ValueError, "strategy: expected 'block'", lambda: lstm_ext.plan(4, 3, 5, strategy="tree")),
     ):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,13 +29,13 @@ WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
 WITHOUT_NATIVE = "import sys; sys.modules['lstm_ext._C'] = None\n"
 
 
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Another Python, away from the sources, which would hide the package that is installed."""
     return subprocess.run(
         [sys.executable, "-W", "default", *arguments],
         capture_output=True,
         text=True,
-        cwd=tempfile.gettempdir(),
+        cwd=cwd or tempfile.gettempdir(),
         env=os.environ | environment,
         timeout=120,
         check=False,
@@ -59,18 +62,49 @@ def test_numpy_arrays_need_neither_torch_nor_the_native_module(missing: str) -> 
     succeed(missing + NUMPY_PROGRAM)
 
 
-def test_without_torch_a_module_says_what_it_needs() -> None:
-    output = succeed(
+def test_without_torch_what_needs_it_says_so() -> None:
+    """By whichever way it is named, with the type of error that Python has for that way."""
+    said = succeed(
         WITHOUT_TORCH
         + """
 import lstm_ext
-try:
-    lstm_ext.LSTM
-except ImportError as error:
-    print(error)
+for name in ("LSTM", "LSTMCell", "BasicLSTMCell", "replace_lstm", "to_torch", "onnx", "ops"):
+    for way in ("lstm_ext." + name, "from lstm_ext import " + name):
+        try:
+            exec(way)
+        except Exception as error:
+            print(way, type(error).__name__, error, sep="|")
 """
     )
-    assert "needs PyTorch" in output
+    for line in said.splitlines():
+        way, kind, text = line.split("|")
+        name = way.removeprefix("lstm_ext.").removeprefix("from lstm_ext import ")
+        assert kind == ("ImportError" if way.startswith("from") else "AttributeError")
+        assert text == f"lstm_ext.{name} needs PyTorch (torch>=2.11); lstm_ext.lstm works on NumPy arrays"
+    assert len(said.splitlines()) == 14
+
+
+def test_without_torch_the_package_can_be_looked_at() -> None:
+    succeed(
+        WITHOUT_TORCH
+        + """
+import inspect, pydoc, numpy as np, lstm_ext
+from lstm_ext import *
+assert not hasattr(lstm_ext, "LSTM") and "LSTM" not in lstm_ext.__all__ + dir(lstm_ext)
+assert {"lstm", "convert", "testing"} <= set(dir(lstm_ext)) and "ops" not in dir(lstm_ext)
+inspect.getmembers(lstm_ext)
+assert "lstm_cell(x: 'A'" in pydoc.render_doc(lstm_ext, renderer=pydoc.plaintext)
+try:
+    lstm_ext.convert.to_state_dict(lstm_ext.convert.Weights(np.ones((8, 3)), np.ones((8, 2))))
+except ImportError as error:
+    assert "to_state_dict" in str(error) and "needs PyTorch" in str(error)
+"""
+    )
+
+
+def test_completion_shows_what_is_public_and_no_more() -> None:
+    shown = {name for name in dir(lstm_ext) if not name.startswith("__")}
+    assert shown == {*lstm_ext.__all__, "convert", "onnx", "ops", "testing"}
 
 
 def test_without_the_native_module_tensors_run_on_numpy_and_one_warning_says_so() -> None:
@@ -94,6 +128,63 @@ for a, b in zip(ours.parameters(), stock.parameters()):
     )
     assert "reason: " in output
     assert output.count("UserWarning: lstm_ext computes in NumPy") == 1
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A folder with the package as it lies in a clone: with nothing compiled."""
+    package = Path(lstm_ext.__file__).parent
+    shutil.copytree(
+        package, tmp_path / "lstm_ext", ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    )
+    (tmp_path / "csrc").mkdir()
+    return tmp_path
+
+
+def test_sources_that_hide_the_installed_package_say_so_once(sources: Path) -> None:
+    installed = str(Path(lstm_ext.__file__).parents[1])
+    program = "import numpy as np, lstm_ext, torch; z = np.zeros; print(lstm_ext.__file__)\n"
+    program += "lstm_ext.lstm(z((2, 1, 1)), None, z((4, 1)), z((4, 1))); lstm_ext.LSTM(1, 1)(torch.zeros(2, 1, 1))"
+    done = run_python("-c", program, cwd=sources, PYTHONPATH=installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(sources / "lstm_ext" / "__init__.py")
+    assert done.stderr.count("lstm_ext computes in NumPy") == done.stderr.count("UserWarning") == 1
+    for words in (
+        "<string>:1: ",
+        "source folder",
+        str(Path(installed) / "lstm_ext"),
+        "another folder",
+        "pip install -e .",
+    ):
+        assert words in done.stderr
+    assert "circular" not in done.stderr
+
+
+def test_sources_alone_say_that_they_have_to_be_installed(sources: Path) -> None:
+    program = """
+import pathlib, sys, numpy
+sys.path = [each for each in sys.path if not each or not (pathlib.Path(each) / "lstm_ext").exists()]
+import lstm_ext
+"""
+    done = run_python("-c", program, cwd=sources)
+    assert done.returncode == 0, done.stderr
+    assert "Install it in place (pip install -e .)" in done.stderr
+
+
+def test_the_self_check_fails_where_kernels_are_missing(sources: Path) -> None:
+    done = run_python("-m", "lstm_ext", cwd=sources)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.rstrip().endswith("the CPU kernels are not in use, for the reason above")
+    record = '{"native": false, "reason": "built with LSTM_EXT_BUILD=python"}'
+    (sources / "lstm_ext" / "_build_info.json").write_text(record, encoding="utf-8")
+    done = run_python("-m", "lstm_ext", cwd=sources)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("built with LSTM_EXT_BUILD=python") == 1
+    assert done.stdout.rstrip().endswith("all checks passed")
+    assert "Warning" not in done.stderr
+    program = "import torch, lstm_ext; [lstm_ext.LSTM(1, 1)(torch.zeros(1, 1, 1)) for _ in range(2)]"
+    done = run_python("-c", program, cwd=sources)
+    assert done.stderr.count("the compiled kernels are missing (built with LSTM_EXT_BUILD=python)") == 1
 
 
 def test_import_is_fast_and_leaves_torch_alone() -> None:
@@ -122,6 +213,33 @@ def test_the_self_check_passes() -> None:
         assert word in done.stdout
 
 
+def test_the_self_check_is_a_program_like_others() -> None:
+    done = run_python("-m", "lstm_ext", "--help")
+    assert done.returncode == 0
+    assert "Exit status" in done.stdout
+    assert run_python("-m", "lstm_ext", "--version").stdout == f"lstm_ext {lstm_ext.__version__}\n"
+    done = run_python("-m", "lstm_ext", "--bogus")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --bogus" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="the system has no such signal")
+def test_the_self_check_ends_quietly_when_nobody_reads_on() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "lstm_ext"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            cwd=tempfile.gettempdir(),
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == -signal.SIGPIPE
+    assert done.stderr == b""
+
+
 @pytest.mark.parametrize(("name", "expected"), [("gpu", "expected one of"), ("cuda", "is not available")])
 def test_an_unusable_backend_in_the_environment_is_an_error_at_first_use(name: str, expected: str) -> None:
     done = run_python("-c", "import sys" + NUMPY_PROGRAM, LSTM_EXT_BACKEND=name)
@@ -131,9 +249,52 @@ def test_an_unusable_backend_in_the_environment_is_an_error_at_first_use(name: s
 
 
 @needs_native
-def test_an_unknown_simd_level_is_reported() -> None:
-    program = "import lstm_ext; print(lstm_ext.backends()['cpu'].reason)"
-    assert "LSTM_EXT_SIMD: expected one of baseline" in succeed(program, LSTM_EXT_SIMD="sse9")
+@pytest.mark.parametrize(
+    "use",
+    [
+        "lstm_ext.lstm(np.zeros((1, 1, 1)), None, np.zeros((4, 1)), np.zeros((4, 1)))",
+        "import torch; lstm_ext.LSTM(1, 1)(torch.zeros(1, 1, 1))",
+        "lstm_ext.build_info()",
+        "lstm_ext.plan(1, 1, 1, device='cpu')",
+    ],
+)
+def test_an_unknown_simd_level_is_an_error_at_first_use(use: str) -> None:
+    program = f"""
+import numpy as np, lstm_ext
+assert lstm_ext.backends()['cpu'].available
+try:
+    {use}
+except ValueError as error:
+    print(error)
+"""
+    names = ", ".join(_native.C.build_info()["simd_built"])
+    said = succeed(program, LSTM_EXT_SIMD="sse9")
+    assert said.strip() == f"LSTM_EXT_SIMD: expected one of {names}, got 'sse9'"
+
+
+@needs_native
+def test_the_self_check_reports_wrong_variables_in_one_line() -> None:
+    for name, value in (("LSTM_EXT_SIMD", "sse9"), ("LSTM_EXT_BACKEND", "gpu")):
+        done = run_python("-m", "lstm_ext", **{name: value})
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"lstm_ext: {name}: expected one of")
+        assert done.stdout.count("\n") + done.stderr.count("\n") == 1
+
+
+@needs_native
+def test_a_simd_level_above_the_machines_is_the_highest_below_it() -> None:
+    """With one warning; a level that the machine has is used without."""
+    info = _native.C.build_info()
+    built, available = info["simd_built"], info["simd_available"]
+    program = "import numpy as np, lstm_ext; w = np.zeros((4, 1), np.float32)\n"
+    program += "for _ in range(2): lstm_ext.lstm(w[None], None, w, w)\n"
+    program += "lstm_ext.lstm(w[None].astype('float64'), None, w.astype('float64'), w.astype('float64'))\n"
+    program += "print(lstm_ext.build_info()['simd'])"
+    for n, level in enumerate(built):
+        used = [each for each in built[: n + 1] if each in available][-1]
+        said = succeed(program, LSTM_EXT_SIMD=level)
+        assert used in said.splitlines()
+        assert said.count(f"LSTM_EXT_SIMD: this machine has no {level}; lstm_ext uses {used}") == (level != used)
 
 
 # Threads and processes -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lstm_ext.engines import cpu
 from lstm_ext.engines import numpy as numpy_engine
 
 from .conftest import needs_native
-from .test_bad_input import KINDS, WRONG, B, H, I, T, arguments, half
+from .test_bad_input import KINDS, WRONG, B, H, I, T, arguments, half, integers
 
 pytestmark = [needs_native, pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")]
 
@@ -44,6 +44,18 @@ def both_call(kind: str) -> LayerCall:
     return call._replace(h0=None, c0=None, weights=call.weights * 2, directions=BOTH)
 
 
+def projected_call(kind: str) -> LayerCall:
+    """To 3 of the 7 units."""
+    call = plain_call(kind)
+    w_ih, w_hh, b_ih, b_hh = call.weights
+    return call._replace(h0=call.h0[..., :3], weights=[w_ih, w_hh[:, :3], b_ih, b_hh, w_hh[:3]])
+
+
+def batch_first_call(kind: str) -> LayerCall:
+    call = plain_call(kind)
+    return call._replace(x=call.x.swapaxes(0, 1), batch_first=True)
+
+
 def step_call(kind: str) -> LayerCall:
     """Of one step, without a time axis."""
     call = plain_call(kind)
@@ -68,6 +80,9 @@ def refusal(run: Callable[..., Any], *arguments: Any) -> str:
     return f"{caught.type.__name__}: {caught.value}"
 
 
+NO_ARRAY = {"NoneType", "list", "got None", "got list"}  # which the core leaves to its caller
+
+
 def assert_refused_alike(call: LayerCall) -> None:
     said = refusal(_native.C.layer_forward, call, Save.NOTHING)
     assert refusal(check, call) == said
@@ -77,7 +92,7 @@ def assert_refused_alike(call: LayerCall) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("name", "change"),
-    [(name, change) for name, change, _, words in WRONG if name != "state" and words[-1] not in ("NoneType", "list")],
+    [(name, change) for name, change, _, words in WRONG if name != "state" and not NO_ARRAY.intersection(words)],
 )
 def test_the_core_refuses_in_the_words_of_check(kind: str, name: str, change: Callable[[Any], Any]) -> None:
     a = arguments(kind)
@@ -108,6 +123,23 @@ WRONG_CALLS: dict[str, tuple[Callable[[str], LayerCall], Change]] = {
     "weights: one": (plain_call, weights(lambda w: w[:1])),
     "weights: six": (plain_call, weights(lambda w: [*w, *w[:2]])),
     "weights: w_hr": (plain_call, weights(lambda w: [*w, w[1][:3, :6]])),
+    "weights: other dtype": (plain_call, weights(lambda w: [half(each) for each in w])),
+    "weights: one of another dtype": (plain_call, weights(lambda w: [half(w[0]), *w[1:]])),
+    "weights: integers": (plain_call, weights(lambda w: [integers(each) for each in w])),
+    "weights: w_ih and w_hh transposed": (plain_call, weights(lambda w: [w[0].T, w[1].T, *w[2:]])),
+    "weights: w_hh transposed": (plain_call, weights(lambda w: [w[0], w[1].T, *w[2:]])),
+    "weights: w_hh transposed, projected": (projected_call, weights(lambda w: [w[0], w[1].T, *w[2:]])),
+    "weights: w_hr transposed": (projected_call, weights(lambda w: [*w[:4], w[4].T])),
+    "state: swapped": (projected_call, changed(h0=lambda call: call.c0, c0=lambda call: call.h0)),
+    "state: both without directions": (
+        both_call,
+        changed(h0=lambda call: call.x[0, :, :1] @ call.weights[0].T[:1, :H]),
+    ),
+    "x: width, both": (both_call, changed(x=lambda call: call.x[..., 1:])),
+    "x: width, batch first": (batch_first_call, changed(x=lambda call: call.x[..., 1:])),
+    "batch first: lengths": (batch_first_call, changed(lengths=lambda call: call.x[0, :, 0].argsort())),
+    "batch first: resets": (batch_first_call, changed(resets=lambda call: call.x[..., 0].T > 0)),
+    "batch first: h0": (batch_first_call, changed(h0=lambda call: call.x[:1] @ call.weights[0].T[:, :H])),
     "weights: reverse": (both_call, weights(lambda w: [*w[:4], w[4], w[5][:, 1:], *w[6:]])),
     "step: rows of h": (step_call, changed(h0=lambda call: call.h0[1:])),
     "step: width of c": (step_call, changed(c0=lambda call: call.c0[:, 1:])),
@@ -115,9 +147,13 @@ WRONG_CALLS: dict[str, tuple[Callable[[str], LayerCall], Change]] = {
     "step: 3-D h": (step_call, changed(h0=lambda call: call.h0[None])),
     "step: no batch": (step_call, changed(x=lambda call: call.x[0])),
     "step: lengths": (step_call, changed(lengths=lambda call: call.x[:, 0].argsort())),
-    "step: resets": (step_call, changed(resets=lambda call: call.x[:, 0] > 0)),
+    "step: resets": (step_call, changed(resets=lambda call: call.x > 0)),
+    "step: rows of resets": (step_call, changed(resets=lambda call: call.x[1:, 0] > 0)),
+    "step: width of x": (step_call, changed(x=lambda call: call.x[:, 1:])),
+    "step: width of x without a batch": (step_call, changed(x=lambda call: call.x[0, 1:])),
     "step: both": (step_call, changed(directions=lambda _: BOTH, weights=lambda call: call.weights * 2)),
     "packed: too few": (packed_call([3, 3, 3, 2]), changed()),
+    "packed: width of x": (packed_call([3, 3, 3, 3]), changed(x=lambda call: call.x[:, 1:])),
     "packed: rising": (packed_call([2, 3, 3, 4]), changed()),
     "packed: a zero": (packed_call([3, 3, 3, 3, 0]), changed()),
     "packed: floats": (packed_call([3.0, 3.0, 3.0, 3.0]), changed()),

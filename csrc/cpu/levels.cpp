@@ -80,12 +80,14 @@ const Kernels& pick() {
   const Available& all = available();
   const char* wanted = std::getenv("LSTM_EXT_SIMD");
   if (!wanted || !*wanted) return *all.levels[all.count - 1];
+  const Kernels* widest = all.levels[0];  // that this machine runs, so far
   std::string names;
-  for (int n = 0; n < all.count; ++n) {
-    if (std::string(wanted) == all.levels[n]->name) return *all.levels[n];
-    names += (n ? ", " : "") + std::string(all.levels[n]->name);
+  for (auto level = kBuilt; *level; ++level) {
+    if (features_of((*level)->needs) == (*level)->needs) widest = *level;
+    if (std::string(wanted) == (*level)->name) return *widest;
+    names += (names.empty() ? "" : ", ") + std::string((*level)->name);
   }
-  throw std::runtime_error("LSTM_EXT_SIMD: expected one of " + names + " on this machine, got '" + wanted + "'");
+  throw std::invalid_argument("LSTM_EXT_SIMD: expected one of " + names + ", got '" + wanted + "'");
 }
 
 }  // namespace

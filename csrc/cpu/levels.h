@@ -24,8 +24,8 @@ struct Kernels {
   void (*layer_backward)(const LayerBackward&, const Plan&);
 };
 
-// The widest level that was built and that this machine runs, or the one that LSTM_EXT_SIMD names.
-// Throws std::runtime_error if that is not available.
+// The widest level that was built and that this machine runs, and no wider than LSTM_EXT_SIMD says.
+// Throws std::invalid_argument if that names no level.
 const Kernels& kernels();
 
 // The levels that were built, and those of them that run here, narrowest first; both end with a null pointer.

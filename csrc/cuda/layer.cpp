@@ -44,7 +44,7 @@ int resident_blocks(Arithmetic arithmetic, bool backward, int batch_tiles, int c
 
 Plan plan_on(const SequenceShape& shape, int directions, bool backward, const LayerOptions& options,
              const DeviceLimits& device) {
-  const Arithmetic arithmetic = arithmetic_of(options.dtype, options.tf32 && device.compute_capability >= 80);
+  const Arithmetic arithmetic = arithmetic_of(options.dtype, options.tf32, device.compute_capability);
   Plan plan = make_plan({arithmetic, shape, directions, backward, device, resident_blocks}, options.strategy);
   plan.kernels = &kernels(arithmetic, plan.batch_tiles);
   with_kernel(*plan.kernels, plan.strategy == Strategy::kStep, backward, [](const auto& kernel) { prepare(kernel); });

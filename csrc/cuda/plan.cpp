@@ -354,11 +354,11 @@ std::string slower(double microseconds, const Plan& chosen) {
 
 }  // namespace
 
-Arithmetic arithmetic_of(Dtype dtype, bool tf32) {
+Arithmetic arithmetic_of(Dtype dtype, bool tf32, int compute_capability) {
   switch (dtype) {
     case Dtype::kBFloat16: return Arithmetic::kBf16;
     case Dtype::kFloat16: return Arithmetic::kFp16;
-    case Dtype::kFloat32: return tf32 ? Arithmetic::kTf32 : Arithmetic::kFp32;
+    case Dtype::kFloat32: return tf32 && compute_capability >= 80 ? Arithmetic::kTf32 : Arithmetic::kFp32;
     case Dtype::kFloat64: return Arithmetic::kFp64;
   }
   throw std::logic_error("arithmetic_of: no such dtype");

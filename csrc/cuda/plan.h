@@ -1,6 +1,7 @@
 // Which strategy a layer runs by, and why: see COST_MODEL.md.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -15,7 +16,8 @@ namespace lstm_ext::cuda {
 
 enum class Arithmetic : int { kBf16, kFp16, kTf32, kFp32, kFp64 };
 
-Arithmetic arithmetic_of(Dtype dtype, bool tf32);
+// TF32 where that is allowed, and the device has it.
+Arithmetic arithmetic_of(Dtype dtype, bool tf32, int compute_capability);
 
 // What a kernel's tiles measure: the planner's view of a Tile, which kernels.cuh holds against the Tile itself.
 struct TileSizes {
@@ -53,7 +55,8 @@ struct Problem {
   bool backward;
   DeviceLimits device;
   // How many blocks (cluster 1) or clusters of so many blocks the whole device runs at a time.
-  int (*resident_blocks)(Arithmetic, bool backward, int batch_tiles, int cluster, int64_t shared_bytes, int sms);
+  std::function<int(Arithmetic, bool backward, int batch_tiles, int cluster, int64_t shared_bytes, int sms)>
+      resident_blocks;
 };
 
 struct KernelSet;

@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "../cuda/layer.h"
+#include "gpu_plan.h"
 #include "layer_args.h"
 #include "ops.h"
 
@@ -50,7 +51,7 @@ struct StepsArgs : LayerLayout {
     }
     if (!lengths) return;
     lengths.expect_int64();
-    lengths.expect_shape({shape.B}, "B");
+    check_lengths(lengths);
     masks.lengths = static_cast<const int64_t*>(lengths.data());
     if (!lengths.contiguous()) throw std::runtime_error("lengths: expected a contiguous tensor");
   }
@@ -149,6 +150,7 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   }
   const LayerArgs args(call, dlpack::kCuda);
   if (args.shape.projected) throw std::runtime_error("w_hr: expected none in a single step, got one");
+  if (args.resets) throw std::runtime_error("resets: expected None in a single step, got an array");
   const cuda::DeviceGuard guard(args.x.device().id);
   const cuda::LayerOptions options{args.dtype, tf32, cuda::Strategy::kStep};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, 1, false, options, args.x.device().id);
@@ -174,15 +176,8 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, c
   const SequenceShape shape{T, B, 0, H, projected ? P : H, projected};
   const cuda::LayerOptions options{dtype_named(dtype), tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, num_directions, backward, options, device);
-  py::dict result, refused;
-  for (const auto& [other, why] : plan->refused) refused[cuda::name_of(other)] = why;
-  result["strategy"] = cuda::name_of(plan->strategy);
-  result["blocks"] = plan->blocks();
-  result["team"] = plan->strategy == cuda::Strategy::kStep ? 1 : plan->layout.ranks;
+  py::dict result = describe(*plan);
   result["registers"] = cuda::plan_registers(*plan);
-  result["shared_bytes"] = plan->layout.shared_bytes;
-  result["microseconds_per_step"] = plan->microseconds;
-  result["refused"] = refused;
   return result;
 }
 

@@ -64,7 +64,7 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
   for (size_t n = 0; n < static_cast<size_t>(D); ++n) {
     const auto get = [&](size_t index, const char* const(&names)[2]) {
       Array array(PySequence_Fast_GET_ITEM(weights.ptr(), n * each + index), names[n], like);
-      array.expect_dtype(dtype, kLike);
+      if (!array.has_dtype(dtype)) refuse_dtype(array, like, weights);
       return array;
     };
     DirectionArrays& to = direction[n];
@@ -73,12 +73,13 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
     if (with_w_ih) to.w_ih.expect_dims(2);
     to.w_hh.expect_dims(2);
     if (n == 0) {
+      if (with_w_ih) check_first(like, to);
       if (with_w_ih) shape.H = to.w_hh.size(0) / 4;
       shape.P = to.w_hh.size(1);
     }
     const int64_t H = shape.H;
     if (with_w_ih) to.w_ih.expect_shape({4 * H, shape.I}, "4*H, I");
-    to.w_hh.expect_shape({4 * H, shape.projected ? shape.P : H}, "4*H, P");
+    to.w_hh.expect_shape({4 * H, shape.projected ? shape.P : H}, shape.projected ? "4*H, P" : "4*H, H");
     if (each >= first + 3) {
       to.b_ih = get(first + 1, {"b_ih", "b_ih_reverse"});
       to.b_hh = get(first + 2, {"b_hh", "b_hh_reverse"});
@@ -92,29 +93,88 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
   }
 }
 
+// The weights of the first direction, from which H and P are read: which of w_ih, w_hh and x is the wrong one. Where
+// w_ih agrees with w_hh it is x.
+void LayerLayout::check_first(const Array& x, const DirectionArrays& weights) const {
+  const Array &w_ih = weights.w_ih, &w_hh = weights.w_hh;
+  const int64_t rows = w_hh.size(0), columns = w_hh.size(1);
+  if (!shape.projected && rows != 4 * columns) {
+    const int64_t H = columns == 4 * rows ? rows : w_ih.size(0) / 4;
+    w_hh.expect_shape({4 * H, H}, "4*H, H");
+  }
+  if (shape.projected && rows != w_ih.size(0) && columns == w_ih.size(0)) w_hh.expect_shape({columns, rows}, "4*H, P");
+  if (rows % 4 == 0 && w_ih.size(0) == rows && w_ih.size(1) != shape.I) {
+    Shape expected = x.shape();
+    expected.begin()[expected.size() - 1] = w_ih.size(1);
+    const char* const dims = packed ? "N, I" : step ? (batched ? "B, I" : "I") : batch_first ? "B, T, I" : "T, B, I";
+    x.refuse_shape(expected, dims, ": w_ih is " + text_of(w_ih.shape()));
+  }
+}
+
+// A weight of another dtype than x. Where all weights have that one, x is the wrong one.
+void LayerLayout::refuse_dtype(const Array& weight, const Array& x, py::handle weights) const {
+  bool agree = false;
+  for (const Dtype known : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    agree = agree || weight.has_dtype(known);
+  }
+  for (Py_ssize_t n = 0; n < PySequence_Fast_GET_SIZE(weights.ptr()); ++n) {
+    agree = agree && weight.has_dtype_of(Array(PySequence_Fast_GET_ITEM(weights.ptr(), n), "weights", x));
+  }
+  if (!agree) weight.expect_dtype(dtype, kLike);
+  throw std::runtime_error("x: expected dtype " + weight.dtype_text() + " as the weights have, got " + x.dtype_text());
+}
+
+void LayerLayout::check_lengths(const Array& lengths) const {
+  if (lengths.shape() == Shape{shape.B}) return;
+  lengths.refuse_shape({shape.B}, "B", layout_hint(lengths.shape() == Shape{shape.T}));
+}
+
+// Where sizes would fit if time and batch of x changed places.
+std::string LayerLayout::layout_hint(bool as_if_swapped) const {
+  if (!as_if_swapped || packed || shape.T == shape.B) return "";
+  return batch_first ? ": x is taken as [B, T, I] (batch_first); is it [T, B, I]?"
+                     : ": x is taken as [T, B, I]; is it [B, T, I] (batch_first)?";
+}
+
 void LayerLayout::check_state() const {
   for (const Array* array : {&h0, &c0}) {
     if (step && *array && (array->ndim() == 0 || array->ndim() > 2)) array->refuse_dims();
   }
-  if (h0) {
-    h0.expect_dtype(dtype, kLike);
-    h0.expect_shape(state_shape(shape.P), !step ? "D, B, P" : batched ? "B, P" : "P");
-  }
-  if (c0) {
-    c0.expect_dtype(dtype, kLike);
-    c0.expect_shape(state_shape(shape.H), !step ? "D, B, H" : batched ? "B, H" : "H");
-  }
+  check_state(h0, "P", shape.P, c0, shape.H);
+  check_state(c0, "H", shape.H, h0, shape.P);
+}
+
+// One of the pair; of a single direction it is told without that axis, as `lstm` takes it.
+void LayerLayout::check_state(const Array& state, const char* letter, int64_t width, const Array& other,
+                              int64_t other_width) const {
+  if (!state) return;
+  state.expect_dtype(dtype, kLike);
+  const Shape expected = state_shape(width), got = state.shape();
+  if (got == expected) return;
+  const bool swapped = other && got == state_shape(other_width) && other.shape() == expected;
+  const bool one = !step && D == 1 && got.size() > 0 && got.begin()[0] == 1;
+  std::string hint = swapped ? ": the pair is (h, c); swapped?" : "";
+  if (one && got.size() == 4 && Shape(got.begin() + 1, 3) == expected)
+    hint = ": lstm() takes [B, P] and [B, H], no axis of layers";
+  if (!step && got == Shape{D, shape.T, width}) hint = layout_hint(true);
+  const std::string dims = step ? (batched ? "B, " : "") : one ? "B, " : "D, B, ";
+  state.refuse_shape(expected, (dims + letter).c_str(), hint, one ? 1 : 0);
 }
 
 void LayerLayout::read_resets() {
   if (!resets) return;
   resets.expect_bool();
-  if (batch_first) {
-    resets.expect_shape({shape.B, shape.T}, "B, T");
-  } else {
-    resets.expect_shape({shape.T, shape.B}, "T, B");
-  }
   masks.resets = static_cast<const uint8_t*>(resets.data());
+  if (step) {
+    resets.expect_shape(batched ? Shape{shape.B} : Shape{}, batched ? "B" : "");
+    masks.reset_b_stride = batched ? resets.stride(0) : 0;
+    return;
+  }
+  const Shape expected = batch_first ? Shape{shape.B, shape.T} : Shape{shape.T, shape.B};
+  if (resets.shape() != expected) {
+    const bool swapped = resets.shape() == (batch_first ? Shape{shape.T, shape.B} : Shape{shape.B, shape.T});
+    resets.refuse_shape(expected, batch_first ? "B, T" : "T, B", layout_hint(swapped));
+  }
   masks.reset_t_stride = resets.stride(batch_first ? 1 : 0);
   masks.reset_b_stride = resets.stride(batch_first ? 0 : 1);
 }
@@ -196,8 +256,8 @@ void LayerArgs::read_axes() {
     return;
   }
   if (step) {
-    if (directions == Directions::kBoth || lengths || resets) {
-      throw py::value_error("directions, lengths, resets: expected one direction and no masks without a time axis");
+    if (directions == Directions::kBoth || lengths) {
+      throw py::value_error("directions, lengths: expected one direction and no lengths without a time axis");
     }
     shape.T = 1;
     shape.B = batched ? x.size(0) : 1;
@@ -211,7 +271,7 @@ void LayerArgs::read_axes() {
 void LayerArgs::read_lengths() {
   if (!lengths) return;
   lengths.expect_integers();
-  lengths.expect_shape({shape.B}, "B");
+  check_lengths(lengths);
   // A copy, since these are used as indices, and the caller's may change once the GIL is released.
   for (int64_t b = 0; b < shape.B; ++b) lengths_.push_back(lengths.integer(b));
   masks.lengths = lengths_.data();
@@ -219,7 +279,7 @@ void LayerArgs::read_lengths() {
   const auto [least, most] = std::minmax_element(lengths_.begin(), lengths_.end());
   if (*least < 0 || *most > shape.T) {
     throw py::value_error("lengths: expected values from 0 to T = " + std::to_string(shape.T) + ", got " +
-                          std::to_string(*least) + " to " + std::to_string(*most));
+                          std::to_string(*least) + (*least < *most ? " to " + std::to_string(*most) : ""));
   }
 }
 

@@ -47,7 +47,13 @@ struct LayerLayout {
   // The flat list, without the w_ih if `with_w_ih` is false: then shape.H is known before.
   void read_weights(const Array& like, py::handle weights, bool with_w_ih);
   void check_state() const;
+  void check_state(const Array& state, const char* letter, int64_t width, const Array& other,
+                   int64_t other_width) const;
+  void check_lengths(const Array& lengths) const;
   void read_resets();
+  void check_first(const Array& x, const DirectionArrays& weights) const;
+  [[noreturn]] void refuse_dtype(const Array& weight, const Array& x, py::handle weights) const;
+  std::string layout_hint(bool as_if_swapped) const;
 };
 
 // Those of a pass that reads x itself.

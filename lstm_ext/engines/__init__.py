@@ -57,7 +57,20 @@ class Choice:
 
 
 def build_info() -> dict[str, Any]:
-    """What this installation is: its version, whether the native core loaded (if not, why), and how that was built."""
+    """What this installation is.
+
+    Returns:
+        version; native, whether the compiled core is loaded; if not, the reason. If it is, also compiler; simd_built,
+        simd_available and simd: the SIMD levels in it, those that this machine has, and the one in use; cuda, whether
+        the CUDA kernels are in it, and if so cuda_archs and cudart (13000 for 13.0).
+
+    Raises:
+        ValueError: LSTM_EXT_SIMD names no level.
+
+    Example:
+        >>> lstm_ext.build_info()["version"] == lstm_ext.__version__
+        True
+    """
     if _native.reason:
         return {"version": __version__, "native": False, "reason": _native.reason}
     return {"version": __version__, "native": True, **_native.C.build_info()}
@@ -74,7 +87,15 @@ def _reason(name: str) -> str:
 
 
 def backends() -> dict[str, Backend]:
-    """The backends "cuda", "cpu" and "numpy", each with `.available` and, where it is not, `.reason`."""
+    """What computes here: the backends in the order in which they are preferred.
+
+    Returns:
+        For each of the names "cuda", "cpu" and "numpy" an object with `.available` and, where that is False, `.reason`.
+
+    Example:
+        >>> lstm_ext.backends()["numpy"]
+        Backend(name='numpy', available=True, reason='')
+    """
     return {name: Backend(name, not _reason(name), _reason(name)) for name in NAMES}
 
 
@@ -101,6 +122,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no backend has this name.
         RuntimeError: the backend is not available; or, in the block, it cannot serve a tensor's device or dtype.
+
+    Example:
+        >>> with lstm_ext.use_backend("numpy"):
+        ...     y, state = lstm_ext.lstm(np.ones((5, 2, 3)), None, np.ones((16, 3)), np.ones((16, 4)))
+        >>> y.shape
+        (5, 2, 4)
     """
     token = forced.set(_known(name, "use_backend"))
     try:
@@ -113,6 +140,14 @@ def use_backend(name: str) -> Iterator[None]:
 def _from_environment() -> str | None:
     name = os.environ.get(ENVIRONMENT)
     return _known(name, ENVIRONMENT) if name else None
+
+
+@cache
+def _check_simd() -> None:
+    """Says so where LSTM_EXT_SIMD asks for more than this machine has; of an unknown name the core makes an error."""
+    wanted, used = os.environ.get("LSTM_EXT_SIMD"), _native.C.build_info()["simd"]
+    if wanted and wanted != used:
+        warn_once(f"LSTM_EXT_SIMD: this machine has no {wanted}; lstm_ext uses {used}")
 
 
 def _refusal(name: str, device: str, dtype: str) -> str:
@@ -143,7 +178,9 @@ def choose_under(name: str | None, device: str, dtype: object) -> Choice:
     refused: list[tuple[str, str]] = []
     for name in (required,) if required else NAMES:
         if not (why := _refusal(name, device, str(dtype).removeprefix("torch."))):
-            if name == "numpy" and _native.reason and str(dtype).startswith("torch."):
+            if name == "cpu":
+                _check_simd()
+            if name == "numpy" and _native.reason and not _native.missing and str(dtype).startswith("torch."):
                 warn_once(f"lstm_ext computes in NumPy, slowly: the compiled kernels are missing ({_native.reason})")
             return Choice(name, _engine(name), tuple(refused))
         refused.append((name, why))

@@ -114,7 +114,7 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
     if not all(isinstance(a, Tensor) for a in (*call[:3], *call[3], *call[4:7]) if a is not None):
         return NotImplemented
     if asked.is_step:
-        if not save:
+        if not save and asked.resets is None and not asked.projected:  # what that one launch does
             return C.cuda_step_forward(asked, tf32_allowed())
         outputs = forward(asked.with_time(), save)
         return outputs if outputs is NotImplemented else Outputs(*outputs).squeeze_time_(asked)

@@ -1,0 +1,35 @@
+#include "gpu_plan.h"
+
+#include "../array.h"
+
+namespace lstm_ext::ops {
+
+py::dict describe(const cuda::Plan& plan) {
+  py::dict result, refused;
+  for (const auto& [other, why] : plan.refused) refused[cuda::name_of(other)] = why;
+  result["strategy"] = cuda::name_of(plan.strategy);
+  result["blocks"] = plan.blocks();
+  result["team"] = plan.strategy == cuda::Strategy::kStep ? 1 : plan.layout.ranks;
+  result["shared_bytes"] = plan.layout.shared_bytes;
+  result["microseconds_per_step"] = plan.microseconds;
+  result["refused"] = refused;
+  return result;
+}
+
+py::dict gpu_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, const std::string& dtype, bool tf32,
+                  int num_directions, bool backward, const std::string& strategy, int compute_capability, int sms,
+                  int gpcs, int64_t shared_bytes, int clock_khz) {
+  // The kernels of a whole sequence take more than half of a multiprocessor's registers: one block runs on each.
+  const auto resident = [gpcs](cuda::Arithmetic, bool, int, int cluster, int64_t, int all) {
+    return cluster > 1 ? gpcs * (all / gpcs / cluster) : all;
+  };
+  const cuda::Problem problem{cuda::arithmetic_of(dtype_named(dtype), tf32, compute_capability),
+                              {T, B, 0, H, projected ? P : H, projected},
+                              num_directions,
+                              backward,
+                              {compute_capability, sms, shared_bytes, clock_khz, true},
+                              resident};
+  return describe(cuda::make_plan(problem, cuda::strategy_named(strategy)));
+}
+
+}  // namespace lstm_ext::ops

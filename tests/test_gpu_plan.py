@@ -1,0 +1,95 @@
+"""`lstm_ext.plan` for GPUs by name, which need not be there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+import lstm_ext
+from lstm_ext import gpus
+
+from .conftest import needs_native
+
+pytestmark = needs_native
+
+# CUDA cores, as the data sheets say; a multiprocessor has 64 of them before 8.6, but for 9.0 and later 128.
+CORES = {
+    "T4": 2560,
+    "RTX 2080 Ti": 4352,
+    "A100": 6912,
+    "A30": 3584,
+    "A10": 9216,
+    "A40": 10752,
+    "RTX A6000": 10752,
+    "RTX 3080": 8704,
+    "RTX 3090": 10496,
+    "L4": 7424,
+    "L40S": 18176,
+    "RTX 4080": 9728,
+    "RTX 4090": 16384,
+    "H100": 16896,
+    "H100 PCIe": 14592,
+    "H200": 16896,
+    "B200": 18944,
+    "RTX 5080": 10752,
+    "RTX 5090": 21760,
+}
+
+
+def test_the_table_agrees_with_the_data_sheets() -> None:
+    assert {name: gpu.sms * (64 if gpu.compute_capability <= 80 else 128) for name, gpu in gpus.GPUS.items()} == CORES
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("name", gpus.GPUS)
+def test_every_gpu_has_a_plan_within_its_limits(name: str, dtype: str) -> None:
+    gpu = gpus.GPUS[name]
+    for T, B, H in ((1, 1, 1), (100, 1, 32), (512, 16, 256), (50, 300, 1000), (7, 5, 4000)):
+        plan = lstm_ext.plan(T, B, H, dtype=dtype, device=name)
+        others = {"block", "cluster", "grid", "step"} - {plan.strategy}
+        assert set(plan.refused) == others
+        assert plan.registers is None
+        assert 0 <= plan.shared_bytes <= gpu.shared_bytes
+        assert plan.microseconds_per_step > 0
+        if plan.strategy == "grid":
+            assert 2 <= plan.team <= plan.blocks <= gpu.sms
+        if gpu.compute_capability < 90:
+            assert plan.refused["cluster"] == "no clusters before compute capability 9.0"
+        assert lstm_ext.plan(T, B, H, dtype=dtype, device=name, strategy=plan.strategy) == lstm_ext.Plan(
+            **asdict(plan) | {"refused": {}}
+        )
+
+
+def test_a_cluster_of_multiprocessors_lies_within_a_group_of_them() -> None:
+    """The 132 of an H100 are 8 groups, each of which holds two clusters of 8."""
+    plan = lstm_ext.plan(512, 400, 400, dtype="bfloat16", device="H100", strategy="cluster")
+    assert plan.team == 8
+    assert plan.blocks == 8 * 2 * 8
+
+
+def test_tf32_is_planned_where_it_is_there() -> None:
+    def times(name: str) -> set[float]:
+        options: dict[str, Any] = {"device": name, "strategy": "step"}
+        return {lstm_ext.plan(9, 4000, 4000, tf32=tf32, **options).microseconds_per_step for tf32 in (False, True)}
+
+    assert len(times("A100")) == 2
+    assert len(times("T4")) == 1
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "RTX-4090", "NVIDIA GeForce RTX 4090", "geforce rtx 4090"])
+def test_names_are_taken_as_people_write_them(name: str) -> None:
+    assert lstm_ext.plan(50, 4, 100, device=name) == lstm_ext.plan(50, 4, 100, device="RTX 4090")
+
+
+def test_what_has_no_plan_says_so() -> None:
+    with pytest.raises(ValueError, match=r"device: expected 'cpu', .* or one of T4, .*RTX 5090, got 'H1000'"):
+        lstm_ext.plan(1, 1, 1, device="H1000")
+    with pytest.raises(RuntimeError, match="strategy: 'cluster' cannot run this: no clusters before"):
+        lstm_ext.plan(1, 1, 1, device="A100", strategy="cluster")
+    with pytest.raises(ValueError, match="strategy: expected 'block'"):
+        lstm_ext.plan(1, 1, 1, device="A100", strategy="tree")
+    if not lstm_ext.backends()["cuda"].available:
+        with pytest.raises(RuntimeError, match=r"'cuda' is not available: .*; a GPU that is not here goes by its name"):
+            lstm_ext.plan(1, 1, 1)
