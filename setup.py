@@ -32,7 +32,7 @@ LOG = BUILD / "build.log"
 MODES = ("auto", "python", "cpu", "cuda")
 ALL_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 OLDEST_ARCH = 75
-CUDA_MINUTES = 2  # of one core, for an architecture
+CUDA_MINUTES = 3  # of one core, for an architecture
 REASON_LENGTH = 120  # of what an installation keeps; the log says more
 
 
