@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
 from itertools import takewhile
 from pathlib import Path
 
@@ -27,7 +28,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+CMAKE_ARGS = os.environ.get("CMAKE_ARGS", "")
+# One folder for each way to compile, or going from one to another and back would compile all of it each time.
+WAY = f"-{zlib.crc32(CMAKE_ARGS.encode()):08x}" if CMAKE_ARGS else ""
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{WAY}"
 LOG = BUILD / "build.log"
 MODES = ("auto", "python", "cpu", "cuda")
 ALL_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
@@ -247,7 +251,7 @@ def build_native(target: Path, version: str, cuda: list[str], cuda_reason: str) 
     """Compiles the native module to the file `target`."""
     LOG.parent.mkdir(parents=True, exist_ok=True)
     LOG.write_text("")
-    extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    extra = shlex.split(CMAKE_ARGS)
     check_compiler(extra)
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     # Objects are kept, but what an earlier build found (its compilers, an isolated build's tools) is not.
@@ -259,7 +263,7 @@ def build_native(target: Path, version: str, cuda: list[str], cuda_reason: str) 
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11_cmake_dir()}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD / 'module'}",
         f"-DLSTM_EXT_VERSION={version}",
         f"-DLSTM_EXT_BUILD_LEVELS={';'.join(LEVELS)}",
         f"-DLSTM_EXT_NO_CUDA={cuda_reason}",
@@ -267,6 +271,10 @@ def build_native(target: Path, version: str, cuda: list[str], cuda_reason: str) 
     ]
     run(configure + extra)
     run([cmake, "--build", str(BUILD)])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copy = target.with_name(f"{target.name}-{os.getpid()}")
+    shutil.copy2(BUILD / "module" / target.name, copy)
+    copy.replace(target)  # at once, as a process may run from it
 
 
 # ---- setuptools ------------------------------------------------------------------------------------------

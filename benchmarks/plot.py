@@ -126,7 +126,7 @@ def roofline(rows: Sequence[Row], ceilings: Meta) -> Any:
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="GFLOP/s")
     by_vectors = ceilings["fma_gflops"]["float32"]
     tiles = f" by tile registers, {by_vectors:.0f} by vectors" if peak > by_vectors else ""
-    axis.set_title(f"{named(rows)}; peak {peak:.0f} GFLOP/s{tiles}")
+    axis.set_title(f"{named(rows)}\npeak {peak:.0f} GFLOP/s{tiles}")
     axis.grid(which="both", alpha=0.3)
     axis.legend(fontsize=8)
     return figure
