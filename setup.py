@@ -2,6 +2,7 @@
 
 Environment:
     LSTM_EXT_BUILD        auto (default), python (no native module), cpu, or cuda (CPU and CUDA)
+    LSTM_EXT_BUILD_LEVELS SIMD levels of the CPU kernels, such as "avx2,avx512" (default: all); baseline is always built
     LSTM_EXT_CUDA_ARCHS   CUDA architectures, such as "90a;100" (default: those of the GPUs present)
     CXX, CUDACXX          the compilers
     CMAKE_ARGS            further arguments for CMake, such as -DLSTM_EXT_SANITIZE=address,undefined
@@ -17,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import zlib
 from itertools import takewhile
 from pathlib import Path
 
@@ -25,9 +28,16 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+CMAKE_ARGS = os.environ.get("CMAKE_ARGS", "")
+# One folder for each way to compile, or going from one to another and back would compile all of it each time.
+WAY = f"-{zlib.crc32(CMAKE_ARGS.encode()):08x}" if CMAKE_ARGS else ""
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{WAY}"
+LOG = BUILD / "build.log"
 MODES = ("auto", "python", "cpu", "cuda")
 ALL_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 OLDEST_ARCH = 75
+CUDA_MINUTES = 3  # of one core, for an architecture
+REASON_LENGTH = 120  # of what an installation keeps; the log says more
 
 
 class BuildError(Exception):
@@ -42,6 +52,30 @@ def build_mode() -> str:
 
 
 MODE = build_mode()
+
+
+def named_levels() -> list[str]:
+    """The SIMD levels in LSTM_EXT_BUILD_LEVELS; [] where it is not set. CMakeLists.txt has their list."""
+    known = re.findall(r"^ *add_simd_level\((\w+)", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    text = os.environ.get("LSTM_EXT_BUILD_LEVELS", "")
+    levels = [level for level in re.split(r"[;,\s]+", text) if level]
+    for level in levels:
+        if level not in known:
+            raise SystemExit(
+                f"lstm_ext: LSTM_EXT_BUILD_LEVELS: expected names of {', '.join(known)}, got {level!r} in {text!r}"
+            )
+    return levels
+
+
+LEVELS = named_levels()
+
+
+def shorten(reason: str) -> str:
+    return reason if len(reason) <= REASON_LENGTH else reason[: REASON_LENGTH - 1] + "…"
+
+
+def announce(text: str) -> None:
+    print(f"lstm_ext: {text} (LSTM_EXT_BUILD={MODE})", file=sys.stderr, flush=True)
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------
@@ -109,8 +143,9 @@ def plan_cuda() -> tuple[list[str], str]:
     archs = archs or present_archs()
     if not archs:
         if MODE == "auto":
-            return [], "no GPU found and LSTM_EXT_CUDA_ARCHS not set"
+            return [], "nvcc is here, but no GPU was found and LSTM_EXT_CUDA_ARCHS was not set"
         archs = supported_archs(nvcc)
+        announce("no GPU found and LSTM_EXT_CUDA_ARCHS not set, which names architectures: building for all there are")
     return [
         "-DLSTM_EXT_CUDA=ON",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
@@ -129,6 +164,36 @@ def find_tool(name: str) -> str:
     return tool
 
 
+# What old compilers fail at.
+PROBE = """
+#if __cplusplus < 202002L
+#error "no C++20"
+#endif
+#include <bit>
+typedef int V __attribute__((vector_size(16)));
+template <class T> requires(sizeof(T) > 2) T twice(T value) { return value + value; }
+int main() { V v{}; v = __builtin_shufflevector(v, v, 1, 0, 3, 2); return twice(v)[0] + std::countr_zero(1u); }
+"""
+
+
+def check_compiler(cmake_arguments: list[str]) -> None:
+    """Raises BuildError, in one line, where no compiler can compile the kernels. CMake would need ten."""
+    if any(argument.startswith("-DCMAKE_CXX_COMPILER=") for argument in cmake_arguments):
+        return
+    wanted = "g++ 12 or newer, or clang++"
+    compiler = shlex.split(os.environ.get("CXX", "")) or [n for n in ("c++", "g++", "clang++") if shutil.which(n)][:1]
+    if not compiler:
+        raise BuildError(f"no C++ compiler found: install {wanted}, or set CXX")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(PROBE)
+        try:
+            run([*compiler, "-std=c++20", str(source), "-o", str(source.with_suffix(""))])
+        except BuildError as error:
+            failed = f"no working C++20 compiler: install {wanted}, or set CXX ({shlex.join(compiler)} fails: {error})"
+            raise BuildError(failed) from None
+
+
 def first_error(output: list[str]) -> str:
     """The first error of a compiler or CMake in its output, in one line."""
     for n, line in enumerate(output):
@@ -141,39 +206,75 @@ def first_error(output: list[str]) -> str:
 
 
 def run(command: list[str]) -> None:
-    """Runs it and passes its output on; raises BuildError with its first error if it fails."""
-    print("+", shlex.join(command), flush=True)
+    """Runs it and passes its output on, to LOG as well; raises BuildError with its first error if it fails."""
     output = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            output.append(line.rstrip())
+    with LOG.open("a", encoding="utf-8") as log:
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+            print(line, file=log, flush=True)
+
+        say(f"+ {shlex.join(command)}")
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        except OSError as error:
+            say(str(error))
+            raise BuildError(str(error)) from error
+        with process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                output.append(line.rstrip())
+                say(output[-1])
     if process.returncode != 0:
         raise BuildError(first_error(output))
 
 
-def build_native(target: Path, version: str, cuda: list[str]) -> None:
-    """Compiles the native module to the file `target`."""
+def pybind11_cmake_dir() -> Path:
+    """Where CMake finds pybind11: a copy in build/.
+
+    An isolated build has it in another folder each time, and all that includes it would be compiled again.
+    """
     import pybind11
 
+    package, found = Path(pybind11.__file__).parent, Path(pybind11.get_cmake_dir())
+    if not found.is_relative_to(package):
+        return found
+    copy = ROOT / "build" / f"pybind11-{pybind11.__version__}"
+    if not copy.exists():
+        unfinished = copy.with_name(f"{copy.name}-{os.getpid()}")
+        shutil.copytree(package, unfinished, ignore=shutil.ignore_patterns("__pycache__"))
+        unfinished.rename(copy)
+    return copy / found.relative_to(package)
+
+
+def build_native(target: Path, version: str, cuda: list[str], cuda_reason: str) -> None:
+    """Compiles the native module to the file `target`."""
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    LOG.write_text("")
+    extra = shlex.split(CMAKE_ARGS)
+    check_compiler(extra)
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
-    build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
     # Objects are kept, but what an earlier build found (its compilers, an isolated build's tools) is not.
-    (build / "CMakeCache.txt").unlink(missing_ok=True)
-    for found in build.glob("CMakeFiles/[0-9]*"):
+    (BUILD / "CMakeCache.txt").unlink(missing_ok=True)
+    for found in BUILD.glob("CMakeFiles/[0-9]*"):
         shutil.rmtree(found)
     configure = [
-        *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+        *(cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+        f"-Dpybind11_DIR={pybind11_cmake_dir()}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD / 'module'}",
         f"-DLSTM_EXT_VERSION={version}",
+        f"-DLSTM_EXT_BUILD_LEVELS={';'.join(LEVELS)}",
+        f"-DLSTM_EXT_NO_CUDA={cuda_reason}",
         *cuda,
     ]
-    run(configure + shlex.split(os.environ.get("CMAKE_ARGS", "")))
-    run([cmake, "--build", str(build)])
+    run(configure + extra)
+    run([cmake, "--build", str(BUILD)])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copy = target.with_name(f"{target.name}-{os.getpid()}")
+    shutil.copy2(BUILD / "module" / target.name, copy)
+    copy.replace(target)  # at once, as a process may run from it
 
 
 # ---- setuptools ------------------------------------------------------------------------------------------
@@ -194,10 +295,6 @@ def record(package: Path, version: str, reason: str, cuda_reason: str) -> None:
     }
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-
-
-def announce(text: str) -> None:
-    print(f"lstm_ext: {text} (LSTM_EXT_BUILD={MODE})", file=sys.stderr, flush=True)
 
 
 class BuildPy(build_py):
@@ -221,25 +318,30 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         cuda, self.cuda_reason = plan_cuda()
+        levels = f" ({', '.join(dict.fromkeys(['baseline', *LEVELS]))})" if LEVELS else ""
         if cuda:
-            announce(f"building the CPU kernels, and the CUDA kernels for {cuda[-1].partition('=')[2]}")
+            archs = cuda[-1].partition("=")[2].split(";")
+            announce(
+                f"building the CPU kernels{levels}, and the CUDA kernels for {', '.join(archs)}: about "
+                f"{1 + CUDA_MINUTES * len(archs)} minutes of one core"
+            )
         else:
-            announce(f"building the CPU kernels; no CUDA kernels: {self.cuda_reason}")
+            announce(f"building the CPU kernels{levels}, a minute of one core; no CUDA kernels: {self.cuda_reason}")
         version = self.distribution.get_version()
         try:
             try:
-                build_native(target, version, cuda)
+                build_native(target, version, cuda, self.cuda_reason)
             except BuildError as error:
                 if MODE != "auto" or not cuda:
                     raise
-                self.cuda_reason = f"the CUDA build failed: {error}"
+                self.cuda_reason = shorten(f"the CUDA build failed: {error}")
                 announce(f"{self.cuda_reason}; building the CPU kernels alone")
-                build_native(target, version, [])
+                build_native(target, version, [], self.cuda_reason)
         except BuildError as error:
             if MODE != "auto":
                 raise SystemExit(f"lstm_ext: LSTM_EXT_BUILD={MODE}: {error}") from None
-            self.reason = self.cuda_reason = f"the native build failed: {error}"
-            announce(f"{self.reason}; installing without native kernels, the NumPy backend remains")
+            self.reason = self.cuda_reason = shorten(str(error))
+            announce(f"{self.reason}; installing without native kernels, the NumPy backend remains; log: {LOG}")
 
 
 setup(

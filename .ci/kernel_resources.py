@@ -1,6 +1,6 @@
 """Registers of each CUDA kernel on each architecture, as ptxas reports them: .ci/kernel_resources.txt.
 
-    LSTM_EXT_BUILD=cuda LSTM_EXT_CUDA_ARCHS="..." CMAKE_ARGS=-DCMAKE_CUDA_FLAGS=-Xptxas=-v pip install -v . >LOG 2>&1
+    LSTM_EXT_BUILD=cuda LSTM_EXT_CUDA_ARCHS="..." CUDAFLAGS=-Xptxas=-v pip install -v . >LOG 2>&1
     python .ci/kernel_resources.py [--check] LOG
 
 Writes the columns of the architectures that were built; with --check it compares them instead. Either way it fails if a

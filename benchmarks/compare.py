@@ -1,7 +1,8 @@
 """Compares the results of two runs: `python benchmarks/compare.py BEFORE.json AFTER.json`.
 
 A change stands out where it is more than both the noise, twice the two interquartile ranges taken together, and a
-threshold. Exit status 1 if anything became slower by that much, or was right before and is wrong now.
+threshold. Exit status: 0; 1 if anything became slower by that much, or was right before and is wrong now; 2 if there is
+nothing to compare.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from math import hypot
 from pathlib import Path
 
 from lstm_bench.cases import Case
-from lstm_bench.report import case_cells, case_columns, make_console, new_table, number
+from lstm_bench.report import case_cells, case_columns, make_console, new_table, number, show
 from lstm_bench.rows import OURS, Row, geomean, load
 
 NOISE = 2
@@ -22,8 +23,8 @@ NOISE = 2
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument("before", type=Path, help="a file that run.py --json wrote")
+    parser.add_argument("after", type=Path, help="another one, of the same machine")
     parser.add_argument("--arm", default=OURS, help=f"default: {OURS}")
     parser.add_argument("--threshold", type=float, default=0.05, help="the least change that counts (default: 0.05)")
     parser.add_argument("--all", action="store_true", help="show the rows that did not change, too")
@@ -47,7 +48,11 @@ def verdict(before: Row, after: Row, arm: str, threshold: float) -> str:
 
 def main() -> int:
     options, console = parse(), make_console()
-    (meta_before, rows_before), (meta_after, rows_after) = load(options.before), load(options.after)
+    try:
+        (meta_before, rows_before), (meta_after, rows_after) = load(options.before), load(options.after)
+    except ValueError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
     for key in ("cpu", "gpu", "cores"):
         if meta_before[key] != meta_after[key]:
             console.print(f"Not the same machine: {key} {meta_before[key]} and {meta_after[key]}", style="yellow")
@@ -68,7 +73,7 @@ def main() -> int:
         cells = [*case_cells(row, axes), number(old), number(new), change, verdicts[case]]
         table.add_row(*cells, style=colours[verdicts[case]])
     if shown:
-        console.print(table)
+        show(console, table)
     changes = [
         after[case].us[options.arm] / before[case].us[options.arm]
         for case in common

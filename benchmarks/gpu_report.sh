@@ -182,7 +182,7 @@ console = report.make_console()
 if done:
     for table in (report.results(done), report.targets(done)):
         if table:
-            console.print(table)
+            report.show(console, table)
     report.notes(console, done)
 else:
     console.print("No row was measured.")

@@ -27,6 +27,12 @@ from matplotlib.colors import TwoSlopeNorm
 Meta = dict[str, Any]
 
 
+def named(rows: Sequence[Row]) -> str:
+    """What `plain` rows have in common, for titles."""
+    case = rows[0].case
+    return f"{case.dtype}, {case.mode}, {case.threads} thread{'s' * (case.threads > 1)}"
+
+
 def plain(rows: Sequence[Row], mode: str, threads: int) -> list[Row]:
     """The float32 rows of one layer and direction, without a projection or a busy neighbour."""
     usual = {"mode": mode, "threads": threads, "dtype": "float32", "layers": 1, "directions": 1, "P": 0, "busy": 0}
@@ -42,7 +48,7 @@ def grouped(rows: Sequence[Row], *axes: str) -> dict[tuple[Any, ...], list[Row]]
 
 
 def speedup(rows: Sequence[Row]) -> Any:
-    """Heat map of torch's time over ours; what is in one cell (several T or I) goes in as a geometric mean."""
+    """Heat map of torch's time over ours; a cell is the geometric mean over its rows, of several T or I."""
     cells = grouped([row for row in rows if row.ratio is not None and row.case.suite != "cliff"], "B", "H")
     batches, widths = (sorted({key[n] for key in cells}) for n in (0, 1))
     if len(batches) < 2 or len(widths) < 2:
@@ -50,13 +56,16 @@ def speedup(rows: Sequence[Row]) -> Any:
     ratios = np.full((len(batches), len(widths)), np.nan)
     for (B, H), members in cells.items():
         ratios[batches.index(B), widths.index(H)] = geomean(row.ratio for row in members if row.ratio is not None)
-    figure, axis = plt.subplots(figsize=(1.5 + 0.55 * len(widths), 1.5 + 0.45 * len(batches)))
+    averaged = [name for name in "TI" if any(len({getattr(row.case, name) for row in of}) > 1 for of in cells.values())]
+    figure, axis = plt.subplots(figsize=(1.5 + 0.55 * len(widths), 1.8 + 0.45 * len(batches)))
     limit = max(1.0, float(np.nanmax(np.abs(np.log2(ratios)))))
     axis.imshow(np.log2(ratios), cmap="RdYlGn", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
     for (b, h), ratio in np.ndenumerate(ratios):
         if not np.isnan(ratio):
-            axis.text(h, b, f"{ratio:.1f}", ha="center", va="center", fontsize=8)
-    axis.set(xlabel="H", ylabel="B", title=f"{BASE} / {OURS}")
+            dark = abs(np.log2(ratio)) > 0.7 * limit
+            axis.text(h, b, f"{ratio:.1f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    mean = f"\neach the geometric mean over {' and '.join(averaged)}" if averaged else ""
+    axis.set(xlabel="H", ylabel="B", title=f"Time of {BASE} / {OURS}: {named(rows)}{mean}")
     axis.set_xticks(range(len(widths)), widths, rotation=90)
     axis.set_yticks(range(len(batches)), batches)
     return figure
@@ -86,11 +95,15 @@ def over_width(groups: dict[tuple[Any, ...], list[Row]], least: int, log: bool) 
             axis.xaxis.set_major_formatter("{x:.0f}")
         axis.grid(which="both", alpha=0.3)
         axis.legend()
+    figure.suptitle(named(next(iter(panels.values()))))
     return figure
 
 
 def roofline(rows: Sequence[Row], ceilings: Meta) -> Any:
-    """GFLOP/s over flops per byte of weights, under the ceilings of so many threads."""
+    """GFLOP/s over flops per byte of weights, under the ceilings of so many threads.
+
+    A row has the ceiling of the fastest cache that holds its weights, and so lies above the lines of slower ones.
+    """
     rows = [row for row in rows if row.us]
     if not rows or ceilings is None:
         return None
@@ -109,8 +122,11 @@ def roofline(rows: Sequence[Row], ceilings: Meta) -> Any:
     for level in ceilings["levels"]:
         roof = np.minimum(peak, intensity * level["read_gbs"] * threads)
         axis.plot(intensity, roof, linewidth=1, label=f"{level['name']} {level['read_gbs']:.0f} GB/s a core")
-    axis.set(xscale="log", yscale="log", xlabel="flops per byte of weights read", ylabel="GFLOP/s")
-    axis.set_title(f"float32, {threads} thread{'s' * (threads > 1)}, peak {peak:.0f} GFLOP/s")
+    label = "flops per byte of weights read\n(a point's ceiling is that of the fastest cache that holds its weights)"
+    axis.set(xscale="log", yscale="log", xlabel=label, ylabel="GFLOP/s")
+    by_vectors = ceilings["fma_gflops"]["float32"]
+    tiles = f" by tile registers, {by_vectors:.0f} by vectors" if peak > by_vectors else ""
+    axis.set_title(f"{named(rows)}\npeak {peak:.0f} GFLOP/s{tiles}")
     axis.grid(which="both", alpha=0.3)
     axis.legend(fontsize=8)
     return figure
@@ -118,16 +134,20 @@ def roofline(rows: Sequence[Row], ceilings: Meta) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("-o", "--out", type=Path, default=Path(), help="folder (default: this one)")
+    parser.add_argument("results", nargs="+", type=Path, help="files that run.py --json wrote")
+    parser.add_argument("-o", "--out", type=Path, default=Path("plots"), help="folder (default: plots)")
     options = parser.parse_args()
     meta: Meta = {}
     by_case: dict[Case, Row] = {}
-    for path in options.results:
-        meta, own = load(path)
-        by_case |= {replace(row.case, suite=""): row for row in own}
+    try:
+        for path in options.results:
+            meta, own = load(path)
+            by_case |= {replace(row.case, suite=""): row for row in own}
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        print(f"plot.py: {error}", file=sys.stderr)
+        return 2
     rows = list(by_case.values())
-    options.out.mkdir(parents=True, exist_ok=True)
     for mode, threads in grouped(rows, "mode", "threads"):
         chosen = plain(rows, mode, threads)
         cliff = [row for row in chosen if row.case.suite == "cliff"]

@@ -1,4 +1,4 @@
-"""Times LSTMs against each other on this machine. `python benchmarks/run.py --help` tells how."""
+"""Times LSTMs against each other on this machine, and prints how many times as long the others take."""
 
 from __future__ import annotations
 
@@ -27,15 +27,28 @@ import lstm_ext
 SECONDS = {"quick": 0.1, "full": 0.3, "gpu-quick": 0.1, "gpu": 0.2}
 
 EPILOG = """
-Without a preset, axes span a grid of their own, where an axis left out has one value. With a preset they pick those of
-its rows. Each row is checked against float64 before it is timed. An interrupt leaves the rows done so far. Examples:
+Without a preset, axes span a grid of their own, where an axis left out has
+one value. With a preset they pick those of its rows. Each row is checked
+against float64 before it is timed. An interrupt leaves the rows done so far,
+and exits with 130. Examples:
 
-  python benchmarks/run.py                                        # quick
-  python benchmarks/run.py --preset full --json result.json
+  python benchmarks/run.py                                   # quick: a minute
+  python benchmarks/run.py --preset full --json result.json  # half an hour
   python benchmarks/run.py --preset full --suite training cell --threads 1
-  python benchmarks/run.py --batch 1 8 --hidden 64 65 --mode inference training
-  python benchmarks/run.py --preset gpu --json result.json        # on a GPU
+  python benchmarks/run.py --batch 1 8 --hidden 64 65 --mode training
+  python benchmarks/run.py --preset gpu --json result.json   # on a GPU
 """
+CEILINGS_EVERY = 60  # s
+BUSY = 0.1  # of the cores, taken by others
+
+
+def json_path(text: str) -> Path:
+    """For argparse: where a file can be written."""
+    path = Path(text)
+    target = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not target.exists() or not os.access(target, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, got {text!r}")
+    return path
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,9 +85,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="ARM",
         help=f"default: those installed of {', '.join(ARMS)}",
     )
-    parser.add_argument("--seconds", type=float, help="measured for each arm of each row")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="no further row begins after these")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results are written")
+    presets = ", ".join(f"{seconds} with {name}" for name, seconds in SECONDS.items())
+    parser.add_argument("--seconds", type=float, help=f"measured for each arm of each row (default: {presets})")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="no further row begins after these (no limit)")
+    parser.add_argument("--json", type=json_path, metavar="FILE", help="where the results are written")
+    parser.add_argument("--targets", action="store_true", help="show what this project wants of its kernels, too")
     options = parser.parse_args(arguments)
     if options.suite and not options.preset:
         options.preset = "gpu" if options.suite[0] in GPU_SUITES else "full"
@@ -106,7 +121,35 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def run_case(case: Case, arms: Sequence[Arm], all_ceilings: dict[str, Any], seconds: float) -> Row:
+class OtherProcesses:
+    """How much of the usable cores other processes have taken since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._cores(), self._own()
+
+    @staticmethod
+    def _cores() -> tuple[float, float]:
+        """Seconds of the usable cores, all and those in which they ran something."""
+        if not Path("/proc/stat").exists():
+            return 0.0, 0.0
+        names = {f"cpu{core}" for core in usable_cores()}
+        lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+        ticks = [[float(each) for each in line[1:9]] for line in lines if line and line[0] in names]
+        total, idle = sum(map(sum, ticks)), sum(each[3] + each[4] for each in ticks)  # idle, and waiting for a disk
+        return total / os.sysconf("SC_CLK_TCK"), (total - idle) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _own() -> float:
+        return sum(os.times()[:4])  # with children that have ended
+
+    def share(self) -> float:
+        (all_before, ran_before), own_before = self._start
+        (all_now, ran_now), own_now = self._cores(), self._own()
+        passed = all_now - all_before
+        return max(0.0, ran_now - ran_before - (own_now - own_before)) / passed if passed else 0.0
+
+
+def run_case(case: Case, arms: Sequence[Arm], seconds: float) -> Row:
     """Checks the arms' answers to the case, and times those that are right."""
     row = Row(case)
     on_gpu = case.device == "cuda"
@@ -115,7 +158,7 @@ def run_case(case: Case, arms: Sequence[Arm], all_ceilings: dict[str, Any], seco
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32" and case.mode == "cell"  # of which its cell is made
     torch.compiler.reset()  # or compiled modules of earlier rows would count against a limit
     inputs, expected = problem_on_gpu(case) if on_gpu else problem(case)
-    row.floor_us = ceilings.floor_us(case, all_ceilings, float(inputs.valid.mean()))
+    row.active = float(inputs.valid.mean())
     calls = {}
     for arm in arms:
         if reason := arm.refusal(case):
@@ -149,44 +192,56 @@ def main() -> int:
             console.print(f"{arm.name}: {reason}", style="dim")
         else:
             arms.append(arm)
-    all_ceilings: dict[str, Any] = {}
-    if options.device == "cpu":
-        all_ceilings, reason = ceilings.measure(sorted({1, *options.threads}))
-        console.print(report.ceilings(all_ceilings) if all_ceilings else f"No floors: {reason}")
-    else:
+    meter = ceilings.Meter(sorted({1, *options.threads})) if options.device == "cpu" else None
+    if meter is None:
         console.print("No floors: what a GPU can do at most is not measured yet.")
+    elif meter.reason:
+        console.print(f"No floors: {meter.reason}", markup=False)
     seconds = options.seconds or SECONDS[options.preset or "quick"]
     versions = {arm.name: arm.version() for arm in arms}
     versions |= {"python": platform.python_version(), "numpy": np.__version__}
-    meta = {**describe_machine(), "versions": versions, "ceilings": all_ceilings, "command": sys.argv[1:]}
-    meta["seconds"] = seconds
+    meta = {**describe_machine(), "versions": versions, "command": sys.argv[1:], "seconds": seconds}
 
     done: list[Row] = []
-    failed = False
-    bar = tqdm(cases, unit="row", dynamic_ncols=True)
+    status, others, measured = 0, OtherProcesses(), -CEILINGS_EVERY
+    bar = tqdm(cases, unit="row", dynamic_ncols=True, disable=None)
     try:
         for case in bar:
             if options.limit is not None and time.perf_counter() > start + options.limit:
-                raise KeyboardInterrupt
+                console.print(f"Stopped by --limit after {len(done)} of {len(cases)} rows.")
+                break
+            if meter and time.perf_counter() > measured + CEILINGS_EVERY:
+                meter.measure()
+                measured = time.perf_counter()
             bar.set_postfix_str(str(case))
-            done.append(run_case(case, arms, all_ceilings, seconds))
+            done.append(run_case(case, arms, seconds))
+        if meter:
+            meter.measure()
     except KeyboardInterrupt:
-        console.print(f"Stopped after {len(done)} of {len(cases)} rows.")
+        status = 130
+        console.print(f"Interrupted after {len(done)} of {len(cases)} rows.")
     except RuntimeError as error:  # most of all of a GPU, which after one of its errors has no other answer
-        failed = True
+        status = 1
         console.print(f"Stopped after {len(done)} of {len(cases)} rows: {error}", style="red", markup=False)
     finally:
         bar.close()
+    meta |= {"ceilings": meter.best if meter else {}, "other_processes": others.share()}
+    for row in done:
+        row.floor_us = ceilings.floor_us(row.case, meta["ceilings"], row.active)
     if options.json:
         rows.save(options.json, meta, done)
     if done:
-        console.print(report.results(done))
-        console.print(report.geomeans(done))
-        for table in (report.targets(done), report.kernels(done)):
+        tables = [report.ceilings(meta["ceilings"])] if meta["ceilings"] else []
+        tables += [report.results(done), report.peers(done), report.geomeans(done), report.kernels(done)]
+        tables += [report.targets(done)] if options.targets else []
+        for table in tables:
             if table:
-                console.print(table)
+                report.show(console, table)
         report.notes(console, done)
-    return 1 if failed or any(OURS in row.errors for row in done) else 0
+        if meta["other_processes"] > BUSY:
+            text = f"Other processes took {meta['other_processes']:.0%} of the cores: measure again when it is quiet."
+            console.print(text, style="yellow")
+    return status or int(any(OURS in row.errors for row in done))
 
 
 if __name__ == "__main__":

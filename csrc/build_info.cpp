@@ -2,12 +2,22 @@
 
 #include <pybind11/stl.h>
 
+#include <string>
+
 #include "cpu/levels.h"
 #if defined(LSTM_EXT_WITH_CUDA)
 #include "cuda/device.h"
 #endif
 
 namespace lstm_ext {
+
+#if !defined(LSTM_EXT_WITH_CUDA)
+namespace {
+constexpr const char* kNoCuda =  // why; CMake writes the file
+#include "no_cuda.inc"
+    ;
+}  // namespace
+#endif
 
 pybind11::dict build_info() {
   namespace py = pybind11;
@@ -32,6 +42,7 @@ pybind11::dict build_info() {
   info["cudart"] = cuda::runtime_version();
 #else
   info["cuda"] = false;
+  info["cuda_reason"] = kNoCuda;
 #endif
   return info;
 }
@@ -41,7 +52,7 @@ pybind11::tuple gpus() {
   const cuda::DeviceReport report = cuda::device_report();
   return pybind11::make_tuple(report.names, report.reason);
 #else
-  return pybind11::make_tuple(pybind11::list(), "this build of lstm_ext has no CUDA part");
+  return pybind11::make_tuple(pybind11::list(), std::string("this build of lstm_ext has no CUDA part: ") + kNoCuda);
 #endif
 }
 

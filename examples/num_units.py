@@ -114,7 +114,7 @@ def mnist(folder: Path) -> tuple[Examples, Examples]:
 
 
 class RowReader(torch.nn.Module):
-    """An LSTM that reads an image row by row, and a linear layer that tells the digit from its last h."""
+    """An LSTM that reads an image row by row, and a linear layer that names the digit from its last h."""
 
     def __init__(self, row_width: int, num_units: int) -> None:
         super().__init__()
@@ -206,7 +206,10 @@ def show(results: Sequence[Result]) -> None:
             *(str(r.num_units), f"{r.weights:,}", *accuracies),
             *(f"{ours:.3f}", f"{stock:.3f}", f"{stock / ours:.2f}"),
         )
-    Console().print(table)
+    console = Console()
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def plot(results: Sequence[Result], title: str, path: Path) -> None:
@@ -218,13 +221,13 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
     left.plot(units, ours, "o-", color="C0", label="test set, lstm_ext")
     left.plot(units, stock, "D", color="C1", markersize=9, fillstyle="none", label="test set, torch")
     left.yaxis.set_major_formatter(PercentFormatter(1))
-    left.set(ylabel="digits told right", title="Accuracy")
+    left.set(ylabel="digits recognised", title="Accuracy")
     left.legend(loc="lower right")
     right.plot(units, [r.weights for r in results], "o-", color="C2")
     for r in results:
-        right.annotate(f"{r.weights:,}", (r.num_units, r.weights), (-6, 6), textcoords="offset points", ha="right")
+        right.annotate(f"{r.weights:,}", (r.num_units, r.weights), (5, -4), textcoords="offset points", va="top")
     right.set(ylabel="weights of the LSTM", yscale="log", title="Weights: 4 U (I + U + 2)")
-    right.margins(0.12)
+    right.margins(0.25, 0.15)  # room for the numbers
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(units, [str(u) for u in units])
@@ -282,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = sorted(set(arguments.num_units))
 
     results = []
-    with tqdm(total=2 * epochs * len(sizes), unit="epoch") as bar:
+    with tqdm(total=2 * epochs * len(sizes), unit="epoch", disable=None) as bar:
         for num_units in sizes:
             bar.set_description(f"num_units = {num_units}")
             results.append(compare(num_units, train, test, epochs, arguments.seed, bar))

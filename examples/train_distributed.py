@@ -1,8 +1,8 @@
 """Trains an LSTM in several processes, stops, and goes on from a checkpoint, with PyTorch's own distributed tools.
 
 The task is the adding problem: each step of a sequence brings a number and a mark, two of the marks are set, and the
-sum of the two marked numbers is to be told at the end. Guessing 1 all the time leaves a squared error of 0.167; lower
-means that the network carries numbers over time.
+network is asked at the end for the sum of the two marked numbers. Guessing 1 all the time leaves a squared error of
+0.167; lower means that the network carries numbers over time.
 
     torchrun --nproc-per-node 2 examples/train_distributed.py                  # DDP; gloo on CPUs, nccl on GPUs
     torchrun --nproc-per-node 2 examples/train_distributed.py --strategy fsdp  # FSDP2: parameters in shards
@@ -33,8 +33,12 @@ from torch.nn.parallel import DistributedDataParallel
 import lstm_ext
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is, and the defaults."""
+
+
 class Adder(nn.Module):
-    """Reads [B, T, 2] and tells one number for each sequence: [B, 1]."""
+    """Reads [B, T, 2] and gives one number for each sequence: [B, 1]."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -101,6 +105,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     done = resume(arguments.checkpoints, model, optimizer)
     if rank == 0:
         print(f"{world_size} processes, {device.type}, {arguments.strategy}, from step {done}", flush=True)
+        if done >= arguments.steps:
+            print(f"All {arguments.steps} steps are done: --steps asks for more, --checkpoints begins anew elsewhere.")
 
     for step in range(done + 1, arguments.steps + 1):
         x, target = (a.chunk(world_size)[rank].to(device) for a in draw(step, arguments.batch, arguments.length))
@@ -120,14 +126,14 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="who shares out the model")
     parser.add_argument("--steps", type=int, default=300, help="how many steps have been done at the end")
     parser.add_argument("--batch", type=int, default=64, help="sequences of a step, of all processes together")
     parser.add_argument("--length", type=int, default=16, help="steps of a sequence")
-    parser.add_argument("--hidden-size", type=int, default=32)
-    parser.add_argument("--log-every", type=int, default=20)
-    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--hidden-size", type=int, default=32, help="units of the LSTM")
+    parser.add_argument("--log-every", type=int, default=20, help="steps from one line to the next")
+    parser.add_argument("--save-every", type=int, default=100, help="steps from one checkpoint to the next")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of the checkpoints")
     arguments = parser.parse_args()
 

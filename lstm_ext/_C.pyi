@@ -19,6 +19,7 @@ class BuildInfo(TypedDict, total=False):
     simd_available: tuple[str, ...]
     simd: str
     cuda: bool
+    cuda_reason: str  # why not, where cuda is False
     cuda_archs: str
     cudart: int
 

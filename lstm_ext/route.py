@@ -50,7 +50,8 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
         check_kinds(call)
     if call.is_step:
         check_step_state(call)
-    if is_tracing() and not (call.masked or save or call.directions == REVERSE):
+    more = call.masked or save or call.directions == REVERSE or (call.is_step and call.projected)  # than torch has
+    if is_tracing() and not more:
         return stock.forward(call, save)
     if call.is_step and watched and served:
         return Outputs(*run(call.with_time(), save)).squeeze_time_(call)
@@ -60,7 +61,6 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     if watched and onnx.is_exporting():
         return onnx.forward(call, save)
     if not served:
-        more = call.masked or save or call.directions == REVERSE or (call.is_step and call.projected)  # than torch has
         return _composed(call, save) if more else stock.forward(call, save)
     if watched and _in_forward_mode():
         return _composed(call, save)

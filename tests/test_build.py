@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -80,11 +84,56 @@ def test_auto_without_a_compiler_installs_and_remembers_why(tmp_path: Path) -> N
     _, site, info = build.unpack()
     assert not list(site.glob("lstm_ext/_C*.so"))
     assert (info["mode"], info["native"], info["cuda"]) == ("auto", False, False)
-    said = [line for line in build.output.splitlines() if "installing without native kernels" in line]
+    assert info["reason"] == "no C++ compiler found: install g++ 12 or newer, or clang++, or set CXX"
+    said = [line for line in build.output.splitlines() if str(info["reason"]) in line]
     assert len(said) == 1
-    assert "no working C++ compiler found" in said[0]
-    assert "no working C++ compiler found" in str(info["reason"])
-    assert str(info["reason"]) in build.cpu_reason(site)
+    assert "installing without native kernels" in said[0]
+    assert build.cpu_reason(site).strip() == info["reason"]
+
+
+@pytest.mark.parametrize("text", ["", "#error no\n"])
+def test_auto_remembers_a_broken_compiler_in_a_line(tmp_path: Path, text: str) -> None:
+    compiler = tmp_path / f"{'long-' * 20}c++"
+    compiler.write_text(f"#!/bin/sh\necho '{text * 100}'\nexit 1\n")
+    compiler.chmod(0o755)
+    build = Build(tmp_path, CXX=str(compiler))
+    _, site, info = build.unpack()
+    reason = str(info["reason"])
+    assert reason.startswith("no working C++20 compiler: install g++ 12 or newer, or clang++, or set CXX (/")
+    assert len(reason) == 120
+    assert build.cpu_reason(site).strip() == reason
+    [log] = tmp_path.glob("build/cmake-*/build.log")
+    assert f"log: {log}" in build.output
+    assert str(compiler) in log.read_text()
+
+
+def test_unknown_simd_levels_are_an_error(tmp_path: Path) -> None:
+    build = Build(tmp_path, LSTM_EXT_BUILD_LEVELS="avx2, sse")
+    assert build.failed
+    levels = "baseline, avx2, avx512, avx512bf16, amx"
+    assert f"LSTM_EXT_BUILD_LEVELS: expected names of {levels}, got 'sse' in 'avx2, sse'" in build.output
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one level")
+@pytest.mark.parametrize(
+    ("wanted", "built"),
+    [
+        ("", "baseline avx2 avx512 avx512bf16"),
+        ("baseline", "baseline"),
+        ("avx512;avx2", "baseline avx2 avx512"),
+        ("avx512bf16", "baseline avx512 avx512bf16"),  # with the level that it is built on
+    ],
+)
+def test_the_simd_levels_that_are_named_are_built(tmp_path: Path, wanted: str, built: str) -> None:
+    cmake = shutil.which("cmake", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    if cmake is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs CMake and a compiler")
+    configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), f"-DLSTM_EXT_BUILD_LEVELS={wanted}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    done = subprocess.run(configure, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    levels = re.findall(r"LSTM_EXT_LEVEL\((\w+)\)", (tmp_path / "simd_levels.inc").read_text())
+    assert [level for level in levels if wanted or level != "amx"] == built.split()  # not all assemblers know AMX
 
 
 def test_auto_drops_the_module_of_an_earlier_build(tmp_path: Path) -> None:
@@ -99,7 +148,7 @@ def test_auto_drops_the_module_of_an_earlier_build(tmp_path: Path) -> None:
 def test_a_forced_cpu_build_names_the_missing_compiler(tmp_path: Path) -> None:
     build = Build(tmp_path, LSTM_EXT_BUILD="cpu")
     assert build.failed
-    assert "LSTM_EXT_BUILD=cpu: no working C++ compiler found: install g++ or clang++, or set CXX" in build.output
+    assert "LSTM_EXT_BUILD=cpu: no C++ compiler found: install g++ 12 or newer, or clang++, or set CXX" in build.output
 
 
 @pytest.mark.parametrize("exists", [False, True])

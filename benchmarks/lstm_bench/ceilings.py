@@ -2,7 +2,7 @@
 
 The floor of a step of one layer is
 
-    max(bytes of the recurrent weights a core reads / bandwidth of the cache level that holds them, their flops / peak)
+    max(bytes of the recurrent weights a core reads / bandwidth of the cache levels that hold them, their flops / peak)
     + max(bytes of W / T / the same bandwidth, flops of the input projection / peak)
     + flops of gate math / peak
     + a barrier, where threads must exchange h
@@ -14,8 +14,11 @@ the backward pass: the recurrent term and the barrier again (dh), gate math agai
 Peak is the fused multiply-adds of the row's dtype in vector registers (bfloat16: its dot product where the machine has
 one; otherwise half types compute in float32), or, where that is more, those of its bfloat16 tile registers (AMX) over
 how many of them a product of that dtype takes; gates are computed in vectors. Left out: reading x, writing y and what
-the backward pass keeps, and all that happens once a call. What a core's cache keeps from one step to the next is in it
-only as the level: a kernel that walks its weights forth and back can get below the floor at batch 1.
+the backward pass keeps, and all that happens once a call. Weights that are larger than a cache are read from it as far
+as it holds them, and the rest from the next one: a kernel that walks them forth and back finds that much there.
+
+A ceiling is the best that was measured before the rows, now and then between them, and after them: another process, or
+a clock that has not sped up yet, makes one measurement too low, and a time could come out below the floor.
 """
 
 from __future__ import annotations
@@ -64,42 +67,70 @@ def cache_levels() -> list[tuple[str, int, int]]:
     return levels
 
 
-def measure(threads: Iterable[int]) -> tuple[Ceilings, str]:
-    """The ceilings for each number of threads, by its text; or nothing, and why.
+class Meter:
+    """Measures the ceilings, each time for each number of threads. `reason` says why it cannot, if it cannot.
 
-    Each is {"fma_gflops": {dtype: of all threads}, "barrier_us", "levels": [{"name", "bytes": a thread's share (None
-    for memory), "read_gbs": of each thread}]}.
+    `best` is what was measured so far: for each number of threads, by its text, {"fma_gflops": {dtype: of all threads},
+    "barrier_us", "levels": [{"name", "bytes": a thread's share (None for memory), "read_gbs": of each thread}]}.
     """
-    compiler = next((name for name in (os.environ.get("CXX", ""), "g++", "clang++") if which(name)), None)
-    if compiler is None:
-        return {}, "no C++ compiler (g++, clang++ or CXX)"
-    caches = cache_levels()
-    if not caches:
-        return {}, f"no cache sizes under {CACHES}"
-    ceilings: Ceilings = {}
-    with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "ceilings")
-        command = [compiler, "-std=c++17", "-O3", "-march=native", "-pthread", str(SOURCE), "-o", program]
+
+    def __init__(self, threads: Iterable[int]) -> None:
+        self.best: Ceilings = {}
+        self._threads = list(threads)
+        self._folder = tempfile.TemporaryDirectory()
+        self._program = str(Path(self._folder.name) / "ceilings")
+        self._caches = cache_levels()
+        self.reason = self._compile() if self._caches else f"no cache sizes under {CACHES}"
+
+    def _compile(self) -> str:
+        compiler = next((name for name in (os.environ.get("CXX", ""), "g++", "clang++") if which(name)), None)
+        if compiler is None:
+            return "no C++ compiler (g++, clang++ or CXX)"
+        command = [compiler, "-std=c++17", "-O3", "-march=native", "-pthread", str(SOURCE), "-o", self._program]
         built = subprocess.run(command, capture_output=True, text=True)
-        if built.returncode:
-            return {}, f"{compiler} failed: {built.stderr.strip().splitlines()[-1]}"
-        for count in threads:
-            running = min(count, len(usable_cores()))
-            shares = [size // min(count, sharing) for _, size, sharing in caches]
-            buffers = [share // 2 for share in shares] + [4 * shares[-1]]
-            output = subprocess.run([program, str(running), *map(str, buffers)], capture_output=True, check=True).stdout
-            measured = json.loads(output)
-            names, sizes = [name for name, _, _ in caches] + ["memory"], [*shares, None]
-            levels = zip(names, sizes, measured.pop("read_gbs"), strict=True)
-            measured["levels"] = [{"name": n, "bytes": size, "read_gbs": gbs} for n, size, gbs in levels]
-            ceilings[str(count)] = measured
-    return ceilings, ""
+        return f"{compiler} failed: {built.stderr.strip().splitlines()[-1]}" if built.returncode else ""
+
+    def measure(self) -> None:
+        """Measures once more."""
+        if self.reason:
+            return
+        for count in self._threads:
+            measured = self._measure(count)
+            former = self.best.get(str(count))
+            self.best[str(count)] = better(former, measured) if former else measured
+
+    def _measure(self, count: int) -> dict[str, Any]:
+        running = min(count, len(usable_cores()))
+        shares = [size // min(count, sharing) for _, size, sharing in self._caches]
+        buffers = [share // 2 for share in shares] + [4 * shares[-1]]
+        command = [self._program, str(running), *map(str, buffers)]
+        measured: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        names, sizes = [name for name, _, _ in self._caches] + ["memory"], [*shares, None]
+        levels = zip(names, sizes, measured.pop("read_gbs"), strict=True)
+        measured["levels"] = [{"name": n, "bytes": size, "read_gbs": gbs} for n, size, gbs in levels]
+        return measured
+
+
+def better(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of two measurements of so many threads the better figures."""
+    return {
+        "fma_gflops": {dtype: max(rate, other["fma_gflops"][dtype]) for dtype, rate in one["fma_gflops"].items()},
+        "barrier_us": min(one["barrier_us"], other["barrier_us"]),
+        "levels": [
+            {**level, "read_gbs": max(level["read_gbs"], again["read_gbs"])}
+            for level, again in zip(one["levels"], other["levels"], strict=True)
+        ],
+    }
 
 
 def read_us(ceilings: Ceilings, weights: float, volume: float) -> float:
     """µs for a thread to read `volume` bytes of weights that take `weights` bytes in all."""
-    level = next(level for level in ceilings["levels"] if level["bytes"] is None or weights <= level["bytes"])
-    return float(volume / (1e3 * level["read_gbs"]))
+    us, behind = 0.0, 0.0  # of the weights, what faster levels hold
+    for level in ceilings["levels"]:
+        held = weights if level["bytes"] is None else min(weights, level["bytes"])
+        us += (held - behind) / (1e3 * level["read_gbs"])
+        behind = held
+    return us * volume / weights if weights else 0.0
 
 
 def product_gflops(ceilings: Ceilings, dtype: str) -> float:

@@ -12,25 +12,36 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .rows import BASE, OURS, Row, geomean
+from .rows import BASE, OURS, UNSTEADY, Row, geomean
 from .targets import evaluate
 
 LONG_TEXTS = ("work", "at its least", "kernels")
 TEXTS = ("device", "dtype", "mode", "arm", "verdict", *LONG_TEXTS)
 CASE_COLUMNS = ("device", "dtype", "mode", "T", "B", "I", "H", "P", "layers", "directions", "busy", "threads")
+HEADINGS = {"layers": "L", "directions": "D", "threads": "thr"}
+WIDTH = 80
 
 
 def make_console() -> Console:
-    """Wide enough for the tables where the output is no terminal."""
+    """As wide as the terminal; elsewhere lines of text are not broken."""
     console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else Console(width=1000)
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints it, WIDTH columns wide if it can be, without blanks at the ends of its lines."""
+    least = console.measure(table).minimum
+    with console.capture() as capture:
+        console.print(table, width=max(WIDTH, least) if not console.is_terminal else None)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def new_table(title: str, *names: str) -> Table:
     """Columns of numbers, but for TEXTS; where the terminal is narrow, the long texts give way."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for name in names:
-        table.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name not in LONG_TEXTS)
+        justify = "left" if name in TEXTS else "right"
+        table.add_column(HEADINGS.get(name, name), justify=justify, no_wrap=name not in LONG_TEXTS)
     return table
 
 
@@ -55,6 +66,9 @@ def case_columns(rows: Sequence[Row]) -> tuple[str, list[str]]:
         for name in CASE_COLUMNS
         if name not in shown and values[name] != unremarkable.get(name)
     ]
+    if "I" in shown and all(row.case.I == row.case.H for row in rows):
+        shown.remove("I")
+        constant.append("I = H")
     return ", ".join(constant), shown
 
 
@@ -62,25 +76,50 @@ def case_cells(row: Row, shown: Iterable[str]) -> list[str]:
     return [str(getattr(row.case, name)) for name in shown]
 
 
-def results(rows: Sequence[Row]) -> Table:
-    """Times by arm, what a step takes of ours, torch's time over ours, and the floor over ours."""
-    title, shown = case_columns(rows)
-    arms = list(dict.fromkeys(arm for row in rows for arm in (*row.us, *row.errors)))
-    title += f"\nµs of each arm, µs/step of {OURS}, ratio = {BASE} / {OURS}, floor / {OURS}"
-    table = new_table(title, *shown, *arms, "µs/step", "ratio", "floor")
+def time_of(row: Row, arm: str) -> str:
+    """µs, with a mark where they say little."""
+    if arm in row.errors:
+        return "[red]error[/]"
+    return number(row.us.get(arm)) + ("?" if arm in row.us and row.unsteady(arm) else "")
+
+
+def by_mode(rows: Sequence[Row]) -> list[tuple[Row, bool]]:
+    """The rows by mode, each with whether it is the last one of its mode."""
     ordered = sorted(rows, key=lambda row: row.case.mode)
-    for n, row in enumerate(ordered):
+    following = [row.case.mode for row in ordered[1:]] + [""]
+    return [(row, row.case.mode != mode) for row, mode in zip(ordered, following, strict=True)]
+
+
+def results(rows: Sequence[Row]) -> Table:
+    """Our times and torch's, what a step takes of ours, torch's time over ours, and the floor over ours."""
+    title, shown = case_columns(rows)
+    arms = [arm for arm in (OURS, BASE) if any(arm in {**row.us, **row.errors} for row in rows)]
+    title += f"\nµs of each, µs/step of {OURS}, ratio = {BASE} / {OURS}, floor / {OURS}"
+    table = new_table(title, *shown, *arms, "µs/step", "ratio", "floor")
+    for row, last_of_mode in by_mode(rows):
         ratio, share = row.ratio, row.floor_share
-        times = ["[red]error[/]" if arm in row.errors else number(row.us.get(arm)) for arm in arms]
-        last_of_mode = n + 1 == len(ordered) or ordered[n + 1].case.mode != row.case.mode
+        mark = "?" if ratio is not None and (row.unsteady(OURS) or row.unsteady(BASE)) else ""
         table.add_row(
             *case_cells(row, shown),
-            *times,
+            *(time_of(row, arm) for arm in arms),
             number(row.us[OURS] / row.case.T if OURS in row.us else None),
-            "–" if ratio is None else coloured(f"{ratio:.2f}", ratio >= 1),
+            "–" if ratio is None else coloured(f"{ratio:.2f}{mark}", ratio >= 1),
             "–" if share is None else f"{share:.0%}",
             end_section=last_of_mode,
         )
+    return table
+
+
+def peers(rows: Sequence[Row]) -> Table | None:
+    """The times of all others; None if there are none."""
+    title, shown = case_columns(rows)
+    arms = [arm for arm in dict.fromkeys(arm for row in rows for arm in (*row.us, *row.errors)) if arm != OURS]
+    if not set(arms) - {BASE}:
+        return None
+    table = new_table(f"{title}\nµs of the others", *shown, *(arm for arm in arms if arm != BASE))
+    for row, last_of_mode in by_mode(rows):
+        times = (time_of(row, arm) for arm in arms if arm != BASE)
+        table.add_row(*case_cells(row, shown), *times, end_section=last_of_mode)
     return table
 
 
@@ -117,10 +156,10 @@ def targets(rows: Iterable[Row]) -> Table | None:
 def ceilings(measured: dict[str, Any]) -> Table:
     """What the machine can do."""
     first = next(iter(measured.values()))
-    speeds = [f"{dtype} GFLOP/s" for dtype in first["fma_gflops"]]
-    bandwidths = [f"{level['name']} GB/s" for level in first["levels"]]
+    speeds = [f"{dtype}\nGFLOP/s" for dtype in first["fma_gflops"]]
+    bandwidths = [f"{level['name']}\nGB/s" for level in first["levels"]]
     title = "Ceilings of this machine (bandwidths of each thread)"
-    table = new_table(title, "threads", *speeds, *bandwidths, "barrier µs")
+    table = new_table(title, "threads", *speeds, *bandwidths, "barrier\nµs")
     for threads, own in measured.items():
         figures = [*own["fma_gflops"].values(), *(level["read_gbs"] for level in own["levels"])]
         table.add_row(threads, *map(number, figures), number(own["barrier_us"] or None))
@@ -150,6 +189,10 @@ def kernels(rows: Sequence[Row]) -> Table | None:
 def notes(console: Console, rows: Iterable[Row]) -> None:
     """What was left out and why, and what was wrong."""
     rows = list(rows)
+    times = [row.unsteady(arm) for row in rows for arm in row.us]
+    if any(times):
+        text = f"as unsteady: quartiles over {UNSTEADY:.0%} of the median apart."
+        console.print(f"? marks {sum(times)} of {len(times)} times {text}", style="yellow", markup=False)
     skipped = Counter((arm, reason) for row in rows for arm, reason in row.skipped.items())
     for (arm, reason), count in skipped.items():
         console.print(f"{arm} left out of {count} of {len(rows)} rows: {reason}", style="dim", markup=False)

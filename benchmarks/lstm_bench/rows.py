@@ -12,6 +12,7 @@ from typing import Any
 from .cases import Case, case_from
 
 OURS, BASE = "lstm_ext", "torch"
+UNSTEADY = 0.2  # quartiles further apart than this share of the median
 
 
 @dataclass
@@ -25,6 +26,11 @@ class Row:
     errors: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, dict[str, int]] = field(default_factory=dict)  # on a GPU: launches of each in one call, by arm
+    active: float = 1.0  # the share of all B * T steps that the case takes
+
+    def unsteady(self, arm: str) -> bool:
+        """Whether the arm's times differ so much that their median says little."""
+        return self.spread[arm] > UNSTEADY * self.us[arm]
 
     @property
     def ratio(self) -> float | None:
@@ -62,12 +68,21 @@ def save(path: Path, meta: dict[str, Any], rows: Iterable[Row]) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """(meta, rows) of a file that `save` wrote."""
-    content = json.loads(path.read_text())
+    """(meta, rows) of a file that `save` wrote.
+
+    Raises:
+        ValueError: it cannot be read, or something else has written it.
+    """
     names = ("us", "spread", "floor_us", "errors", "skipped", "kernels")  # the last not in older files
-    return content["meta"], [
-        Row(case_from(row), **{name: row[name] for name in names if name in row}) for row in content["rows"]
-    ]
+    try:
+        content = json.loads(path.read_text())
+        return content["meta"], [
+            Row(case_from(row), **{name: row[name] for name in names if name in row}) for row in content["rows"]
+        ]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a result of benchmarks/run.py --json") from error
 
 
 def geomean(values: Iterable[float]) -> float:

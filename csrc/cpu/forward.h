@@ -245,7 +245,7 @@ class Forward {
   void multiply_together(int count, const F* const* x, const F* const* a, int64_t p, C* sums) const {
     if constexpr (Engine::kKind == EngineKind::kVectors) {
       for (int m = 0; m < count; ++m) __builtin_memcpy(sums + m * kPanelWidth<C>, bias(p), kPanelWidth<C> * sizeof(C));
-      w_hh_.multiply_in_place(count, {{&w_ih_, x, 0, shape_.I}, {&w_hh_, a, 0, shape_.P}}, p, sums);
+      w_hh_.multiply_in_place(count, {w_ih_.in_place(x, 0, shape_.I), w_hh_.in_place(a, 0, shape_.P)}, p, sums);
     }
   }
 
@@ -286,20 +286,20 @@ class Forward {
       const auto sum = [&](int g) { return load_up_to(gates + g * width, units); };
       const auto state =
           cell_state<VecMath<C>>(GateValues<Vec<C>>{sum(0), sum(1), sum(2), sum(3)}, load(c + m * c_width_));
-      store_up_to(gates, state.gates.i, units);
-      store_up_to(gates + width, state.gates.f, units);
-      store_up_to(gates + 2 * width, state.gates.g, units);
-      store_up_to(gates + 3 * width, state.gates.o, units);
-      store(c + m * c_width_, state.c);
+      const Vec<C> values[] = {computed(state.gates.i), computed(state.gates.f), computed(state.gates.g),
+                               computed(state.gates.o)};
+      store(c + m * c_width_, computed(state.c));
+      for (int g = 0; g < 4; ++g) store_up_to(gates + g * width, values[g], units);
     }
     for (int m = 0; m < count; ++m) {
       const Vec<C> o = load_up_to(sums + m * kPanelWidth<C> + 3 * width, units);
-      h[m] = cell_output<VecMath<C>>(o, load(c + m * c_width_));
+      h[m] = computed(cell_output<VecMath<C>>(o, load(c + m * c_width_)));
     }
   }
 
   // To the outputs, of one row and vector of units; c is then what the next step starts from.
-  void save_cell(int64_t s, int64_t slot, int64_t u, int64_t units, const C* gates, int64_t width, C* c) const {
+  LSTM_EXT_INLINE void save_cell(int64_t s, int64_t slot, int64_t u, int64_t units, const C* gates, int64_t width,
+                                 C* c) const {
     const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
     if (dir_.gates) {
       S* to = static_cast<S*>(dir_.gates) + layer_.gates_map.at(t, b) + u;
@@ -337,7 +337,7 @@ class Forward {
   }
 
   // Elements n .. n + lanes of the new h go to the output and to the next step.
-  void finish_h(int64_t s, int64_t slot, int64_t n, Vec<C> value) const {
+  LSTM_EXT_INLINE void finish_h(int64_t s, int64_t slot, int64_t n, Vec<C> value) const {
     const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse), count = shape_.P - n;
     store_up_to(static_cast<S*>(dir_.y) + layer_.y_map.at(t, b) + n, value, count);
     if (dir_.h_n && s == walk_.length(slot) - 1) {

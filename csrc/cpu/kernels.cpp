@@ -1,5 +1,6 @@
 // Compiled once for each SIMD level (LSTM_EXT_SIMD_LEVEL names it), always from this one source: which instance of the
-// two passes a plan asks for, and a team to run it.
+// two passes a plan asks for, and a team to run it. A level may be built on another one (LSTM_EXT_SIMD_BASE names it):
+// it then has only what its own instructions change, and the rest is the other's.
 #include <new>
 #include <type_traits>
 
@@ -8,6 +9,13 @@
 #include "levels.h"
 
 namespace lstm_ext::cpu {
+
+#if defined(LSTM_EXT_SIMD_BASE)
+namespace LSTM_EXT_SIMD_BASE {
+extern const Kernels kKernels;
+}
+#endif
+
 namespace LSTM_EXT_SIMD_LEVEL {
 namespace {
 
@@ -106,40 +114,72 @@ void run_pass(const Layer& layer, const Plan& plan, More... more) {
 
 // ---- the instance that a plan asks for ----------------------------------------------------------------------
 
+#if defined(LSTM_EXT_TILES)
+constexpr EngineKind kOwnKind = EngineKind::kTiles;
+#else
+constexpr EngineKind kOwnKind = EngineKind::kVectors;
+#endif
+
+// Whether this level multiplies in another way than the level that it is built on.
+#if defined(LSTM_EXT_SIMD_BASE)
+constexpr const Kernels* kBase = &LSTM_EXT_SIMD_BASE::kKernels;
+template <class Engine>
+constexpr bool kIsOwn = Engine::kKind == kOwnKind && !std::is_same_v<typename Engine::F, typename Engine::C>;
+#else
+constexpr const Kernels* kBase = nullptr;
+template <class Engine>
+constexpr bool kIsOwn = true;
+#endif
+
 template <class S>
 struct ForwardBy {
-  using Vectors = Forward<S, VectorEngine<S>>;
+  using Vectors = VectorEngine<S>;
 #if defined(LSTM_EXT_TILES)
-  using Tiles = Forward<S, TileEngine<S>>;
+  using Tiles = TileEngine<S>;
 #endif
+  template <class Engine>
+  using Pass = Forward<S, Engine>;
+  static constexpr auto kEntry = &Kernels::layer_forward;
 };
 
 // Gradients are computed numbers, not stored ones: what they are multiplied by is widened, or cut into planes.
 template <class S>
 struct BackwardBy {
-  using Vectors = Backward<S, VectorEngine<Compute<S>>>;
+  using Vectors = VectorEngine<Compute<S>>;
 #if defined(LSTM_EXT_TILES)
-  using Tiles = Backward<S, TileEngine<S, kPlanes<float>>>;
+  using Tiles = TileEngine<S, kPlanes<float>>;
 #endif
+  template <class Engine>
+  using Pass = Backward<S, Engine>;
+  static constexpr auto kEntry = &Kernels::layer_backward;
 };
 
-template <class By, class C, class Layer, class... More>
+template <class By, class Engine, class Layer, class... More>
 void run_by(const Layer& layer, const Plan& plan, More... more) {
+  if constexpr (kIsOwn<Engine>) {
+    run_pass<typename By::template Pass<Engine>>(layer, plan, more...);
+  } else {
+    (kBase->*By::kEntry)(layer, plan);
+  }
+}
+
+template <class By, class C, class Layer, class... More>
+void run(const Layer& layer, const Plan& plan, More... more) {
 #if defined(LSTM_EXT_TILES)
   if constexpr (std::is_same_v<C, float>) {
-    if (plan.engine == EngineKind::kTiles) return run_pass<typename By::Tiles>(layer, plan, more...);
+    if (plan.engine == EngineKind::kTiles) return run_by<By, typename By::Tiles>(layer, plan, more...);
   }
 #endif
-  run_pass<typename By::Vectors>(layer, plan, more...);
+  run_by<By, typename By::Vectors>(layer, plan, more...);
 }
 
 template <template <class> class By, class Layer, class... More>
 void run(const Layer& layer, const Plan& plan, More... more) {
   switch (layer.dtype) {
-    case Dtype::kFloat32: return run_by<By<float>, float>(layer, plan, more...);
-    case Dtype::kFloat64: return run_by<By<double>, double>(layer, plan, more...);
-    case Dtype::kBFloat16: return run_by<By<BFloat16>, float>(layer, plan, more...);
-    case Dtype::kFloat16: return run_by<By<Float16>, float>(layer, plan, more...);
+    case Dtype::kFloat32: return run<By<float>, float>(layer, plan, more...);
+    case Dtype::kFloat64: return run<By<double>, double>(layer, plan, more...);
+    case Dtype::kBFloat16: return run<By<BFloat16>, float>(layer, plan, more...);
+    case Dtype::kFloat16: return run<By<Float16>, float>(layer, plan, more...);
   }
 }
 

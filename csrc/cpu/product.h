@@ -154,6 +154,122 @@ void pack_vector(const S* const (&rows)[kLanes<C>], int64_t K, int vectors, C* t
   }
 }
 
+// Rows of weights as they lie, [rows, K] of S, and the rows that they are multiplied by.
+template <class S>
+struct InPlace {
+  const S* weights;
+  int64_t row_stride;
+  const Factor<S>* const* a;
+  int64_t K;
+};
+
+// The groups of rows that make up a panel: rows first[g] .. first[g] + count[g] take the lanes from g * width on.
+struct PanelGroups {
+  template <class Rows>
+  LSTM_EXT_INLINE PanelGroups(const Rows& rows, int64_t p) : width(rows.width(p)) {
+    for (int g = 0; g < 4; ++g) {
+      first[g] = rows.first(p, g);
+      count[g] = rows.count(p, g);
+    }
+  }
+
+  int64_t first[4], count[4], width;
+};
+
+// The product with weights in place:  tile[m] += a[m] times a panel, of all these together. Vectors run along k:
+//
+//     row 0 of the group   |  k = 0 .. L-1  |  k = L .. 2L-1  | ...
+//     row 1                |  k = 0 .. L-1  |  k = L .. 2L-1  | ...
+//     ...
+//
+// Each pair of a row of weights and a row a[m] has a vector of sums, whose lanes are added up at the end: that is
+// lane n of the result for row n.
+template <class S>
+struct InPlaceProduct {
+  using C = Compute<S>;
+  using F = Factor<S>;
+  using Factors = std::initializer_list<InPlace<S>>;
+  static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
+
+  template <int most = kTileRows>
+  static void multiply(int rows, Factors factors, const PanelGroups& groups, C* tile) {
+    if constexpr (most > 1) {
+      if (rows < most) return multiply<most - 1>(rows, factors, groups, tile);
+    }
+    for (int g = 0; g < 4; ++g) {
+      const int64_t count = groups.count[g];
+      if (count > 0) multiply_group<most>(factors, groups.first[g], count, tile + g * groups.width);
+    }
+  }
+
+ private:
+  template <int rows>
+  static LSTM_EXT_INLINE void multiply_group(Factors factors, int64_t row, int64_t count, C* tile) {
+    constexpr int kStreams = streams(rows);
+    Vec<C> sums[rows][L / kStreams] = {};
+#pragma GCC unroll 4
+    for (int n = 0; n < L / kStreams; ++n) {
+      const int64_t first = n * kStreams;
+      if (first < count) multiply_streams(factors, row + first, count - 1 - first, sums, n);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+      C* to = tile + m * kPanelWidth<C>;
+      store_up_to(to, load_up_to(to, count) + sum_lanes(sums[m]), count);
+    }
+  }
+
+  // How many rows of weights are read side by side: as many as there are registers for their sums, and as the
+  // hardware's prefetchers follow.
+  static constexpr int streams(int rows) {
+    const int most = rows * 8 <= kTileRows * 4 ? 8 : 4;
+    return L < most ? L : most;
+  }
+
+  // sums[m][to], lane n = a[m] · row first + n of the weights. Past the group's end (`last` rows on) its last row is
+  // read again, so that there is no tail; those lanes are not stored.
+  template <int rows, int vectors>
+  static LSTM_EXT_INLINE void multiply_streams(Factors factors, int64_t first, int64_t last,
+                                               Vec<C> (&sums)[rows][vectors], int to) {
+    constexpr int kStreams = L / vectors;
+    Vec<C> sum[rows][kStreams] = {};
+    for (const InPlace<S>& factor : factors) add_streams(factor, first, last, sum);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) sums[m][to] = sum_lanes(sum[m]);
+  }
+
+  template <int rows, int kStreams>
+  static LSTM_EXT_INLINE void add_streams(const InPlace<S>& factor, int64_t first, int64_t last,
+                                          Vec<C> (&sum)[rows][kStreams]) {
+    const int64_t row_stride = factor.row_stride, K = factor.K;
+    const S* unit[kStreams];
+    const F* row[rows];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) row[m] = factor.a[m];
+#pragma GCC unroll 8
+    for (int n = 0; n < kStreams; ++n) {
+      unit[n] = n == 0 ? factor.weights + first * row_stride : unit[n - 1] + (n <= last ? row_stride : 0);
+    }
+    const auto add = [&](const auto& load_vector, int64_t k) {
+      Vec<C> values[rows];
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; ++m) values[m] = load_vector(row[m] + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < kStreams; ++n) {
+        const Vec<C> weights = in_register<rows*(kStreams + 1)>(load_vector(unit[n] + k));
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) sum[m][n] = multiply_add(sum[m][n], values[m], weights, F{});
+      }
+    };
+    int64_t k = 0;
+    for (; k + L * kPer <= K; k += L * kPer) add([](const auto* from) { return load_factors(from); }, k);
+    if (k < K) {
+      const int rest = static_cast<int>(K - k);
+      add([rest](const auto* from) { return load_some_factors(from, rest); }, k);
+    }
+  }
+};
+
 // A weight matrix [rows, K] whose rows become columns of the product: packed into panels, or read where it
 // lies when there are too few rows to multiply for packing to pay.
 template <class S, class Rows>
@@ -197,109 +313,20 @@ class Weights {
       const int vectors = rows_.vectors(p);
       multiply_panel(rows, vectors, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + k0 / kPer * vectors * L, tile);
     } else {
-      multiply_in_place(rows, {{this, a, k0, k1}}, p, tile);
+      multiply_in_place(rows, {in_place(a, k0, k1)}, p, tile);
     }
   }
 
-  // Columns k0 .. k1 of a matrix in place, and the rows that they are multiplied by
-  struct InPlace {
-    const Weights* weights;
-    const F* const* a;
-    int64_t k0, k1;
-  };
+  // Columns k0 .. k1 as they lie, and the rows that they are multiplied by
+  InPlace<S> in_place(const F* const* a, int64_t k0, int64_t k1) const { return {data_ + k0, row_stride_, a, k1 - k0}; }
 
-  // tile[m] += a[m] times panel p, of all these together. Vectors run along k:
-  //
-  //     row 0 of the group   |  k = 0 .. L-1  |  k = L .. 2L-1  | ...
-  //     row 1                |  k = 0 .. L-1  |  k = L .. 2L-1  | ...
-  //     ...
-  //
-  // Each pair of a row of weights and a row a[m] has a vector of sums, whose lanes are added up at the end: that is
-  // lane n of the result for row n.
-  template <int most = kTileRows>
-  static void multiply_in_place(int rows, std::initializer_list<InPlace> factors, int64_t p, C* tile) {
-    if constexpr (most > 1) {
-      if (rows < most) return multiply_in_place<most - 1>(rows, factors, p, tile);
-    }
-    const Rows& groups = factors.begin()->weights->rows_;
-    for (int g = 0; g < 4; ++g) {
-      const int64_t count = groups.count(p, g);
-      if (count > 0) multiply_group<most>(factors, p, g, count, tile + g * groups.width(p));
-    }
+  void multiply_in_place(int rows, std::initializer_list<InPlace<S>> factors, int64_t p, C* tile) const {
+    InPlaceProduct<S>::multiply(rows, factors, PanelGroups(rows_, p), tile);
   }
 
  private:
-  const S* row(int64_t p, int g) const { return data_ + rows_.first(p, g) * row_stride_; }
   C* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
   static int64_t panel_size(int64_t K) { return ceil_div(K, kPer) * kPanelWidth<C>; }
-
-  template <int rows>
-  static LSTM_EXT_INLINE void multiply_group(std::initializer_list<InPlace> factors, int64_t p, int g, int64_t count,
-                                             C* tile) {
-    constexpr int kStreams = streams(rows);
-    Vec<C> sums[rows][L / kStreams] = {};
-#pragma GCC unroll 4
-    for (int n = 0; n < L / kStreams; ++n) {
-      const int64_t first = n * kStreams;
-      if (first < count) multiply_streams(factors, p, g, first, count - 1 - first, sums, n);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) {
-      C* to = tile + m * kPanelWidth<C>;
-      store_up_to(to, load_up_to(to, count) + sum_lanes(sums[m]), count);
-    }
-  }
-
-  // How many rows of weights are read side by side: as many as there are registers for their sums, and as the
-  // hardware's prefetchers follow.
-  static constexpr int streams(int rows) {
-    const int most = rows * 8 <= kTileRows * 4 ? 8 : 4;
-    return L < most ? L : most;
-  }
-
-  // sums[m][to], lane n = a[m] · row first + n of the group. Past the group's end (`last` rows on) its last row is read
-  // again, so that there is no tail; those lanes are not stored.
-  template <int rows, int vectors>
-  static LSTM_EXT_INLINE void multiply_streams(std::initializer_list<InPlace> factors, int64_t p, int g, int64_t first,
-                                               int64_t last, Vec<C> (&sums)[rows][vectors], int to) {
-    constexpr int kStreams = L / vectors;
-    Vec<C> sum[rows][kStreams] = {};
-    for (const InPlace& factor : factors) add_streams(factor, p, g, first, last, sum);
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) sums[m][to] = sum_lanes(sum[m]);
-  }
-
-  template <int rows, int kStreams>
-  static LSTM_EXT_INLINE void add_streams(const InPlace& factor, int64_t p, int g, int64_t first, int64_t last,
-                                          Vec<C> (&sum)[rows][kStreams]) {
-    const int64_t row_stride = factor.weights->row_stride_, K = factor.k1 - factor.k0;
-    const S* unit[kStreams];
-    const F* row[rows];
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) row[m] = factor.a[m];
-#pragma GCC unroll 8
-    for (int n = 0; n < kStreams; ++n) {
-      unit[n] = n == 0 ? factor.weights->row(p, g) + factor.k0 + first * row_stride
-                       : unit[n - 1] + (n <= last ? row_stride : 0);
-    }
-    const auto add = [&](const auto& load_vector, int64_t k) {
-      Vec<C> values[rows];
-#pragma GCC unroll 8
-      for (int m = 0; m < rows; ++m) values[m] = load_vector(row[m] + k);
-#pragma GCC unroll 8
-      for (int n = 0; n < kStreams; ++n) {
-        const Vec<C> weights = in_register<rows*(kStreams + 1)>(load_vector(unit[n] + k));
-#pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m) sum[m][n] = multiply_add(sum[m][n], values[m], weights, F{});
-      }
-    };
-    int64_t k = 0;
-    for (; k + L * kPer <= K; k += L * kPer) add([](const auto* from) { return load_factors(from); }, k);
-    if (k < K) {
-      const int rest = static_cast<int>(K - k);
-      add([rest](const auto* from) { return load_some_factors(from, rest); }, k);
-    }
-  }
 
   const S* data_ = nullptr;
   int64_t row_stride_ = 0;

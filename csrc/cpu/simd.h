@@ -129,6 +129,18 @@ LSTM_EXT_INLINE V in_register(V value) {
   return value;
 }
 
+// A value that has been computed by here. Compilers fuse a product and a sum only where both stand in one block, and
+// like to move one of them to where it is used: bits would depend on what is compiled around it.
+template <class V>
+LSTM_EXT_INLINE V computed(V value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 // x, but no less than `low`, or no more than `high`; NaN stays NaN.
 #if defined(__AVX512F__)  // the instruction returns its second operand if either is NaN
 LSTM_EXT_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm512_maskz_max_ps(0xffff, broadcast(low), x); }
