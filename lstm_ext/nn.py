@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import route
+from ._torch_private import _is_any_autocast_enabled, one_dnn_takes_bfloat16
 from .call import BOTH, FORWARD, LayerCall, Save
 from .engines import stock, warn_once
 from .route import run
@@ -26,7 +27,7 @@ from .swap import recast, swap
 _ONE_DNN_DTYPES: frozenset[torch.dtype] = frozenset()
 if torch.backends.mkldnn.is_available():
     _ONE_DNN_DTYPES = frozenset({torch.float32})
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if one_dnn_takes_bfloat16():
         _ONE_DNN_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 NOTHING, CELLS = Save.NOTHING, Save.CELLS
@@ -108,7 +109,10 @@ class LSTM(RNNBase):
 
     def _check_state(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
         L, D = self.num_layers, 2 if self.bidirectional else 1
-        B = x.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        if batch_sizes is None:
+            B = x.size(0 if self.batch_first else 1)
+        else:  # compilers do not know B, and the engine checks it again
+            B = hx[0].size(-2) if is_compiling() else int(batch_sizes[0])
         self.check_hidden_size(
             hx[0], (L * D, B, self.proj_size or self.hidden_size), "LSTM: expected hx[0] of size {}, got {}"
         )

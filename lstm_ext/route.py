@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
 from torch.compiler import assume_constant_result, is_compiling
 
 from . import torch_op
+from ._torch_private import TransformType, _is_any_autocast_enabled, forward_ad, get_interpreter_stack
 from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds, check_step_state
 from .engines import Engine, backends, choose, choose_under, composed, forced, onnx, stock, warn_once
 from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requires_grad

@@ -14,27 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.nn import Parameter
+
+from . import _native
+from ._torch_private import (
     _after_autograd_keyset,
+    _any_requires_grad,
     _AutoDispatchBelowAutograd,
     _get_tracing_state,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
-)
-from torch._C._functorch import (
+    _set_fwd_grad_enabled,
+    _SingleLevelFunction,
+    compiled_autograd_key,
+    enable_single_level_autograd_function,
+    forward_ad,
     get_dynamic_layer_stack_depth,
     get_unwrapped,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
     peek_interpreter_stack,
 )
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
-from torch.nn import Parameter
-
-from . import _native
 from .call import (
     CallTuple,
     Directions,
@@ -51,8 +52,6 @@ from .call import (
 )
 from .engines import Engine, choose, composed, cpu
 
-if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    raise ImportError(f"lstm_ext needs torch 2.11 or newer for tensors, got {torch.__version__}")
 if not _native.reason:
     cpu.take_tensors((Tensor, Parameter), torch.get_num_threads, "libtorch_cpu.so")
 
@@ -196,10 +195,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     call, saved, grads, needs = _backward_of(arguments)
     x, D, H = call.x, saved.cells.shape[0], saved.cells.shape[-1]
-    B = _batch_size(call, grads.dh_n, grads.dc_n)
+    P = saved.y.shape[-1] // D
+    # A size that only batch_sizes tell is asked for where an output has it: a compiler looks for it there.
+    B = _batch_size(call, grads.dh_n, grads.dc_n) if needs & (Needs.H0 | Needs.C0) else 0
     return (
         x.new_empty(x.shape) if needs & Needs.X else x.new_empty(0),
-        x.new_empty(D, B, saved.y.shape[-1] // D) if needs & Needs.H0 else x.new_empty(0),
+        x.new_empty(D, B, P) if needs & Needs.H0 else x.new_empty(0),
         x.new_empty(D, B, H) if needs & Needs.C0 else x.new_empty(0),
         [w.new_empty(w.shape) for w in call.weights] if needs & Needs.WEIGHTS else [],
     )
@@ -234,7 +235,7 @@ def apply(function: Any, *arguments: Any) -> Any:
 class LayerFunction(_SingleLevelFunction):
     """The outputs of `below(call, save)`: of an engine, or of the op as the next level sees it."""
 
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+    _compiled_autograd_key = compiled_autograd_key
 
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], save: Save, *arguments: Any) -> Any:
@@ -315,7 +316,7 @@ class LayerGradFunction(_SingleLevelFunction):
     What is differentiated is the derivative of `composed.forward`: y, cells and gates count as functions of the others.
     """
 
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+    _compiled_autograd_key = compiled_autograd_key
 
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], needs: Needs, *arguments: Any) -> Any:
@@ -377,12 +378,12 @@ def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
                 return op.redispatch(keyset & _after_autograd_keyset, *arguments)
 
         recording = _is_grad_enabled()
-        if is_eager() and not (recording and torch._C._any_requires_grad(*arguments)):
+        if is_eager() and not (recording and _any_requires_grad(*arguments)):
             return below(*arguments)
 
         def below_rule(*arguments: Any) -> Any:
             """A Function turns recording off for its own level; the levels outside of it go on."""
-            with torch.set_grad_enabled(recording), forward_ad._set_fwd_grad_enabled(True):
+            with torch.set_grad_enabled(recording), _set_fwd_grad_enabled(True):
                 return below(*arguments)
 
         with enable_single_level_autograd_function():
