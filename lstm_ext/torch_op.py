@@ -8,7 +8,6 @@ vmap one larger batch. Below all of that the op runs the engine. Derivatives bey
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from types import NoneType
 from typing import Any
 
@@ -50,7 +49,7 @@ from .call import (
     check,
     check_values,
 )
-from .engines import Engine, choose, composed, cpu
+from .engines import Engine, choose, composed, cpu, derivatives
 
 if not _native.reason:
     cpu.take_tensors((Tensor, Parameter), torch.get_num_threads, "libtorch_cpu.so")
@@ -254,6 +253,8 @@ class LayerFunction(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         """`gradients` are those of the outputs, None for zeros."""
+        if all(g is None for g in gradients):  # a second derivative comes by, which has none for what was saved
+            return (None,) * len(ctx.needs_input_grad)
         y, cells, gates, *tensors = ctx.saved_tensors
         saved, call = Saved(y, cells, gates), _restored(tensors, ctx.options)
         needed = unflat(ctx.needs_input_grad[2:])
@@ -313,7 +314,7 @@ def _with_floats(call: LayerCall, floats: Sequence[Any]) -> LayerCall:
 class LayerGradFunction(_SingleLevelFunction):
     """(dx, dh0, dc0, *dweights) of `below(call, saved, grads, needs)`, the op as the next level sees it.
 
-    What is differentiated is the derivative of `composed.forward`: y, cells and gates count as functions of the others.
+    What was saved counts as a function of the others.
     """
 
     _compiled_autograd_key = compiled_autograd_key
@@ -324,7 +325,7 @@ class LayerGradFunction(_SingleLevelFunction):
         grads, saved, call = OutputGrads(*arguments[:4]), Saved(*arguments[4:7]), unflat(arguments[7:])
         dx, dh0, dc0, dweights = below(call, saved, grads, needs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads, *(a for a in arguments[7:] if not isinstance(a, int)))
+        ctx.save_for_backward(*grads, saved.cells, saved.gates, *(a for a in arguments[7:] if not isinstance(a, int)))
         ctx.options = call.directions, call.batch_first
         given = ((dx, Needs.X), (dh0, Needs.H0), (dc0, Needs.C0))
         ctx.mark_non_differentiable(*(a for a, bit in given if not needs & bit))
@@ -333,40 +334,53 @@ class LayerGradFunction(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *wanted: Any) -> tuple[Any, ...]:
         """`wanted` are the gradients of the gradients, None for zeros."""
-        dy, dh_n, dc_n, dcells, *kept = ctx.saved_tensors
-        grads, call = (dy, dh_n, dc_n, dcells), _restored(kept, ctx.options)
+        if all(g is None for g in wanted):
+            return (None,) * len(ctx.needs_input_grad)
+        dy, dh_n, dc_n, dcells, cells, gates, *kept = ctx.saved_tensors
+        grads, call, asked = OutputGrads(dy, dh_n, dc_n, dcells), _restored(kept, ctx.options), ctx.needs_input_grad
+        asked_of = unflat(asked[9:])
+        needs = Needs.of(bool(asked_of.x), bool(asked_of.h0), bool(asked_of.c0), any(asked_of.weights))
+        by_grads, by_call = _second_derivative(call, grads, wanted, cells, gates, any(asked[2:6]), needs)
+        of_grads = [None if g is None else s for g, s in zip(grads, by_grads, strict=True)]
+        dx, dh0, dc0, dweights = by_call
+        nothing = [None] * (_NUM_FIELDS - 3)
+        return None, None, *of_grads, *[None] * 3, dx, dh0, dc0, *nothing, *(dweights or [None] * len(call.weights))
 
-        def outputs(*floats: Any) -> tuple[Any, ...]:
-            return composed.forward(_with_floats(call, floats), Save.CELLS)[:4]
 
-        def gradients(*tensors: Any) -> list[Any]:
-            return _pull(outputs, tensors[4:], tensors[:4])
-
-        floats = (*call[:3], *call.weights)
-        asked = [None if a is None else g for a, g in zip_longest(floats, wanted)]
-        second = _pull(gradients, (*grads, *floats), asked)
-        return None, None, *second[:4], *[None] * 3, *second[4:7], *[None] * (_NUM_FIELDS - 3), *second[7:]
+def _second_derivative(
+    call: LayerCall,
+    grads: OutputGrads,
+    wanted: Sequence[Any],
+    cells: Tensor,
+    gates: Tensor,
+    of_grads: bool,
+    needs: Needs,
+) -> tuple[OutputGrads, Grads]:
+    """See `derivatives.second`; `wanted` is flat, and as long as what was needed."""
+    wide = composed.compute_dtype(call.x.dtype)
+    y: Tensor | None = None
+    recorded = _is_grad_enabled()
+    vx, vh0, vc0, *vweights = (None if a is None else a.to(wide) for a in wanted)
+    vweights = vweights or [None] * len(call.weights)
+    with torch.autocast(call.x.device.type, enabled=False):
+        floats = call.cast(wide)
+        if recorded or wide != call.x.dtype:  # a further derivative looks through it; gates of half types are rounded
+            y, _, _, cells, gates = layer_forward(*floats, Save.ALL)
+        return derivatives.second(
+            floats,
+            OutputGrads(*(None if g is None else g.to(wide) for g in grads)),
+            call._replace(x=vx, h0=vh0, c0=vc0, weights=vweights),
+            cells,
+            None if recorded else gates,
+            y,
+            of_grads,
+            needs,
+        )
 
 
 def _restored(tensors: Sequence[Any], options: tuple[Directions, bool]) -> LayerCall:
     """A flat call whose tensors alone were saved."""
     return unflat((*tensors[: _NUM_FIELDS - 2], *options, *tensors[_NUM_FIELDS - 2 :]))
-
-
-def _pull(f: Callable[..., Any], primals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    """What the transposed Jacobian of f makes of the cotangents; entries of both may be None."""
-    if all(d is None for d in cotangents):
-        return [None] * len(primals)
-    present = [n for n, a in enumerate(primals) if a is not None]
-
-    def outputs(*given: Tensor) -> list[Tensor]:
-        every = dict(zip(present, given, strict=True))
-        results = f(*(every.get(n) for n in range(len(primals))))
-        return [a for a, d in zip(results, cotangents, strict=True) if d is not None]
-
-    pull: Any = torch.func.vjp(outputs, *(primals[n] for n in present))[1]
-    pulled = dict(zip(present, pull([d for d in cotangents if d is not None]), strict=True))
-    return [pulled.get(n) for n in range(len(primals))]
 
 
 def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
