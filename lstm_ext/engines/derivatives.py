@@ -127,8 +127,8 @@ def _factors(a: Primal) -> list[Factors]:
     for steps in _chunks(a.c_tanh):
         c_prev, c_tanh = a.c_prev[steps], a.c_tanh[steps]
         i, f, g, o = a.gates[steps].chunk(4, -1)
-        pre = torch.cat([g * (i - i * i), c_prev * (f - f * f), i - i * g * g, c_tanh * (o - o * o)], -1)
-        found += _by_step(pre, o - o * c_tanh * c_tanh, a.carry[steps])
+        pre = torch.cat([g * (i * (1 - i)), c_prev * (f * (1 - f)), i * (1 - g * g), c_tanh * (o * (1 - o))], -1)
+        found += _by_step(pre, o * (1 - c_tanh * c_tanh), a.carry[steps])
     return found
 
 
@@ -141,14 +141,14 @@ def _factor_tangents(a: Primal, walk: Walk, p: Steps, c: Steps, c0: Tensor) -> I
         tc = torch.stack(c[steps])
         tc_prev = torch.stack([c0, *c[: steps.stop - 1]][steps])
         tc_prev = tc_prev if walk.keeps is None else tc_prev * walk.keeps[steps]
-        di, df, dg, do, d_tanh = i - i * i, f - f * f, 1 - g * g, o - o * o, 1 - c_tanh * c_tanh
+        di, df, dg, do, d_tanh = i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o), 1 - c_tanh * c_tanh
         ti, tf, tg, to, t_tanh = di * pi, df * pf, dg * pg, do * po, d_tanh * tc
         pre = torch.cat(
             [
-                di * tg + (g - 2 * g * i) * ti,
-                df * tc_prev + (c_prev - 2 * c_prev * f) * tf,
+                di * tg + g * (1 - 2 * i) * ti,
+                df * tc_prev + c_prev * (1 - 2 * f) * tf,
                 dg * ti - 2 * i * g * tg,
-                do * t_tanh + (c_tanh - 2 * c_tanh * o) * to,
+                do * t_tanh + c_tanh * (1 - 2 * o) * to,
             ],
             -1,
         )
