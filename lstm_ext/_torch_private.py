@@ -32,10 +32,12 @@ try:
         is_legacy_batchedtensor,
         peek_interpreter_stack,
     )
+    from torch._C._profiler import _RecordFunctionFast
     from torch._functorch.utils import enable_single_level_autograd_function
-    from torch.autograd import forward_ad
+    from torch.autograd import forward_ad, profiler
     from torch.autograd.forward_ad import _current_level, _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
+    from torch.autograd.profiler import _is_profiler_enabled
 
     compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
     one_dnn_takes_bfloat16 = (
@@ -46,12 +48,13 @@ except (ImportError, AttributeError) as error:
         f"lstm_ext calls a private function that torch {torch.__version__} lacks; torch {CHECKED} has it: {error}"
     ) from error
 
-del _current_level  # it changes: read as forward_ad._current_level
+del _current_level, _is_profiler_enabled  # they change: read as attributes of forward_ad and profiler
 
 __all__ = [
     "_VF",
     "TransformType",
     "_AutoDispatchBelowAutograd",
+    "_RecordFunctionFast",
     "_SingleLevelFunction",
     "_after_autograd_keyset",
     "_any_requires_grad",
@@ -71,4 +74,5 @@ __all__ = [
     "is_legacy_batchedtensor",
     "one_dnn_takes_bfloat16",
     "peek_interpreter_stack",
+    "profiler",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn import Parameter
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _native
 from ._torch_private import (
@@ -203,6 +204,36 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         x.new_empty(D, B, H) if needs & Needs.C0 else x.new_empty(0),
         [w.new_empty(w.shape) for w in call.weights] if needs & Needs.WEIGHTS else [],
     )
+
+
+# What torch.utils.flop_counter asks ----------------------------------------------------------------------------------
+#
+# It counts two for each multiply-add of a matrix product: those of torch's own LSTM where that is made of such.
+
+
+@register_flop_formula(torch.ops.lstm_ext.layer_forward, get_raw=True)
+def _(*arguments: Any, out_val: Any = None) -> int:
+    call, _ = _forward_of(arguments)
+    return 2 * call.x.shape[:-1].numel() * sum(w.numel() for w in call.weights if w.dim() == 2)
+
+
+@register_flop_formula(torch.ops.lstm_ext.layer_backward, get_raw=True)
+def _(*arguments: Any, out_val: Any = None) -> int:
+    call, _, _, needs = _backward_of(arguments)
+    rows, total = call.x.shape[:-1].numel(), 0
+    for reverse, w in zip(call.directions.reversals, call.split(), strict=True):
+        first_rows = 0  # of the first step, whose gradient by h0 nobody asks for
+        if not needs & Needs.H0 and call.batch_sizes is None:
+            first_rows = call.batch_size()
+        elif not needs & Needs.H0 and type(call.batch_sizes) is Tensor:
+            first_rows = int(call.batch_sizes[-1 if reverse else 0])
+        projection = 0 if w.w_hr is None else w.w_hr.numel()
+        total += rows * projection + (rows - first_rows) * w.w_hh.numel()
+        if needs & Needs.X:
+            total += rows * w.w_ih.numel()
+        if needs & Needs.WEIGHTS:
+            total += rows * (w.w_ih.numel() + w.w_hh.numel() + projection)
+    return 2 * total
 
 
 # The derivatives -----------------------------------------------------------------------------------------------------
