@@ -104,13 +104,13 @@ layer_forward = torch.ops.lstm_ext.layer_forward.default
 layer_backward = torch.ops.lstm_ext.layer_backward.default
 
 
-def _forward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Save]:
+def forward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Save]:
     """The arguments of `layer_forward` by name."""
     *arrays, directions, batch_first, save = arguments
     return LayerCall._make((*arrays, Directions(directions), batch_first)), Save(save)
 
 
-def _backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrads, Needs]:
+def backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrads, Needs]:
     """The arguments of `layer_backward` by name."""
     dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, cells, gates, *masks, directions, batch_first, needs = arguments
     call = LayerCall._make((x, h0, c0, weights, *masks, Directions(directions), batch_first))
@@ -118,7 +118,7 @@ def _backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrad
 
 
 def _backward_arguments(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> tuple[Any, ...]:
-    """The way back from `_backward_of`."""
+    """The way back from `backward_of`."""
     return *grads, *call[:4], *saved, *call[4:], needs
 
 
@@ -143,7 +143,7 @@ def engine_of(x: Tensor) -> Engine:
     return choice.engine
 
 
-def _or_empty(a: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(a: Tensor | None, like: Tensor) -> Tensor:
     """`a`, or an empty tensor: an op cannot return None."""
     return like.new_empty(0) if a is None else a
 
@@ -151,17 +151,17 @@ def _or_empty(a: Tensor | None, like: Tensor) -> Tensor:
 @torch.library.impl("lstm_ext::layer_forward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     """What is not saved is an empty tensor."""
-    call, save = _forward_of([_plain(a) for a in arguments])
+    call, save = forward_of([_plain(a) for a in arguments])
     y, h_n, c_n, cells, gates = engine_of(call.x).forward(call, save)
-    return y, h_n, c_n, _or_empty(cells, y), _or_empty(gates, y)
+    return y, h_n, c_n, or_empty(cells, y), or_empty(gates, y)
 
 
 @torch.library.impl("lstm_ext::layer_backward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """What is not needed is an empty tensor or list."""
-    call, saved, grads, needs = _backward_of([_plain(a) for a in arguments])
+    call, saved, grads, needs = backward_of([_plain(a) for a in arguments])
     dx, dh0, dc0, dweights = engine_of(call.x).backward(call, saved, grads, needs)
-    return _or_empty(dx, call.x), _or_empty(dh0, call.x), _or_empty(dc0, call.x), dweights or []
+    return or_empty(dx, call.x), or_empty(dh0, call.x), or_empty(dc0, call.x), dweights or []
 
 
 def _batch_size(call: LayerCall, *states: Tensor | None) -> Any:
@@ -176,7 +176,7 @@ def _batch_size(call: LayerCall, *states: Tensor | None) -> Any:
 
 @torch.library.register_fake("lstm_ext::layer_forward")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    call, save = _forward_of(arguments)
+    call, save = forward_of(arguments)
     B = _batch_size(call)
     check(call, values=False)
     x, w, D = call.x, call.split()[0], call.num_directions
@@ -193,7 +193,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("lstm_ext::layer_backward")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    call, saved, grads, needs = _backward_of(arguments)
+    call, saved, grads, needs = backward_of(arguments)
     x, D, H = call.x, saved.cells.shape[0], saved.cells.shape[-1]
     P = saved.y.shape[-1] // D
     # A size that only batch_sizes tell is asked for where an output has it: a compiler looks for it there.
@@ -213,13 +213,13 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
 
 @register_flop_formula(torch.ops.lstm_ext.layer_forward, get_raw=True)
 def _(*arguments: Any, out_val: Any = None) -> int:
-    call, _ = _forward_of(arguments)
+    call, _ = forward_of(arguments)
     return 2 * call.x.shape[:-1].numel() * sum(w.numel() for w in call.weights if w.dim() == 2)
 
 
 @register_flop_formula(torch.ops.lstm_ext.layer_backward, get_raw=True)
 def _(*arguments: Any, out_val: Any = None) -> int:
-    call, _, _, needs = _backward_of(arguments)
+    call, _, _, needs = backward_of(arguments)
     rows, total = call.x.shape[:-1].numel(), 0
     for reverse, w in zip(call.directions.reversals, call.split(), strict=True):
         first_rows = 0  # of the first step, whose gradient by h0 nobody asks for
@@ -438,12 +438,12 @@ def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
 
 
 def _differentiable_forward(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    call, save = _forward_of(arguments)
+    call, save = forward_of(arguments)
     return apply(LayerFunction, lambda call, save: below(*call, save), save, *flat(call))
 
 
 def _differentiable_backward(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    call, saved, grads, needs = _backward_of(arguments)
+    call, saved, grads, needs = backward_of(arguments)
 
     def run(*named: Any) -> Any:
         return below(*_backward_arguments(*named))
@@ -540,7 +540,7 @@ def _foldable(size: int, dims: LayerCall) -> bool:
 
 @torch.library.register_vmap("lstm_ext::layer_forward")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    (call, save), dims, size = _forward_of(arguments), LayerCall(*in_dims[:-1]), info.batch_size
+    (call, save), dims, size = forward_of(arguments), LayerCall(*in_dims[:-1]), info.batch_size
     if not _foldable(size, dims):
         return _one_by_one(layer_forward, size, in_dims, arguments)
     batch = _Batch(call, size)
@@ -551,7 +551,7 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
 
 @torch.library.register_vmap("lstm_ext::layer_backward")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    call, saved, grads, needs = _backward_of(arguments)
+    call, saved, grads, needs = backward_of(arguments)
     size = info.batch_size
     g, (x, h0, c0, weights), s, masks = in_dims[:4], in_dims[4:8], in_dims[8:11], in_dims[11:-1]
     dims = LayerCall(x, h0, c0, weights, *masks)

@@ -362,6 +362,12 @@ def _joined(grid: Grid, dx: Any, states: list[tuple[Tensor, Tensor]], dweights: 
     )
 
 
+def gates(call: LayerCall, y: Tensor, cells: Tensor) -> Tensor:
+    """The gates [D, T, B, 4H] (packed: [D, N, 4H]) of a forward pass that left y and the cells."""
+    grid = Grid(call)
+    return torch.stack([grid.unpad(d.walk.give(d.a.gates)) for d in _directions(call, grid, cells, None, y)])
+
+
 def first(call: LayerCall, grads: OutputGrads, cells: Tensor, gates: Tensor, needs: Needs) -> Grads:
     """The gradients of a layer; all arguments are of the dtype in which it computes."""
     grid = Grid(call)
