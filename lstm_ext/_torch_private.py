@@ -50,6 +50,14 @@ except (ImportError, AttributeError) as error:
 
 del _current_level, _is_profiler_enabled  # they change: read as attributes of forward_ad and profiler
 
+
+def implicit_replication_allowed() -> bool:
+    """Whether `torch.distributed.tensor.experimental.implicit_replication` is on."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor._op_dispatcher._allow_implicit_replication
+
+
 __all__ = [
     "_VF",
     "TransformType",
@@ -70,6 +78,7 @@ __all__ = [
     "get_dynamic_layer_stack_depth",
     "get_interpreter_stack",
     "get_unwrapped",
+    "implicit_replication_allowed",
     "is_functorch_wrapped_tensor",
     "is_legacy_batchedtensor",
     "one_dnn_takes_bfloat16",

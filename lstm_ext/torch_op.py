@@ -7,7 +7,9 @@ vmap one larger batch. Below all of that the op runs the engine. Derivatives bey
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import NoneType
 from typing import Any
 
@@ -423,6 +425,8 @@ def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
                 return op.redispatch(keyset & _after_autograd_keyset, *arguments)
 
         recording = _is_grad_enabled()
+        if "torch.distributed.tensor" in sys.modules:
+            _take_dtensors()
         if is_eager() and not (recording and _any_requires_grad(*arguments)):
             return below(*arguments)
 
@@ -450,6 +454,15 @@ def _differentiable_backward(below: Callable[..., Any], arguments: Sequence[Any]
 
     dx, dh0, dc0, *dweights = apply(LayerGradFunction, run, needs, *grads, *saved, *flat(call))
     return dx, dh0, dc0, dweights
+
+
+@cache
+def _take_dtensors() -> None:
+    """Registers what the ops do with DTensors, which only a program that imports torch.distributed.tensor has."""
+    from . import sharding
+
+    for op in (layer_forward, layer_backward):
+        sharding.register(op)
 
 
 _register_autograd(layer_forward, _differentiable_forward)
