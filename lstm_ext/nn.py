@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, fx
-from torch._C import _get_tracing_state, _is_any_autocast_enabled
-from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules import rnn as torch_rnn
@@ -20,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import route
+from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
 from .call import BOTH, FORWARD, LayerCall, Save, check, check_step_state
 from .engines import warn_once
 from .route import run
@@ -28,7 +27,7 @@ from .route import run
 _ONE_DNN_DTYPES: frozenset[torch.dtype] = frozenset()
 if torch.backends.mkldnn.is_available():
     _ONE_DNN_DTYPES = frozenset({torch.float32})
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if one_dnn_takes_bfloat16():
         _ONE_DNN_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 # torch's own classes: other names for ours may stand in torch.nn by now. Any, since ours are none of them by type.
@@ -151,9 +150,6 @@ class LSTM(torch_rnn.RNNBase):
         changed = any(w is not None and w is not old for w, old in zip(now, made_from, strict=True))
         return now if changed else flat
 
-    def _num_states(self) -> int:
-        return self.num_layers * (2 if self.bidirectional else 1)
-
     def _checked(self, x: Tensor, hx: State | None, batch_sizes: Tensor | None, order: Tensor | None) -> State | None:
         """The state in the order of the rows, after torch's own checks; for whoever overrides these, zeros for None."""
         if hx is None:
@@ -162,7 +158,8 @@ class LSTM(torch_rnn.RNNBase):
             sizes = self.get_expected_hidden_size(x, batch_sizes), self.get_expected_cell_size(x, batch_sizes)
             hx = x.new_zeros(sizes[0]), x.new_zeros(sizes[1])
         hx = _pair(hx)
-        self.check_forward_args(x, hx, batch_sizes)
+        if batch_sizes is None or not is_compiling():  # compilers do not know B then, and the engine checks it
+            self.check_forward_args(x, hx, batch_sizes)
         return self.permute_hidden(hx, order)
 
     @overload
@@ -239,8 +236,8 @@ class LSTM(torch_rnn.RNNBase):
             c0: Any = None
             if hx is not None:  # what is not checked here the engine checks
                 h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else _pair(hx)
-                if h0 is None or c0 is None or (num_layers > 1 and not len(h0) == len(c0) == self._num_states()):
-                    raise TypeError("hx: expected a pair of tensors with a state for each layer and direction")
+                if h0 is None or c0 is None:
+                    raise TypeError("hx: expected a pair of tensors, got None in it")
             if lengths is not None or resets is not None:
                 lengths, resets = _as_tensor(lengths, input), _as_tensor(resets, input)
             if (
@@ -352,6 +349,8 @@ class LSTM(torch_rnn.RNNBase):
         else:
             h_ns, c_ns = [], []
             D, per_layer = 2 if self.bidirectional else 1, len(weights) // L
+            if hx is not None and not len(hx[0]) == len(hx[1]) == L * D:
+                raise RuntimeError(f"hx: expected states of {L * D} layers and directions, got {[*map(len, hx)]}")
             for n in range(L):
                 if hx is not None:
                     h0, c0 = hx[0][n * D : (n + 1) * D], hx[1][n * D : (n + 1) * D]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
 from torch.compiler import assume_constant_result, is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from . import torch_op
+from ._torch_private import (
+    TransformType,
+    _is_any_autocast_enabled,
+    _RecordFunctionFast,
+    forward_ad,
+    get_interpreter_stack,
+    profiler,
+)
 from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds, check_step_state
 from .engines import Engine, backends, choose, choose_under, composed, forced, onnx, stock, warn_once
 from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requires_grad
@@ -33,7 +38,7 @@ def run(call: CallTuple, save: Save = NOTHING) -> OutputsTuple:
         engine = choose_under(forced.get(), "cpu" if x.is_cpu else x.device.type, x.dtype).engine
         asks = _is_grad_enabled() and requires_grad(call)
         if engine is not None and not asks and (call[4] is None or getattr(call[4], "device", None) == x.device):
-            outputs = engine.forward(call, save)
+            outputs = engine.forward(call, save) if not profiler._is_profiler_enabled else _recorded(engine, call, save)
             if outputs is not NotImplemented:
                 return outputs
     return _by_table(LayerCall(*call), save)
@@ -68,7 +73,7 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
         return torch_op.forward(call, save)
     if _is_grad_enabled() and requires_grad(call):
         return differentiable(engine_of(call.x), call, save)
-    return engine_of(call.x).forward(call, save)
+    return _recorded(engine_of(call.x), call, save)
 
 
 # What the rows ask ---------------------------------------------------------------------------------------------------
@@ -132,6 +137,12 @@ def _composed(call: LayerCall, save: Save) -> Outputs:
     torch_op.check_watched(call)
     outputs = composed.forward(call, save)
     return outputs if save else outputs._replace(cells=None)
+
+
+def _recorded(engine: Engine, call: CallTuple, save: Save) -> OutputsTuple:
+    """An engine, seen by torch's profilers under the name of the op."""
+    with _RecordFunctionFast("lstm_ext::layer_forward"):
+        return engine.forward(call, save)
 
 
 def differentiable(engine: Engine, call: LayerCall, save: Save) -> OutputsTuple:

@@ -7,34 +7,37 @@ vmap one larger batch. Below all of that the op runs the engine. Derivatives bey
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from functools import cache
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.nn import Parameter
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _native
+from ._torch_private import (
     _after_autograd_keyset,
+    _any_requires_grad,
     _AutoDispatchBelowAutograd,
     _get_tracing_state,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
-)
-from torch._C._functorch import (
+    _set_fwd_grad_enabled,
+    _SingleLevelFunction,
+    compiled_autograd_key,
+    enable_single_level_autograd_function,
+    forward_ad,
     get_dynamic_layer_stack_depth,
     get_unwrapped,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
     peek_interpreter_stack,
 )
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
-from torch.nn import Parameter
-
-from . import _native
 from .call import (
     CallTuple,
     Directions,
@@ -49,10 +52,8 @@ from .call import (
     check,
     check_values,
 )
-from .engines import Engine, choose, composed, cpu
+from .engines import Engine, choose, composed, cpu, derivatives
 
-if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    raise ImportError(f"lstm_ext needs torch 2.11 or newer for tensors, got {torch.__version__}")
 if not _native.reason:
     cpu.take_tensors((Tensor, Parameter), torch.get_num_threads, "libtorch_cpu.so")
 
@@ -106,13 +107,13 @@ layer_forward = torch.ops.lstm_ext.layer_forward.default
 layer_backward = torch.ops.lstm_ext.layer_backward.default
 
 
-def _forward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Save]:
+def forward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Save]:
     """The arguments of `layer_forward` by name."""
     *arrays, directions, batch_first, save = arguments
     return LayerCall._make((*arrays, Directions(directions), batch_first)), Save(save)
 
 
-def _backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrads, Needs]:
+def backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrads, Needs]:
     """The arguments of `layer_backward` by name."""
     dy, dh_n, dc_n, dcells, x, h0, c0, weights, _, cells, gates, *masks, directions, batch_first, needs = arguments
     call = LayerCall._make((x, h0, c0, weights, *masks, Directions(directions), batch_first))
@@ -120,7 +121,7 @@ def _backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrad
 
 
 def _backward_arguments(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> tuple[Any, ...]:
-    """The way back from `_backward_of`."""
+    """The way back from `backward_of`."""
     return *grads, *call[:4], None, *saved, *call[4:], needs
 
 
@@ -145,7 +146,7 @@ def engine_of(x: Tensor) -> Engine:
     return choice.engine
 
 
-def _or_empty(a: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(a: Tensor | None, like: Tensor) -> Tensor:
     """`a`, or an empty tensor: an op cannot return None."""
     return like.new_empty(0) if a is None else a
 
@@ -153,17 +154,17 @@ def _or_empty(a: Tensor | None, like: Tensor) -> Tensor:
 @torch.library.impl("lstm_ext::layer_forward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     """What is not saved is an empty tensor."""
-    call, save = _forward_of([_plain(a) for a in arguments])
+    call, save = forward_of([_plain(a) for a in arguments])
     y, h_n, c_n, cells, gates = engine_of(call.x).forward(call, save)
-    return y, h_n, c_n, _or_empty(cells, y), _or_empty(gates, y)
+    return y, h_n, c_n, or_empty(cells, y), or_empty(gates, y)
 
 
 @torch.library.impl("lstm_ext::layer_backward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """What is not needed is an empty tensor or list."""
-    call, saved, grads, needs = _backward_of([_plain(a) for a in arguments])
+    call, saved, grads, needs = backward_of([_plain(a) for a in arguments])
     dx, dh0, dc0, dweights = engine_of(call.x).backward(call, saved, grads, needs)
-    return _or_empty(dx, call.x), _or_empty(dh0, call.x), _or_empty(dc0, call.x), dweights or []
+    return or_empty(dx, call.x), or_empty(dh0, call.x), or_empty(dc0, call.x), dweights or []
 
 
 def _batch_size(call: LayerCall, *states: Tensor | None) -> Any:
@@ -178,7 +179,7 @@ def _batch_size(call: LayerCall, *states: Tensor | None) -> Any:
 
 @torch.library.register_fake("lstm_ext::layer_forward")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    call, save = _forward_of(arguments)
+    call, save = forward_of(arguments)
     B = _batch_size(call)
     check(call, values=False)
     x, w, D = call.x, call.split()[0], call.num_directions
@@ -195,15 +196,46 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("lstm_ext::layer_backward")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    call, saved, grads, needs = _backward_of(arguments)
+    call, saved, grads, needs = backward_of(arguments)
     x, D, H = call.x, saved.cells.shape[0], saved.cells.shape[-1]
-    B = _batch_size(call, grads.dh_n, grads.dc_n)
+    # A size that only batch_sizes tell is asked for where an output has it: a compiler looks for it there.
+    B = _batch_size(call, grads.dh_n, grads.dc_n) if needs & (Needs.H0 | Needs.C0) else 0
     return (
         x.new_empty(x.shape) if needs & Needs.X else x.new_empty(0),
         x.new_empty(D, B, call.split()[0].w_hh.shape[1]) if needs & Needs.H0 else x.new_empty(0),
         x.new_empty(D, B, H) if needs & Needs.C0 else x.new_empty(0),
         [w.new_empty(w.shape) for w in call.weights] if needs & Needs.WEIGHTS else [],
     )
+
+
+# What torch.utils.flop_counter asks ----------------------------------------------------------------------------------
+#
+# It counts two for each multiply-add of a matrix product: those of torch's own LSTM where that is made of such.
+
+
+@register_flop_formula(torch.ops.lstm_ext.layer_forward, get_raw=True)
+def _(*arguments: Any, out_val: Any = None) -> int:
+    call, _ = forward_of(arguments)
+    return 2 * call.x.shape[:-1].numel() * sum(w.numel() for w in call.weights if w.dim() == 2)
+
+
+@register_flop_formula(torch.ops.lstm_ext.layer_backward, get_raw=True)
+def _(*arguments: Any, out_val: Any = None) -> int:
+    call, _, _, needs = backward_of(arguments)
+    rows, total = call.x.shape[:-1].numel(), 0
+    for reverse, w in zip(call.directions.reversals, call.split(), strict=True):
+        first_rows = 0  # of the first step, whose gradient by h0 nobody asks for
+        if not needs & Needs.H0 and call.batch_sizes is None:
+            first_rows = call.batch_size()
+        elif not needs & Needs.H0 and type(call.batch_sizes) is Tensor:
+            first_rows = int(call.batch_sizes[-1 if reverse else 0])
+        projection = 0 if w.w_hr is None else w.w_hr.numel()
+        total += rows * projection + (rows - first_rows) * w.w_hh.numel()
+        if needs & Needs.X:
+            total += rows * w.w_ih.numel()
+        if needs & Needs.WEIGHTS:
+            total += rows * (w.w_ih.numel() + w.w_hh.numel() + projection)
+    return 2 * total
 
 
 # The derivatives -----------------------------------------------------------------------------------------------------
@@ -235,7 +267,7 @@ def apply(function: Any, *arguments: Any) -> Any:
 class LayerFunction(_SingleLevelFunction):
     """The outputs of `below(call, save)`: of an engine, or of the op as the next level sees it."""
 
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+    _compiled_autograd_key = compiled_autograd_key
 
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], save: Save, *arguments: Any) -> Any:
@@ -252,6 +284,8 @@ class LayerFunction(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         """`gradients` are those of the outputs, None for zeros."""
+        if all(g is None for g in gradients):  # a second derivative comes by, which has none for what was saved
+            return (None,) * len(ctx.needs_input_grad)
         cells, gates, *tensors = ctx.saved_tensors
         saved, call = Saved(cells, gates), _restored(tensors, ctx.options)
         needed = unflat(ctx.needs_input_grad[2:])
@@ -311,10 +345,10 @@ def _with_floats(call: LayerCall, floats: Sequence[Any]) -> LayerCall:
 class LayerGradFunction(_SingleLevelFunction):
     """(dx, dh0, dc0, *dweights) of `below(call, saved, grads, needs)`, the op as the next level sees it.
 
-    What is differentiated is the derivative of `composed.forward`: cells and gates count as functions of the others.
+    What was saved counts as a function of the others.
     """
 
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+    _compiled_autograd_key = compiled_autograd_key
 
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], needs: Needs, *arguments: Any) -> Any:
@@ -322,7 +356,7 @@ class LayerGradFunction(_SingleLevelFunction):
         grads, saved, call = OutputGrads(*arguments[:4]), Saved(*arguments[4:6]), unflat(arguments[6:])
         dx, dh0, dc0, dweights = below(call, saved, grads, needs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads, *(a for a in arguments[6:] if not isinstance(a, int)))
+        ctx.save_for_backward(*grads, saved.cells, saved.gates, *(a for a in arguments[6:] if not isinstance(a, int)))
         ctx.options = call.directions, call.batch_first
         given = ((dx, Needs.X), (dh0, Needs.H0), (dc0, Needs.C0))
         ctx.mark_non_differentiable(*(a for a, bit in given if not needs & bit))
@@ -331,40 +365,53 @@ class LayerGradFunction(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *wanted: Any) -> tuple[Any, ...]:
         """`wanted` are the gradients of the gradients, None for zeros."""
-        dy, dh_n, dc_n, dcells, *kept = ctx.saved_tensors
-        grads, call = (dy, dh_n, dc_n, dcells), _restored(kept, ctx.options)
+        if all(g is None for g in wanted):
+            return (None,) * len(ctx.needs_input_grad)
+        dy, dh_n, dc_n, dcells, cells, gates, *kept = ctx.saved_tensors
+        grads, call, asked = OutputGrads(dy, dh_n, dc_n, dcells), _restored(kept, ctx.options), ctx.needs_input_grad
+        asked_of = unflat(asked[8:])
+        needs = Needs.of(bool(asked_of.x), bool(asked_of.h0), bool(asked_of.c0), any(asked_of.weights))
+        by_grads, by_call = _second_derivative(call, grads, wanted, cells, gates, any(asked[2:6]), needs)
+        of_grads = [None if g is None else s for g, s in zip(grads, by_grads, strict=True)]
+        dx, dh0, dc0, dweights = by_call
+        nothing = [None] * (_NUM_FIELDS - 3)
+        return None, None, *of_grads, *[None] * 2, dx, dh0, dc0, *nothing, *(dweights or [None] * len(call.weights))
 
-        def outputs(*floats: Any) -> tuple[Any, ...]:
-            return composed.forward(_with_floats(call, floats), Save.CELLS)[:4]
 
-        def gradients(*tensors: Any) -> list[Any]:
-            return _pull(outputs, tensors[4:], tensors[:4])
-
-        floats = (*call[:3], *call.weights)
-        asked = [None if a is None else g for a, g in zip_longest(floats, wanted)]
-        second = _pull(gradients, (*grads, *floats), asked)
-        return None, None, *second[:4], *[None] * 2, *second[4:7], *[None] * (_NUM_FIELDS - 3), *second[7:]
+def _second_derivative(
+    call: LayerCall,
+    grads: OutputGrads,
+    wanted: Sequence[Any],
+    cells: Tensor,
+    gates: Tensor,
+    of_grads: bool,
+    needs: Needs,
+) -> tuple[OutputGrads, Grads]:
+    """See `derivatives.second`; `wanted` is flat, and as long as what was needed."""
+    wide = composed.compute_dtype(call.x.dtype)
+    y: Tensor | None = None
+    recorded = _is_grad_enabled()
+    vx, vh0, vc0, *vweights = (None if a is None else a.to(wide) for a in wanted)
+    vweights = vweights or [None] * len(call.weights)
+    with torch.autocast(call.x.device.type, enabled=False):
+        floats = call.cast(wide)
+        if recorded or wide != call.x.dtype:  # a further derivative looks through it; gates of half types are rounded
+            y, _, _, cells, gates = layer_forward(*floats, Save.ALL)
+        return derivatives.second(
+            floats,
+            OutputGrads(*(None if g is None else g.to(wide) for g in grads)),
+            call._replace(x=vx, h0=vh0, c0=vc0, weights=vweights),
+            cells,
+            None if recorded else gates,
+            y,
+            of_grads,
+            needs,
+        )
 
 
 def _restored(tensors: Sequence[Any], options: tuple[Directions, bool]) -> LayerCall:
     """A flat call whose tensors alone were saved."""
     return unflat((*tensors[: _NUM_FIELDS - 2], *options, *tensors[_NUM_FIELDS - 2 :]))
-
-
-def _pull(f: Callable[..., Any], primals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    """What the transposed Jacobian of f makes of the cotangents; entries of both may be None."""
-    if all(d is None for d in cotangents):
-        return [None] * len(primals)
-    present = [n for n, a in enumerate(primals) if a is not None]
-
-    def outputs(*given: Tensor) -> list[Tensor]:
-        every = dict(zip(present, given, strict=True))
-        results = f(*(every.get(n) for n in range(len(primals))))
-        return [a for a, d in zip(results, cotangents, strict=True) if d is not None]
-
-    pull: Any = torch.func.vjp(outputs, *(primals[n] for n in present))[1]
-    pulled = dict(zip(present, pull([d for d in cotangents if d is not None]), strict=True))
-    return [pulled.get(n) for n in range(len(primals))]
 
 
 def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
@@ -376,12 +423,14 @@ def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
                 return op.redispatch(keyset & _after_autograd_keyset, *arguments)
 
         recording = _is_grad_enabled()
-        if is_eager() and not (recording and torch._C._any_requires_grad(*arguments)):
+        if "torch.distributed.tensor" in sys.modules:
+            _take_dtensors()
+        if is_eager() and not (recording and _any_requires_grad(*arguments)):
             return below(*arguments)
 
         def below_rule(*arguments: Any) -> Any:
             """A Function turns recording off for its own level; the levels outside of it go on."""
-            with torch.set_grad_enabled(recording), forward_ad._set_fwd_grad_enabled(True):
+            with torch.set_grad_enabled(recording), _set_fwd_grad_enabled(True):
                 return below(*arguments)
 
         with enable_single_level_autograd_function():
@@ -391,18 +440,27 @@ def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
 
 
 def _differentiable_forward(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    call, save = _forward_of(arguments)
+    call, save = forward_of(arguments)
     return apply(LayerFunction, lambda call, save: below(*call, save), save, *flat(call))
 
 
 def _differentiable_backward(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    call, saved, grads, needs = _backward_of(arguments)
+    call, saved, grads, needs = backward_of(arguments)
 
     def run(*named: Any) -> Any:
         return below(*_backward_arguments(*named))
 
     dx, dh0, dc0, *dweights = apply(LayerGradFunction, run, needs, *grads, *saved, *flat(call))
     return dx, dh0, dc0, dweights
+
+
+@cache
+def _take_dtensors() -> None:
+    """Registers what the ops do with DTensors, which only a program that imports torch.distributed.tensor has."""
+    from . import sharding
+
+    for op in (layer_forward, layer_backward):
+        sharding.register(op)
 
 
 _register_autograd(layer_forward, _differentiable_forward)
@@ -493,7 +551,7 @@ def _foldable(size: int, dims: LayerCall) -> bool:
 
 @torch.library.register_vmap("lstm_ext::layer_forward")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    (call, save), dims, size = _forward_of(arguments), LayerCall(*in_dims[:-1]), info.batch_size
+    (call, save), dims, size = forward_of(arguments), LayerCall(*in_dims[:-1]), info.batch_size
     if not _foldable(size, dims):
         return _one_by_one(layer_forward, size, in_dims, arguments)
     batch = _Batch(call, size)
@@ -504,7 +562,7 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
 
 @torch.library.register_vmap("lstm_ext::layer_backward")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    call, saved, grads, needs = _backward_of(arguments)
+    call, saved, grads, needs = backward_of(arguments)
     size = info.batch_size
     g, (x, h0, c0, weights), s, masks = in_dims[:4], in_dims[4:8], in_dims[9:11], in_dims[11:-1]
     dims = LayerCall(x, h0, c0, weights, *masks)

@@ -125,6 +125,38 @@ def test_outputs_may_be_changed_in_place(backend: str) -> None:
     assert_same(actual, expected)
 
 
+PACKED_OUTPUTS: dict[str, Any] = {
+    "rows": lambda packed, state: packed.data,
+    "h_n": lambda packed, state: state[0],
+    "rows and c_n": lambda packed, state: packed.data.sum() + state[1].sum(),
+}
+
+
+@pytest.mark.parametrize("given", [None, "c0", "both"])
+@pytest.mark.parametrize("used", PACKED_OUTPUTS)
+def test_packed_sequences_train_compiled(used: str, given: str | None) -> None:
+    """Whichever outputs are used and which states ask for gradients: what batch_sizes tell is known as it runs."""
+    module, packed = lstm(), pack_sequence([torch.randn(n, 3) for n in (4, 2)])
+    hx = None if given is None else [torch.randn(4, 2, 4, requires_grad=asked) for asked in (given == "both", True)]
+
+    def call(packed: Any, hx: Any) -> Any:
+        return PACKED_OUTPUTS[used](*module(packed, hx))
+
+    results = []
+    for each in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        y = each(packed, None if hx is None else tuple(hx))
+        asked = [a for a in (*module.parameters(), *(hx or [])) if a.requires_grad]
+        results.append([y, torch.autograd.grad(y.pow(2).sum(), asked, allow_unused=True)])
+    assert_same(*results)
+
+
+def test_a_compiled_packed_call_refuses_a_state_of_another_batch() -> None:
+    module, packed = lstm(), pack_sequence([torch.randn(n, 3) for n in (4, 2)])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"h0: expected shape .* got \[2, 3, 4\]"):
+        compiled(packed, (torch.zeros(4, 3, 4), torch.zeros(4, 3, 4)))
+
+
 # What runs -----------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
 from lstm_ext.testing import assert_close
@@ -447,3 +448,82 @@ def test_accelerate_loads_large_models_in_pieces(accelerate: Any, tmp_path: Path
     with torch.no_grad():
         assert torch.equal(loaded(x), ours(x))
     assert loaded.encoder.weight_ih_l0.is_meta
+
+
+# FLOPs and profiles --------------------------------------------------------------------------------------------------
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "projection": {"proj_size": 3},
+    "both directions, batch first": {"bidirectional": True, "batch_first": True},
+    "two layers, both directions": {"num_layers": 2, "bidirectional": True},
+    "cell": {"cell": True},
+    "packed": {},
+    "packed, both directions": {"bidirectional": True},
+}
+
+
+def flops_of(call: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def counted_input(name: str) -> Any:
+    if name.startswith("packed"):
+        return pack_sequence([torch.randn(n, I, dtype=F64) for n in (4, 3, 1)])
+    return torch.randn(*((B, I) if name == "cell" else (T, B, I)), dtype=F64)
+
+
+@pytest.mark.parametrize("asking", ["nothing", "weights", "x", "state"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_flops_are_those_of_stock(name: str, asking: str) -> None:
+    """Of nn.LSTM made of torch's operations, as in float64, forward and backward."""
+    options = COUNTED[name]
+    stock, ours = pair(I, H, dtype=F64, **options)
+    x = counted_input(name)
+    if asking == "x":
+        x = x._replace(data=x.data.requires_grad_()) if name.startswith("packed") else x.requires_grad_()
+    args: tuple[Any, ...] = (x,)
+    if asking == "state":
+        LD = 1 if name == "cell" else stock.num_layers * (2 if stock.bidirectional else 1)
+        rows = 3 if name.startswith("packed") else x.shape[0 if name == "cell" or stock.batch_first else 1]
+        sizes = () if name == "cell" else (LD,)
+        P = options.get("proj_size") or H
+        args += (tuple(torch.randn(*sizes, rows, width, dtype=F64, requires_grad=True) for width in (P, H)),)
+
+    def call(module: Any) -> None:
+        with torch.set_grad_enabled(asking != "nothing"):
+            y = tensors(module(*args))[0]
+        if asking != "nothing":
+            y.sum().backward()
+
+    expected = flops_of(lambda: call(stock))
+    assert expected > 0
+    assert flops_of(lambda: call(ours)) == expected
+
+
+def test_flops_of_shapes_alone_and_of_functions() -> None:
+    stock, ours = pair(I, H, device="meta")
+    x = torch.randn(T, B, I, device="meta")
+    assert flops_of(lambda: ours(x)[0].sum().backward()) == flops_of(lambda: stock(x)[0].sum().backward())
+    weights = torch.randn(4 * H, I), torch.randn(4 * H, H)
+    a_step = 2 * B * 4 * H * (I + H)
+    assert flops_of(lambda: lstm_ext.lstm_cell(torch.randn(B, I), None, *weights)) == a_step
+    masks = {"lengths": torch.tensor([T] * B), "reverse": True, "return_cells": True}
+    assert flops_of(lambda: lstm_ext.lstm(torch.randn(T, B, I), None, *weights, **masks)) == T * a_step
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"cell": True}])
+def test_a_profile_shows_inference(options: dict[str, Any]) -> None:
+    _, ours = pair(I, H, **options)
+    x = torch.randn(*((B, I) if "cell" in options else (T, B, I)))
+    with torch.profiler.profile() as profile, torch.no_grad():
+        y = tensors(ours(x))[0]
+        lengths = {} if "cell" in options else {"lengths": torch.tensor([T] * B, dtype=torch.int32)}
+        ours(x, **lengths)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["lstm_ext::layer_forward"] == 2 * options.get("num_layers", 1)
+    with torch.no_grad():
+        assert torch.equal(tensors(ours(x))[0], y)

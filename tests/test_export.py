@@ -17,6 +17,7 @@ from lstm_ext.testing import assert_close
 torch = pytest.importorskip("torch")
 
 from torch.export import Dim, export  # noqa: E402
+from torch.nn.utils.rnn import PackedSequence  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import lstm_ext  # noqa: E402
@@ -155,6 +156,110 @@ def test_aot_inductor_package(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     without = run_python(tmp_path, LOADING.format(imports="", load=load))
     assert "lstm_ext::layer_forward" in without.stderr
+
+
+# Decompositions ------------------------------------------------------------------------------------------------------
+
+
+class Reverse(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(I, H)
+
+    def forward(self, input: Any) -> Any:
+        return lstm_ext.lstm(input, None, *self.lstm.parameters(), reverse=True)
+
+
+class Packed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = lstm()
+
+    def forward(self, rows: Any, batch_sizes: Any) -> Any:
+        y, state = self.lstm(PackedSequence(rows, batch_sizes))
+        return y.data, state
+
+
+DECOMPOSED = MODULES | {
+    "reverse": (Reverse, MODULES["plain"][1], MODULES["plain"][2]),
+    "packed": (
+        Packed,
+        lambda T, B: {"rows": torch.randn(B * T, I), "batch_sizes": torch.full((T,), B)},
+        {"rows": {0: Dim.DYNAMIC}, "batch_sizes": {0: Dim.DYNAMIC}},
+    ),
+    "bfloat16": (
+        lambda: lstm().bfloat16(),
+        lambda T, B: {"input": torch.randn(T, B, I).bfloat16()},
+        MODULES["plain"][2],
+    ),
+}
+
+
+def foreign_to_torch(program: Any) -> set[str]:
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    return {str(target) for target in calls if getattr(target, "namespace", "aten") != "aten"}
+
+
+@pytest.mark.parametrize("torchs", [False, True])
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_decomposes_into_torchs_operations(name: str, torchs: bool) -> None:
+    """With the table alone or torch's beside it; for other sizes, where torch's own LSTM does all of it."""
+    make, arguments, shapes = DECOMPOSED[name]
+    module, stepwise = make(), name == "masks"
+    if stepwise:
+        shapes = {"input": {1: B}, "lengths": {0: B}, "resets": {1: B}, "return_cells": None}
+    table = torch.export.default_decompositions() if torchs else {}
+    program = export(module, (), arguments(5, 2), dynamic_shapes=shapes)
+    decomposed = program.run_decompositions(dict(table) | lstm_ext.ops.decompositions())
+    assert foreign_to_torch(program)
+    assert not foreign_to_torch(decomposed)
+    for steps, rows in ((5, 2), (5, 3)) if stepwise else ((5, 2), (9, 3), (2, 17)):
+        given = arguments(steps, rows)
+        actual, expected = decomposed.module()(**given), module(**given)
+        for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+            if name == "bfloat16":  # torch's own LSTM rounds h at each step, and what it multiplies
+                torch.testing.assert_close(a, e, rtol=0, atol=2**-7)
+            else:
+                assert_same(a, e)
+
+
+def test_a_decomposed_program_needs_no_lstm_ext(tmp_path: Path) -> None:
+    module = lstm(batch_first=True)
+    program = export(module, (torch.randn(5, 2, I),), dynamic_shapes=({0: B, 1: T},))
+    torch.export.save(program.run_decompositions(lstm_ext.ops.decompositions()), tmp_path / "lstm.pt2")
+    save_example(module, tmp_path)
+    load = "torch.export.load('lstm.pt2').module()"
+    done = run_python(
+        tmp_path, LOADING.format(imports="", load=load) + "\nimport sys; assert 'lstm_ext' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["plain", "projected", "masks", "packed"])
+def test_the_decomposition_of_each_op_is_the_op(name: str, dtype: str) -> None:
+    """With all that may be saved and asked for."""
+    P, D = 2 if name == "projected" else H, 1 if name == "projected" else 2
+    shapes = [(4 * H, I), (4 * H, P), (4 * H,), (4 * H,), *([(P, H)] if P != H else [])] * D
+    rows = {"packed": (5,), "projected": (2, 3)}.get(name, (3, 2))
+    x, h0, c0, *weights = (
+        torch.randn(*shape).to(getattr(torch, dtype)) for shape in ((*rows, I), (D, 2, P), (D, 2, H), *shapes)
+    )
+    lengths, resets = (torch.tensor([3, 1]), torch.rand(*rows) < 0.3) if name == "masks" else (None, None)
+    options = (lengths, resets, torch.tensor([2, 2, 1]) if name == "packed" else None, 2 * (D == 2), P != H)
+    table: Any = lstm_ext.ops.decompositions()
+    arguments = (x, h0, c0, weights, *options)
+    outputs = lstm_ext.ops.layer_forward(*arguments, 2)
+    for a, e in zip(table[lstm_ext.ops.layer_forward](*arguments, 2), outputs, strict=True):
+        assert a.dtype == e.dtype
+        assert_close(a, e, dtype, terms=64)
+    y, h_n, c_n, cells, gates = outputs
+    seeds = [torch.randn_like(a) for a in (y, h_n, c_n, cells)]
+    arguments = (*seeds, *arguments[:4], y, cells, gates, *options, 15)
+    results, expected = (f(*arguments) for f in (table[lstm_ext.ops.layer_backward], lstm_ext.ops.layer_backward))
+    for a, e in zip(tree_leaves(results), tree_leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        assert_close(a, e, dtype, terms=200)
 
 
 # Files of older versions ---------------------------------------------------------------------------------------------

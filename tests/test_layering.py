@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from enum import IntEnum
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -119,6 +121,50 @@ def test_imports_go_one_way() -> None:
     assert sorted(order) == sorted(MODULES)
     for below, above in (("call", "reference"), ("_native", "engines.cpu"), ("engines", "route"), ("route", "nn")):
         assert order.index(f"lstm_ext.{below}") < order.index(f"lstm_ext.{above}")
+
+
+def private_torch_names(source: str) -> set[str]:
+    """What a module names of torch with an underscore in front: imported, or reached from what is imported."""
+    roots, found = {}, set()
+    for node in ast.walk(tree := ast.parse(source)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            roots |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    found |= set(roots.values())
+    for node in ast.walk(tree):
+        names: list[str] = []
+        while isinstance(node, ast.Attribute):
+            names, node = [node.attr, *names], node.value
+        if isinstance(node, ast.Name) and node.id in roots:
+            found.add(".".join([roots[node.id], *names]))
+    return {name for name in found if name.startswith("torch.") and re.search(r"\._(?!_)", name)}
+
+
+def test_one_module_names_what_is_private_in_torch() -> None:
+    found = {name: private_torch_names(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    assert found.pop("lstm_ext._torch_private")
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_private_names_are_found() -> None:
+    source = "import torch as t; from torch.autograd import _x, forward_ad as f; t._C._a(f._b, t.__version__, t.nn.x)"
+    assert private_torch_names(source) == {
+        "torch._C",
+        "torch._C._a",
+        "torch.autograd._x",
+        "torch.autograd.forward_ad._b",
+    }
+
+
+def test_an_import_names_the_private_function_that_torch_lacks() -> None:
+    torch = pytest.importorskip("torch")
+    code = "import torch; del torch._C._any_requires_grad; import lstm_ext; lstm_ext.LSTM"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.anchor, capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(
+        rf"ImportError: .* torch {re.escape(torch.__version__)} lacks; .* '_any_requires_grad' from 'torch._C'", last
+    )
 
 
 @pytest.mark.parametrize("enum", [Directions, Save, Needs])

@@ -14,6 +14,41 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+class Grid:
+    """The rows of a call as [T, B, …], whatever their layout, and which of them are valid."""
+
+    def __init__(self, call: LayerCall):
+        device = call.x.device
+        self.batch_first = call.batch_first
+        self.lengths = None if call.lengths is None else call.lengths.to(device)  # [B]
+        self.valid: Tensor | None = None  # [T, B]
+        self.rows: Tensor | None = None  # of the valid ones, where they are packed [N]
+        if call.batch_sizes is not None:
+            self.valid = torch.arange(call.batch_size(), device=device) < call.batch_sizes.to(device)[:, None]
+            self.lengths, self.rows = self.valid.sum(0), self.valid.flatten().nonzero()[:, 0]
+        elif self.lengths is not None:
+            self.valid = torch.arange(call.num_steps(), device=device)[:, None] < self.lengths
+
+    def pad(self, a: Tensor) -> Tensor:
+        """[T, B, …] as it is; of packed rows [N, …] with zeros between."""
+        if self.rows is None or self.valid is None:
+            return a
+        zeros = a.new_zeros(self.valid.numel(), *a.shape[1:])
+        return zeros.index_copy(0, self.rows, a).unflatten(0, self.valid.shape)
+
+    def unpad(self, a: Tensor) -> Tensor:
+        """The way back from `pad`."""
+        return a if self.rows is None else a.flatten(0, 1)[self.rows]
+
+    def take(self, a: Tensor) -> Tensor:
+        """What is laid out as x."""
+        return a.transpose(0, 1) if self.batch_first else self.pad(a)
+
+    def give(self, a: Tensor) -> Tensor:
+        """The way back from `take`."""
+        return a.transpose(0, 1) if self.batch_first else self.unpad(a)
+
+
 def composed_direction(
     x: Tensor,
     h: Tensor,
@@ -54,22 +89,13 @@ def forward(call: LayerCall, save: Save) -> Outputs:
     """The outputs with the cells, which cost nothing here, but without the gates; arguments are taken as checked."""
     if call.is_step:
         return forward(call.with_time(), save).without_time(call)
-    x, result, dtype = call.x, call.x.dtype, compute_dtype(call.x.dtype)
-    lengths, resets = call.lengths, call.resets
-    valid_rows = None
-    if call.batch_sizes is not None:
-        batch_sizes = call.batch_sizes.to(x.device)
-        valid = torch.arange(call.batch_size(), device=x.device) < batch_sizes[:, None]
-        lengths, valid_rows = valid.sum(0), valid.flatten().nonzero()[:, 0]
-        x = x.new_zeros(valid.numel(), x.shape[1]).index_copy(0, valid_rows, x).unflatten(0, valid.shape)
-    elif call.batch_first:
-        x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
-    active = None
-    if lengths is not None:
-        active = (torch.arange(len(x), device=x.device)[:, None] < lengths.to(x.device))[..., None]
+    result, dtype, grid = call.x.dtype, compute_dtype(call.x.dtype), Grid(call)
+    x = grid.take(call.x)
+    resets = None if call.resets is None else grid.take(call.resets)[..., None]
+    active = None if grid.valid is None else grid.valid[..., None]
+    if active is not None:
         x = x.masked_fill(~active, 0)
-        resets = None if resets is None else resets & active[..., 0]
-    resets = None if resets is None else resets[..., None]
+        resets = None if resets is None else resets & active
 
     split = call._replace(weights=[w.to(dtype) for w in call.weights]).split()
     results = []
@@ -78,9 +104,5 @@ def forward(call: LayerCall, save: Save) -> Outputs:
         c = x.new_zeros(x.shape[1], w.w_hh.shape[0] // 4, dtype=dtype) if call.c0 is None else call.c0[d].to(dtype)
         results.append(composed_direction(x.to(dtype), h, c, w, active, resets, reverse))
     ys, h_ns, c_ns, cells = zip(*results, strict=True)
-    y, all_cells = torch.cat(ys, -1), torch.stack(cells)
-    if valid_rows is not None:
-        y, all_cells = y.flatten(0, 1)[valid_rows], all_cells.flatten(1, 2)[:, valid_rows]
-    elif call.batch_first:
-        y = y.transpose(0, 1)
+    y, all_cells = grid.give(torch.cat(ys, -1)), torch.stack([grid.unpad(c) for c in cells])
     return Outputs(y.to(result), torch.stack(h_ns).to(result), torch.stack(c_ns).to(result), all_cells, None)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._native import C
+from .._torch_private import _get_fp32_precision_getter
 from ..call import (
     CallTuple,
     Grads,
@@ -49,8 +49,7 @@ def use_strategy(name: str) -> Iterator[None]:
 
 def tf32_allowed() -> bool:
     """Whether torch lets float32 recurrent layers multiply as TF32."""
-    precision: Any = torch._C._get_fp32_precision_getter
-    return bool(precision("cuda", "rnn") == "tf32")
+    return bool(_get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
 def _walk(call: LayerCall) -> LayerCall:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
+from .._torch_private import _VF
 from ..call import LayerCall, Outputs, Save
 
 
@@ -34,8 +35,8 @@ def stack(
         H, own = weights[1].shape[0] // 4, weights[1].shape[1]
         hx = x.new_zeros(LD, B, own), x.new_zeros(LD, B, H)
     if batch_sizes is not None:
-        return torch._VF.lstm(x, batch_sizes, hx, weights, **options)
-    return torch._VF.lstm(x, hx, weights, **options, batch_first=batch_first)
+        return _VF.lstm(x, batch_sizes, hx, weights, **options)
+    return _VF.lstm(x, hx, weights, **options, batch_first=batch_first)
 
 
 def _step(call: LayerCall) -> Outputs:
@@ -47,7 +48,7 @@ def _step(call: LayerCall) -> Outputs:
     x, H = call.x, call.weights[1].shape[1]
     zeros = torch.zeros(x.shape[0], H, dtype=x.dtype, device=x.device)  # dense, also where x is sparse
     h, c = (zeros if a is None else a for a in (call.h0, call.c0))
-    y, c_n = torch._VF.lstm_cell(x, (h, c), *call.weights)
+    y, c_n = _VF.lstm_cell(x, (h, c), *call.weights)
     return Outputs(y, None, c_n, None, None)
 
 
