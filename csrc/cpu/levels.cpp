@@ -85,7 +85,9 @@ const Kernels& pick() {
     if (std::string(wanted) == all.levels[n]->name) return *all.levels[n];
     names += (n ? ", " : "") + std::string(all.levels[n]->name);
   }
-  throw std::runtime_error("LSTM_EXT_SIMD: expected one of " + names + " on this machine, got '" + wanted + "'");
+  std::string shown(wanted);
+  for (char& letter : shown) letter = letter >= ' ' && letter <= '~' ? letter : '?';  // a message has to be UTF-8
+  throw std::runtime_error("LSTM_EXT_SIMD: expected one of " + names + " on this machine, got '" + shown + "'");
 }
 
 }  // namespace

@@ -47,22 +47,32 @@ struct LayerLayout {
   // The flat list, without the w_ih if `with_w_ih` is false: then shape.H is known before.
   void read_weights(const Array& like, py::handle weights, bool with_w_ih);
   void check_state() const;
-  void read_resets();
+  void check_resets() const;
+  void settle();  // as Array does, what is here
 };
 
-// Those of a pass that reads x itself.
+// Throws RuntimeError where sizes are so large that products of them would overflow.
+void expect_countable(const SequenceShape& shape, int64_t rows);
+
+// Those of a pass that reads x itself. A refused call costs no more than its check: what is as large as the call, be it
+// claimed or real, is looked at only once the outputs are allocated.
 struct LayerArgs : LayerLayout {
-  // Throws TypeError (dtype of a mask), RuntimeError (dtype, device, rank, shape), ValueError (range).
+  // Throws TypeError (dtype of a mask), RuntimeError (dtype, device, rank, shape), ValueError (of options).
   explicit LayerArgs(const LayerCall& call, dlpack::DeviceType device = dlpack::kCpu)
       : LayerArgs(call, Array(call.x, "x", device)) {}
+
+  // Makes the arrays readable and reads the masks. Throws ValueError (range) and RuntimeError (no packed sequence).
+  void read_contents();
 
   Array x, lengths, batch_sizes;
 
  private:
   LayerArgs(const LayerCall& call, Array x);
   void read_axes();
+  void read_batch_size();
   void read_packing();
   void read_lengths();
+  [[noreturn]] void refuse_packing() const;
 
   std::vector<int64_t> lengths_, packed_offset_;
 };
@@ -72,6 +82,8 @@ struct LayerArgs : LayerLayout {
 struct BackwardArrays {
   // `like` shows framework and device. Throws TypeError (nothing saved) and RuntimeError (dtype, shape).
   BackwardArrays(const LayerLayout& args, const Array& like, const Saved& saved, const OutputGrads& grads);
+
+  void settle();
 
   // All of the layer but x, dx and the gradients of the weights.
   LayerBackward describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const;
