@@ -10,6 +10,7 @@ import tempfile
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +158,13 @@ def test_many_python_threads_at_once() -> None:
 
     with ThreadPoolExecutor(6) as executor:
         list(executor.map(work, range(6)))
+
+
+@needs_native
+def test_many_python_threads_on_numpy_arrays() -> None:
+    """The program that CI runs under ThreadSanitizer too."""
+    done = run_python(str(Path(__file__).with_name("numpy_threads.py")))
+    assert done.returncode == 0, done.stderr
 
 
 @needs_native
