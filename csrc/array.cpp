@@ -132,16 +132,20 @@ Array::Array(py::handle object, const char* name, dlpack::DeviceType device, con
 
 void Array::settle() {
   if (!there_ || (usable_as_it_lies() && !negated())) return;
-  if (!api_) {
+  const Shape checked = shape();
+  if (api_) {
+    copy_ = object_.attr("contiguous")().attr("resolve_neg")();
+    view_tensor(copy_, this);
+    if (!usable_as_it_lies()) {  // contiguous all the time, but misaligned
+      copy_ = copy_.attr("clone")();
+      view_tensor(copy_, this);
+    }
+  } else {
     const py::object native = object_.attr("dtype").attr("newbyteorder")("=");
     copy_ = py::module_::import("numpy").attr("array")(object_, native, py::arg("order") = "C");
-    return view_ndarray(copy_);
+    view_ndarray(copy_);
   }
-  copy_ = object_.attr("contiguous")().attr("resolve_neg")();
-  view_tensor(copy_, this);
-  if (usable_as_it_lies()) return;
-  copy_ = copy_.attr("clone")();  // contiguous all the time, but misaligned
-  view_tensor(copy_, this);
+  if (!(shape() == checked)) throw std::runtime_error(std::string(name_) + ": another thread has changed its shape");
 }
 
 void Array::view_tensor(py::handle object, const Array* like) {

@@ -89,7 +89,9 @@ def fuzz(seed: int, cases: int, seconds: float, record: Path | None) -> dict[str
     def save() -> None:
         state["seconds"] = before + time.monotonic() - began
         if record is not None:
-            record.write_text(json.dumps(state, indent=1))
+            written = record.with_suffix(".part")
+            written.write_text(json.dumps(state, indent=1))
+            written.replace(record)  # whole, whenever this process ends
 
     with tqdm(total=cases, initial=state["next"], unit="case", mininterval=1) as bar:
         while state["next"] < cases and time.monotonic() - began < seconds:
