@@ -6,8 +6,12 @@
 #include <stdexcept>
 #include <vector>
 
+#include "sizes.h"
+
 namespace lstm_ext {
 namespace {
+
+constexpr const char* kExchangeName = "dlpack_exchange_api";  // of the capsule, by DLPack's specification
 
 std::string text_of(dlpack::DataType dtype) {
   std::string name = "bfloat";
@@ -49,10 +53,10 @@ dlpack::ManagedTensor* small_tensor(Dtype dtype, const Shape& shape) {
   for (int dim = shape.size() - 1; dim >= 0; --dim) {
     head.shape[dim] = shape.begin()[dim];
     head.strides[dim] = count;
-    count *= shape.begin()[dim];
+    count = saturated_product(count, shape.begin()[dim]);
   }
   const dlpack::DataType type = facts(dtype).type;
-  const int64_t bytes = count * (type.bits / 8);
+  const int64_t bytes = saturated_product(count, type.bits / 8);
   if (bytes > kSmallBytes) return nullptr;
   const size_t units = (static_cast<size_t>(bytes) + sizeof(Small) - 1) / sizeof(Small);
   // malloc keeps freed blocks of this size at hand for the next call; aligned_alloc looks for a place each time.
@@ -81,7 +85,7 @@ const dlpack::ExchangeApi* exchange_api_of(py::handle type) {
   if (!PyCapsule_CheckExact(capsule.ptr())) {
     throw py::type_error("types: expected types with the DLPack C exchange API, got " + std::string(py::str(type)));
   }
-  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), PyCapsule_GetName(capsule.ptr()));
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), kExchangeName);
   if (!pointer) throw py::error_already_set();
   auto header = static_cast<const dlpack::ExchangeHeader*>(pointer);
   while (header && header->version.major != dlpack::kMajorVersion) header = header->previous;
@@ -99,6 +103,7 @@ void take_tensor_types(py::tuple types, py::object num_threads) {
     taken.types[taken.count++] = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
   }
   if (!num_threads.is_none()) taken.num_threads = num_threads.release().ptr();
+  if (types.size() > 0) taken.is_neg = py::getattr(types[0], "is_neg", py::object()).release().ptr();
   tensor_types = taken;
 }
 
@@ -122,16 +127,25 @@ Array::Array(py::handle object, const char* name, dlpack::DeviceType device, con
   if (object.is_none()) return;
   there_ = true;
   api_ = api_of(object);
-  const auto view = [&](py::handle source) { api_ ? view_tensor(source, like) : view_ndarray(source); };
-  view(object);
-  if (usable_as_it_lies() && !(api_ && negated(object))) return;
+  api_ ? view_tensor(object, like) : view_ndarray(object);
+}
+
+void Array::settle() {
+  if (!there_ || (usable_as_it_lies() && !negated())) return;
+  const Shape checked = shape();
   if (api_) {
-    copy_ = object.attr("contiguous")().attr("resolve_neg")();
+    copy_ = object_.attr("contiguous")().attr("resolve_neg")();
+    view_tensor(copy_, this);
+    if (!usable_as_it_lies()) {  // contiguous all the time, but misaligned
+      copy_ = copy_.attr("clone")();
+      view_tensor(copy_, this);
+    }
   } else {
-    const py::object native = object.attr("dtype").attr("newbyteorder")("=");
-    copy_ = py::module_::import("numpy").attr("array")(object, native, py::arg("order") = "C");
+    const py::object native = object_.attr("dtype").attr("newbyteorder")("=");
+    copy_ = py::module_::import("numpy").attr("array")(object_, native, py::arg("order") = "C");
+    view_ndarray(copy_);
   }
-  view(copy_);
+  if (!(shape() == checked)) throw std::runtime_error(std::string(name_) + ": another thread has changed its shape");
 }
 
 void Array::view_tensor(py::handle object, const Array* like) {
@@ -148,13 +162,13 @@ void Array::view_tensor(py::handle object, const Array* like) {
                              std::to_string(tensor.ndim));
   }
   ndim_ = tensor.ndim;
-  int64_t count = 1;
+  bool empty = false;
   for (int dim = 0; dim < ndim_; ++dim) {
     shape_[dim] = tensor.shape[dim];
     stride_[dim] = tensor.strides[dim];
-    count *= shape_[dim];
+    empty = empty || shape_[dim] == 0;
   }
-  if (!tensor.data && count > 0) {
+  if (!tensor.data && !empty) {
     throw py::type_error(std::string(name_) + ": expected a tensor with memory, got one without (fake or meta)");
   }
   data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
@@ -211,9 +225,14 @@ void Array::view_ndarray(py::handle object) {
 }
 
 // Whether a tensor's memory holds its numbers with the other sign: the imaginary part of a conjugate does, lazily, and
-// DLPack does not tell. Such a view has gaps between its columns, unless it has a single one.
-bool Array::negated(py::handle tensor) const {
-  return ndim_ > 0 && shape_[ndim_ - 1] == 1 && tensor.attr("is_neg")().cast<bool>();
+// DLPack does not tell.
+bool Array::negated() const {
+  if (!api_ || !tensor_types.is_neg) return false;
+  PyObject* const arguments[] = {object_.ptr()};
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_Vectorcall(tensor_types.is_neg, arguments, 1, nullptr));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
 }
 
 bool Array::usable_as_it_lies() const {
@@ -316,7 +335,7 @@ bool Array::contiguous() const {
   int64_t expected = 1;
   for (int dim = ndim_ - 1; dim >= 0; --dim) {
     if (shape_[dim] > 1 && stride_[dim] != expected) return false;
-    expected *= shape_[dim];
+    expected = saturated_product(expected, shape_[dim]);
   }
   return true;
 }

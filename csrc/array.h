@@ -30,6 +30,7 @@ struct TensorTypes {
   int count = 0;
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* num_threads = nullptr;
+  PyObject* is_neg = nullptr;  // Tensor.is_neg, null where tensors have no such thing
 };
 inline TensorTypes tensor_types;
 
@@ -81,12 +82,16 @@ class Array {
   static constexpr int kMaxDims = Shape::kMaxDims;
 
   Array() = default;
-  // Borrows the memory of `object`, an ndarray or a tensor on a device of this type; a copy is made (and kept here)
-  // only where the columns of the last dimension are not adjacent or an element is not aligned. None gives an array
-  // that is not there. Throws TypeError for another object, RuntimeError for a tensor elsewhere or without strides.
+  // Borrows the memory of `object`, an ndarray or a tensor on a device of this type. None gives an array that is not
+  // there. Throws TypeError for another object, RuntimeError for a tensor elsewhere or without strides.
   Array(py::handle object, const char* name, dlpack::DeviceType device) : Array(object, name, device, nullptr) {}
   // The same on the device of `like`.
   Array(py::handle object, const char* name, const Array& like) : Array(object, name, like.device_.type, &like) {}
+
+  // Makes the numbers readable, which checks do without, so that a refused call costs no copy. One is made, and kept
+  // here, only where the columns of the last dimension are not adjacent, an element is not aligned, or the memory holds
+  // the other sign.
+  void settle();
 
   explicit operator bool() const { return there_; }
   const void* data() const { return data_; }
@@ -133,7 +138,7 @@ class Array {
   void view_tensor(py::handle object, const Array* like);
   void view_ndarray(py::handle object);
   bool usable_as_it_lies() const;
-  bool negated(py::handle tensor) const;
+  bool negated() const;
   const void* address(int64_t offset) const;
   [[noreturn]] void refuse_view(py::handle tensor, const Array* like) const;
 

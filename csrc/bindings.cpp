@@ -9,7 +9,7 @@
 namespace py = pybind11;
 using namespace py::literals;
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(core, m) {
   m.doc() = "Native kernels of lstm_ext. Arguments are documented in csrc/ops/ops.h and lstm_ext/_C.pyi.";
   m.def("layer_forward", &lstm_ext::ops::layer_forward, "call"_a, "save"_a, "num_threads"_a = 0);
   m.def("layer_backward", &lstm_ext::ops::layer_backward, "call"_a, "saved"_a, "grads"_a, "needs"_a,
@@ -34,4 +34,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("share_openmp_threads", &lstm_ext::cpu::share_openmp_threads, "library"_a);
   m.def("build_info", &lstm_ext::build_info);
   m.def("gpus", &lstm_ext::gpus);
+}
+
+// The module's entry point: pybind11's, but in the main interpreter alone. In another one pybind11 waits for ever for
+// the lock that it holds (Python 3.11), and the threads and types that the core keeps belong to one interpreter.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__C() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return PyInit_core();
+  PyErr_SetString(PyExc_ImportError, "lstm_ext._C: expected the main interpreter, got a subinterpreter");
+  return nullptr;
 }

@@ -22,11 +22,14 @@ __all__ = ["C", "missing", "reason"]
 
 def _recorded_reason() -> str:
     """Why the installation left the compiled module out, if it did."""
+    path = Path(__file__).with_name("_build_info.json")
     try:
-        record = json.loads(Path(__file__).with_name("_build_info.json").read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return "" if record["native"] else str(record["reason"])
     except OSError:
         return ""
-    return "" if record["native"] else str(record["reason"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        return f"lstm_ext._C is missing, and the record of the installation, {path}, is damaged: {error!r}"
 
 
 def _why_not_here(error: ImportError) -> str:

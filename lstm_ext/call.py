@@ -20,6 +20,8 @@ Arrays = Sequence[tuple[str, Array]]  # by name, None where one is absent
 
 DTYPES = frozenset({"float32", "float64", "bfloat16", "float16"})
 WEIGHTS = frozenset(name + suffix for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr") for suffix in ("", "_reverse"))
+MOST_NUMBERS = 2**52  # in an array of a layer: csrc/sizes.h
+MOST_NAMED = 100  # in a message
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -470,19 +472,34 @@ def _check_shapes(call: LayerCall, T: int, B: int) -> None:
     _check_states(call, H, P, T, B)
 
 
+def _check_sizes(call: LayerCall, T: int, B: int) -> None:
+    """There are units, and so few numbers that products of sizes do not overflow: expanded arrays state any size."""
+    I, w_hh = call.x.shape[-1], call.weights[1]  # noqa: E741
+    H, P = w_hh.shape[0] // 4, w_hh.shape[1]
+    rows = call.x.shape[0] if call.batch_sizes is not None else max(T * B, T if call.batch_first else 0)
+    if not all(type(size) is int for size in (T, B, I, H, P, rows)):
+        return  # symbols of a compiler, which would guard what is seen here
+    projected = call.split()[0].w_hr is not None
+    if (H == 0 and not call.is_step) or (P == 0 and projected):
+        raise RuntimeError(f"w_hh: expected at least one hidden unit, got shape {list(w_hh.shape)}")
+    if max(rows * max(I, 4 * H, P, 1), 4 * H * max(I, P, 1)) > MOST_NUMBERS:
+        got = f"{min(rows, 2**63 - 1)} rows, I = {I}, H = {H}, P = {P}"
+        raise RuntimeError(f"x, weights: expected at most 2**52 numbers in an array of the layer, got {got}")
+
+
 def check_values(lengths: Array | None, batch_sizes: Array | None, num_steps: int, num_rows: int) -> None:
     """What only the contents tell: the range of lengths, and that batch_sizes describe the packed rows."""
     if lengths is not None and lengths.shape[0]:
-        least, most = int(lengths.min()), int(lengths.max())
+        known = lengths.long() if is_tensor(lengths) else lengths  # torch has no least of unsigned ones
+        least, most = int(known.min()), int(known.max())
         if least < 0 or most > num_steps:
             got = f"{least} to {most}" if least < most else f"{least}"
             raise ValueError(f"lengths: expected values from 0 to T = {num_steps}, got {got}")
     if batch_sizes is not None:
-        sizes = batch_sizes.tolist()
+        sizes = batch_sizes.tolist() if num_steps <= num_rows else [0]
         if sum(sizes) != num_rows or sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
-            raise RuntimeError(
-                f"batch_sizes: expected positive, descending values with sum N = {num_rows}, got {sizes}"
-            )
+            got = batch_sizes.tolist() if num_steps <= MOST_NAMED else f"{num_steps} of them"
+            raise RuntimeError(f"batch_sizes: expected positive, descending values with sum N = {num_rows}, got {got}")
 
 
 def check(call: LayerCall, values: bool = True) -> None:
@@ -518,6 +535,7 @@ def check(call: LayerCall, values: bool = True) -> None:
     else:
         B = next((a.shape[1] for a in (call.h0, call.c0) if a is not None), 0)
     _check_shapes(call, T, B)
+    _check_sizes(call, T, B)
     if values:
         check_values(call.lengths, call.batch_sizes, T, x.shape[0])
 

@@ -75,6 +75,8 @@ _PEEPHOLES = {"w_i_diag", "w_f_diag", "w_o_diag", "P"}  # as TensorFlow and ONNX
 
 def _array(name: str, a: Any) -> Array:
     """A contiguous copy in NumPy, in native byte order."""
+    if getattr(a, "is_meta", False):
+        raise TypeError(f"{name}: expected an array with memory, got a meta tensor")
     if hasattr(a, "detach"):  # a tensor, which may need a gradient
         a = a.detach().cpu()
     if not hasattr(a, "dtype") or isinstance(a, np.ma.MaskedArray):

@@ -37,9 +37,16 @@ def why_not(a: object) -> str:
     return ", whose library has no from_dlpack" if exportable and library_of(a) is None else ""
 
 
+def _device_type(a: Any) -> Any:
+    device = a.__dlpack_device__()
+    if not isinstance(device, tuple) or len(device) != 2:
+        raise TypeError(f"expected a pair from __dlpack_device__, got {device!r}")
+    return device[0]
+
+
 def _viewer(arrays: Mapping[str, Any]) -> Callable[[Any], Any]:
     """NumPy's `from_dlpack`, or torch's if an array is not on the CPU or is bfloat16, which NumPy lacks."""
-    if all(str(a.dtype) != "bfloat16" and a.__dlpack_device__()[0] == _CPU for a in arrays.values()):
+    if all(str(a.dtype) != "bfloat16" and _device_type(a) == _CPU for a in arrays.values()):
         return np.from_dlpack
     try:
         import torch
@@ -59,7 +66,7 @@ def take(arrays: Mapping[str, Any]) -> dict[str, Any]:
         view, views = _viewer(arrays), {}
         for name, a in arrays.items():
             views[name] = view(a)
-    except (BufferError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of a foreign library, or what torch says of a device that it lacks: any kind
         raise RuntimeError(f"{name}: the memory cannot be read through DLPack: {error}") from error
     return views
 

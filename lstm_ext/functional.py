@@ -64,7 +64,7 @@ def _both_or_none(b_ih: Array | None, b_hh: Array | None) -> list[Array]:
     if b_ih is None or b_hh is None:
         given: Any = b_ih if b_ih is not None else b_hh
         check_kind("b_ih" if b_hh is None else "b_hh", given)
-        zeros = given * 0 if isinstance(given, np.ndarray) else given.new_zeros(given.shape)
+        zeros = np.zeros_like(given) if isinstance(given, np.ndarray) else given.new_zeros(given.shape)
         return [given, zeros] if b_hh is None else [zeros, given]
     return [b_ih, b_hh]
 
@@ -194,7 +194,9 @@ def lstm(
 
     Raises:
         TypeError: not an array, arrays of several kinds, a tracer of JAX, lengths not integer, resets not bool.
-        RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, T = 0, memory that cannot be shared.
+        RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, T = 0, H = 0, P = 0, more than 2**52 numbers
+            in an array of the layer, memory that cannot be shared.
+        MemoryError: the outputs cannot be allocated; or RuntimeError, as torch says it.
         ValueError: a length out of range (on a GPU lengths are clamped instead).
 
     Example:
@@ -256,7 +258,8 @@ def lstm_cell(
 
     Raises:
         TypeError: not an array, arrays of several kinds, a tracer of JAX, resets not bool.
-        RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, memory that cannot be shared.
+        RuntimeError: unsupported or mixed dtypes, devices, wrong shapes, more than 2**52 numbers in an array, memory
+            that cannot be shared.
 
     Example:
         >>> state, w_ih, w_hh = None, np.ones((16, 3)), np.ones((16, 4))

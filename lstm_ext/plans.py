@@ -133,7 +133,7 @@ def plan(
         `CpuPlan` for device="cpu", else `Plan`.
 
     Raises:
-        RuntimeError: the backend is not available, or the strategy cannot run this.
+        RuntimeError: the backend is not available, the strategy cannot run this, or sizes are beyond any computer.
         ValueError: a size out of range; a dtype, a strategy or a device unknown.
 
     Example:

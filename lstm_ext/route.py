@@ -23,7 +23,9 @@ from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requir
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NOTHING, ALL = Save.NOTHING, Save.ALL
 
-_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+_INTEGERS = frozenset(
+    getattr(torch, name) for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
+)
 _is_grad_enabled = torch.is_grad_enabled
 
 

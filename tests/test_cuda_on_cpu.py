@@ -224,6 +224,22 @@ def test_a_plan_says_how_the_large_batch_is_spread(strategy: str) -> None:
     assert 0 < plan["blocks"] // (directions * plan["team"]) * most_in_a_tile < case.B
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_sizes_that_a_launch_cannot_count_are_refused(backward: bool) -> None:
+    """Places in a layout, and blocks of a launch, are ints."""
+
+    def plan(B: int, H: int, P: int) -> Any:
+        return harness.cuda_plan(1, B, H, P, P > 0, "float32", False, 1, backward, "", 0)
+
+    with pytest.raises(RuntimeError, match=r"expected at most 2\*\*52 numbers"):
+        plan(2**31, 2**31, 0)
+    with pytest.raises(RuntimeError, match=r"weights: expected at most 2\*\*28 units on a GPU, got H = 536870912"):
+        plan(4, 2**29, 1)
+    with pytest.raises(RuntimeError, match="x: expected a smaller batch for a launch"):
+        plan(2**45, 1, 0)
+    assert "no chip holds the weights" in plan(4, 2**15 + 1, 0)["refused"]["block"]
+
+
 def test_threads_that_plan_and_launch_at_once_do_not_disturb_each_other() -> None:
     """How much shared memory a kernel may have is the same for all threads of a process: none may set it for itself."""
     widths, lengths = (8, 48, 96, 128), range(1, 6)  # a length that is new is planned

@@ -321,6 +321,13 @@ def test_many_python_threads_at_once() -> None:
 
 
 @needs_native
+def test_many_python_threads_on_numpy_arrays() -> None:
+    """The program that CI runs under ThreadSanitizer too."""
+    done = run_python(str(Path(__file__).with_name("numpy_threads.py")))
+    assert done.returncode == 0, done.stderr
+
+
+@needs_native
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinities that can be read")
 def test_threads_are_bound_to_no_processor() -> None:
     """They may move at the beginning of a call, but stay free to run wherever the process may."""

@@ -38,7 +38,6 @@ Arena::~Arena() {
 }
 
 void* Arena::allocate(size_t bytes) {
-  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
   bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const size_t start = used_;
   used_ += bytes;

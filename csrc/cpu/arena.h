@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace lstm_ext::cpu {
 
@@ -25,6 +26,7 @@ class Arena {
   // Uninitialised and aligned to 64 bytes. Throws std::bad_alloc.
   template <class T>
   T* get(int64_t count) {
+    if (count < 0 || count > PTRDIFF_MAX / static_cast<ptrdiff_t>(sizeof(T))) throw std::bad_alloc();
     return static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)));
   }
 

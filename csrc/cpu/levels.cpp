@@ -87,7 +87,9 @@ const Kernels& pick() {
     if (std::string(wanted) == (*level)->name) return *widest;
     names += (names.empty() ? "" : ", ") + std::string((*level)->name);
   }
-  throw std::invalid_argument("LSTM_EXT_SIMD: expected one of " + names + ", got '" + wanted + "'");
+  std::string shown(wanted);
+  for (char& letter : shown) letter = letter >= ' ' && letter <= '~' ? letter : '?';  // a message has to be UTF-8
+  throw std::invalid_argument("LSTM_EXT_SIMD: expected one of " + names + ", got '" + shown + "'");
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 
-#include <climits>
+#include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -15,6 +15,9 @@
 
 namespace lstm_ext::cpu {
 namespace {
+
+// Threads that a call may have on a machine of few processors. OpenMP ends the process if it gets fewer than it wants.
+constexpr int kMostThreads = 64;
 
 constexpr int kSpins = 1000;  // some twenty microseconds, longer than the steps of a small layer
 
@@ -190,6 +193,15 @@ int current_cpu() {
 #endif
 }
 
+int usable_processors() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  const unsigned count = std::thread::hardware_concurrency();
+  return count ? static_cast<int>(count) : 1;
+}
+
 // Moves the calling thread away from a CPU, if it is there and may be elsewhere.
 void leave_cpu(int cpu) {
 #if defined(__linux__)
@@ -239,6 +251,8 @@ struct Member {
 
 void run_team(int threads, int size, void (*body)(void*, int, int), void* context) {
   if (size <= 1) return body(context, 0, 1);
+  if (threads > kMostThreads) threads = std::min(threads, std::max(kMostThreads, usable_processors()));
+  size = std::min(size, threads);
   const Clock::time_point start = Clock::now();
   if (crowding.alone(start)) return body(context, 0, 1);
   Member member{body, context};
@@ -271,16 +285,12 @@ bool share_openmp_threads(const char* library) {
 }
 
 int default_threads() {
+  const int processors = usable_processors();
   if (const char* text = std::getenv("OMP_NUM_THREADS")) {
     const long value = std::strtol(text, nullptr, 10);
-    if (value >= 1 && value <= INT_MAX) return static_cast<int>(value);
+    if (value >= 1 && value < processors) return static_cast<int>(value);
   }
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
-#endif
-  const unsigned count = std::thread::hardware_concurrency();
-  return count ? static_cast<int>(count) : 1;
+  return processors;
 }
 
 }  // namespace lstm_ext::cpu

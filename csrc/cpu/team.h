@@ -26,7 +26,8 @@ struct Team {
 
 // Runs body(context, rank, size) on `size` of the `threads` threads that the caller may use, the calling
 // thread being rank 0, and returns when all are done. The body may be told of a smaller size: of 1 when
-// another call has the pool, when the system gives no more threads, or for a while after calls in which the
+// another call has the pool, when the system gives no more threads, where that many are no use (64, or the usable
+// processors if they are more), or for a while after calls in which the
 // members waited so long for one that did not run, its core being taken by others, that one alone would have been
 // faster.
 void run_team(int threads, int size, void (*body)(void* context, int rank, int size), void* context);
@@ -36,7 +37,7 @@ void run_team(int threads, int size, void (*body)(void* context, int rank, int s
 // Returns whether it does.
 bool share_openmp_threads(const char* library);
 
-// The number of threads to use where the caller names none: OMP_NUM_THREADS, or the usable processors.
+// The number of threads to use where the caller names none: OMP_NUM_THREADS, and the usable processors at the most.
 int default_threads();
 
 }  // namespace lstm_ext::cpu

@@ -18,6 +18,10 @@ constexpr double kLaunchMicroseconds = 2.5, kLoadClocksPerNumber = 0.6;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
 
+// Places in a layout and in a launch are ints. Weights of so many units are on no chip; and so many units, or blocks,
+// are the most that a launch of a step counts.
+constexpr int64_t kMostUnitsOnChip = 1 << 15, kMostUnits = 1 << 28, kMostBlocks = INT32_MAX;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -204,6 +208,10 @@ class Search {
     fits_ = false;
     least_shared_ = INT64_MAX;
     const int most = most_ranks(exchange);
+    if (std::max(problem_.shape.H, problem_.shape.P) > kMostUnitsOnChip) {
+      why = "no chip holds the weights of more than " + std::to_string(kMostUnitsOnChip) + " units";
+      return {};
+    }
     if (most < 1) {
       why = exchange == Exchange::kCluster ? "no clusters before compute capability 9.0"
             : problem_.device.cooperative  ? "too few multiprocessors"
@@ -310,6 +318,10 @@ Plan new_plan(const Problem& problem, Strategy strategy) {
 // As few batch tiles as hold the batch, up to the most: each tile of the batch reads all weights again.
 Plan step_plan(const Problem& problem) {
   const SequenceShape& shape = problem.shape;
+  if (std::max(shape.H, shape.P) > kMostUnits) {
+    throw std::runtime_error("weights: expected at most 2**28 units on a GPU, got H = " + std::to_string(shape.H) +
+                             ", P = " + std::to_string(shape.P));
+  }
   const TileSizes& sizes = tile_sizes(problem.arithmetic);
   Plan plan = new_plan(problem, Strategy::kStep);
   plan.batch_tiles = 1;
@@ -319,6 +331,7 @@ Plan step_plan(const Problem& problem) {
   plan.num_parts = shape.projected ? 2 : 1;
   for (int n = 0; n < plan.num_parts; ++n) {
     const StepPart& part = plan.part[n] = step_part(problem, static_cast<Product>(n), batches);
+    if (part.row_blocks * batches > kMostBlocks) throw std::runtime_error("x: expected a smaller batch for a launch");
     plan.config[n].grid_x = static_cast<int>(part.row_blocks * batches);
     plan.config[n].shared_bytes = step_shared_bytes(sequences, part.warps_m, sizes.sum_bytes);
   }

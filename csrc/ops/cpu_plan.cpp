@@ -1,7 +1,10 @@
 #include "cpu_plan.h"
 
+#include <optional>
+
 #include "../cpu/levels.h"
 #include "../cpu/team.h"
+#include "../sizes.h"
 
 namespace lstm_ext::ops {
 namespace {
@@ -38,10 +41,6 @@ int threads_for(const LayerArgs& args, int asked) {
   return asked > 0 ? asked : cpu::default_threads();
 }
 
-GilRelease::GilRelease(const LayerArgs& args) {
-  if (!cpu::is_brief(args.shape)) release_.emplace();
-}
-
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool projected, const std::string& dtype,
                   int num_directions, bool backward, int num_threads) {
   expect_at_least(1, T, "T");
@@ -51,10 +50,9 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool pr
   expect_at_least(projected ? 1 : 0, P, "P");
   expect_at_least(0, num_threads, "num_threads");
   if (num_directions != 1 && num_directions != 2) throw py::value_error("num_directions: expected 1 or 2");
-  const cpu::Problem problem{dtype_named(dtype),
-                             {T, B, I, H, projected ? P : H, projected},
-                             num_directions,
-                             backward,
+  const SequenceShape shape{T, B, I, H, projected ? P : H, projected};
+  expect_countable(shape, saturated_product(T, B));
+  const cpu::Problem problem{dtype_named(dtype), shape, num_directions, backward,
                              num_threads ? num_threads : cpu::default_threads()};
   const cpu::Plan plan = cpu::make_plan(problem, cpu::kernels().shape);
 

@@ -2,7 +2,6 @@
 // it.
 #pragma once
 
-#include <optional>
 #include <string>
 
 #include "layer_args.h"
@@ -12,17 +11,9 @@ namespace lstm_ext::ops {
 // `asked` threads; if that is 0, as many as the framework of x uses or, where it does not say, the process may.
 int threads_for(const LayerArgs& args, int asked);
 
-// Lets other Python threads go on meanwhile, unless the call is over before they could.
-class GilRelease {
- public:
-  explicit GilRelease(const LayerArgs& args);
-
- private:
-  std::optional<py::gil_scoped_release> release_;
-};
-
 // All of cpu::Plan by its names, the reasons under "why"; num_threads 0 takes OMP_NUM_THREADS or the usable processors.
-// Throws ValueError for sizes that no layer has, and for a forced plan that cannot be.
+// Throws ValueError for sizes that no layer has, RuntimeError for those that no computer has room for, and ValueError
+// for a forced plan that cannot be.
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool projected, const std::string& dtype,
                   int num_directions, bool backward, int num_threads);
 

@@ -1,7 +1,10 @@
 #if defined(LSTM_EXT_WITH_CUDA)
+#include <algorithm>
 #include <stdexcept>
 
 #include "../cuda/layer.h"
+#include "../sizes.h"
+#include "gil.h"
 #include "gpu_plan.h"
 #include "layer_args.h"
 #include "ops.h"
@@ -24,12 +27,16 @@ struct StepsArgs : LayerLayout {
     shape.T = packed ? offsets.size(0) : like.size(1);
     shape.B = packed ? lengths.size(0) : like.size(2);
     shape.H = like.size(like.ndim() - 1) / 4;
-    rows = packed ? like.size(1) : shape.T * shape.B;
+    rows = packed ? like.size(1) : saturated_product(shape.T, shape.B);
     read_weights(like, steps.weights, false);
-    expect_same_strides();
+    expect_countable(shape, std::max(rows, shape.B));
     check_state();
+    check_resets();
+    settle();
+    lengths.settle();
+    offsets.settle();
+    expect_same_strides();
     read_lengths();
-    read_resets();
   }
 
   Array lengths, offsets;
@@ -66,7 +73,8 @@ Output workspace_of(const Allocator& allocator, int64_t bytes) {
 
 py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, const std::string& strategy) {
   if (!takes(steps)) return not_implemented();
-  const Array xw(steps.x, "xw", dlpack::kCuda);
+  Array xw(steps.x, "xw", dlpack::kCuda);
+  xw.settle();
   const auto weights = py::reinterpret_borrow<py::sequence>(steps.weights);
   if (weights.size() == 0) throw py::type_error("weights: expected at least one array, got none");
   const StepsArgs args(steps, xw, Array(weights[0], "w_hh", xw).float_dtype());
@@ -94,7 +102,7 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
   }
   void* const stream = xw.current_stream();
   {
-    py::gil_scoped_release release;
+    const GilRelease release;
     cuda::layer_forward(layer, projected_x, *plan, workspace.data, stream);
   }
   const py::object saved = saves_gates && in_place ? py::reinterpret_borrow<py::object>(steps.x) : gates.object;
@@ -104,11 +112,13 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
 py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
                                bool tf32, const std::string& strategy) {
   if (!takes(steps, saved, grads)) return not_implemented();
-  const Array gates(steps.x, "gates", dlpack::kCuda);
+  Array gates(steps.x, "gates", dlpack::kCuda);
+  gates.settle();
   const StepsArgs args(steps, gates, gates.float_dtype());
   const auto [T, B, I, H, P, projected] = args.shape;
   const int64_t D = args.D;
-  const BackwardArrays arrays(args, gates, saved, grads);
+  BackwardArrays arrays(args, gates, saved, grads);
+  arrays.settle();
   const cuda::DeviceGuard guard(gates.device().id);
   const cuda::LayerOptions options{args.dtype, tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, true, options, gates.device().id);
@@ -135,7 +145,7 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   }
   void* const stream = gates.current_stream();
   {
-    py::gil_scoped_release release;
+    const GilRelease release;
     cuda::layer_backward(pass, *plan, workspace.data, stream);
   }
   return py::make_tuple(d_gates.object, h_prev.object, d_h.object, hidden.object, hidden_prev.object, dh0.object,
@@ -148,7 +158,7 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   if (x.ndim() > 2 || !call.batch_sizes.is_none()) {
     throw std::runtime_error("x: expected no time axis, got shape " + text_of(x.shape()));
   }
-  const LayerArgs args(call, dlpack::kCuda);
+  LayerArgs args(call, dlpack::kCuda);
   if (args.shape.projected) throw std::runtime_error("w_hr: expected none in a single step, got one");
   if (args.resets) throw std::runtime_error("resets: expected None in a single step, got an array");
   const cuda::DeviceGuard guard(args.x.device().id);
@@ -159,12 +169,13 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   const Output y = allocator.empty(args.dtype, args.sequence_shape(args.shape.P));
   const Output c_n = allocator.empty(args.dtype, args.state_shape(args.shape.H));
 
+  args.read_contents();
   LayerForward layer = describe_forward(args, y, {}, c_n, {}, {});
   layer.x = args.x.data();
   layer.x_map = args.map_of(args.x);
   void* const stream = args.x.current_stream();
   {
-    py::gil_scoped_release release;
+    const GilRelease release;
     cuda::layer_forward(layer, {}, *plan, nullptr, stream);
   }
   return py::make_tuple(y.object, py::none(), c_n.object, py::none(), py::none());
@@ -174,6 +185,7 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, c
                    int num_directions, bool backward, const std::string& strategy, int device) {
   const cuda::DeviceGuard guard(device);
   const SequenceShape shape{T, B, 0, H, projected ? P : H, projected};
+  expect_countable(shape, saturated_product(T, B));
   const cuda::LayerOptions options{dtype_named(dtype), tf32, cuda::strategy_named(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, num_directions, backward, options, device);
   py::dict result = describe(*plan);

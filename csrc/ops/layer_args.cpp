@@ -4,11 +4,14 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../sizes.h"
+
 namespace lstm_ext::ops {
 
 namespace {
 
 constexpr const char* kLike = " as x has";
+constexpr int64_t kMostNamed = 100;  // numbers in a message
 
 bool all_of_kind(Kind kind, std::initializer_list<py::handle> objects) {
   return std::all_of(objects.begin(), objects.end(), [&](py::handle object) {
@@ -91,6 +94,18 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
       to.w_hr.expect_shape({shape.P, H}, "P, H");
     }
   }
+  const bool any = (step || shape.H > 0) && (!shape.projected || shape.P > 0);
+  if (!any) {
+    throw std::runtime_error("w_hh: expected at least one hidden unit, got shape " +
+                             text_of(direction[0].w_hh.shape()));
+  }
+}
+
+void expect_countable(const SequenceShape& shape, int64_t rows) {
+  if (are_countable(shape, rows)) return;
+  throw std::runtime_error("x, weights: expected at most 2**52 numbers in an array of the layer, got " +
+                           std::to_string(rows) + " rows, I = " + std::to_string(shape.I) +
+                           ", H = " + std::to_string(shape.H) + ", P = " + std::to_string(shape.P));
 }
 
 // The weights of the first direction, from which H and P are read: which of w_ih, w_hh and x is the wrong one. Where
@@ -161,19 +176,32 @@ void LayerLayout::check_state(const Array& state, const char* letter, int64_t wi
   state.refuse_shape(expected, (dims + letter).c_str(), hint, one ? 1 : 0);
 }
 
-void LayerLayout::read_resets() {
+void LayerLayout::check_resets() const {
   if (!resets) return;
   resets.expect_bool();
-  masks.resets = static_cast<const uint8_t*>(resets.data());
   if (step) {
     resets.expect_shape(batched ? Shape{shape.B} : Shape{}, batched ? "B" : "");
-    masks.reset_b_stride = batched ? resets.stride(0) : 0;
     return;
   }
   const Shape expected = batch_first ? Shape{shape.B, shape.T} : Shape{shape.T, shape.B};
-  if (resets.shape() != expected) {
-    const bool swapped = resets.shape() == (batch_first ? Shape{shape.T, shape.B} : Shape{shape.B, shape.T});
-    resets.refuse_shape(expected, batch_first ? "B, T" : "T, B", layout_hint(swapped));
+  if (resets.shape() == expected) return;
+  const bool swapped = resets.shape() == (batch_first ? Shape{shape.T, shape.B} : Shape{shape.B, shape.T});
+  resets.refuse_shape(expected, batch_first ? "B, T" : "T, B", layout_hint(swapped));
+}
+
+void LayerLayout::settle() {
+  h0.settle();
+  c0.settle();
+  for (int n = 0; n < D; ++n) {
+    DirectionArrays& of = direction[n];
+    for (Array* array : {&of.w_ih, &of.w_hh, &of.b_ih, &of.b_hh, &of.w_hr}) array->settle();
+  }
+  if (!resets) return;
+  resets.settle();
+  masks.resets = static_cast<const uint8_t*>(resets.data());
+  if (step) {
+    masks.reset_b_stride = batched ? resets.stride(0) : 0;
+    return;
   }
   masks.reset_t_stride = resets.stride(batch_first ? 1 : 0);
   masks.reset_b_stride = resets.stride(batch_first ? 0 : 1);
@@ -234,13 +262,23 @@ LayerArgs::LayerArgs(const LayerCall& call, Array x_)
   if (shape.T == 0) {
     throw std::runtime_error("x: expected at least one time step, got T = 0: shape " + text_of(x.shape()));
   }
-  if (packed) {
-    read_packing();
-  } else {
-    read_lengths();
-    read_resets();
+  const int64_t steps_of_one = batch_first ? shape.T : 0;  // strides are made of T even without sequences
+  expect_countable(shape, std::max(rows, steps_of_one));
+  if (packed) read_batch_size();
+  if (lengths) {
+    lengths.expect_integers();
+    check_lengths(lengths);
   }
+  check_resets();
   check_state();
+}
+
+void LayerArgs::read_contents() {
+  x.settle();
+  settle();
+  lengths.settle();
+  batch_sizes.settle();
+  packed ? read_packing() : read_lengths();
 }
 
 void LayerArgs::read_axes() {
@@ -265,14 +303,13 @@ void LayerArgs::read_axes() {
     shape.T = x.size(batch_first ? 1 : 0);
     shape.B = x.size(batch_first ? 0 : 1);
   }
-  rows = shape.T * shape.B;
+  rows = saturated_product(shape.T, shape.B);
 }
 
 void LayerArgs::read_lengths() {
   if (!lengths) return;
-  lengths.expect_integers();
-  check_lengths(lengths);
   // A copy, since these are used as indices, and the caller's may change once the GIL is released.
+  lengths_.reserve(static_cast<size_t>(shape.B));
   for (int64_t b = 0; b < shape.B; ++b) lengths_.push_back(lengths.integer(b));
   masks.lengths = lengths_.data();
   if (lengths_.empty()) return;
@@ -284,24 +321,34 @@ void LayerArgs::read_lengths() {
 }
 
 // Rows of a packed sequence are sorted by falling length; batch_sizes [T] says how many run at each time.
-void LayerArgs::read_packing() {
+void LayerArgs::read_batch_size() {
   if (batch_first) throw py::value_error("batch_first: expected False with batch_sizes, got True");
   if (lengths || resets) throw py::value_error("lengths, resets: expected None with batch_sizes, got an array");
-  std::vector<int64_t> sizes(static_cast<size_t>(shape.T));
-  bool falling = true;
+  if (shape.T > rows) refuse_packing();
+  shape.B = py::cast<int64_t>(py::int_(batch_sizes.object()[py::int_(0)]));
+  if (shape.B < 1 || shape.B > rows) refuse_packing();
+}
+
+void LayerArgs::refuse_packing() const {
+  const std::string values = shape.T <= kMostNamed ? std::string(py::str(batch_sizes.object().attr("tolist")()))
+                                                   : std::to_string(shape.T) + " of them";
+  throw std::runtime_error("batch_sizes: expected positive, descending values with sum N = " + std::to_string(rows) +
+                           ", got " + values);
+}
+
+void LayerArgs::read_packing() {
+  std::vector<int64_t> sizes;
+  sizes.reserve(static_cast<size_t>(shape.T));
+  packed_offset_.reserve(static_cast<size_t>(shape.T));
   int64_t total = 0;
-  for (size_t t = 0; t < sizes.size(); ++t) {
-    sizes[t] = batch_sizes.integer(static_cast<int64_t>(t));
-    falling = falling && sizes[t] > 0 && sizes[t] <= (t > 0 ? sizes[t - 1] : rows) && sizes[t] <= rows - total;
-    if (!falling) break;
+  for (int64_t t = 0; t < shape.T; ++t) {
+    const int64_t size = batch_sizes.integer(t), before = t > 0 ? sizes.back() : shape.B;
+    if (size < 1 || size > before || (t == 0 && size < before) || size > rows - total) refuse_packing();
+    sizes.push_back(size);
     packed_offset_.push_back(total);
-    total += sizes[t];
+    total += size;
   }
-  if (!falling || total != rows) {
-    throw std::runtime_error("batch_sizes: expected positive, descending values with sum N = " + std::to_string(rows) +
-                             ", got " + std::string(py::str(batch_sizes.object().attr("tolist")())));
-  }
-  shape.B = sizes[0];
+  if (total != rows) refuse_packing();
   lengths_.resize(static_cast<size_t>(shape.B));
   for (size_t t = 0; t < sizes.size(); ++t) {
     const int64_t go_on = t + 1 < sizes.size() ? sizes[t + 1] : 0;
@@ -320,6 +367,8 @@ LayerForward describe_forward(const LayerLayout& args, const Output& y, const Ou
   layer.dtype = args.dtype;
   layer.shape = args.shape;
   layer.masks = args.masks;
+  if (H == 0) layer.shape.B = 0;              // all outputs are empty
+  if (layer.shape.B == 0) layer.shape.T = 1;  // nothing to walk, however many steps there are
   layer.y_map = args.contiguous_map(args.D * P);
   layer.cells_map = args.saved_map(H);
   layer.gates_map = args.saved_map(4 * H);
@@ -355,12 +404,17 @@ BackwardArrays::BackwardArrays(const LayerLayout& args, const Array& like, const
   if (!cells || !gates) throw py::type_error("cells, gates: expected what layer_forward left with Save.ALL, got None");
 }
 
+void BackwardArrays::settle() {
+  for (Array* array : {&dy, &dh_n, &dc_n, &dcells, &cells, &gates}) array->settle();
+}
+
 LayerBackward BackwardArrays::describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const {
   const auto [T, B, I, H, P, projected] = args.shape;
   LayerBackward layer{};
   layer.dtype = args.dtype;
   layer.shape = args.shape;
   layer.masks = args.masks;
+  if (B == 0) layer.shape.T = 1;  // nothing to walk, however many steps there are
   layer.dy_map = args.map_of(dy);
   layer.cells_map = args.saved_map_of(cells);
   layer.d_cells_map = args.saved_map_of(dcells);

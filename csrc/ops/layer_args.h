@@ -50,25 +50,35 @@ struct LayerLayout {
   void check_state(const Array& state, const char* letter, int64_t width, const Array& other,
                    int64_t other_width) const;
   void check_lengths(const Array& lengths) const;
-  void read_resets();
+  void check_resets() const;
   void check_first(const Array& x, const DirectionArrays& weights) const;
   [[noreturn]] void refuse_dtype(const Array& weight, const Array& x, py::handle weights) const;
   std::string layout_hint(bool as_if_swapped) const;
+  void settle();  // as Array does, what is here
 };
 
-// Those of a pass that reads x itself.
+// Throws RuntimeError where sizes are so large that products of them would overflow.
+void expect_countable(const SequenceShape& shape, int64_t rows);
+
+// Those of a pass that reads x itself. A refused call costs no more than its check: what is as large as the call, be it
+// claimed or real, is looked at only once the outputs are allocated.
 struct LayerArgs : LayerLayout {
-  // Throws TypeError (dtype of a mask), RuntimeError (dtype, device, rank, shape), ValueError (range).
+  // Throws TypeError (dtype of a mask), RuntimeError (dtype, device, rank, shape), ValueError (of options).
   explicit LayerArgs(const LayerCall& call, dlpack::DeviceType device = dlpack::kCpu)
       : LayerArgs(call, Array(call.x, "x", device)) {}
+
+  // Makes the arrays readable and reads the masks. Throws ValueError (range) and RuntimeError (no packed sequence).
+  void read_contents();
 
   Array x, lengths, batch_sizes;
 
  private:
   LayerArgs(const LayerCall& call, Array x);
   void read_axes();
+  void read_batch_size();
   void read_packing();
   void read_lengths();
+  [[noreturn]] void refuse_packing() const;
 
   std::vector<int64_t> lengths_, packed_offset_;
 };
@@ -78,6 +88,8 @@ struct LayerArgs : LayerLayout {
 struct BackwardArrays {
   // `like` shows framework and device. Throws TypeError (nothing saved) and RuntimeError (dtype, shape).
   BackwardArrays(const LayerLayout& args, const Array& like, const Saved& saved, const OutputGrads& grads);
+
+  void settle();
 
   // All of the layer but x, dx and the gradients of the weights.
   LayerBackward describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const;

@@ -1,5 +1,6 @@
 #include "../cpu/levels.h"
 #include "cpu_plan.h"
+#include "gil.h"
 #include "layer_args.h"
 #include "ops.h"
 
@@ -15,9 +16,9 @@ struct WeightOutputs {
 py::object layer_backward(const LayerCall& call, const Saved& saved, const OutputGrads& grads, Needs needs,
                           int num_threads) {
   if (!takes(call, saved, grads)) return not_implemented();
-  const LayerArgs args(call);
+  LayerArgs args(call);
   const auto [T, B, I, H, P, projected] = args.shape;
-  const BackwardArrays arrays(args, args.x, saved, grads);
+  BackwardArrays arrays(args, args.x, saved, grads);
 
   const Allocator allocator(args.x);
   const auto wanted = [&](Needs need, const Shape& shape) {
@@ -42,6 +43,8 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
     dw[n].w_hr = grad_of(of.w_hr);
   }
 
+  args.read_contents();
+  arrays.settle();
   LayerBackward layer = arrays.describe(args, dh0, dc0);
   layer.x = args.x.data();
   layer.dx = dx.data;
@@ -57,9 +60,11 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
                                 dw[n].w_hr.data};
   }
 
+  if (H == 0 && !dx.data) layer.shape.B = 0;  // all that is asked for is empty
+
   const cpu::Plan plan = cpu::plan_backward(layer);
   {
-    const GilRelease release(args);
+    const GilRelease release(!cpu::is_brief(layer.shape));
     cpu::kernels().layer_backward(layer, plan);
   }
   const py::object weight_grads = has(needs, Needs::kWeights) ? py::object(dweights) : py::none();
