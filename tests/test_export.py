@@ -98,7 +98,7 @@ def test_what_is_exported_still_trains() -> None:
 
 def test_a_length_out_of_range_is_still_an_error() -> None:
     program = export(lstm(), (), MODULES["masks"][1](5, 2), dynamic_shapes=MODULES["masks"][2])
-    with pytest.raises(ValueError, match="lengths: expected values from 0 to T = 6, got 7 to 7"):
+    with pytest.raises(ValueError, match=r"lengths: expected values from 0 to T = 6, got 7$"):
         program.module()(**(masks(6, 3) | {"lengths": torch.full((3,), 7)}))
 
 
