@@ -24,7 +24,10 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import lstm_ext  # noqa: E402
 from lstm_ext import engines, route  # noqa: E402
 from lstm_ext.call import BOTH, FORWARD, REVERSE, LayerCall, Needs, Save  # noqa: E402
+from lstm_ext.engines import composed  # noqa: E402
 from lstm_ext.torch_op import layer_backward, layer_forward  # noqa: E402
+
+from .conftest import count_runs  # noqa: E402
 
 
 def run_layer(x: Any, h0: Any, c0: Any, weights: Any, *masks: Any, save: Save = Save.CELLS) -> tuple[Any, ...]:
@@ -128,6 +131,51 @@ def test_gradients_batched(backend: str) -> None:
     together = torch.autograd.grad(y, x, seeds, is_grads_batched=True, retain_graph=True)[0]
     each = [torch.autograd.grad(y, x, seed, retain_graph=True)[0] for seed in seeds]
     assert_close(together, torch.stack(each), "float64", terms=64)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_second_and_third_derivatives_are_those_of_torchs_operations(name: str, backend: str) -> None:
+    """By everything, the gradients of the outputs too; the gradient of c_n and the tangent of x are left out."""
+    arguments, masks = make_layer(2, 3, **LAYERS[name])
+    given = [a for a in arguments if a is not None]
+    call = LayerCall(*arguments[:3], arguments[3:], *masks)
+    seeds: list[Any] = []
+    weights: list[Any] = []
+    tangents = [torch.randn_like(a) for a in given[1:]]
+    results = []
+    for forward in (route.run, composed.forward):
+        outputs = [a for n, a in enumerate(forward(call, Save.CELLS)[:4]) if n != 2]
+        seeds = seeds or [torch.randn_like(a).requires_grad_() for a in outputs]
+        first = torch.autograd.grad(outputs, given, seeds, create_graph=True)
+        second = torch.autograd.grad(first[1:], [*given, *seeds], tangents, create_graph=True)
+        weights = weights or [torch.randn_like(s) for s in second]
+        results.append([*second, *torch.autograd.grad(second, [*given, *seeds], weights)])
+    magnitude = max(float(a.abs().max()) for a in results[1])
+    for a, e in zip(*results, strict=True):
+        assert_close(a.detach(), e.detach(), "float64", terms=200, magnitude=magnitude)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_many_second_derivatives_at_once(name: str) -> None:
+    arguments, masks = make_layer(2, 3, **LAYERS[name])
+    given = [a for a in arguments if a is not None]
+    outputs = run_layer(*arguments[:3], arguments[3:], *masks)
+    first = torch.autograd.grad(sum(a.pow(2).sum() for a in outputs), given, create_graph=True)
+    tangents = [torch.randn(3, *a.shape, dtype=a.dtype) for a in first]
+    together = torch.autograd.grad(first, given, tangents, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(first, given, [t[n] for t in tangents], retain_graph=True) for n in range(3)]
+    for a, e in zip(together, zip(*each, strict=True), strict=True):
+        assert_close(a, torch.stack(e), "float64", terms=200, magnitude=10)
+
+
+def test_a_second_derivative_runs_the_kernels_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its backward pass needs is what the first one left."""
+    module, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3, requires_grad=True)
+    counts = count_runs(engines.choose("cpu", torch.float32).engine, monkeypatch)
+    monkeypatch.setattr(engines.composed, "forward", None)
+    (gradient,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+    gradient.pow(2).sum().backward()
+    assert counts == {"forward": 1, "backward": 1}
 
 
 # Which gradients are asked for, and which are given ------------------------------------------------------------------

@@ -34,11 +34,13 @@ class Grid:
         if self.rows is None or self.valid is None:
             return a
         zeros = a.new_zeros(self.valid.numel(), *a.shape[1:])
-        return zeros.index_copy(0, self.rows, a).unflatten(0, self.valid.shape)
+        return zeros.index_copy(0, self.rows, a).reshape(*self.valid.shape, *a.shape[1:])
 
     def unpad(self, a: Tensor) -> Tensor:
         """The way back from `pad`."""
-        return a if self.rows is None else a.flatten(0, 1)[self.rows]
+        if self.rows is None or self.valid is None:
+            return a
+        return a.reshape(self.valid.numel(), *a.shape[2:]).index_select(0, self.rows)
 
     def take(self, a: Tensor) -> Tensor:
         """What is laid out as x."""

@@ -2,7 +2,7 @@
 
 docs/math.md says why the second is this: the tangent of the forward pass, which is a linear recurrence, and that of the
 backward pass, which is the transposed one. A step is one small product and few pointwise operations; all else is done
-for all steps at once.
+for all steps at once. The older vmap, by which torch.autograd batches, lacks `flatten` and `unflatten`: none is here.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _tangent_steps(
     for t, (p_t, (pre, out, carry)) in enumerate(zip(p_in.unbind(), at, strict=True)):
         p = torch.addmm(p_t, h if walk.keeps is None else h * walk.keeps[t], w_hh)
         q = p * pre
-        c = torch.addcmul(q[:, : 3 * H].unflatten(1, (3, H)).sum(1), carry, c)
+        c = torch.addcmul(q.view(len(q), 4, H)[:, :3].sum(1), carry, c)
         h = hidden = torch.addcmul(q[:, 3 * H :], out, c)
         if w_hr is not None:
             h = h @ w_hr if h_in is None else torch.addmm(h_in[t], h, w_hr)
@@ -275,7 +275,8 @@ def _adjoint_tangents(
 
 def _by_rows(a: Tensor, b: Tensor) -> Tensor:
     """The sum of a' b over all steps and sequences."""
-    return a.flatten(0, 1).t() @ b.flatten(0, 1)
+    rows = a.shape[0] * a.shape[1]
+    return a.reshape(rows, a.shape[2]).transpose(0, 1) @ b.reshape(rows, b.shape[2])
 
 
 def _add(*terms: Tensor | None) -> Any:
