@@ -320,7 +320,7 @@ class BuildExt(build_ext):
         cuda, self.cuda_reason = plan_cuda()
         levels = f" ({', '.join(dict.fromkeys(['baseline', *LEVELS]))})" if LEVELS else ""
         if cuda:
-            archs = cuda[-1].partition("=")[2].split(";")
+            archs = cuda[-1].partition("=")[2].replace("-real", "").split(";")
             announce(
                 f"building the CPU kernels{levels}, and the CUDA kernels for {', '.join(archs)}: about "
                 f"{1 + CUDA_MINUTES * len(archs)} minutes of one core"
