@@ -14,6 +14,7 @@ import numpy as np
 import lstm_ext
 from lstm_ext import _native
 from lstm_ext.call import BOTH
+from lstm_ext.engines import cpu
 from lstm_ext.testing import Case, assert_identical, make_inputs, run_layer
 
 CASES = (
@@ -41,7 +42,7 @@ def main() -> None:
                 which = (n + turn) % len(CASES)
                 assert_identical(run(CASES[which], 1 + (n + turn) % 5), expected[which])
                 lstm_ext.plan(3 + turn, 2, 8, device="cpu")
-                with lstm_ext.engines.cpu.use_plan(depth=512) if n == 0 else lstm_ext.use_backend("cpu"):
+                with cpu.use_plan(by_rows=True) if n == 0 else lstm_ext.use_backend("cpu"):
                     x, w = np.ones((2, 1, 1), np.float32), np.ones((4, 1), np.float32)
                     lstm_ext.lstm(x, None, w, w)
         except BaseException as error:
