@@ -298,8 +298,8 @@ class LSTM(torch_rnn.RNNBase):
         y, (h_n, c_n), *cells = self.forward(
             x.unsqueeze(batch),
             hx,
-            lengths=None if lengths is None else _as_tensor(lengths, x).reshape(1),
-            resets=None if resets is None else _as_tensor(resets, x).unsqueeze(batch),
+            lengths=None if lengths is None else _as_batch("lengths", _as_tensor(lengths, x), 0),
+            resets=None if resets is None else _as_batch("resets", _as_tensor(resets, x), batch),
             return_cells=return_cells,
         )
         return y.squeeze(batch), (h_n.squeeze(1), c_n.squeeze(1)), *(a.squeeze(batch) for a in cells)
@@ -398,6 +398,15 @@ def _pair(hx: Any) -> State:
         what = f"{len(hx)} items" if isinstance(hx, (tuple, list)) else type(hx).__name__
         raise TypeError(f"hx: expected a pair of tensors (h_0, c_0), got {what}")
     return hx[0], hx[1]
+
+
+def _as_batch(name: str, mask: Tensor, batch: int) -> Tensor:
+    """The mask of one sequence with an axis for the batch; a length may have it already."""
+    if name == "lengths" and mask.shape == (1,):
+        return mask
+    if mask.dim() != (rank := 0 if name == "lengths" else 1):
+        raise RuntimeError(f"{name}: expected {rank} dimensions beside an input [T, I], got shape {list(mask.shape)}")
+    return mask.unsqueeze(batch)
 
 
 def _as_tensor(mask: Any, x: Tensor) -> Any:
@@ -523,7 +532,13 @@ class LSTMCell(torch_rnn.LSTMCell):
 
 
 class LSTMStateTuple(NamedTuple):
-    """The state of a `BasicLSTMCell`: c [B, U] and h [B, U], c first."""
+    """The state of a `BasicLSTMCell`: c [B, U] and h [B, U], c first.
+
+    Example:
+        >>> c, h = lstm_ext.BasicLSTMCell(64).zero_state(16)
+        >>> c.shape, h.shape
+        (torch.Size([16, 64]), torch.Size([16, 64]))
+    """
 
     c: Any
     h: Any
@@ -561,6 +576,13 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
 
     Raises:
         ValueError: an input that is not [B, I], a state of another form, another dtype than that of `kernel`.
+
+    Example:
+        >>> cell, state = lstm_ext.BasicLSTMCell(64), None
+        >>> for x in torch.randn(50, 16, 28):
+        ...     output, state = cell(x, state)
+        >>> output.shape, state.c.shape, cell.kernel.shape
+        (torch.Size([16, 64]), torch.Size([16, 64]), torch.Size([92, 256]))
     """
 
     cls_to_become = None

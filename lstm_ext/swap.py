@@ -58,6 +58,12 @@ def replace_lstm(module: Module, *, compilable: bool = False) -> Module:
 
     Returns:
         `module`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LSTM(28, 64))
+        >>> lstm = lstm_ext.replace_lstm(model)[0]
+        >>> isinstance(lstm, lstm_ext.LSTM), isinstance(lstm, torch.nn.LSTM)
+        (True, True)
     """
     return _swap("replace_lstm", module, _COMPILABLE if compilable else _OURS)
 
@@ -76,6 +82,10 @@ def to_torch(module: Module) -> Module:
 
     Returns:
         `module`.
+
+    Example:
+        >>> type(lstm_ext.to_torch(lstm_ext.LSTM(28, 64))) is torch.nn.LSTM
+        True
     """
 
     def why_not(each: Module) -> str:

@@ -20,8 +20,7 @@ from .conftest import needs_native
 
 ROOT = Path(__file__).parents[1]
 READERS = [getattr(convert, name) for name in convert.__all__ if name.startswith("from_")]
-IN_MODULES_OF_THEIR_OWN = {"BasicLSTMCell", "replace_lstm", "to_torch"}  # which the README shows
-PUBLIC = [getattr(lstm_ext, name) for name in lstm_ext.__all__ if name not in IN_MODULES_OF_THEIR_OWN]
+PUBLIC = [getattr(lstm_ext, name) for name in lstm_ext.__all__]
 
 
 @needs_native  # as plans need the compiled module
