@@ -38,6 +38,7 @@ try:
     from torch.autograd.forward_ad import _current_level, _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
     from torch.autograd.profiler import _is_profiler_enabled
+    from torch.utils._pytree import tree_map
 
     compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
     one_dnn_takes_bfloat16 = (
@@ -84,4 +85,5 @@ __all__ = [
     "one_dnn_takes_bfloat16",
     "peek_interpreter_stack",
     "profiler",
+    "tree_map",
 ]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
-from torch.utils._pytree import tree_map
 
+from ._torch_private import tree_map
 from .call import FORWARD, REVERSE, LayerCall, OutputGrads, Outputs, Save
 from .engines import composed, derivatives
 from .torch_op import backward_of, forward_of, layer_backward, layer_forward, or_empty

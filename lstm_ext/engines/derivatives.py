@@ -7,7 +7,6 @@ for all steps at once. The older vmap, by which torch.autograd batches, lacks `f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -80,11 +79,6 @@ class Walk:
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------
-#
-# What is pointwise is computed for some steps at once: of few, calling the operation is what takes the time, of many,
-# memory is. Lists hold an entry for each step.
-
-_CHUNK = 8192  # elements of [steps, B, H]: B 16 T 50 H 128 in float64 took 1.3 times as long without (2026-11-25)
 
 
 class Primal(NamedTuple):
@@ -111,49 +105,33 @@ class Factors(NamedTuple):
     carry: Tensor  # [B, H]
 
 
-def _chunks(like: Tensor) -> list[slice]:
-    """The steps of [T, B, H] in pieces."""
-    T, steps = like.shape[0], max(1, _CHUNK // max(1, like[0].numel()))
-    return [slice(t, min(t + steps, T)) for t in range(0, T, steps)]
-
-
-def _by_step(*arrays: Tensor) -> Iterator[Factors]:
-    return map(Factors, *(a.unbind() for a in arrays))
+def _by_step(*arrays: Tensor) -> list[Factors]:
+    return list(map(Factors, *(a.unbind() for a in arrays)))
 
 
 def _factors(a: Primal) -> list[Factors]:
     """Of each step."""
-    found: list[Factors] = []
-    for steps in _chunks(a.c_tanh):
-        c_prev, c_tanh = a.c_prev[steps], a.c_tanh[steps]
-        i, f, g, o = a.gates[steps].chunk(4, -1)
-        pre = torch.cat([g * (i * (1 - i)), c_prev * (f * (1 - f)), i * (1 - g * g), c_tanh * (o * (1 - o))], -1)
-        found += _by_step(pre, o * (1 - c_tanh * c_tanh), a.carry[steps])
-    return found
+    i, f, g, o = a.gates.chunk(4, -1)
+    pre = torch.cat([g * (i * (1 - i)), a.c_prev * (f * (1 - f)), i * (1 - g * g), a.c_tanh * (o * (1 - o))], -1)
+    return _by_step(pre, o * (1 - a.c_tanh * a.c_tanh), a.carry)
 
 
-def _factor_tangents(a: Primal, walk: Walk, p: Steps, c: Steps, c0: Tensor) -> Iterator[Factors]:
-    """The tangents of `_factors`, of those of p and c; the last step comes first."""
-    for steps in reversed(_chunks(a.c_tanh)):
-        c_prev, c_tanh = a.c_prev[steps], a.c_tanh[steps]
-        i, f, g, o = a.gates[steps].chunk(4, -1)
-        pi, pf, pg, po = torch.stack(p[steps]).chunk(4, -1)
-        tc = torch.stack(c[steps])
-        tc_prev = torch.stack([c0, *c[: steps.stop - 1]][steps])
-        tc_prev = tc_prev if walk.keeps is None else tc_prev * walk.keeps[steps]
-        di, df, dg, do, d_tanh = i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o), 1 - c_tanh * c_tanh
-        ti, tf, tg, to, t_tanh = di * pi, df * pf, dg * pg, do * po, d_tanh * tc
-        pre = torch.cat(
-            [
-                di * tg + g * (1 - 2 * i) * ti,
-                df * tc_prev + c_prev * (1 - 2 * f) * tf,
-                dg * ti - 2 * i * g * tg,
-                do * t_tanh + c_tanh * (1 - 2 * o) * to,
-            ],
-            -1,
-        )
-        carry = tf if walk.keeps is None else tf * walk.keeps[steps]
-        yield from reversed(list(_by_step(pre, to * d_tanh - 2 * o * c_tanh * t_tanh, carry)))
+def _factor_tangents(a: Primal, walk: Walk, p: Tensor, c: Tensor, c_prev: Tensor) -> list[Factors]:
+    """The tangents of `_factors`, of those of p, c and c_prev."""
+    i, f, g, o = a.gates.chunk(4, -1)
+    pi, pf, pg, po = p.chunk(4, -1)
+    di, df, dg, do, d_tanh = i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o), 1 - a.c_tanh * a.c_tanh
+    ti, tf, tg, to, t_tanh = di * pi, df * pf, dg * pg, do * po, d_tanh * c
+    pre = torch.cat(
+        [
+            di * tg + g * (1 - 2 * i) * ti,
+            df * c_prev + a.c_prev * (1 - 2 * f) * tf,
+            dg * ti - 2 * i * g * tg,
+            do * t_tanh + a.c_tanh * (1 - 2 * o) * to,
+        ],
+        -1,
+    )
+    return _by_step(pre, to * d_tanh - 2 * o * a.c_tanh * t_tanh, walk.kept(tf))
 
 
 class Tangents(NamedTuple):
@@ -239,7 +217,7 @@ def _adjoint_steps(at: list[Factors], walk: Walk, w: Weights, h_in: Tensor, c_in
 
 
 def _adjoint_tangents(
-    at: list[Factors], walk: Walk, w: Weights, d: Adjoint, tangents: Iterator[Factors], v: Weights
+    at: list[Factors], walk: Walk, w: Weights, d: Adjoint, tangents: list[Factors], v: Weights
 ) -> Adjoint:
     """The tangents of `_adjoint_steps`, in which the loss itself has none.
 
@@ -248,15 +226,15 @@ def _adjoint_tangents(
         walk: its order.
         w: the weights.
         d: what `_adjoint_steps` found.
-        tangents: of `at`, the last step first.
+        tangents: of `at`.
         v: the tangents of the weights, None for zeros.
     """
     to_h = None if v.w_hh is None else torch.stack(d.p) @ v.w_hh
     to_hidden = None if v.w_hr is None else torch.stack(d.h) @ v.w_hr
     found: list[tuple[Tensor, ...]] = []
     h, c = torch.zeros_like(d.h[0]), torch.zeros_like(d.c[0])
-    for t, (t_pre, t_out, t_carry) in zip(reversed(range(len(at))), tangents, strict=True):
-        pre, out, carry = at[t]
+    for t in reversed(range(len(at))):
+        (pre, out, carry), (t_pre, t_out, t_carry) = at[t], tangents[t]
         hidden = h
         if w.w_hr is not None:
             hidden = h @ w.w_hr if to_hidden is None else torch.addmm(to_hidden[t], h, w.w_hr)
@@ -431,15 +409,15 @@ def second(
         p_in = torch.zeros_like(a.gates) if p_in is None else p_in.expand_as(a.gates)
         h_in = None if v.w_hr is None else F.linear(a.hidden, v.w_hr)
         t = _tangent_steps(at, walk, w, p_in, h_in, vh0, vc0)
-        th = torch.stack(t.h)
+        th, tc = torch.stack(t.h), torch.stack(t.c)
         if of_grads:
-            tc = grid.unpad(walk.give(torch.stack(t.c)))
-            outputs.append((walk.give(th), walk.final(vh0, th), t.c[-1], tc))
+            outputs.append((walk.give(th), walk.final(vh0, th), t.c[-1], grid.unpad(walk.give(tc))))
         if not needs:
             continue
 
         d = _first(call, grid, each, grads)
-        dd = _adjoint_tangents(at, walk, w, d, _factor_tangents(a, walk, t.p, t.c, vc0), v)
+        t_at = _factor_tangents(a, walk, torch.stack(t.p), tc, walk.previous(vc0, tc))
+        dd = _adjoint_tangents(at, walk, w, d, t_at, v)
         states.append((dd.h0, dd.c0))
         p, tp = torch.stack(d.p), torch.stack(dd.p)
         if needs & Needs.X:
