@@ -159,7 +159,7 @@ def test_private_names_are_found() -> None:
 
 def test_an_import_names_the_private_function_that_torch_lacks() -> None:
     torch = pytest.importorskip("torch")
-    code = "import torch; del torch._C._any_requires_grad; import lstm_ext; lstm_ext.LSTM"
+    code = "import torch; del torch._C._any_requires_grad; from lstm_ext import LSTM"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.anchor, capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(
