@@ -65,7 +65,7 @@ def draw_case(rng: Random, **fixed: Any) -> Case:
 def draw_inputs(rng: Random, case: Case, tensors: bool, dtypes: str = "") -> tuple[str, Inputs, Inputs]:
     """A dtype, NumPy inputs of its numbers, and the same as they are given, laid out in whichever way."""
     names = dtypes or ("float32 float32 float64 float16 bfloat16" if tensors else "float32 float32 float64 float16")
-    if case.H == 1:  # nothing averages the gates' rounding to a half type out, beyond any tolerance now and then
+    if case.H < 8:  # few units average too little of the gates' rounding to a half type out, once in 10,000 cases
         names = "float32 float64"
     dtype = rng.choice(names.split())
     drawn = make_inputs(case, dtype, rng.randrange(2**32))
