@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
@@ -34,9 +32,9 @@ def forward(call: LayerCall, save: Save) -> Outputs:
     h0 = call.x.new_zeros(D, B, P) if call.h0 is None else call.h0
     c0 = call.x.new_zeros(D, B, H) if call.c0 is None else call.c0
     train = torch.is_grad_enabled() or is_tracing()  # a trace is run with gradients, and checked without
-    options: tuple[Any, ...] = (call.weights, w.b_ih is not None, 1, 0.0, train, D == 2)
+    has_biases, hx = w.b_ih is not None, (h0, c0)
     if call.batch_sizes is None:
-        y, h_n, c_n = _VF.lstm(call.x, (h0, c0), *options, call.batch_first)
+        y, h_n, c_n = _VF.lstm(call.x, hx, call.weights, has_biases, 1, 0.0, train, D == 2, call.batch_first)
     else:
-        y, h_n, c_n = _VF.lstm(call.x, call.batch_sizes, (h0, c0), *options)
+        y, h_n, c_n = _VF.lstm(call.x, call.batch_sizes, hx, call.weights, has_biases, 1, 0.0, train, D == 2)
     return Outputs(y, h_n, c_n, None, None)
