@@ -46,6 +46,8 @@ NOT_CAUGHT = {
     "always `if (makes_h && params.s == 0)`": "it stores what is there",
     "`params.s + 1 < shape.T ?` always true": "no sequence is active before its last step, which sets what is read",
     "always `if (params.s + 1 < shape.T)`": "after the last step no sequence is active: it multiplies zeros",
+    "always `if (begins(moment, s) || layer.shape.projected)`": "the step before, which is walked later, overwrites it",
+    "always `if (begins(moment, s))`": "the step before, which is walked later, overwrites it",
     "`moment.active ?` always true": "h of a sequence that is not active is zero, unless the weights are not finite",
 }
 
