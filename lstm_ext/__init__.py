@@ -85,7 +85,7 @@ def __getattr__(name: str) -> Any:
         place = import_module(f"{__name__}.{_PLACES[name]}")
     except ImportError as error:
         text = f"lstm_ext.{name} needs PyTorch (torch>=2.11); lstm_ext.lstm works on NumPy arrays"
-        if getattr(error, "name", None) != "torch":
+        if (error.name or "").partition(".")[0] != "torch":
             text = str(error)
         # `from lstm_ext import LSTM` would have words of its own for an AttributeError.
         imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"

@@ -83,6 +83,10 @@ class Weights(NamedTuple):
     w_hr: Array | None = None  # [P, H]
 
 
+class TooLargeError(RuntimeError):
+    """Sizes that no memory stands for: what claims them is asked nothing more."""
+
+
 class LayerCall(NamedTuple):
     """One or both directions of an LSTM layer over a whole sequence, or over one step.
 
@@ -484,7 +488,7 @@ def _check_sizes(call: LayerCall, T: int, B: int) -> None:
         raise RuntimeError(f"w_hh: expected at least one hidden unit, got shape {list(w_hh.shape)}")
     if max(rows * max(I, 4 * H, P, 1), 4 * H * max(I, P, 1)) > MOST_NUMBERS:
         got = f"{min(rows, 2**63 - 1)} rows, I = {I}, H = {H}, P = {P}"
-        raise RuntimeError(f"x, weights: expected at most 2**52 numbers in an array of the layer, got {got}")
+        raise TooLargeError(f"x, weights: expected at most 2**52 numbers in an array of the layer, got {got}")
 
 
 def check_values(lengths: Array | None, batch_sizes: Array | None, num_steps: int, num_rows: int) -> None:

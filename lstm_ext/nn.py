@@ -19,7 +19,7 @@ from torch.types import Device
 
 from . import route
 from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
-from .call import BOTH, FORWARD, LayerCall, Save, check, check_step_state
+from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_step_state
 from .engines import warn_once
 from .route import run
 
@@ -162,6 +162,11 @@ class LSTM(torch_rnn.RNNBase):
             self.check_forward_args(x, hx, batch_sizes)
         return self.permute_hidden(hx, order)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of the versions that kept no list of weights too."""
+        parameters, names = state["_parameters"], state.get("_flat_weights_names", ())
+        super().__setstate__({"_flat_weights": [parameters.get(name) for name in names], **state})
+
     @overload
     def forward(
         self,
@@ -281,8 +286,8 @@ class LSTM(torch_rnn.RNNBase):
             h0, c0 = [a[:D] for a in self._checked(x, hx, batch_sizes, None) or ()] or (None, None)
             own = self._weights()[: len(self._flat_weights_names) // self.num_layers]
             check(LayerCall(x, h0, c0, own, *masks, BOTH if self.bidirectional else FORWARD, self.batch_first))
-        except _ARGUMENT_ERRORS:
-            return True
+        except _ARGUMENT_ERRORS as error:
+            return not isinstance(error, TooLargeError)  # torch would try to compute it
         return False
 
     def _forward_unbatched(
@@ -488,8 +493,8 @@ class LSTMCell(torch_rnn.LSTMCell):
             call = LayerCall(input, h, c, self._weights(), None, None, None, FORWARD, False)
             check_step_state(call)
             check(call)
-        except _ARGUMENT_ERRORS:
-            return True
+        except _ARGUMENT_ERRORS as error:
+            return not isinstance(error, TooLargeError)  # torch would try to compute it
         return False
 
     def forward(self, input: Tensor, hx: State | None = None, *, resets: Tensor | None = None) -> State:
@@ -518,9 +523,11 @@ class LSTMCell(torch_rnn.LSTMCell):
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
                 return _TorchLSTMCell.forward(self, input, hx)
-            if resets is not None or _is_transformed() or not self._are_wrong(input, hx):
+            if _is_transformed() or not self._are_wrong(input, hx):
                 raise
             why = str(error)
+        if resets is not None and hx is not None:
+            hx = hx[0].masked_fill(resets[..., None], 0), hx[1].masked_fill(resets[..., None], 0)
         return _ask_torch(_TorchLSTMCell.forward, why, self, input, hx)
 
     if TYPE_CHECKING:
@@ -681,7 +688,7 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
     def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """See the class for shapes: (h', state)."""
         width = self.kernel.shape[0] - self.num_units
-        self._check("input", input, f"[B, I] with I = {width}", len(input) if input.dim() else 0, width)
+        self._check("input", input, f"[B, I] with I = {width}", input.shape[0] if input.dim() else 0, width)
         activation = getattr(torch, self.activation) if isinstance(self.activation, str) else self.activation
         c, h = self._split(input, state)
         i, j, f, o = torch.addmm(self.bias, torch.cat([input, h], 1), self.kernel).chunk(4, 1)

@@ -61,7 +61,9 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     if is_tracing() and not more:
         return stock.forward(call, save)
     if call.is_step and watched and served:
-        return Outputs(*run(call.with_time(), save)).squeeze_time_(call)
+        outputs = Outputs(*run(call.with_time(), save))
+        # Subclasses of Tensor have shapes of their own, which do not change in place.
+        return outputs.squeeze_time_(call) if type(outputs.y) is Tensor else outputs.without_time(call)
     if call.lengths is not None:
         call = _with_own_lengths(call)
 

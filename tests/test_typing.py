@@ -23,7 +23,7 @@ from typing_extensions import assert_type
 
 import lstm_ext
 from lstm_ext import LSTM, BasicLSTMCell, LSTMCell, Plan, backends, build_info, lstm, lstm_cell, plan, use_backend
-from lstm_ext import replace_lstm, to_torch
+from lstm_ext import LSTMStateTuple, replace_lstm, swap, to_torch
 
 State = tuple[Tensor, Tensor]
 x, packed = torch.zeros(5, 2, 3), PackedSequence(torch.zeros(5, 3), torch.tensor([3, 2]))
@@ -54,7 +54,9 @@ assert_type(LSTMCell(3, 4)(x[0]), State)
 model = Model()
 assert_type(replace_lstm(model), Model)
 assert_type(to_torch(model), Model)
-assert_type(replace_lstm(nn.LSTM(3, 4)), LSTM)
+assert_type(replace_lstm(nn.LSTM(3, 4)), swap.LSTM)
+assert_type(replace_lstm(nn.LSTM(3, 4), compilable=True), LSTM)
+zeros: LSTMStateTuple | Tensor = model.basic.zero_state(2)
 assert_type(replace_lstm(nn.LSTMCell(3, 4)), LSTMCell)
 assert_type(to_torch(layer), nn.LSTM)
 assert_type(to_torch(LSTMCell(3, 4)), nn.LSTMCell)
