@@ -14,7 +14,7 @@ from mutations import ODD, bytes_of, relaid, spoilt
 
 import lstm_ext.ops  # from now on the core takes tensors
 from lstm_ext import _native
-from lstm_ext.call import BOTH, FORWARD, REVERSE, LayerCall, Needs, Save
+from lstm_ext.call import BOTH, FORWARD, REVERSE, LayerCall, Needs, Save, Saved
 from lstm_ext.testing import Case, Inputs, assert_all_close, make_inputs, run_oracle
 
 C: Any = _native.C
@@ -106,14 +106,14 @@ def core(rng: Random, tensors: bool) -> Target:
     fields = given.call._asdict()
     saved = C.layer_forward(given.call, Save.ALL)
     named = {name: a for name, a in fields.items() if name != "weights"} | numbered(fields["weights"])
-    named |= given.grads._asdict() | dict(zip(("y", "cells", "gates"), (saved[0], *saved[3:]), strict=True))
+    named |= given.grads._asdict() | dict(zip(Saved._fields, saved[3:], strict=True))
     named |= {"save": Save.ALL, "needs": Needs.ALL, "num_threads": rng.choice((0, 1, 2, 3))}
 
     def call(named: Named) -> tuple[Named, Named]:
         asked = LayerCall(**{f: weights_of(named) if f == "weights" else named[f] for f in LayerCall._fields})
         threads = named["num_threads"]
         outputs = C.layer_forward(named.get("call", tuple(asked)), named["save"], threads)
-        kept, grads = tuple(named[n] for n in ("y", "cells", "gates")), tuple(named[n] for n in given.grads._fields)
+        kept, grads = (tuple(named[n] for n in fields) for fields in (Saved._fields, given.grads._fields))
         gradients = C.layer_backward(named.get("call", asked), kept, grads, named["needs"], threads)
         if outputs is NotImplemented or gradients is NotImplemented:
             return {}, {}
