@@ -259,7 +259,8 @@ class LSTM(torch_rnn.RNNBase):
             return y, self.permute_hidden((h_n, c_n), None) if customised else (h_n, c_n)
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
-                return _TorchLSTM.forward(self, input, hx)
+                given = _given(lengths=lengths, resets=resets, return_cells=return_cells or None)
+                return _TorchLSTM.forward(self, input, hx, **given)
             new = lengths is not None or resets is not None or return_cells
             if new or _is_transformed() or not self._are_wrong(input, hx):
                 raise
@@ -517,7 +518,7 @@ class LSTMCell(torch_rnn.LSTMCell):
             return y, c_n
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
-                return _TorchLSTMCell.forward(self, input, hx)
+                return _TorchLSTMCell.forward(self, input, hx, **_given(resets=resets))
             if resets is not None or _is_transformed() or not self._are_wrong(input, hx):
                 raise
             why = str(error)
@@ -743,11 +744,15 @@ def _is_proxy(input: Any) -> bool:
     return isinstance(input, fx.Proxy)
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> Any:
     """The call as one node of a graph that torch.fx records, as it is for the modules of torch."""
     args = (input,) if hx is None else (input, hx)
-    given = {name: value for name, value in options.items() if value is not None}
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, given)
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, _given(**options))
 
 
 def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:
