@@ -369,9 +369,9 @@ class LSTM(torch_rnn.RNNBase):
         self, x: Tensor, hx: State | None, weights: list[Tensor], *masks: Any
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """The dtypes of torch's autocast on the CPU: its own where oneDNN's LSTM runs, else those of torch's cell."""
-        dtype = torch.get_autocast_dtype("cpu")
-        packed = x.dim() == 2
-        one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and not packed and not self.proj_size
+        dtype, batch_sizes = torch.get_autocast_dtype("cpu"), masks[2]
+        even = batch_sizes is None or (not is_compiling() and bool((batch_sizes == batch_sizes[:1]).all()))
+        one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and even and not self.proj_size
         h0, c0 = hx or (None, None)
         call = LayerCall(x, h0, c0, weights, None, None, None, FORWARD, False)
         call = call.cast(dtype if one_dnn else route.autocast_cell_dtype(call))
