@@ -281,7 +281,8 @@ class LSTM(torch_rnn.RNNBase):
             D, masks = 2 if self.bidirectional else 1, (None, None, batch_sizes)
             h0, c0 = [a[:D] for a in self._checked(x, hx, batch_sizes, None) or ()] or (None, None)
             own = self._weights()[: len(self._flat_weights_names) // self.num_layers]
-            check(LayerCall(x, h0, c0, own, *masks, BOTH if self.bidirectional else FORWARD, self.batch_first))
+            directions = BOTH if self.bidirectional else FORWARD
+            check(_autocast(LayerCall(x, h0, c0, own, *masks, directions, self.batch_first)))
         except _ARGUMENT_ERRORS:
             return True
         return False
@@ -486,7 +487,7 @@ class LSTMCell(torch_rnn.LSTMCell):
             h, c = (None, None) if hx is None else _pair(hx)
             if input.dim() not in (1, 2) or (h is None) != (hx is None) or (c is None) != (hx is None):
                 return True
-            call = LayerCall(input, h, c, self._weights(), None, None, None, FORWARD, False)
+            call = _autocast(LayerCall(input, h, c, self._weights(), None, None, None, FORWARD, False))
             check_step_state(call)
             check(call)
         except _ARGUMENT_ERRORS:
@@ -725,6 +726,14 @@ def _is_left_to_torch(x: Tensor) -> bool:
 def _became_torchs(module: Any) -> bool:
     """Whether `to_torch` changed the class of a module after somebody had taken its `forward`."""
     return not isinstance(module, (LSTM, LSTMCell))
+
+
+def _autocast(call: LayerCall) -> LayerCall:
+    """The call in the dtypes that autocast makes of it, if it is on."""
+    device = call.x.device.type
+    if not _is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return call
+    return call.cast(torch.get_autocast_dtype(device))
 
 
 def _is_transformed() -> bool:
