@@ -264,7 +264,8 @@ class LSTM(torch_rnn.RNNBase):
             return y, self.permute_hidden((h_n, c_n), None) if customised else (h_n, c_n)
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
-                return _TorchLSTM.forward(self, input, hx)
+                given = _given(lengths=lengths, resets=resets, return_cells=return_cells or None)
+                return _TorchLSTM.forward(self, input, hx, **given)
             new = lengths is not None or resets is not None or return_cells
             if new or _is_transformed() or not self._are_wrong(input, hx):
                 raise
@@ -285,7 +286,8 @@ class LSTM(torch_rnn.RNNBase):
             D, masks = 2 if self.bidirectional else 1, (None, None, batch_sizes)
             h0, c0 = [a[:D] for a in self._checked(x, hx, batch_sizes, None) or ()] or (None, None)
             own = self._weights()[: len(self._flat_weights_names) // self.num_layers]
-            check(LayerCall(x, h0, c0, own, *masks, BOTH if self.bidirectional else FORWARD, self.batch_first))
+            directions = BOTH if self.bidirectional else FORWARD
+            check(_autocast(LayerCall(x, h0, c0, own, *masks, directions, self.batch_first)))
         except _ARGUMENT_ERRORS as error:
             return not isinstance(error, TooLargeError)  # torch would try to compute it
         return False
@@ -373,9 +375,9 @@ class LSTM(torch_rnn.RNNBase):
         self, x: Tensor, hx: State | None, weights: list[Tensor], *masks: Any
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """The dtypes of torch's autocast on the CPU: its own where oneDNN's LSTM runs, else those of torch's cell."""
-        dtype = torch.get_autocast_dtype("cpu")
-        packed = x.dim() == 2
-        one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and not packed and not self.proj_size
+        dtype, batch_sizes = torch.get_autocast_dtype("cpu"), masks[2]
+        even = batch_sizes is None or (not is_compiling() and bool((batch_sizes == batch_sizes[:1]).all()))
+        one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and even and not self.proj_size
         h0, c0 = hx or (None, None)
         call = LayerCall(x, h0, c0, weights, None, None, None, FORWARD, False)
         call = call.cast(dtype if one_dnn else route.autocast_cell_dtype(call))
@@ -490,7 +492,7 @@ class LSTMCell(torch_rnn.LSTMCell):
             h, c = (None, None) if hx is None else _pair(hx)
             if input.dim() not in (1, 2) or (h is None) != (hx is None) or (c is None) != (hx is None):
                 return True
-            call = LayerCall(input, h, c, self._weights(), None, None, None, FORWARD, False)
+            call = _autocast(LayerCall(input, h, c, self._weights(), None, None, None, FORWARD, False))
             check_step_state(call)
             check(call)
         except _ARGUMENT_ERRORS as error:
@@ -522,7 +524,7 @@ class LSTMCell(torch_rnn.LSTMCell):
             return y, c_n
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
-                return _TorchLSTMCell.forward(self, input, hx)
+                return _TorchLSTMCell.forward(self, input, hx, **_given(resets=resets))
             if _is_transformed() or not self._are_wrong(input, hx):
                 raise
             why = str(error)
@@ -733,6 +735,14 @@ def _became_torchs(module: Any) -> bool:
     return not isinstance(module, (LSTM, LSTMCell))
 
 
+def _autocast(call: LayerCall) -> LayerCall:
+    """The call in the dtypes that autocast makes of it, if it is on."""
+    device = call.x.device.type
+    if not _is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return call
+    return call.cast(torch.get_autocast_dtype(device))
+
+
 def _is_transformed() -> bool:
     """Whether torch's own operators would say other things, such as that they have no rule for this transform."""
     return is_compiling() or peek_interpreter_stack() is not None
@@ -750,11 +760,15 @@ def _is_proxy(input: Any) -> bool:
     return isinstance(input, fx.Proxy)
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> Any:
     """The call as one node of a graph that torch.fx records, as it is for the modules of torch."""
     args = (input,) if hx is None else (input, hx)
-    given = {name: value for name, value in options.items() if value is not None}
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, given)
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, _given(**options))
 
 
 def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:

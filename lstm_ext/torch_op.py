@@ -1,8 +1,8 @@
 """The layer as torch sees it: the ops `lstm_ext::layer_forward` and `lstm_ext::layer_backward` with their rules.
 
 Whatever watches a call sees these: compilers and exporters their shapes, autograd and `torch.func` their derivatives,
-vmap one larger batch. Below all of that the op runs the engine. Derivatives beyond the first differentiate
-`composed.forward`, the same layer in torch's own operations.
+vmap one larger batch. Below all of that the op runs the engine. Derivatives beyond the first are those of
+`engines/derivatives.py`, in torch's own operations.
 """
 
 from __future__ import annotations

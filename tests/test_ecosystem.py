@@ -34,6 +34,7 @@ AUTOCAST_OPTIONS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": False},
     "projection": {"proj_size": 3, "num_layers": 2},
     "packed": {},
+    "packed, of one length": {"num_layers": 2},
     "packed projection": {"proj_size": 3},
     "empty batch": {},
     "unbatched": {},
@@ -47,7 +48,7 @@ DTYPES = {"cpu": [F32, BF16, F64], "cuda": [F32, BF16, F16]}
 
 def autocast_input(name: str, dtype: Any) -> Any:
     if name.startswith("packed"):
-        return pack_sequence([torch.randn(n, I).to(dtype) for n in (4, 3, 1)])
+        return pack_sequence([torch.randn(n, I).to(dtype) for n in ((4, 4, 4) if "one length" in name else (4, 3, 1))])
     return torch.randn({"empty batch": (T, 0, I), "unbatched": (T, I)}.get(name, (3, 3, I))).to(dtype)
 
 

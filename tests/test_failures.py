@@ -129,6 +129,23 @@ def test_other_errors_of_an_engine_arrive_as_they_are(backend: str, monkeypatch:
                 assert [caught.value] == ran
 
 
+@pytest.mark.parametrize("cell", [False, True])
+def test_errors_of_an_engine_arrive_under_autocast_too(
+    cell: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the dtypes are mixed before it casts."""
+    module = lstm_ext.LSTMCell(2, 3) if cell else lstm_ext.LSTM(2, 3, 2)
+    x, h = (torch.zeros(2, 2), torch.zeros(2, 3)) if cell else (torch.zeros(4, 2, 2), torch.zeros(2, 2, 3))
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(engines.choose("cpu", torch.float32).engine, "forward", fail)
+    for args in ((x,), (x.bfloat16(),), (x, (h.bfloat16(), h.bfloat16()))):
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=r"\Ano\Z"):
+            module(*args)
+
+
 # In the sources ------------------------------------------------------------------------------------------------------
 
 AROUND_KERNELS = [PACKAGE / f"{name}.py" for name in ("nn", "route", "torch_op", "functional")]

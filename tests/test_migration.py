@@ -237,6 +237,19 @@ def test_parametrizations_and_pruning_can_be_removed_after_the_swap(swap: Callab
     assert_same(run(new, x)[:3], expected)
 
 
+def test_a_forward_taken_before_refuses_what_torch_has_not() -> None:
+    module, cell, x = lstm_ext.LSTM(3, 4), lstm_ext.LSTMCell(3, 4), torch.randn(5, 2, 3)
+    forward, step = module.forward, cell.forward
+    lstm_ext.to_torch(module)
+    lstm_ext.to_torch(cell)
+    assert_same(tensors(forward(x)), tensors(module(x)))
+    for name, value in {"lengths": [5, 1], "resets": torch.ones(5, 2).bool(), "return_cells": True}.items():
+        with pytest.raises(TypeError, match=name):
+            forward(x, **{name: value})
+    with pytest.raises(TypeError, match="resets"):
+        step(x[0], resets=torch.ones(2).bool())
+
+
 def test_hooks_that_know_their_module_stay() -> None:
     """torch keeps such a module by a weak reference."""
     model, seen = nn.Sequential(nn.LSTM(I, H)), []
