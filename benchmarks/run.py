@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,17 @@ def json_path(text: str) -> Path:
     return path
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: whole numbers from there on."""
+
+    def parse_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+        return int(text)
+
+    return parse_number
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cores = len(usable_cores())
     parser = argparse.ArgumentParser(
@@ -68,15 +79,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--device", choices=["cpu", "cuda"], help="default: cpu, but cuda for the presets whose names begin with gpu"
     )
     parser.add_argument(
-        "--threads", nargs="+", type=int, default=sorted({1, cores}), metavar="N", help="default: 1 and all cores"
+        "--threads",
+        nargs="+",
+        type=at_least(1),
+        default=sorted({1, cores}),
+        metavar="N",
+        help="default: 1 and all cores",
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
     parser.add_argument("--mode", nargs="+", choices=MODES, metavar="MODE", help=", ".join(MODES))
     sizes = {"batch": "B", "steps": "T", "input": "I", "hidden": "H", "proj": "P", "layers": "layers"}
     for name, axis in sizes.items():
-        parser.add_argument(f"--{name}", dest=axis, nargs="+", type=int, metavar=axis[0].upper())
+        least = 0 if axis == "P" else 1
+        parser.add_argument(f"--{name}", dest=axis, nargs="+", type=at_least(least), metavar=axis[0].upper())
     parser.add_argument("--directions", nargs="+", type=int, choices=[1, 2])
-    parser.add_argument("--busy", nargs="+", type=int, metavar="N", help="cores that other processes keep busy")
+    parser.add_argument("--busy", nargs="+", type=at_least(0), metavar="N", help="cores that other processes keep busy")
     parser.add_argument(
         "--arms",
         nargs="+",

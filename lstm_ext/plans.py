@@ -134,7 +134,8 @@ def plan(
 
     Raises:
         RuntimeError: the backend is not available, the strategy cannot run this, or sizes are beyond any computer.
-        ValueError: a size out of range; a dtype, a strategy or a device unknown.
+        ValueError: a size out of range; a dtype, a strategy or a device unknown; `strategy` for the CPU,
+            `num_threads` for a GPU.
 
     Example:
         >>> lstm_ext.plan(50, 1, 32, device="cpu", num_threads=2).threads  # so few units are faster on one of two
@@ -154,6 +155,10 @@ def plan(
     if not isinstance(device, int) and not named and (kind not in ("cpu", "cuda") or not (number or "0").isdigit()):
         names = f"'cpu', 'cuda', 'cuda:N', the number of a GPU or one of {', '.join(gpus.GPUS)}"
         raise ValueError(f"device: expected {names}, got {device!r}")
+    if kind == "cpu" and strategy is not None:
+        raise ValueError(f"strategy: only plans of a GPU have one, got {strategy!r} with device='cpu'")
+    if kind != "cpu" and num_threads:
+        raise ValueError(f"num_threads: only plans of the CPU have them, got {num_threads} with device={device!r}")
     backend = backends()["cpu" if kind == "cpu" or named else "cuda"]
     if not backend.available:
         hint = "" if kind == "cpu" or named else "; a GPU that is not here goes by its name, as in device='H100'"

@@ -70,6 +70,15 @@ def test_compare_tells_slower_from_noise(tmp_path: Path) -> None:
     assert run("compare.py", before, unsteady, cwd=tmp_path)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "size", "least"), [("--hidden", "0", 1), ("--threads", "two", 1), ("--proj", "-1", 0)]
+)
+def test_sizes_that_no_layer_has_are_refused(tmp_path: Path, option: str, size: str, least: int) -> None:
+    status, output, errors = run("run.py", option, size, cwd=tmp_path)
+    assert (status, output) == (2, "")
+    assert f"argument {option}: expected a whole number from {least} on, got '{size}'" in errors
+
+
 @pytest.mark.parametrize("path", ["missing/result.json", "."])
 def test_where_results_cannot_be_written_is_said_before_the_first_row(tmp_path: Path, path: str) -> None:
     status, output, errors = run("run.py", "--json", path, cwd=tmp_path)

@@ -51,5 +51,6 @@ def test_the_fuzzer_tells_what_is_wrong_and_what_is_lost(tmp_path: Path) -> None
     assert len(state["lost"]) == 1
     assert "ended with -6" in state["lost"][0][1]
     assert state["wrong"]
-    assert all("AssertionError: y" in why for _, why in state["wrong"])
+    assert all(why.startswith("AssertionError: y") for _, why in state["wrong"])
+    assert done.stdout.count("is wrong: AssertionError: y") == len(state["wrong"])
     assert state["next"] == 150

@@ -90,6 +90,9 @@ def test_what_has_no_plan_says_so() -> None:
         lstm_ext.plan(1, 1, 1, device="A100", strategy="cluster")
     with pytest.raises(ValueError, match="strategy: expected 'block'"):
         lstm_ext.plan(1, 1, 1, device="A100", strategy="tree")
+    for device, option, value in (("cpu", "strategy", "grid"), ("A100", "num_threads", 2)):
+        with pytest.raises(ValueError, match=f"{option}: only plans of .*, got '?{value}'? with device='{device}'"):
+            lstm_ext.plan(1, 1, 1, device=device, **{option: value})  # type: ignore[call-overload]
     if not lstm_ext.backends()["cuda"].available:
         with pytest.raises(RuntimeError, match=r"'cuda' is not available: .*; a GPU that is not here goes by its name"):
             lstm_ext.plan(1, 1, 1)

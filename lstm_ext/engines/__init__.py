@@ -62,7 +62,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         version; native, whether the compiled core is loaded; if not, the reason. If it is, also compiler; simd_built,
         simd_available and simd: the SIMD levels in it, those that this machine has, and the one in use; cuda, whether
-        the CUDA kernels are in it, and if so cuda_archs and cudart (13000 for 13.0).
+        the CUDA kernels are in it, and if so cuda_archs and cudart (13000 for 13.0), else
+        cuda_reason.
 
     Raises:
         ValueError: LSTM_EXT_SIMD names no level.

@@ -40,8 +40,9 @@ def work(seed: int, first: int, last: int) -> None:
     for n in range(first, last):
         try:
             outcome = run(seed, n)
-        except Exception:
-            outcome = "wrong\n" + traceback.format_exc()
+        except Exception as error:
+            what = traceback.format_exception_only(error)[0].splitlines()[0]  # what follows may be whole arrays
+            outcome = f"wrong\n{what}\n{traceback.format_exc()}"
         os.write(results, json.dumps(outcome).encode() + b"\n")
 
 
@@ -93,7 +94,7 @@ def fuzz(seed: int, cases: int, seconds: float, record: Path | None) -> dict[str
             written.write_text(json.dumps(state, indent=1))
             written.replace(record)  # whole, whenever this process ends
 
-    with tqdm(total=cases, initial=state["next"], unit="case", mininterval=1) as bar:
+    with tqdm(total=cases, initial=state["next"], unit="case", mininterval=1, disable=None) as bar:
         while state["next"] < cases and time.monotonic() - began < seconds:
             child = Child(seed, state["next"], cases)
             while time.monotonic() - began < seconds:
@@ -104,7 +105,7 @@ def fuzz(seed: int, cases: int, seconds: float, record: Path | None) -> dict[str
                     kind, _, why = outcome.partition("\n")
                     if kind == "wrong":
                         state["wrong"].append([state["next"], why])
-                        bar.write(f"--seed {seed} --case {state['next']} is wrong: {why.splitlines()[-1]}")
+                        bar.write(f"--seed {seed} --case {state['next']} is wrong: {why.splitlines()[0]}")
                     else:
                         state[kind] += 1
                     state["next"] += 1
@@ -127,11 +128,16 @@ def fuzz(seed: int, cases: int, seconds: float, record: Path | None) -> dict[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=10_000, help="how many, from 0 on")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for how long at the most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="runs this one alone, in this process")
-    parser.add_argument("--record", type=Path, help="a JSON file for the figures; if it is there, it is gone on with")
+    parser.add_argument("--cases", type=int, default=10_000, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these (default: no limit)")
+    parser.add_argument("--seed", type=int, default=0, help="of all cases (default: %(default)s)")
+    parser.add_argument("--case", type=int, metavar="N", help="run this one alone, in this process")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write the figures there, and go on where they end",
+    )
     parser.add_argument("--work", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
