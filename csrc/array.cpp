@@ -93,6 +93,18 @@ const dlpack::ExchangeApi* exchange_api_of(py::handle type) {
   return reinterpret_cast<const dlpack::ExchangeApi*>(header);
 }
 
+// A method of a type as the C function that it is; null if there is none.
+PyCFunction method_without_arguments(py::handle type, const char* name) {
+  const py::object method = py::getattr(type, name, py::none());
+  if (method.is_none()) return nullptr;
+  const bool builtin = Py_IS_TYPE(method.ptr(), &PyMethodDescr_Type);
+  const PyMethodDef* const known = builtin ? reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method : nullptr;
+  if (!known || known->ml_flags != METH_NOARGS) {
+    throw py::type_error("types: expected " + std::string(name) + " as a built-in method without arguments");
+  }
+  return known->ml_meth;
+}
+
 void take_tensor_types(py::tuple types, py::object num_threads) {
   if (types.size() > TensorTypes::kMost) throw py::value_error("types: expected at most 4, got more");
   TensorTypes taken;
@@ -103,7 +115,7 @@ void take_tensor_types(py::tuple types, py::object num_threads) {
     taken.types[taken.count++] = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
   }
   if (!num_threads.is_none()) taken.num_threads = num_threads.release().ptr();
-  if (types.size() > 0) taken.is_neg = py::getattr(types[0], "is_neg", py::object()).release().ptr();
+  if (types.size() > 0) taken.is_neg = method_without_arguments(types[0], "is_neg");
   tensor_types = taken;
 }
 
@@ -225,12 +237,12 @@ void Array::view_ndarray(py::handle object) {
 }
 
 // Whether a tensor's memory holds its numbers with the other sign: the imaginary part of a conjugate does, lazily, and
-// DLPack does not tell.
+// DLPack does not tell. Asking takes as long as all else that is done with a tensor, so of other types than the first,
+// which is to say of Parameters, only those are asked whose columns may lie as those of such a part do.
 bool Array::negated() const {
   if (!api_ || !tensor_types.is_neg) return false;
-  PyObject* const arguments[] = {object_.ptr()};
-  const auto answer =
-      py::reinterpret_steal<py::object>(PyObject_Vectorcall(tensor_types.is_neg, arguments, 1, nullptr));
+  if (Py_TYPE(object_.ptr()) != tensor_types.types[0] && (ndim_ == 0 || shape_[ndim_ - 1] != 1)) return false;
+  const auto answer = py::reinterpret_steal<py::object>(tensor_types.is_neg(object_.ptr(), nullptr));
   if (!answer) throw py::error_already_set();
   return answer.ptr() == Py_True;
 }

@@ -30,7 +30,7 @@ struct TensorTypes {
   int count = 0;
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* num_threads = nullptr;
-  PyObject* is_neg = nullptr;  // Tensor.is_neg, null where tensors have no such thing
+  PyCFunction is_neg = nullptr;  // Tensor.is_neg, null where tensors have no such thing
 };
 inline TensorTypes tensor_types;
 

@@ -323,7 +323,7 @@ class LSTM(torch_rnn.RNNBase):
         if lengths is not None or resets is not None:
             raise ValueError("lengths, resets: expected a padded input beside them, got a PackedSequence")
         x, batch_sizes, sorted_indices, unsorted_indices = packed
-        if not return_cells and not x.is_cpu and _is_left_to_torch(x):
+        if not return_cells and _is_left_to_torch(x):
             return _TorchLSTM.forward(self, packed, hx)
         weights, hx = self._weights(), self._checked(x, hx, batch_sizes, sorted_indices)
         y, h_n, c_n, cells = self._layers(x, hx, weights, None, None, batch_sizes, return_cells)
@@ -473,18 +473,10 @@ class LSTMCell(torch_rnn.LSTMCell):
         cls._customised = any(getattr(cls, name) is not getattr(LSTMCell, name) for name in names)
 
     def _weights(self) -> list[Any]:
-        """Those that there are; zeros stand for one bias of two."""
-        p: dict[str, Any] = {} if self._customised else self._parameters
-        try:
-            w_ih, w_hh, b_ih, b_hh = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
-        except KeyError:  # they are computed, by the class or by a parametrization
-            w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        if b_ih is not None and b_hh is not None:
-            return [w_ih, w_hh, b_ih, b_hh]
-        if b_ih is None and b_hh is None:
-            return [w_ih, w_hh]
-        zeros = torch.zeros_like(b_hh if b_ih is None else b_ih)
-        return [w_ih, w_hh, zeros, b_hh] if b_ih is None else [w_ih, w_hh, b_ih, zeros]
+        """Those that there are, computed or not; zeros stand for one bias of two."""
+        weights, biases = [self.weight_ih, self.weight_hh], [self.bias_ih, self.bias_hh]
+        given = next((b for b in biases if b is not None), None)
+        return weights if given is None else weights + [torch.zeros_like(given) if b is None else b for b in biases]
 
     def _are_wrong(self, input: Any, hx: Any) -> bool:
         """Whether an error was about these arguments, and not about a kernel that failed."""
@@ -520,7 +512,14 @@ class LSTMCell(torch_rnn.LSTMCell):
                     raise TypeError("hx: expected a pair of tensors, got None in it")
             if resets is not None:
                 resets = _as_tensor(resets, input)
-            y, _, c_n, _, _ = run((input, h, c, self._weights(), None, resets, None, FORWARD, False))
+            p: dict[str, Any] = self._parameters
+            try:
+                weights: list[Any] = [p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]]
+            except KeyError:
+                weights = [None] * 4
+            if weights[2] is None or weights[3] is None or self._customised:
+                weights = self._weights()
+            y, _, c_n, _, _ = run((input, h, c, weights, None, resets, None, FORWARD, False))
             return y, c_n
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
@@ -727,7 +726,7 @@ class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
 
 def _is_left_to_torch(x: Tensor) -> bool:
     """Whether torch's own module runs a call that asks for nothing new: in a trace, or where there is no kernel."""
-    return _get_tracing_state() is not None or not route.has_kernel(x)
+    return _get_tracing_state() is not None or not (x.is_cpu or route.has_kernel(x))
 
 
 def _became_torchs(module: Any) -> bool:
