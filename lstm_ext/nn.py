@@ -271,9 +271,13 @@ class LSTM(torch_rnn.RNNBase):
         __call__ = forward  # Module's says no more than Callable[..., Any]
 
     def _are_wrong(self, input: Any, hx: Any) -> bool:
-        """Whether an error was about these arguments, and not about a kernel that failed."""
+        """Whether an error was about arguments, which torch checks if it is asked, and not about a failed kernel."""
         try:
             x, batch_sizes = input[:2] if isinstance(input, PackedSequence) else (input, None)
+            if self._would_be_trusted(input, hx):
+                return False
+            if any(w is None for w in self._weights()):
+                return True
             if batch_sizes is None and x.dim() == 2:
                 x, hx = x.unsqueeze(0 if self.batch_first else 1), hx and [a.unsqueeze(1) for a in _pair(hx)]
             if x.dim() != (3 if batch_sizes is None else 2):
@@ -286,6 +290,33 @@ class LSTM(torch_rnn.RNNBase):
         except _ARGUMENT_ERRORS:
             return True
         return False
+
+    def _would_be_trusted(self, input: Any, hx: Any) -> bool:
+        """Whether sizes are wrong that torch hands to oneDNN unchecked, which then reads and writes beyond memory.
+
+        Those are of weights; and of x and the state where packed rows are of one length, or where a subclass checks.
+        """
+        D, H, P = 2 if self.bidirectional else 1, self.hidden_size, self.proj_size or self.hidden_size
+        sizes: tuple[int, ...]
+        expected: list[tuple[int, ...]] = []
+        for n in range(self.num_layers * D):
+            expected += [(4 * H, self.input_size if n < D else D * P), (4 * H, P), *[(4 * H,)] * (2 * self.bias)]
+            expected += [(P, H)] * (self.proj_size > 0)
+        if any(w is not None and w.shape != size for w, size in zip(self._weights(), expected, strict=False)):
+            return True
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, order, _ = input
+            if batch_sizes.numel() == 0 or bool((batch_sizes != batch_sizes.flatten()[0]).any()):
+                return False
+            sizes, width = (int(batch_sizes.flatten()[0]),), x.shape[1:]
+        elif self._customised and input.dim() in (2, 3):
+            order, width = None, input.shape[-1:]
+            sizes = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
+        else:
+            return False
+        states = () if hx is None else self.permute_hidden((hx[0], hx[1]), order)
+        wanted = [(self.num_layers * D, *sizes, each) for each in (P, H)]
+        return width != (self.input_size,) or any(a.shape != size for a, size in zip(states, wanted, strict=False))
 
     def _forward_unbatched(
         self, x: Tensor, hx: State | None, lengths: Tensor | None, resets: Tensor | None, return_cells: bool

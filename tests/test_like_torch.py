@@ -121,9 +121,9 @@ def test_a_cell_with_one_bias(missing: str) -> None:
     assert_same(run(ours, X[0]), run(stock, X[0]))
 
 
-@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0"])
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0", "weight_hh_l1", "bias_hh_l1"])
 def test_a_deleted_weight_is_refused_as_by_torch(name: str) -> None:
-    stock, ours = pair(I, H)
+    stock, ours = pair(I, H, 2)
     for module in (stock, ours):
         setattr(module, name, None)
     with pytest.raises(TypeError) as expected:
