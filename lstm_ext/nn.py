@@ -50,7 +50,7 @@ _ASKED = (
 )
 
 # What a wrong argument raises, by our checks or by Python as it is used.
-_ARGUMENT_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, BufferError)
+_ARGUMENT_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, BufferError, LookupError)
 
 NOTHING, CELLS = Save.NOTHING, Save.CELLS
 State = tuple[Tensor, Tensor]

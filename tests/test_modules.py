@@ -324,6 +324,7 @@ def test_without_a_kernel_torch_runs_and_says_so_once() -> None:
 
 X, STATE = torch.zeros(5, 2, 3), torch.zeros(1, 2, 4)
 PACKED = pack_sequence([torch.zeros(3, 3), torch.zeros(2, 3)])
+EVEN = pack_sequence([torch.zeros(3, 3)] * 2)
 BAD_CALLS: dict[str, tuple[Any, ...]] = {
     "T=0": (X[:0],),
     "4-D": (X[None],),
@@ -345,6 +346,8 @@ BAD_CALLS: dict[str, tuple[Any, ...]] = {
     "h_0 meta": (X, (STATE.to("meta"), STATE)),
     "2-D state": (X, (STATE[0], STATE[0])),
     "3-D state unbatched": (X[:, 0], (STATE[:, :1], STATE[:, :1])),
+    "complex, 2-D state": (X.to(torch.complex64), (STATE.to(torch.complex64), STATE[0])),
+    "packed, one of a state": (EVEN, [STATE]),
     "state tensor": (X, torch.zeros(2, 1, 2, 4)),
     "state of one": (X, (STATE,)),
     "state of three": (X, (STATE, STATE, STATE)),
