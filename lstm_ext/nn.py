@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
+from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
@@ -34,8 +36,8 @@ if torch.backends.mkldnn.is_available():
 _TorchLSTM: Any = torch_rnn.LSTM
 _TorchLSTMCell: Any = torch_rnn.LSTMCell
 
-# What torch's forward asks of a module, and what decides which weights it sees: a subclass may override each.
-_ASKED = (
+# What torch's forward asks of a module, and what decides which weights it sees: subclasses and modules override them.
+ASKED = (
     "check_forward_args",
     "check_input",
     "check_hidden_size",
@@ -127,11 +129,24 @@ class LSTM(torch_rnn.RNNBase):
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
     permute_hidden = _TorchLSTM.permute_hidden
 
-    _customised = False  # whether a subclass overrides any of `_ASKED`
+    _customised = False  # whether a subclass, or a module by itself, overrides any of `ASKED`
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._customised = any(getattr(cls, name) is not getattr(LSTM, name) for name in _ASKED)
+        cls._customised = any(getattr(cls, name) is not getattr(LSTM, name) for name in ASKED)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notes what one module overrides; and makes the list of weights anew, as torch does once a weight was set."""
+        super().__setattr__(name, value)
+        if is_compiling():
+            return
+        if name in ASKED:
+            self.__dict__["_customised"] = True
+        elif name in self.__dict__.get("_flat_weights_names", ()) and not (value is None or self._customised):
+            # Without a frame of its own: a compiled hook that sets a weight runs this, and Dynamo looks at each frame.
+            flat: list[Any] = list(map(getattr, repeat(self), self._flat_weights_names, repeat(None)))
+            if not any(map(is_, flat, repeat(None))):
+                self._flat_weights, self._flat_weight_refs = flat, list(map(weakref.ref, flat))
 
     def _weights(self) -> list[Any]:
         """The weights of a call, by torch's rule: those in the list `_flat_weights`, to which others may write.

@@ -101,10 +101,15 @@ def _plain_class(module: Module) -> type[Module]:
 
 
 def _change_class(module: Module, cls: type[Module]) -> None:
+    if isinstance(module, torch_rnn.RNNBase):
+        module._update_flat_weights()  # from here on writes to the list count
+        vars(module).pop("_customised", None)
     if parametrize.is_parametrized(module):  # its class, made for it alone, has a property per parametrized tensor
         own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         cls = type(type(module).__name__, (cls,), own)
     module.__class__ = cls
+    if isinstance(module, nn.LSTM) and not vars(module).keys().isdisjoint(nn.ASKED):
+        module._customised = True
 
 
 def _obstacle(module: Module, classes: Mapping[type[Module], type[Module]]) -> str:
