@@ -22,7 +22,7 @@ from torch.types import Device
 from . import route
 from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
 from .call import BOTH, FORWARD, LayerCall, Save, check, check_step_state
-from .engines import warn_once
+from .engines import warn, warn_once
 from .route import run
 
 # Inputs that torch gives to oneDNN's LSTM.
@@ -812,9 +812,7 @@ def _as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> An
 
 def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:
     """A module of torch's class with the Parameters, hooks and options of ours."""
-    warnings.warn(
-        f"TorchScript puts torch's own {cls.__name__} in the place of lstm_ext's, on its weights", stacklevel=3
-    )
+    warn(f"TorchScript puts torch's own {cls.__name__} in the place of lstm_ext's, on its weights")
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):

@@ -397,6 +397,7 @@ class Wrapper(nn.Module):
 def test_scripts_as_torchs_own() -> None:
     module, x = Wrapper(), torch.randn(5, 2, 3)
     expected = module(x)
-    with pytest.warns(UserWarning, match="TorchScript"):
+    with pytest.warns(UserWarning, match="TorchScript") as caught:
         scripted = torch.jit.script(module)
+    assert {each.filename for each in caught if "lstm_ext" in str(each.message)} == {__file__}
     assert_same(scripted(x), expected)
