@@ -160,6 +160,6 @@ def _swap(
             _logger.info("%s: %s is now %s(%s)", who, ", ".join(where), _full_name(cls), module.extra_repr())
     _logger.info("%s: %d module%s replaced", who, replaced, "" if replaced == 1 else "s")
     if not (replaced or told or any(_plain_class(module) in classes.values() for module in paths)):
-        names = " and no ".join(_full_name(cls) for cls in classes)
+        names = " and no ".join(dict.fromkeys(map(_full_name, classes)))
         warnings.warn(f"{who} found no {names} in {type(root).__name__}", stacklevel=3)
     return root
