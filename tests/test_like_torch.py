@@ -386,6 +386,14 @@ def test_masks_of_other_kinds(kind: Callable[[Any], Any], batch_first: bool) -> 
     assert_same(tensors(one), tensors(module(x[0] if batch_first else x[:, 0], lengths=torch.tensor(lengths[:1]))))
 
 
+def test_a_wrong_state_without_a_kernel_is_refused_as_by_torch() -> None:
+    stock, ours = pair(I, H)
+    state = torch.zeros(1, B, H)
+    for module in (stock, ours):
+        with pytest.raises(RuntimeError, match=r"should also be 3-D but got \(3-D, 2-D\) tensors"):
+            module(X.to(torch.complex64), (state, state[0]))
+
+
 def test_where_torch_finds_no_fault_its_result_is_given() -> None:
     """What our kernels refuse and torch's own cell takes, with a word of warning."""
     stock, ours = pair(I, H, cell=True)
