@@ -528,8 +528,10 @@ class LSTMCell(torch_rnn.LSTMCell):
         return [w_ih, w_hh, zeros, b_hh] if b_ih is None else [w_ih, w_hh, b_ih, zeros]
 
     def _are_wrong(self, input: Any, hx: Any) -> bool:
-        """Whether an error was about these arguments, and not about a kernel that failed."""
+        """Whether an error was about arguments, which torch checks if it is asked, and not about a failed kernel."""
         try:
+            if self._would_be_trusted(input, hx):
+                return False
             h, c = (None, None) if hx is None else _pair(hx)
             if input.dim() not in (1, 2) or (h is None) != (hx is None) or (c is None) != (hx is None):
                 return True
@@ -539,6 +541,16 @@ class LSTMCell(torch_rnn.LSTMCell):
         except _ARGUMENT_ERRORS:
             return True
         return False
+
+    def _would_be_trusted(self, input: Tensor, hx: Any) -> bool:
+        """Whether sizes are wrong that torch's operator does not check, which then ends the process.
+
+        It splits the gates in four by what it takes for their second axis.
+        """
+        H, (w_ih, w_hh, *biases) = self.hidden_size, self._weights()
+        if any(w.dim() != 2 or w.shape[0] != 4 * H for w in (w_ih, w_hh)) or any(b.dim() > 1 for b in biases):
+            return True
+        return input.dim() == 1 and hx is not None and any(a.dim() == 2 and a.shape[0] == H for a in (hx[0], hx[1]))
 
     def forward(self, input: Tensor, hx: State | None = None, *, resets: Tensor | None = None) -> State:
         """(h_1, c_1); the class tells all shapes.

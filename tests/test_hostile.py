@@ -133,6 +133,25 @@ def test_torch_is_not_asked_about_sizes_that_it_does_not_check(name: str) -> Non
         module(*args)
 
 
+UNCHECKED_BY_THE_CELL: dict[str, tuple[str, tuple[int, ...], tuple[Any, ...]]] = {
+    "2-D state beside a 1-D x": ("", (), (torch.ones(4), (torch.ones(2, 2),) * 2)),
+    "2-D c beside a 1-D x": ("", (), (torch.ones(4), (torch.ones(2), torch.ones(2, 2)))),
+    "few gates": ("weight_ih weight_hh", (2,), (torch.ones(3, 4),)),
+    "3-D bias": ("bias_ih", (3, 1, 8), (torch.ones(3, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", UNCHECKED_BY_THE_CELL)
+def test_nor_is_its_cell(name: str) -> None:
+    weights, size, args = UNCHECKED_BY_THE_CELL[name]
+    cell = lstm_ext.LSTMCell(4, 2, bias=weights != "weight_ih weight_hh")
+    for weight in weights.split():
+        axes = () if weight == "bias_ih" else getattr(cell, weight).shape[1:]
+        setattr(cell, weight, torch.nn.Parameter(torch.ones(*size, *axes)))
+    with pytest.raises(RuntimeError, match="expected"):
+        cell(*args)
+
+
 def test_nor_where_a_subclass_checks_nothing() -> None:
     class Unchecked(lstm_ext.LSTM):
         def check_forward_args(self, *args: Any) -> None:
