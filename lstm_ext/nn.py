@@ -307,9 +307,10 @@ class LSTM(torch_rnn.RNNBase):
         return False
 
     def _would_be_trusted(self, input: Any, hx: Any) -> bool:
-        """Whether sizes are wrong that torch hands to oneDNN unchecked, which then reads and writes beyond memory.
+        """Whether sizes are wrong that torch does not check: it then ends the process, or oneDNN reads beyond memory.
 
-        Those are of weights; and of x and the state where packed rows are of one length, or where a subclass checks.
+        Those are of weights; the layers of a state of packed rows; and all of x and the state where packed rows are of
+        one length, or where a subclass checks.
         """
         D, H, P = 2 if self.bidirectional else 1, self.hidden_size, self.proj_size or self.hidden_size
         sizes: tuple[int, ...]
@@ -321,6 +322,9 @@ class LSTM(torch_rnn.RNNBase):
             return True
         if isinstance(input, PackedSequence):
             x, batch_sizes, order, _ = input
+            given = () if hx is None else (hx[0], hx[1])
+            if any(a.dim() != 3 or a.shape[0] != self.num_layers * D for a in given):
+                return True
             if batch_sizes.numel() == 0 or bool((batch_sizes != batch_sizes.flatten()[0]).any()):
                 return False
             sizes, width = (int(batch_sizes.flatten()[0]),), x.shape[1:]

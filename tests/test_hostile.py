@@ -109,11 +109,14 @@ def test_all_engines_refuse_sizes_in_the_same_words(backend: str) -> None:
 
 
 EVEN = pack_sequence([torch.ones(2, 4)] * 2)  # of one length: torch's operator runs oneDNN, which trusts these sizes
+UNEVEN = pack_sequence([torch.ones(2, 4), torch.ones(1, 4)])
 ONE = torch.tensor([1])
 UNCHECKED: dict[str, tuple[str, tuple[int, ...], tuple[Any, ...]]] = {
     "packed, width of x": ("", (), (EVEN._replace(data=torch.ones(4, 9)),)),
     "packed, 3-D x": ("", (), (EVEN._replace(data=torch.ones(4, 9, 1)),)),
     "packed, rows of the state": ("", (), (EVEN, (torch.ones(1, 1, 8),) * 2)),
+    "packed, layers of h": ("", (), (UNEVEN, (torch.ones(2, 2, 8), torch.ones(1, 2, 8)))),
+    "packed, 4-D c": ("", (), (UNEVEN, (torch.ones(1, 2, 8), torch.ones(1, 1, 2, 8)))),
     "packed, a tensor as the state": ("", (), (pack_sequence([torch.ones(2, 4)] * 2, False), torch.ones(2, 1, 1, 8))),
     "packed, a lying order": ("", (), (PackedSequence(*EVEN[:2], *[ONE] * 2), (torch.ones(1, 2, 8),) * 2)),
     "weight_ih_l0": ("weight_ih_l0", (4, 4), (torch.ones(5, 2, 4),)),
