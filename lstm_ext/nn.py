@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
+from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
@@ -20,7 +22,7 @@ from torch.types import Device
 from . import route
 from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
 from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_step_state
-from .engines import warn_once
+from .engines import warn, warn_once
 from .route import run
 
 # Inputs that torch gives to oneDNN's LSTM.
@@ -34,8 +36,8 @@ if torch.backends.mkldnn.is_available():
 _TorchLSTM: Any = torch_rnn.LSTM
 _TorchLSTMCell: Any = torch_rnn.LSTMCell
 
-# What torch's forward asks of a module, and what decides which weights it sees: a subclass may override each.
-_ASKED = (
+# What torch's forward asks of a module, and what decides which weights it sees: subclasses and modules override them.
+ASKED = (
     "check_forward_args",
     "check_input",
     "check_hidden_size",
@@ -50,7 +52,7 @@ _ASKED = (
 )
 
 # What a wrong argument raises, by our checks or by Python as it is used.
-_ARGUMENT_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, BufferError)
+_ARGUMENT_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, BufferError, LookupError)
 
 NOTHING, CELLS = Save.NOTHING, Save.CELLS
 State = tuple[Tensor, Tensor]
@@ -127,11 +129,24 @@ class LSTM(torch_rnn.RNNBase):
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
     permute_hidden = _TorchLSTM.permute_hidden
 
-    _customised = False  # whether a subclass overrides any of `_ASKED`
+    _customised = False  # whether a subclass, or a module by itself, overrides any of `ASKED`
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._customised = any(getattr(cls, name) is not getattr(LSTM, name) for name in _ASKED)
+        cls._customised = any(getattr(cls, name) is not getattr(LSTM, name) for name in ASKED)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notes what one module overrides; and makes the list of weights anew, as torch does once a weight was set."""
+        super().__setattr__(name, value)
+        if is_compiling():
+            return
+        if name in ASKED:
+            self.__dict__["_customised"] = True
+        elif name in self.__dict__.get("_flat_weights_names", ()) and not (value is None or self._customised):
+            # Without a frame of its own: a compiled hook that sets a weight runs this, and Dynamo looks at each frame.
+            flat: list[Any] = list(map(getattr, repeat(self), self._flat_weights_names, repeat(None)))
+            if not any(map(is_, flat, repeat(None))):
+                self._flat_weights, self._flat_weight_refs = flat, list(map(weakref.ref, flat))
 
     def _weights(self) -> list[Any]:
         """The weights of a call, by torch's rule: those in the list `_flat_weights`, to which others may write.
@@ -276,9 +291,13 @@ class LSTM(torch_rnn.RNNBase):
         __call__ = forward  # Module's says no more than Callable[..., Any]
 
     def _are_wrong(self, input: Any, hx: Any) -> bool:
-        """Whether an error was about these arguments, and not about a kernel that failed."""
+        """Whether an error was about arguments, which torch checks if it is asked, and not about a failed kernel."""
         try:
             x, batch_sizes = input[:2] if isinstance(input, PackedSequence) else (input, None)
+            if self._would_be_trusted(input, hx):
+                return False
+            if any(w is None for w in self._weights()):
+                return True
             if batch_sizes is None and x.dim() == 2:
                 x, hx = x.unsqueeze(0 if self.batch_first else 1), hx and [a.unsqueeze(1) for a in _pair(hx)]
             if x.dim() != (3 if batch_sizes is None else 2):
@@ -291,6 +310,37 @@ class LSTM(torch_rnn.RNNBase):
         except _ARGUMENT_ERRORS as error:
             return not isinstance(error, TooLargeError)  # torch would try to compute it
         return False
+
+    def _would_be_trusted(self, input: Any, hx: Any) -> bool:
+        """Whether sizes are wrong that torch does not check: it then ends the process, or oneDNN reads beyond memory.
+
+        Those are of weights; the layers of a state of packed rows; and all of x and the state where packed rows are of
+        one length, or where a subclass checks.
+        """
+        D, H, P = 2 if self.bidirectional else 1, self.hidden_size, self.proj_size or self.hidden_size
+        sizes: tuple[int, ...]
+        expected: list[tuple[int, ...]] = []
+        for n in range(self.num_layers * D):
+            expected += [(4 * H, self.input_size if n < D else D * P), (4 * H, P), *[(4 * H,)] * (2 * self.bias)]
+            expected += [(P, H)] * (self.proj_size > 0)
+        if any(w is not None and w.shape != size for w, size in zip(self._weights(), expected, strict=False)):
+            return True
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, order, _ = input
+            given = () if hx is None else (hx[0], hx[1])
+            if any(a.dim() != 3 or a.shape[0] != self.num_layers * D for a in given):
+                return True
+            if batch_sizes.numel() == 0 or bool((batch_sizes != batch_sizes.flatten()[0]).any()):
+                return False
+            sizes, width = (int(batch_sizes.flatten()[0]),), x.shape[1:]
+        elif self._customised and input.dim() in (2, 3):
+            order, width = None, input.shape[-1:]
+            sizes = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
+        else:
+            return False
+        states = () if hx is None else self.permute_hidden((hx[0], hx[1]), order)
+        wanted = [(self.num_layers * D, *sizes, each) for each in (P, H)]
+        return width != (self.input_size,) or any(a.shape != size for a, size in zip(states, wanted, strict=False))
 
     def _forward_unbatched(
         self, x: Tensor, hx: State | None, lengths: Tensor | None, resets: Tensor | None, return_cells: bool
@@ -479,8 +529,10 @@ class LSTMCell(torch_rnn.LSTMCell):
         return weights if given is None else weights + [torch.zeros_like(given) if b is None else b for b in biases]
 
     def _are_wrong(self, input: Any, hx: Any) -> bool:
-        """Whether an error was about these arguments, and not about a kernel that failed."""
+        """Whether an error was about arguments, which torch checks if it is asked, and not about a failed kernel."""
         try:
+            if self._would_be_trusted(input, hx):
+                return False
             h, c = (None, None) if hx is None else _pair(hx)
             if input.dim() not in (1, 2) or (h is None) != (hx is None) or (c is None) != (hx is None):
                 return True
@@ -490,6 +542,16 @@ class LSTMCell(torch_rnn.LSTMCell):
         except _ARGUMENT_ERRORS as error:
             return not isinstance(error, TooLargeError)  # torch would try to compute it
         return False
+
+    def _would_be_trusted(self, input: Tensor, hx: Any) -> bool:
+        """Whether sizes are wrong that torch's operator does not check, which then ends the process.
+
+        It splits the gates in four by what it takes for their second axis.
+        """
+        H, (w_ih, w_hh, *biases) = self.hidden_size, self._weights()
+        if any(w.dim() != 2 or w.shape[0] != 4 * H for w in (w_ih, w_hh)) or any(b.dim() > 1 for b in biases):
+            return True
+        return input.dim() == 1 and hx is not None and any(a.dim() == 2 and a.shape[0] == H for a in (hx[0], hx[1]))
 
     def forward(self, input: Tensor, hx: State | None = None, *, resets: Tensor | None = None) -> State:
         """(h_1, c_1); the class tells all shapes.
@@ -772,9 +834,7 @@ def _as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> An
 
 def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:
     """A module of torch's class with the Parameters, hooks and options of ours."""
-    warnings.warn(
-        f"TorchScript puts torch's own {cls.__name__} in the place of lstm_ext's, on its weights", stacklevel=3
-    )
+    warn(f"TorchScript puts torch's own {cls.__name__} in the place of lstm_ext's, on its weights")
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):

@@ -101,10 +101,15 @@ def _plain_class(module: Module) -> type[Module]:
 
 
 def _change_class(module: Module, cls: type[Module]) -> None:
+    if isinstance(module, torch_rnn.RNNBase):
+        module._update_flat_weights()  # from here on writes to the list count
+        vars(module).pop("_customised", None)
     if parametrize.is_parametrized(module):  # its class, made for it alone, has a property per parametrized tensor
         own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
         cls = type(type(module).__name__, (cls,), own)
     module.__class__ = cls
+    if isinstance(module, nn.LSTM) and not vars(module).keys().isdisjoint(nn.ASKED):
+        module._customised = True
 
 
 def _obstacle(module: Module, classes: Mapping[type[Module], type[Module]]) -> str:
@@ -155,6 +160,6 @@ def _swap(
             _logger.info("%s: %s is now %s(%s)", who, ", ".join(where), _full_name(cls), module.extra_repr())
     _logger.info("%s: %d module%s replaced", who, replaced, "" if replaced == 1 else "s")
     if not (replaced or told or any(_plain_class(module) in classes.values() for module in paths)):
-        names = " and no ".join(_full_name(cls) for cls in classes)
+        names = " and no ".join(dict.fromkeys(map(_full_name, classes)))
         warnings.warn(f"{who} found no {names} in {type(root).__name__}", stacklevel=3)
     return root

@@ -18,6 +18,7 @@ from functorch.compile import make_boxed_func  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch.nn.utils import prune, weight_norm  # noqa: E402
 from torch.nn.utils.rnn import pack_sequence  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -361,6 +362,14 @@ def test_reduce_overhead_on_a_gpu(training: bool) -> None:
                 assert_same(*(torch.autograd.grad(y.pow(2).sum(), list(model.parameters())) for y in results))
 
 
+@pytest.mark.parametrize("change", [prune.l1_unstructured, weight_norm])
+def test_a_hook_that_sets_a_weight_is_compiled_too(change: Any) -> None:
+    module, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)
+    change(module, "weight_hh_l0", **({"amount": 0.5} if change is prune.l1_unstructured else {}))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert_same(compiled(x), module(x))
+
+
 # TorchScript ---------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +397,7 @@ class Wrapper(nn.Module):
 def test_scripts_as_torchs_own() -> None:
     module, x = Wrapper(), torch.randn(5, 2, 3)
     expected = module(x)
-    with pytest.warns(UserWarning, match="TorchScript"):
+    with pytest.warns(UserWarning, match="TorchScript") as caught:
         scripted = torch.jit.script(module)
+    assert {each.filename for each in caught if "lstm_ext" in str(each.message)} == {__file__}
     assert_same(scripted(x), expected)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import lstm_ext
 from lstm_ext import _native, convert
@@ -105,6 +106,64 @@ def test_all_engines_refuse_sizes_in_the_same_words(backend: str) -> None:
             lstm_ext.engines.choose("cpu", np.dtype("float32")).engine.forward(tuple(asked), Save.NOTHING)
         assert str(caught.value) == str(expected.value)
         assert str(caught.value).startswith(("x, weights: expected at most", "w_hh: expected at least one"))
+
+
+EVEN = pack_sequence([torch.ones(2, 4)] * 2)  # of one length: torch's operator runs oneDNN, which trusts these sizes
+UNEVEN = pack_sequence([torch.ones(2, 4), torch.ones(1, 4)])
+ONE = torch.tensor([1])
+UNCHECKED: dict[str, tuple[str, tuple[int, ...], tuple[Any, ...]]] = {
+    "packed, width of x": ("", (), (EVEN._replace(data=torch.ones(4, 9)),)),
+    "packed, 3-D x": ("", (), (EVEN._replace(data=torch.ones(4, 9, 1)),)),
+    "packed, rows of the state": ("", (), (EVEN, (torch.ones(1, 1, 8),) * 2)),
+    "packed, layers of h": ("", (), (UNEVEN, (torch.ones(2, 2, 8), torch.ones(1, 2, 8)))),
+    "packed, 4-D c": ("", (), (UNEVEN, (torch.ones(1, 2, 8), torch.ones(1, 1, 2, 8)))),
+    "packed, a tensor as the state": ("", (), (pack_sequence([torch.ones(2, 4)] * 2, False), torch.ones(2, 1, 1, 8))),
+    "packed, a lying order": ("", (), (PackedSequence(*EVEN[:2], *[ONE] * 2), (torch.ones(1, 2, 8),) * 2)),
+    "weight_ih_l0": ("weight_ih_l0", (4, 4), (torch.ones(5, 2, 4),)),
+    "weight_hh_l0": ("weight_hh_l0", (32, 1), (torch.ones(5, 2, 4),)),
+    "bias_ih_l1": ("bias_ih_l1", (1,), (torch.ones(5, 2, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_torch_is_not_asked_about_sizes_that_it_does_not_check(name: str) -> None:
+    """It would end the process, or give back what stands in memory beyond."""
+    weight, size, args = UNCHECKED[name]
+    module = lstm_ext.LSTM(4, 8, 2 if weight else 1)
+    if weight:
+        setattr(module, weight, torch.nn.Parameter(torch.ones(size)))
+    with pytest.raises((RuntimeError, TypeError), match=r"expected|Expected|input must have|out of DATA bounds"):
+        module(*args)
+
+
+UNCHECKED_BY_THE_CELL: dict[str, tuple[str, tuple[int, ...], tuple[Any, ...]]] = {
+    "2-D state beside a 1-D x": ("", (), (torch.ones(4), (torch.ones(2, 2),) * 2)),
+    "2-D c beside a 1-D x": ("", (), (torch.ones(4), (torch.ones(2), torch.ones(2, 2)))),
+    "few gates": ("weight_ih weight_hh", (2,), (torch.ones(3, 4),)),
+    "3-D bias": ("bias_ih", (3, 1, 8), (torch.ones(3, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", UNCHECKED_BY_THE_CELL)
+def test_nor_is_its_cell(name: str) -> None:
+    weights, size, args = UNCHECKED_BY_THE_CELL[name]
+    cell = lstm_ext.LSTMCell(4, 2, bias=weights != "weight_ih weight_hh")
+    for weight in weights.split():
+        axes = () if weight == "bias_ih" else getattr(cell, weight).shape[1:]
+        setattr(cell, weight, torch.nn.Parameter(torch.ones(*size, *axes)))
+    with pytest.raises(RuntimeError, match="expected"):
+        cell(*args)
+
+
+def test_nor_where_a_subclass_checks_nothing() -> None:
+    class Unchecked(lstm_ext.LSTM):
+        def check_forward_args(self, *args: Any) -> None:
+            pass
+
+    module = Unchecked(4, 8)
+    for x, state in ((torch.ones(5, 2, 9), None), (torch.ones(5, 2, 4), (torch.ones(1, 1, 8),) * 2)):
+        with pytest.raises(RuntimeError, match="expected shape"):
+            module(x, state)
 
 
 def test_a_step_of_no_units_is_empty_as_that_of_torch() -> None:

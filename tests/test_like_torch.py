@@ -113,6 +113,32 @@ def test_subclasses_that_compute_weights_are_asked(derive: Callable[[Any], Any],
         )
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", LSTMS)
+def test_what_is_written_after_a_weight_was_set_is_used(name: str, assign: bool) -> None:
+    modules = nn.LSTM(I, H), LSTMS[name](I, H)
+    state = modules[0].state_dict()
+    results = []
+    for module in modules:
+        if assign:
+            module.load_state_dict({n: w.clone() for n, w in state.items()}, assign=True)
+        else:
+            module.load_state_dict(state)
+            module.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, H))
+        module(X)
+        module._flat_weights[0] = 2 * module.weight_ih_l0
+        results.append(tensors(module(X)))
+    assert_same(results[1], results[0])
+
+
+def test_a_swap_keeps_what_is_written_after_a_weight_was_set() -> None:
+    module = nn.LSTM(I, H)
+    module.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, H))
+    lstm_ext.replace_lstm(module)
+    module._flat_weights = [0 * w for w in module._flat_weights]
+    assert not module(X)[0].any()
+
+
 @pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
 def test_a_cell_with_one_bias(missing: str) -> None:
     stock, ours = pair(I, H, cell=True)
@@ -121,9 +147,9 @@ def test_a_cell_with_one_bias(missing: str) -> None:
     assert_same(run(ours, X[0]), run(stock, X[0]))
 
 
-@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0"])
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0", "weight_hh_l1", "bias_hh_l1"])
 def test_a_deleted_weight_is_refused_as_by_torch(name: str) -> None:
-    stock, ours = pair(I, H)
+    stock, ours = pair(I, H, 2)
     for module in (stock, ours):
         setattr(module, name, None)
     with pytest.raises(TypeError) as expected:
@@ -182,6 +208,28 @@ def test_overridden_methods_are_asked(form: str) -> None:
     if form != "packed":  # there torch leaves the checks to its operator
         asked = [a for a in ours.asked if a != "permute False"]
         assert asked == [a for a in stock.asked if a != "permute False"] != []
+
+
+OVERRIDES: dict[str, Callable[[Any], Any]] = {
+    "permute_hidden": lambda module: lambda hx, order: tuple(2 * a for a in hx),
+    "_update_flat_weights": lambda module: (
+        lambda: setattr(module, "_flat_weights", [2 * getattr(module, name) for name in module._flat_weights_names])
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["ours", "before the swap", "after the swap"])
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_methods_overridden_on_one_module_are_asked(name: str, when: str) -> None:
+    stock, ours = pair(I, H)
+    if when != "ours":
+        ours = lstm_ext.to_torch(ours)
+        ours = ours if when == "before the swap" else lstm_ext.replace_lstm(ours)
+    for module in (stock, ours):
+        setattr(module, name, OVERRIDES[name](module))
+    ours = lstm_ext.replace_lstm(ours) if when == "before the swap" else ours
+    assert isinstance(ours, lstm_ext.LSTM)
+    assert_same(run(ours, X), run(stock, X))
 
 
 def copying(base: Any) -> Any:
@@ -338,12 +386,20 @@ def test_masks_of_other_kinds(kind: Callable[[Any], Any], batch_first: bool) -> 
     assert_same(tensors(one), tensors(module(x[0] if batch_first else x[:, 0], lengths=torch.tensor(lengths[:1]))))
 
 
-def test_where_torch_finds_no_fault_its_result_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_state_without_a_kernel_is_refused_as_by_torch() -> None:
+    stock, ours = pair(I, H)
+    state = torch.zeros(1, B, H)
+    for module in (stock, ours):
+        with pytest.raises(RuntimeError, match=r"should also be 3-D but got \(3-D, 2-D\) tensors"):
+            module(X.to(torch.complex64), (state, state[0]))
+
+
+def test_where_torch_finds_no_fault_its_result_is_given() -> None:
     """What our kernels refuse and torch's own cell takes, with a word of warning."""
     stock, ours = pair(I, H, cell=True)
     state = torch.randn(B, H), torch.randn(B, H).double()
     for args in ((X[0].to_sparse(),), (X[0], state)):
-        monkeypatch.setattr("lstm_ext.engines._warned", set(), raising=False)
+        lstm_ext.engines.warn_once.cache_clear()
         with pytest.warns(UserWarning, match="lstm_ext runs torch's own LSTMCell: (x|c0): expected"):
             actual = ours(*args)
         assert [a.dtype for a in actual] == [a.dtype for a in stock(*args)]

@@ -310,6 +310,7 @@ def test_without_a_kernel_torch_runs_and_says_so_once() -> None:
     with pytest.warns(UserWarning, match="complex64") as caught:
         results = [tensors(module(x)) for module in (ours, ours)]
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     for a, e in zip(results[0] + results[1], tensors(stock(x)) * 2, strict=True):
         torch.testing.assert_close(a, e)
     with pytest.warns(UserWarning, match="complex64"):
@@ -324,6 +325,7 @@ def test_without_a_kernel_torch_runs_and_says_so_once() -> None:
 
 X, STATE = torch.zeros(5, 2, 3), torch.zeros(1, 2, 4)
 PACKED = pack_sequence([torch.zeros(3, 3), torch.zeros(2, 3)])
+EVEN = pack_sequence([torch.zeros(3, 3)] * 2)
 BAD_CALLS: dict[str, tuple[Any, ...]] = {
     "T=0": (X[:0],),
     "4-D": (X[None],),
@@ -345,6 +347,7 @@ BAD_CALLS: dict[str, tuple[Any, ...]] = {
     "h_0 meta": (X, (STATE.to("meta"), STATE)),
     "2-D state": (X, (STATE[0], STATE[0])),
     "3-D state unbatched": (X[:, 0], (STATE[:, :1], STATE[:, :1])),
+    "packed, one of a state": (EVEN, [STATE]),
     "state tensor": (X, torch.zeros(2, 1, 2, 4)),
     "state of one": (X, (STATE,)),
     "state of three": (X, (STATE, STATE, STATE)),

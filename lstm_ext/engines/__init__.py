@@ -7,6 +7,7 @@ Those that a caller can choose, the backends, are modules with the functions of 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,7 +201,15 @@ def choose(device: str, dtype: object) -> Choice:
     return choose_under(forced.get(), device, dtype)
 
 
+def warn(message: str) -> None:
+    """Warns, of the line outside of this package and torch that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lstm_ext", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 @cache
 def warn_once(message: str) -> None:
-    """Warns at the first call with this message."""
-    warnings.warn(message, stacklevel=2)
+    """The same at the first call with this message."""
+    warn(message)
