@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from .._torch_private import _VF
-from ..call import LayerCall, Outputs, Save
+from ..call import LayerCall, Outputs, Save, check_shapes
 
 
 def stack(
@@ -57,6 +58,8 @@ def forward(call: LayerCall, save: Save) -> Outputs:
     assert not save
     if call.is_step:
         return _step(call)
+    if not (is_tracing() or is_compiling()):  # torch's operator checks no sizes, its module does
+        check_shapes(call, call.num_steps(), call.batch_size())
     state = None
     if call.h0 is not None or call.c0 is not None:
         B = call.batch_size()
