@@ -458,7 +458,8 @@ def _check_masks(call: LayerCall, T: int, B: int) -> None:
             _refuse_shape("resets", resets.shape, "B, T" if call.batch_first else "T, B", sizes, hint)
 
 
-def _check_shapes(call: LayerCall, T: int, B: int) -> None:
+def check_shapes(call: LayerCall, T: int, B: int) -> None:
+    """The sizes of all arrays, whose ranks and dtypes count as checked."""
     _check_first(call)
     first = call.split()[0]
     H, P = first.w_hh.shape[0] // 4, first.w_hh.shape[1]
@@ -538,7 +539,7 @@ def check(call: LayerCall, values: bool = True) -> None:
         B = call.batch_size()
     else:
         B = next((a.shape[1] for a in (call.h0, call.c0) if a is not None), 0)
-    _check_shapes(call, T, B)
+    check_shapes(call, T, B)
     _check_sizes(call, T, B)
     if values:
         check_values(call.lengths, call.batch_sizes, T, x.shape[0])

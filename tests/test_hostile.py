@@ -155,6 +155,13 @@ def test_nor_is_its_cell(name: str) -> None:
         cell(*args)
 
 
+def test_nor_where_there_is_no_kernel() -> None:
+    module = lstm_ext.LSTM(4, 8, bidirectional=True)
+    x, h, c = (torch.ones(size, dtype=torch.uint8) for size in ((5, 3, 4), (2, 3, 8), (1, 3, 8)))
+    with pytest.raises((RuntimeError, ValueError), match=r"Expected hidden\[1\] size|input dtype|does not match"):
+        module(x, (h, c))
+
+
 def test_nor_where_a_subclass_checks_nothing() -> None:
     class Unchecked(lstm_ext.LSTM):
         def check_forward_args(self, *args: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from .._torch_private import _VF
-from ..call import LayerCall, Outputs, Save
+from ..call import LayerCall, Outputs, Save, check_shapes
 
 
 def _step(call: LayerCall) -> Outputs:
@@ -27,6 +28,8 @@ def forward(call: LayerCall, save: Save) -> Outputs:
     assert not save
     if call.is_step:
         return _step(call)
+    if not (is_tracing() or is_compiling()):  # torch's operator checks no sizes, its module does
+        check_shapes(call, call.num_steps(), call.batch_size())
     D, w = call.num_directions, call.split()[0]
     B, H, P = call.batch_size(), w.w_hh.shape[0] // 4, w.w_hh.shape[1]
     h0 = call.x.new_zeros(D, B, P) if call.h0 is None else call.h0
