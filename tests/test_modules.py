@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import os
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +24,7 @@ from lstm_ext.testing import CASES, Case, assert_close, make_inputs, round_to, r
 
 from .conftest import BACKENDS
 from .drop_in import TERMS, B, H, I, T, assert_same, pair, run, tensors
+from .test_process import run_python
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 
@@ -526,16 +524,10 @@ def test_use_backend_nests_and_names_what_is_available() -> None:
         lstm_ext.lstm(x, None, w, w)
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-
-
 @pytest.mark.parametrize("name", ["numpy", "nonsense"])
 def test_environment_chooses_at_first_use(name: str) -> None:
     code = "import numpy as np, lstm_ext; w = np.zeros((4, 1)); lstm_ext.lstm(np.zeros((2, 1, 1)), None, w, w)"
-    done = run_python(code, LSTM_EXT_BACKEND=name)
+    done = run_python("-c", code, LSTM_EXT_BACKEND=name)
     assert (done.returncode == 0) == (name == "numpy"), done.stderr
     assert name == "numpy" or "LSTM_EXT_BACKEND: expected one of the available backends" in done.stderr
 
@@ -552,14 +544,14 @@ except AttributeError as error:
 else:
     raise AssertionError
 """
-    done = run_python(code)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("without", ["_C", "torch"])
 def test_report(without: str) -> None:
     code = f"import sys; sys.modules['{without}' if '{without}' == 'torch' else 'lstm_ext._C'] = None\n"
-    done = run_python(code + "from lstm_ext.__main__ import main; sys.exit(main())")
+    done = run_python("-c", code + "from lstm_ext.__main__ import main; sys.exit(main())")
     assert done.returncode == (without == "_C"), done.stdout + done.stderr
     assert ("the CPU kernels are not in use" in done.stdout) == (without == "_C")
     assert "FAIL" not in done.stdout
@@ -584,7 +576,7 @@ assert ["lstm_ext computes in NumPy, slowly" in str(w.message) for w in caught] 
 for a, b in zip(stock.parameters(), ours.parameters()):
     torch.testing.assert_close(a.grad, b.grad)
 """
-    done = run_python(code)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
 
 
