@@ -9,6 +9,7 @@ from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.compiler import is_compiling
@@ -21,7 +22,7 @@ from torch.types import Device
 
 from . import route
 from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
-from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_step_state
+from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_kind, check_step_state
 from .engines import warn, warn_once
 from .route import run
 
@@ -355,8 +356,8 @@ class LSTM(torch_rnn.RNNBase):
         y, (h_n, c_n), *cells = self.forward(
             x.unsqueeze(batch),
             hx,
-            lengths=None if lengths is None else _as_batch("lengths", _as_tensor(lengths, x), 0),
-            resets=None if resets is None else _as_batch("resets", _as_tensor(resets, x), batch),
+            lengths=None if lengths is None else _as_batch("lengths", lengths, x, 0),
+            resets=None if resets is None else _as_batch("resets", resets, x, batch),
             return_cells=return_cells,
         )
         return y.squeeze(batch), (h_n.squeeze(1), c_n.squeeze(1)), *(a.squeeze(batch) for a in cells)
@@ -457,8 +458,10 @@ def _pair(hx: Any) -> State:
     return hx[0], hx[1]
 
 
-def _as_batch(name: str, mask: Tensor, batch: int) -> Tensor:
+def _as_batch(name: str, given: Any, x: Tensor, batch: int) -> Tensor:
     """The mask of one sequence with an axis for the batch; a length may have it already."""
+    mask: Any = _as_tensor(given, x)
+    check_kind(name, mask, x)
     if name == "lengths" and mask.shape == (1,):
         return mask
     if mask.dim() != (rank := 0 if name == "lengths" else 1):
@@ -468,7 +471,7 @@ def _as_batch(name: str, mask: Tensor, batch: int) -> Tensor:
 
 def _as_tensor(mask: Any, x: Tensor) -> Any:
     """Lengths or resets given as a list, a tuple or an array, beside x."""
-    return mask if mask is None or isinstance(mask, Tensor) else torch.as_tensor(mask, device=x.device)
+    return torch.as_tensor(mask, device=x.device) if isinstance(mask, (list, tuple, np.ndarray)) else mask
 
 
 def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Tensor:

@@ -190,7 +190,8 @@ def cell(rng: Random, tensors: bool) -> Target:
 
 def assign(module: torch.nn.Module, names: Any, weights: list[Any]) -> None:
     for name, weight in zip(names, weights, strict=False):
-        setattr(module, name, torch.nn.Parameter(weight.detach(), requires_grad=weight.dtype.is_floating_point))
+        weight = weight.detach().resolve_neg()  # of a Parameter nobody asks: see SECURITY.md
+        setattr(module, name, torch.nn.Parameter(weight, requires_grad=weight.dtype.is_floating_point))
 
 
 def module(rng: Random, tensors: bool) -> Target:

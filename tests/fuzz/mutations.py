@@ -84,7 +84,7 @@ OF_TORCH: tuple[Callable[[Any], Any], ...] = (
     lambda a: a.mT.contiguous().mT if a.dim() > 1 else a,
     lambda a: torch._neg_view(-a) if a.is_floating_point() else a,
     lambda a: torch.complex(torch.zeros_like(a), -a).conj().imag if a.dtype in (torch.float32, torch.float64) else a,
-    lambda a: torch.nn.Parameter(a, requires_grad=False),
+    lambda a: torch.nn.Parameter(a.resolve_neg(), requires_grad=False),
 )
 
 
