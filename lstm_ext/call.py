@@ -458,6 +458,18 @@ def _check_masks(call: LayerCall, T: int, B: int) -> None:
             _refuse_shape("resets", resets.shape, "B, T" if call.batch_first else "T, B", sizes, hint)
 
 
+def check_ranks(call: LayerCall) -> None:
+    """The ranks of those arrays from which sizes are read."""
+    if call.batch_sizes is not None:
+        _check_rank("x", call.x, 2)
+        _check_rank("batch_sizes", call.batch_sizes, 1)
+    elif not call.is_step:
+        _check_rank("x", call.x, 3)
+    for w in call.split():
+        _check_rank("w_ih", w.w_ih, 2)
+        _check_rank("w_hh", w.w_hh, 2)
+
+
 def check_shapes(call: LayerCall, T: int, B: int) -> None:
     """The sizes of all arrays, whose ranks and dtypes count as checked."""
     _check_first(call)
@@ -522,14 +534,7 @@ def check(call: LayerCall, values: bool = True) -> None:
     _check_dtypes(arrays, x)
     _check_devices_and_layouts(arrays, x)
 
-    if call.batch_sizes is not None:
-        _check_rank("x", x, 2)
-        _check_rank("batch_sizes", call.batch_sizes, 1)
-    elif not call.is_step:
-        _check_rank("x", x, 3)
-    for w in call.split():
-        _check_rank("w_ih", w.w_ih, 2)
-        _check_rank("w_hh", w.w_hh, 2)
+    check_ranks(call)
     if call.is_step:
         check_step_state(call)
     T = call.num_steps()

@@ -7,7 +7,7 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from .._torch_private import _VF
-from ..call import LayerCall, Outputs, Save, check_shapes
+from ..call import LayerCall, Outputs, Save, check_ranks, check_shapes
 
 
 def _step(call: LayerCall) -> Outputs:
@@ -26,10 +26,11 @@ def _step(call: LayerCall) -> Outputs:
 def forward(call: LayerCall, save: Save) -> Outputs:
     """One layer, forward or both directions, without masks, or one step; nothing is saved."""
     assert not save
+    if not (is_tracing() or is_compiling()):  # torch's operator checks no sizes, its module does
+        check_ranks(call)
+        check_shapes(call, call.num_steps(), call.batch_size())
     if call.is_step:
         return _step(call)
-    if not (is_tracing() or is_compiling()):  # torch's operator checks no sizes, its module does
-        check_shapes(call, call.num_steps(), call.batch_size())
     D, w = call.num_directions, call.split()[0]
     B, H, P = call.batch_size(), w.w_hh.shape[0] // 4, w.w_hh.shape[1]
     h0 = call.x.new_zeros(D, B, P) if call.h0 is None else call.h0
