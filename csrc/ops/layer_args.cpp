@@ -113,9 +113,9 @@ void expect_countable(const SequenceShape& shape, int64_t rows) {
 void LayerLayout::check_first(const Array& x, const DirectionArrays& weights) const {
   const Array &w_ih = weights.w_ih, &w_hh = weights.w_hh;
   const int64_t rows = w_hh.size(0), columns = w_hh.size(1);
-  if (!shape.projected && rows != 4 * columns) {
-    const int64_t H = columns == 4 * rows ? rows : w_ih.size(0) / 4;
-    w_hh.expect_shape({4 * H, H}, "4*H, H");
+  if (!shape.projected && rows != saturated_product(4, columns)) {
+    const int64_t H = columns == saturated_product(4, rows) ? rows : w_ih.size(0) / 4;
+    w_hh.expect_shape({saturated_product(4, H), H}, "4*H, H");
   }
   if (shape.projected && rows != w_ih.size(0) && columns == w_ih.size(0)) w_hh.expect_shape({columns, rows}, "4*H, P");
   if (rows % 4 == 0 && w_ih.size(0) == rows && w_ih.size(1) != shape.I) {
