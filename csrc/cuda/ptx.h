@@ -35,6 +35,56 @@ __device__ __forceinline__ void st_relaxed_gpu(uint64_t* address, uint64_t value
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// ---- Copies from global to shared memory that nobody waits for (cp.async) -------------------------------------------
+//
+// Each copies `bytes` bytes, up to the size in its name, and puts zeros up to that size; both addresses are multiples
+// of it. What a thread has copied since its last commit is a group; cp_async_wait<n> returns when all but its latest n
+// groups have landed, for this thread: others see them after a barrier. Turing copies at once.
+
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int bytes) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+// Through L2 alone.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroupsLeft>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+#else
+template <class Whole>
+__device__ __forceinline__ void copy_now(void* shared, const void* global, int bytes) {
+  Whole whole{};
+  if (bytes == sizeof(Whole)) {
+    whole = *static_cast<const Whole*>(global);
+  } else {
+    for (int n = 0; n < bytes; ++n) reinterpret_cast<char*>(&whole)[n] = static_cast<const char*>(global)[n];
+  }
+  *static_cast<Whole*>(shared) = whole;
+}
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes) {
+  copy_now<uint32_t>(shared, global, bytes);
+}
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int bytes) {
+  copy_now<uint2>(shared, global, bytes);
+}
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
+  copy_now<uint4>(shared, global, bytes);
+}
+__device__ __forceinline__ void cp_async_commit() {}
+template <int kGroupsLeft>
+__device__ __forceinline__ void cp_async_wait() {}
+#endif
+
 // ---- Tensor cores ---------------------------------------------------------------------------------------------
 //
 // d [16, 8] += a [16, k] b [k, 8] by one warp, all lanes together. With row = lane / 4, column = lane % 4 a lane holds

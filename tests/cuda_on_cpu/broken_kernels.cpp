@@ -119,13 +119,13 @@ void shuffle_from_outside_the_mask(Params p) {
 void copy_without_wait(Params p) {
   const int i = threadIdx.x;
   p.out[i] = value_of(i);
-  copy_async(shared_floats() + i, p.out + i, 4, 4, Location::current());
-  commit_copies();
+  lstm_ext::cuda::cp_async_4(shared_floats() + i, p.out + i, 4);
+  lstm_ext::cuda::cp_async_commit();
   if (p.broken) {
     __syncthreads();
-    wait_copies(0, Location::current());
+    lstm_ext::cuda::cp_async_wait<0>();
   } else {
-    wait_copies(0, Location::current());
+    lstm_ext::cuda::cp_async_wait<0>();
     __syncthreads();
   }
   const float next = shared_floats()[(i + 1) % blockDim.x];

@@ -164,19 +164,27 @@ void fence(Location) {
 
 namespace {
 
+// `size` bytes of one number, at an address that is a multiple of it.
+void land_number(char* to, const char* from, int size, Location where) {
+  const uint64_t bits = load_bits(from, size, Order::kRelaxed, where);
+  memcpy(to, &bits, static_cast<size_t>(size));
+}
+
 void land(const AsyncCopy& copy, Location where) {
   char* to = static_cast<char*>(copy.to);
   const char* from = static_cast<const char*>(copy.from);
-  for (int at = 0; at < copy.size; at += 4) {
-    const uint32_t word = load(reinterpret_cast<const uint32_t*>(from + at), Order::kRelaxed, where);
-    memcpy(to + at, &word, 4);
-  }
+  int at = 0;
+  for (; at + 8 <= copy.size; at += 8) land_number(to + at, from + at, 8, where);
+  for (; at + 2 <= copy.size; at += 2) land_number(to + at, from + at, 2, where);
+  for (; at < copy.size; ++at) land_number(to + at, from + at, 1, where);
   memset(to + copy.size, 0, static_cast<size_t>(copy.filled - copy.size));
 }
 
 }  // namespace
 
 void copy_async(void* to, const void* from, int size, int filled, Location where) {
+  if (size < 0 || size > filled)
+    fail("cp.async: " + std::to_string(size) + " bytes of " + std::to_string(filled), where);
   check_access(to, filled, filled, where);
   check_access(from, size, filled, where);
   const AsyncCopy copy{to, from, size, filled, current->copy_group};

@@ -61,7 +61,7 @@ constexpr bool mutant(int n) { return !std::is_constant_evaluated() && active_mu
 # Calls that order threads or hand something over: taken out.
 CALLS = re.compile(
     r"(?<![\w.>])(?:__syncthreads|__syncwarp|cluster_sync|mbarrier_\w+|named_barrier_\w+|st_\w+|fence\w*|clear_words"
-    r"|team_\.leave|copy_wait\w*)\("
+    r"|team_\.leave|cp_async_wait<\w+>|wait_for_previous_launch)\("
 )
 WHILES = re.compile(r"\bwhile \(")
 IFS = re.compile(r"\bif \(")

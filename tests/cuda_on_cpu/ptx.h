@@ -21,6 +21,23 @@ inline void st_relaxed_gpu(uint64_t* address, uint64_t value, Location where = L
   cuda_on_cpu::store(address, value, cuda_on_cpu::Order::kRelaxed, where);
 }
 
+// ---- cp.async
+
+inline void cp_async_4(void* shared, const void* global, int bytes, Location where = Location::current()) {
+  cuda_on_cpu::copy_async(shared, global, bytes, 4, where);
+}
+inline void cp_async_8(void* shared, const void* global, int bytes, Location where = Location::current()) {
+  cuda_on_cpu::copy_async(shared, global, bytes, 8, where);
+}
+inline void cp_async_16(void* shared, const void* global, int bytes, Location where = Location::current()) {
+  cuda_on_cpu::copy_async(shared, global, bytes, 16, where);
+}
+inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
+template <int kGroupsLeft>
+void cp_async_wait(Location where = Location::current()) {
+  cuda_on_cpu::wait_copies(kGroupsLeft, where);
+}
+
 // ---- Tensor cores
 
 inline void mma_fp16(float (&d)[4], const uint4& a, const uint2& b, Location where = Location::current()) {
