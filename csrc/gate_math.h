@@ -1,6 +1,6 @@
 // The mathematics of one LSTM unit, stated once for every backend.
 //
-// `Math` says what a number is and how to take its exp and tanh: a SIMD vector on the CPU
+// `Math` says what a number is and how to take its inverse, exp and tanh: a SIMD vector on the CPU
 // (cpu/vec_math.h), a scalar on the GPU. Everything here is element-wise.
 #pragma once
 
@@ -31,7 +31,7 @@ struct CellStepGrad {
 
 template <class Math, class V = typename Math::Value>
 LSTM_EXT_HOST_DEVICE V sigmoid(V x) {
-  return 1 / (1 + Math::exp(-x));
+  return Math::inverse(1 + Math::exp(-x));
 }
 
 template <class V>

@@ -14,8 +14,10 @@ struct RowMap {
   int64_t t_stride, b_stride;
   const int64_t* packed_offset;  // [T], may be null: padded
 
-  constexpr int64_t at(int64_t t, int64_t b) const {
-    return (packed_offset ? packed_offset[t] * b_stride : t * t_stride) + b * b_stride;
+  constexpr int64_t at(int64_t t, int64_t b) const { return from_start(packed_offset ? packed_offset[t] : t, b); }
+  // `start` is packed_offset[t] where that is given, else t.
+  constexpr int64_t from_start(int64_t start, int64_t b) const {
+    return start * (packed_offset ? b_stride : t_stride) + b * b_stride;
   }
 };
 

@@ -165,7 +165,8 @@ class TestContract(Contract):
     ways = tuple(OnFibers(dtype, strategy) for dtype in DTYPES for strategy in STRATEGIES)
     bit_ways = run_ways = layout_ways = tuple(OnFibers("float32", strategy) for strategy in STRATEGIES)
     run_cases = (Case(1, 1, 1, 1), MASKED)
-    row_cases = (MASKED, PROJECTED)
+    # Of the latter two the last rank has fewer units than the others, in both products.
+    row_cases = (MASKED, PROJECTED, Case(3, 4, 3, 65, P=31), Case(2, 5, 3, 33, P=17))
     save_cases = needs_cases = (PROJECTED, PACKED)
     step_sizes = ((1, 1, 1), (3, 32, 33), (16, 64, 64), (0, 3, 5))
     all_needs = (Needs.H0 | Needs.C0, Needs.H0, Needs.C0, Needs.X, Needs.WEIGHTS, Needs(0))
@@ -269,6 +270,30 @@ def test_threads_that_plan_and_launch_at_once_do_not_disturb_each_other() -> Non
     for ours, theirs in zip(together, alone, strict=True):
         assert all(torch.isfinite(y).all() for y in ours)
         assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("strategy", ["cluster", "grid"])
+def test_a_partner_that_never_sends_ends_in_an_error_that_says_so(strategy: str, backward: bool) -> None:
+    """And not in a process that hangs: with a GPU that it cannot use any more, which the next call tells."""
+    way = OnFibers("float32", strategy)
+    inputs, engine = way.own(way.draw(MASKED_CASE)), OnGpu(Core(), strategy)
+    try:
+        if not backward:
+            harness.mute_block(1)
+        with pytest.raises(RuntimeError, match="trap"):
+            saved = Saved(*engine.forward(inputs.call, Save.ALL)[3:])
+            harness.mute_block(1)
+            engine.backward(inputs.call, saved, inputs.grads, Needs.ALL)
+        message = (
+            rf"unspecified launch failure; sequence_{'back' if backward else 'for'}ward<float32, 8 sequences, {strategy}> "
+            r"gave up: block \d+, rank \d+ of its team, waited for exchange \d+ of another block for more than 10 s"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            engine.forward(inputs.call, Save.ALL)
+    finally:
+        harness.revive_device()
+    check(MASKED_CASE, "float32", strategy)
 
 
 CELLS = [Case(1, 1, 1, 1), Case(1, 3, 32, 33, state=False), Case(1, 16, 64, 64), Case(1, 9, 45, 17, bias=False)]

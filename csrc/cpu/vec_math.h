@@ -56,6 +56,8 @@ struct VecMath {
     return {n, series * (r * r) + r};
   }
 
+  static LSTM_EXT_INLINE Value inverse(Value x) { return 1 / x; }
+
   static LSTM_EXT_INLINE Value exp(Value x) {
     const Reduced reduced = reduce(at_most(at_least(x, K::kLowest), K::kHighest));
     return scale(1 + reduced.m1, reduced.n);

@@ -8,11 +8,16 @@
 
 namespace lstm_ext::cuda {
 
+// Which kernel of this process has given up waiting, and what for; empty if none has. The context is lost then, and
+// every call fails with an error that says less.
+std::string timed_out();
+
 // The call that failed and the runtime's words for it. The error is reported here, and not in somebody else's next
 // check as well.
 inline std::string failure(const char* call, cudaError_t error) {
   (void)cudaGetLastError();
-  return std::string(call) + ": " + cudaGetErrorString(error);
+  const std::string timeout = timed_out();
+  return std::string(call) + ": " + cudaGetErrorString(error) + (timeout.empty() ? "" : "; " + timeout);
 }
 
 inline void check(cudaError_t error, const char* call) {

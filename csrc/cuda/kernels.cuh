@@ -1,6 +1,10 @@
 // What the files kernels_*.cu have in common: instantiating a set of kernels.
 #pragma once
 
+#include <deque>
+#include <mutex>
+#include <string>
+
 #include "kernels.h"
 #include "plan.h"
 #include "sequence_backward.cuh"
@@ -9,21 +13,44 @@
 
 namespace lstm_ext::cuda {
 
-struct KernelNames {
-  const char *sequence_forward, *sequence_backward, *step_forward, *step_backward;
-};
+// "sequence_forward<bfloat16, 16 sequences, cluster>": no two kernels have the same.
+inline const char* kernel_name(const char* kernel, const char* arithmetic, int sequences, const char* rest = "") {
+  static std::mutex mutex;
+  static std::deque<std::string> names;  // which stay where they are
+  const std::lock_guard<std::mutex> lock(mutex);
+  return names
+      .emplace_back(std::string(kernel) + "<" + arithmetic + ", " + std::to_string(sequences) + " sequences" + rest +
+                    ">")
+      .c_str();
+}
+
+template <class Tile, int kBatchTiles, Exchange kExchange>
+void add_sequence_kernels(KernelSet& set, const char* arithmetic) {
+  constexpr const char* kRest[] = {", block", ", cluster", ", grid"};
+  constexpr int kOf = static_cast<int>(kExchange), kSequences = kBatchTiles * kBatchColumns;
+  set.sequence_forward[kOf] = {kernel_name("sequence_forward", arithmetic, kSequences, kRest[kOf]),
+                               sequence_forward<Tile, kBatchTiles, kExchange>};
+  set.sequence_backward[kOf] = {kernel_name("sequence_backward", arithmetic, kSequences, kRest[kOf]),
+                                sequence_backward<Tile, kBatchTiles, kExchange>};
+}
 
 template <Arithmetic arithmetic, class Tile, int kBatchTiles>
-KernelSet kernel_set(const KernelNames& names) {
+KernelSet kernel_set(const char* name) {
   constexpr TileSizes kSizes = tile_sizes(arithmetic);
+  constexpr int kSequences = kBatchTiles * kBatchColumns;
   static_assert(kSizes.rows == Tile::kM && kSizes.columns == Tile::kK && kSizes.row_tiles == Tile::kRowTiles);
+  static_assert(kSizes.rows * kSizes.row_tiles == kGroupRows);
   static_assert(kSizes.register_steps == Tile::kRegisterSteps && kBatchTiles <= kSizes.most_batch_tiles);
   static_assert(kSizes.on_chip_bytes == sizeof(typename Tile::OnChip));
   static_assert(kSizes.number_bytes == sizeof(typename Tile::Number) && kSizes.sum_bytes == sizeof(typename Tile::Sum));
-  return {{names.sequence_forward, sequence_forward<Tile, kBatchTiles>},
-          {names.sequence_backward, sequence_backward<Tile, kBatchTiles>},
-          {names.step_forward, step_forward<Tile, kBatchTiles>},
-          {names.step_backward, step_backward<Tile, kBatchTiles>}};
+  KernelSet set{{},
+                {},
+                {kernel_name("step_forward", name, kSequences), step_forward<Tile, kBatchTiles>},
+                {kernel_name("step_backward", name, kSequences), step_backward<Tile, kBatchTiles>}};
+  add_sequence_kernels<Tile, kBatchTiles, Exchange::kBlock>(set, name);
+  add_sequence_kernels<Tile, kBatchTiles, Exchange::kCluster>(set, name);
+  add_sequence_kernels<Tile, kBatchTiles, Exchange::kGrid>(set, name);
+  return set;
 }
 
 }  // namespace lstm_ext::cuda

@@ -7,8 +7,9 @@
 namespace lstm_ext::cuda {
 
 struct KernelSet {
-  Kernel<SequenceForward> sequence_forward;
-  Kernel<SequenceBackward> sequence_backward;
+  // By Exchange.
+  Kernel<SequenceForward> sequence_forward[3];
+  Kernel<SequenceBackward> sequence_backward[3];
   Kernel<StepForward> step_forward;
   Kernel<StepBackward> step_backward;
 };

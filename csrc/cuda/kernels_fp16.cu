@@ -3,11 +3,9 @@
 namespace lstm_ext::cuda {
 
 const KernelSet& fp16_kernels(int batch_tiles) {
-  static constexpr KernelNames kNames = {"sequence_forward<float16>", "sequence_backward<float16>",
-                                         "step_forward<float16>", "step_backward<float16>"};
-  static const KernelSet sets[] = {kernel_set<Arithmetic::kFp16, HalfTile<__half>, 1>(kNames),
-                                   kernel_set<Arithmetic::kFp16, HalfTile<__half>, 2>(kNames),
-                                   kernel_set<Arithmetic::kFp16, HalfTile<__half>, 4>(kNames)};
+  static const KernelSet sets[] = {kernel_set<Arithmetic::kFp16, HalfTile<__half>, 1>("float16"),
+                                   kernel_set<Arithmetic::kFp16, HalfTile<__half>, 2>("float16"),
+                                   kernel_set<Arithmetic::kFp16, HalfTile<__half>, 4>("float16")};
   return sets[batch_tiles / 2];
 }
 

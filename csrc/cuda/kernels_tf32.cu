@@ -3,11 +3,9 @@
 namespace lstm_ext::cuda {
 
 const KernelSet& tf32_kernels(int batch_tiles) {
-  static constexpr KernelNames kNames = {"sequence_forward<TF32>", "sequence_backward<TF32>", "step_forward<TF32>",
-                                         "step_backward<TF32>"};
-  static const KernelSet sets[] = {kernel_set<Arithmetic::kTf32, Tf32Tile, 1>(kNames),
-                                   kernel_set<Arithmetic::kTf32, Tf32Tile, 2>(kNames),
-                                   kernel_set<Arithmetic::kTf32, Tf32Tile, 4>(kNames)};
+  static const KernelSet sets[] = {kernel_set<Arithmetic::kTf32, Tf32Tile, 1>("TF32"),
+                                   kernel_set<Arithmetic::kTf32, Tf32Tile, 2>("TF32"),
+                                   kernel_set<Arithmetic::kTf32, Tf32Tile, 4>("TF32")};
   return sets[batch_tiles / 2];
 }
 

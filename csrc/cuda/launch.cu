@@ -2,12 +2,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <mutex>
+#include <new>
 #include <set>
 #include <utility>
 
 #include "check.h"
 #include "device.h"
+#include "layout.h"
 
 namespace lstm_ext::cuda {
 namespace {
@@ -37,7 +40,34 @@ struct RuntimeConfig {
   }
 };
 
+// Allocated at the first launch, also while a stream is captured: it is no part of the graph.
+Timeout* allocate_timeout() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  void* memory = nullptr;
+  const cudaError_t error = cudaHostAlloc(&memory, sizeof(Timeout), cudaHostAllocPortable | cudaHostAllocMapped);
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  check(error, "cudaHostAlloc");
+  return new (memory) Timeout{};
+}
+
+std::atomic<Timeout*> timeout{nullptr};
+
 }  // namespace
+
+Timeout* timeout_record() {
+  static Timeout* const record = timeout = allocate_timeout();
+  return record;
+}
+
+std::string timed_out() {
+  const volatile Timeout* record = timeout;
+  if (!record || !record->kernel) return "";
+  return std::string(record->kernel) + " gave up: block " + std::to_string(record->block) + ", rank " +
+         std::to_string(record->rank) + " of its team, waited for exchange " + std::to_string(record->exchange) +
+         " of another block for more than " + std::to_string(kMostNanoseconds / 1'000'000'000) +
+         " s; the GPU cannot be used by this process any more";
+}
 
 void prepare_raw(const char* name, const void* entry) {
   static std::mutex mutex;
@@ -49,6 +79,8 @@ void prepare_raw(const char* name, const void* entry) {
   check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(device_limits(device).shared_per_block)),
         "cudaFuncSetAttribute", name);
+  if (device_limits(device).compute_capability >= 90)
+    check(cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute", name);
   prepared.insert({device, entry});
 }
 

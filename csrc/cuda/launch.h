@@ -25,6 +25,8 @@ struct Kernel {
 
 namespace lstm_ext::cuda {
 
+struct Timeout;
+
 struct LaunchConfig {
   int grid_x = 1, grid_y = 1;
   int threads = 1;
@@ -71,6 +73,9 @@ template <class Params>
 int registers(const Kernel<Params>& kernel) {
   return registers_raw(kernel.name, kernel.entry());
 }
+
+// Where a kernel of this process leaves word when it gives up waiting: memory of the host.
+Timeout* timeout_record();
 
 // Zeros, in stream order.
 void fill_zero(void* memory, int64_t bytes, void* stream);

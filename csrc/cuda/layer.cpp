@@ -25,20 +25,22 @@ const KernelSet& kernels(Arithmetic arithmetic, int batch_tiles) {
 
 // Calls body with the kernel of a set that a strategy launches; kernels of different passes have different types.
 template <class Body>
-auto with_kernel(const KernelSet& set, bool step, bool backward, const Body& body) {
-  if (step) return backward ? body(set.step_backward) : body(set.step_forward);
-  return backward ? body(set.sequence_backward) : body(set.sequence_forward);
+auto with_kernel(const KernelSet& set, Strategy strategy, bool backward, const Body& body) {
+  if (strategy == Strategy::kStep) return backward ? body(set.step_backward) : body(set.step_forward);
+  const int exchange = static_cast<int>(exchange_of(strategy));
+  return backward ? body(set.sequence_backward[exchange]) : body(set.sequence_forward[exchange]);
 }
 
-// As Problem has it: only the kernels of the pass for all T are asked about.
-int resident_blocks(Arithmetic arithmetic, bool backward, int batch_tiles, int cluster, int64_t shared_bytes, int sms) {
+// As Problem has it.
+int resident_blocks(const Problem& problem, Strategy strategy, int batch_tiles, int cluster, int64_t shared_bytes) {
   LaunchConfig config;
   config.grid_x = config.cluster = cluster;
   config.threads = kThreads;
   config.shared_bytes = shared_bytes;
-  return with_kernel(kernels(arithmetic, batch_tiles), false, backward, [&](const auto& kernel) {
+  return with_kernel(kernels(problem.arithmetic, batch_tiles), strategy, problem.backward, [&](const auto& kernel) {
     prepare(kernel);
-    return cluster > 1 ? active_clusters(kernel, config) : sms * blocks_per_sm(kernel, kThreads, shared_bytes);
+    return cluster > 1 ? active_clusters(kernel, config)
+                       : problem.device.sms * blocks_per_sm(kernel, kThreads, shared_bytes);
   });
 }
 
@@ -47,7 +49,7 @@ Plan plan_on(const SequenceShape& shape, int directions, bool backward, const La
   const Arithmetic arithmetic = arithmetic_of(options.dtype, options.tf32, device.compute_capability);
   Plan plan = make_plan({arithmetic, shape, directions, backward, device, resident_blocks}, options.strategy);
   plan.kernels = &kernels(arithmetic, plan.batch_tiles);
-  with_kernel(*plan.kernels, plan.strategy == Strategy::kStep, backward, [](const auto& kernel) { prepare(kernel); });
+  with_kernel(*plan.kernels, plan.strategy, backward, [](const auto& kernel) { prepare(kernel); });
   return plan;
 }
 
@@ -60,8 +62,10 @@ void set_strides(Part& part, const Matrix& weights, bool transposed) {
 }
 
 // The layout of a launch for all T.
-Layout layout_of(const Plan& plan, const LayerWeights& weights, void* workspace, void* stream) {
+Layout layout_of(const Plan& plan, const LayerWeights& weights, const char* kernel, void* workspace, void* stream) {
   Layout layout = plan.layout;
+  layout.timeout = timeout_record();
+  layout.kernel = kernel;
   set_strides(layout.product[0], weights.w_hh, plan.backward);
   set_strides(layout.product[1], weights.w_hr, plan.backward);
   layout.words = static_cast<uint64_t*>(workspace);
@@ -99,8 +103,7 @@ std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int direction
 }
 
 int plan_registers(const Plan& plan) {
-  return with_kernel(*plan.kernels, plan.strategy == Strategy::kStep, plan.backward,
-                     [](const auto& kernel) { return registers(kernel); });
+  return with_kernel(*plan.kernels, plan.strategy, plan.backward, [](const auto& kernel) { return registers(kernel); });
 }
 
 void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const Plan& plan, void* workspace,
@@ -109,8 +112,9 @@ void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const 
   if (layer.shape.B == 0) return;
   const LayerWeights& weights = layer.direction[0].weights;
   if (plan.strategy != Strategy::kStep) {
-    const SequenceForward params{layer, {xw[0], xw[1]}, layout_of(plan, weights, workspace, stream)};
-    launch(plan.kernels->sequence_forward, plan.config[0], params, stream);
+    const auto& kernel = plan.kernels->sequence_forward[static_cast<int>(plan.layout.exchange)];
+    const SequenceForward params{layer, {xw[0], xw[1]}, layout_of(plan, weights, kernel.name, workspace, stream)};
+    launch(kernel, plan.config[0], params, stream);
     return;
   }
   // The parts of a step follow each other in stream order, which is all the waiting that there is.
@@ -129,8 +133,9 @@ void layer_backward(const BackwardPass& pass, const Plan& plan, void* workspace,
   if (layer.shape.B == 0) return;
   const LayerWeights& weights = layer.direction[0].weights;
   if (plan.strategy != Strategy::kStep) {
-    const SequenceBackward params{pass, layout_of(plan, weights, workspace, stream)};
-    launch(plan.kernels->sequence_backward, plan.config[0], params, stream);
+    const auto& kernel = plan.kernels->sequence_backward[static_cast<int>(plan.layout.exchange)];
+    const SequenceBackward params{pass, layout_of(plan, weights, kernel.name, workspace, stream)};
+    launch(kernel, plan.config[0], params, stream);
     return;
   }
   const auto take_part = [&](int64_t s, int n) {

@@ -2,14 +2,15 @@
 // stands where in a block's shared memory. Plain structs that the planner fills and the kernels read.
 //
 // A team is one or more blocks that work on the same sequences; its blocks are called ranks. Each rank owns some hidden
-// units, and keeps the weights that make them on chip for all T. A step of the recurrence forward is
+// units, and keeps the weights of their gates on chip for all T.
 //
-//   gates [4U, b]  =  W_hh [4U, P]  x  h [P, b]          U: the units of a rank, b: the sequences of a team
-//                     own rows, on    all of it, put together from
-//                     chip            what each rank has made
+//   forward    gates [4U, b]  =  W_hh [4U, P]   x  h [P, b]             U: the units of a rank, b: the sequences of a
+//                                own rows          of all ranks         team. What ranks make is gathered by all.
 //
-// and with a projection a second product follows, h [P / ranks, b] = W_hr x the units of all ranks. Backward the same
-// two matrices are transposed, and come in the other order: see `Product`.
+//   backward   dh [P, b]      =  W_hh' [P, 4U]  x  d_gates [4U, b]      The transpose of the same weights makes a part
+//              a part of each    own columns       of this rank         of every dh, which its owner adds up.
+//
+// With a projection a second product follows forward, h = W_hr hidden, and comes first backward, d_hidden = W_hr' dh.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +20,24 @@ namespace lstm_ext::cuda {
 inline constexpr int kThreads = 256;  // of every block
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kBatchColumns = 8;  // sequences in a tile of the batch: the N of mma.sync m16n8k16
+inline constexpr int kGroupRows = 32;    // rows of the weights that a warp multiplies at a time
 // Numbers between the end of a row of partial sums and the next: keeps the lanes of a warp on different banks.
 inline constexpr int kPartialPadding = 4;
+// Of so many steps the moments are found at a time.
+inline constexpr int kMomentSteps = 16;
 // Rows of the weights that one warp multiplies at a time, in the kernels that take a launch for each step.
 inline constexpr int kStepRows = 32;
+
+// Division by a number that the planner knows, as a multiplication: of n, where n times the number is at most 2^32.
+struct Divisor {
+  int value = 1;
+  uint64_t inverse = uint64_t{1} << 32;
+
+  constexpr Divisor() = default;
+  constexpr explicit Divisor(int of)
+      : value(of), inverse(((uint64_t{1} << 32) + static_cast<uint64_t>(of) - 1) / static_cast<uint64_t>(of)) {}
+  constexpr int quotient(int n) const { return static_cast<int>(static_cast<uint64_t>(n) * inverse >> 32); }
+};
 
 // The two products of a step. Without a projection there is only the first.
 //
@@ -40,25 +55,39 @@ enum class Exchange : int {
   kGrid,     // blocks anywhere: words through L2 that carry the number of their exchange
 };
 
-// Where one sequence stands at step s of its walk through time.
+// Where one sequence stands at step s of its walk through time. `start` stands for a time: the number of the first row
+// of that time in a packed sequence, else the time itself.
 struct Moment {
-  int64_t t, t_before;  // of this step and the one before it (there is one if s > 0)
-  bool active;          // the step is within the length
-  bool last;            // the length ends with it
-  bool forgets;         // a reset stands at it
-  bool forgets_next;    // a reset stands at the one after it
+  int64_t start, start_before, start_after;  // of this step, and of those before and after it where there are some
+  bool active;                               // the step is within the length
+  bool last;                                 // the length ends with it
+  bool follows;                              // the step before it is within the length too
+  bool forgets;                              // a reset stands at it
+  bool forgets_next;                         // a reset stands at the one after it
 };
 
-// How the elements of a vector are divided among the ranks. In its own order the vector has `groups` (the gates i f g
-// o, or one) of `limit` units each, `group_stride` apart. A rank has `width` units of every group, so that all four
-// gates of a unit meet in one block. H = 5, the gates, and 2 ranks of 3 units:
+// How the elements of a vector are divided among the ranks: each has `width` units, and of a unit all that belongs to
+// it (the gates i f g o, or one number), so that a unit's gates meet in one block. In its own order the vector has
+// `groups` of `limit` units each, `group_stride` apart. H = 5, the gates, and 2 ranks of 3 units:
 //
 //   position   0  1  2  3  4  5  6  7  8  9 10 11 | 12 13 14 15 16 17 18 19 20 21 22 23
-//   element   i0 i1 i2 f0 f1 f2 g0 g1 g2 o0 o1 o2 | i3 i4  - f3 f4  - g3 g4  - o3 o4  -
-//             rank 0                              | rank 1        (-: no such unit, zero)
-//   index_of   0  1  2  5  6  7 10 11 12 15 16 17 |  3  4 -1  8  9 -1 13 14 -1 18 19 -1
-//
-// In the kernels with a launch for each step it is the blocks of a launch that the vector is divided among.
+//   element   i0 f0 g0 o0 i1 f1 g1 o1 i2 f2 g2 o2 | i3 f3 g3 o3 i4 f4 g4 o4  -  -  -  -
+//             rank 0                              | rank 1              (-: no such unit, zero)
+//   index_of   0  5 10 15  1  6 11 16  2  7 12 17 |  3  8 13 18  4  9 14 19 -1 -1 -1 -1
+struct Share {
+  int width, groups, limit;
+  int64_t group_stride;
+  Divisor items, pieces;  // a rank's width in units that one thread takes together, and in those of 16 bytes
+
+  constexpr int per_rank() const { return width * groups; }
+  // Which element of the vector stands at a position; -1 for none.
+  constexpr int64_t index_of(int position) const {
+    const int unit = groups == 4 ? position >> 2 : position, group = groups == 4 ? position & 3 : 0;
+    return unit < limit ? group * group_stride + unit : -1;
+  }
+};
+
+// In the kernels with a launch for each step: how the elements are divided among the blocks, gate after gate in each.
 struct Slices {
   int width, groups, limit;
   int64_t group_stride;
@@ -71,28 +100,44 @@ struct Slices {
   }
 };
 
-// One product on chip: weights [rows, columns], of which each rank keeps its slice of the rows, times a vector with as
-// many elements as there are columns, which every rank has whole. Both are cut into tiles (tile.cuh), and these are
-// divided among the 8 warps of a block: `warps_m` along the rows, kWarps / warps_m along the columns. Which warp takes
-// which, for 6 row tiles, multiplied in pairs, 4 tiles of columns (k tiles), and warps_m = 2:
+// One product on chip. Its rows are divided into groups of 32, its columns into tiles (tile.cuh); both are divided
+// among the 8 warps of a block, 2^log_warps_m along the rows. Which warp takes which, for 3 row groups, 4 tiles of
+// columns (k tiles) and log_warps_m = 1:
 //
-//              k tile 0  1  2  3      Each number is a step of that warp: a pair of row tiles times one k tile.
-//   row tiles 0, 1    0  2  4  6      A warp's first steps keep their weights in registers, `shared_steps` more in
-//             2, 3    1  3  5  7      shared memory. Warps 0 2 4 6 have sums of the same rows, which the pointwise
-//             4, 5    0  2  4  6      part adds up in that order.
+//                k tile 0  1  2  3      Each is a step of that warp: a row group times one k tile. It takes those of
+//   row group 0       0  0  2  2 *      one group after another. The first keep their weights in registers,
+//             1       1  1  3  3        `shared_steps` more in shared memory. Warps 0 and 2 have sums of the same
+//             2       0  0  2  2        rows: the split sums of a row are added up later, in that order.
+//
+// `run` k tiles of a group are in registers together: all of a warp's, or 16 where it has more. The kernels have
+// straight code for each run that there is.
 struct ProductLayout {
-  Slices rows, columns;
+  Share rows, columns;
   int64_t row_stride, column_stride;  // of the weights, in elements; filled in at the launch
-  int row_tiles, k_tiles;             // of one rank's rows; of all columns
-  int warps_m, shared_steps;
+  int row_groups;
+  int k_tiles;  // of the operand: those of all warps
+  int log_warps_m;
+  int warp_k_tiles, run;
+  int shared_steps;
   int tiles_offset, operand_offset, operand_bytes;  // in shared memory; of one operand buffer
-  int row_words;                                    // 32-bit words that a rank sends for a sequence
-  int64_t words_offset;                             // in the exchange memory, in 64-bit words
+  int inbox_offset, inbox_bytes;                    // backward, kCluster: of one buffer of what others have sent
+  int64_t words_offset;                             // kGrid: in the exchange memory, in 64-bit words
+};
+
+// So long a block waits for another. Where all blocks run, an exchange takes microseconds; but somebody may be looking
+// on with a debugger.
+inline constexpr uint64_t kMostNanoseconds = 10'000'000'000;
+
+// What a kernel leaves in memory of the host when it gives up waiting; `kernel` is null before.
+struct Timeout {
+  const char* kernel;  // Layout::kernel
+  int block, rank, exchange;
 };
 
 // A team, and the shared memory of each of its blocks, from address 0 on:
 //
-//   tiles | operand (kCluster: 2) | the same with a projection | partial sums | outbox | state | moments | barriers
+//   tiles | operand (forward, kCluster: 2) | inbox (backward, kCluster: 2) | the same with a projection
+//   | partial sums | bias | what the next steps read: 2 | state | cells | moments | barriers
 struct Layout {
   Exchange exchange;
   int ranks;         // blocks of a team
@@ -100,14 +145,21 @@ struct Layout {
   int team_batch;    // sequences at a time, up to kBatchTiles * kBatchColumns of the kernel
   int num_products;  // 2 with a projection
   ProductLayout product[2];
-  int partial_offset, partial_stride;  // sums of the warps: [kWarps / warps_m, sequences, partial_stride]
-  int outbox_offset;                   // what is to be sent: [sequences, row_words]; none for kBlock
-  int state_offset;                    // c, or its gradient: [sequences, units]
-  int moments_offset;                  // of this step and the one before: [2, sequences]
-  int barriers_offset;                 // kCluster: [products, 2]
+  Divisor units;                       // a rank's hidden units in those that one thread takes together
+  int partial_offset, partial_stride;  // sums of the warps: [split, sequences, partial_stride]
+  int bias_offset;                     // forward: [units], 4 gates each
+  int inputs_offset, inputs_bytes;  // of one buffer: for each sequence the rows of 4 gates, backward of c, d_cells, dy
+  int gate_row, cell_row, h_row;    // bytes of these rows
+  int state_offset;                 // c, or its gradient: [sequences, units]
+  int cells_offset;                 // backward: c of this step [sequences, units]
+  int moments_offset;               // [kMomentSteps + 1, team_batch]
+  int barriers_offset;              // kCluster: [products, 2]
   int shared_bytes;
+  int log_rows;     // kGrid forward: rows of a k tile in the exchange memory
   uint64_t* words;  // kGrid: zero at the launch; [direction, team, exchange_words]; filled in at the launch
   int64_t exchange_words;
+  Timeout* timeout;    // filled in at the launch
+  const char* kernel;  // its name, of the host
 
   constexpr const ProductLayout& operator[](Product which) const { return product[number_of(which)]; }
 };

@@ -18,6 +18,11 @@ constexpr double kLaunchMicroseconds = 2.5, kLoadClocksPerNumber = 0.6;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
 
+constexpr int kMostClusterBlocks = 16;  // where the device allows more than the portable 8
+
+// How many k tiles of a group of rows a warp may have in registers together: what product.cuh has straight code for.
+constexpr int kRuns[] = {1, 2, 4, 8, 12, 16};
+
 // Places in a layout and in a launch are ints. Weights of so many units are on no chip; and so many units, or blocks,
 // are the most that a launch of a step counts.
 constexpr int64_t kMostUnitsOnChip = 1 << 15, kMostUnits = 1 << 28, kMostBlocks = INT32_MAX;
@@ -43,14 +48,16 @@ struct Candidate {
   int ranks, batch_tiles, team_batch;
 };
 
-// Lays a block's shared memory out, one thing after the other, each aligned for reads of 16 bytes. What is far too
-// large stays an int that no device has room for.
+// What is far too large for a chip stays an int that no device has room for.
+int as_int(int64_t bytes) { return static_cast<int>(std::min<int64_t>(bytes, INT32_MAX)); }
+
+// Lays a block's shared memory out, one thing after the other, each aligned for reads of 16 bytes.
 struct SharedMemory {
   int64_t used = 0;
   int take(int64_t bytes) {
     const int64_t offset = used;
     used += round_up(bytes, 16);
-    return static_cast<int>(std::min<int64_t>(offset, INT32_MAX));
+    return as_int(offset);
   }
 };
 
@@ -59,23 +66,25 @@ class Planner {
  public:
   explicit Planner(const Problem& problem) : problem_(problem), sizes_(tile_sizes(problem.arithmetic)) {}
 
-  // How many of `count` units a rank has. A word that is sent holds two of the half types.
-  int units_of_rank(int64_t count, int ranks) const {
-    const int64_t each = ceil_div(count, ranks);
-    return static_cast<int>(ranks > 1 && sizes_.on_chip_bytes == 2 ? round_up(each, 2) : each);
+  // How many of `count` units a rank has: whole accesses of what it sends. A cluster's forward exchange is of whole
+  // tiles of the operand, a grid's of two words; backward it is 16 bytes of sums.
+  int units_of_rank(int64_t count, const Candidate& candidate) const {
+    if (candidate.exchange == Exchange::kBlock) return static_cast<int>(count);
+    const int sums = 16 / sizes_.sum_bytes, words = 8 / sizes_.on_chip_bytes;
+    const int unit = problem_.backward ? sums : candidate.exchange == Exchange::kCluster ? sizes_.columns : words;
+    return static_cast<int>(round_up(ceil_div(count, candidate.ranks), unit));
   }
 
   Layout layout(const Candidate& candidate) const {
     const auto [T, B, I, H, P, projected] = problem_.shape;
-    const int U = units_of_rank(H, candidate.ranks), p = projected ? units_of_rank(P, candidate.ranks) : U;
-    const Slices gates{U, 4, static_cast<int>(H), H};
-    const Slices units{U, 1, static_cast<int>(H), 0};
-    const Slices h{p, 1, static_cast<int>(P), 0};
+    const int U = units_of_rank(H, candidate), p = projected ? units_of_rank(P, candidate) : U;
+    const Share gates = share(U, 4, H), units = share(U, 1, H), h = share(p, 1, P);
     Layout layout{};
     layout.exchange = candidate.exchange;
     layout.ranks = candidate.ranks;
     layout.team_batch = candidate.team_batch;
     layout.num_products = projected ? 2 : 1;
+    layout.units = units.items;
     ProductLayout &recurrent = layout.product[0], &projection = layout.product[1];
     recurrent.rows = problem_.backward ? h : gates;
     recurrent.columns = problem_.backward ? gates : h;
@@ -100,7 +109,7 @@ class Planner {
   double load_time(const Layout& layout) const {
     double numbers = 0;
     for (int n = 0; n < layout.num_products; ++n)
-      numbers += double(layout.product[n].row_tiles) * sizes_.rows * layout.product[n].k_tiles * sizes_.columns;
+      numbers += double(layout.product[n].row_groups) * kGroupRows * layout.product[n].k_tiles * sizes_.columns;
     return microseconds(numbers * kLoadClocksPerNumber);
   }
 
@@ -118,65 +127,108 @@ class Planner {
   }
 
  private:
-  // Tiles of weights, and which of them each warp has. The registers are the first product's.
-  void cut_into_tiles(ProductLayout& product, int register_steps, int ranks) const {
-    product.row_tiles = static_cast<int>(ceil_div(product.rows.per_rank(), sizes_.rows));
-    product.k_tiles = static_cast<int>(ceil_div(int64_t{ranks} * product.columns.per_rank(), sizes_.columns));
-    const int pairs = static_cast<int>(ceil_div(product.row_tiles, sizes_.row_tiles));
-    product.warps_m = 1;
-    while (product.warps_m * 2 <= std::min(pairs, kWarps)) product.warps_m *= 2;
-    const int64_t steps = ceil_div(pairs, product.warps_m) * ceil_div(product.k_tiles, kWarps / product.warps_m);
-    product.shared_steps = static_cast<int>(std::max<int64_t>(0, steps - register_steps));
+  int item_units() const { return sizes_.on_chip_bytes == 2 ? 2 : 1; }  // those that a thread takes together
+
+  Share share(int width, int groups, int64_t limit) const {
+    const int together = 16 / sizes_.sum_bytes;
+    return {width,
+            groups,
+            static_cast<int>(limit),
+            limit,
+            Divisor(static_cast<int>(ceil_div(width, item_units()))),
+            Divisor(static_cast<int>(ceil_div(width, together)))};
   }
 
-  // The operands and tiles of each product are its own; partial sums and outbox serve both, one after the other.
+  // Which tiles of the weights each warp has. The registers are the first product's. Forward the rows are the rank's
+  // own, and backward the columns.
+  void cut_into_tiles(ProductLayout& product, int register_steps, int ranks) const {
+    const int64_t rows = int64_t{problem_.backward ? ranks : 1} * product.rows.per_rank();
+    const int64_t columns = int64_t{problem_.backward ? 1 : ranks} * product.columns.per_rank();
+    product.row_groups = static_cast<int>(ceil_div(rows, kGroupRows));
+    while (2 << product.log_warps_m <= std::min(product.row_groups, kWarps)) ++product.log_warps_m;
+    const int splits = kWarps >> product.log_warps_m;
+    const int64_t k_tiles = ceil_div(ceil_div(columns, sizes_.columns), splits);
+    const int* run = std::find_if(std::begin(kRuns), std::end(kRuns), [&](int one) { return one >= k_tiles; });
+    product.run = run == std::end(kRuns) ? kRuns[std::size(kRuns) - 1] : *run;
+    // Padding costs multiplications with zeros; what is beyond the registers is taken two by two.
+    product.warp_k_tiles =
+        static_cast<int>(k_tiles <= product.run ? (register_steps ? product.run : k_tiles) : round_up(k_tiles, 2));
+    product.k_tiles = splits * product.warp_k_tiles;
+    const int groups = static_cast<int>(ceil_div(product.row_groups, 1 << product.log_warps_m));
+    const int in_registers = std::min(groups, register_steps / product.run) * product.run;
+    product.shared_steps = groups * product.warp_k_tiles - in_registers;
+  }
+
+  // The operands, inboxes and tiles of each product are its own; partial sums serve both, one after the other.
   void place_in_memory(Layout& layout, const Candidate& candidate) const {
-    const int64_t sequences = candidate.batch_tiles * kBatchColumns;
-    const bool cluster = candidate.exchange == Exchange::kCluster, alone = candidate.exchange == Exchange::kBlock;
+    const bool backward = problem_.backward, cluster = candidate.exchange == Exchange::kCluster;
+    const int64_t sequences = candidate.batch_tiles * kBatchColumns, batch = layout.team_batch;
+    const int sum_bytes = sizes_.sum_bytes, number_bytes = sizes_.number_bytes;
     SharedMemory memory;
-    int64_t partial = 0, outbox = 0;
-    for (int n = 0; n < layout.num_products; ++n) {
-      const int rows = layout.product[n].row_tiles * sizes_.rows;
-      layout.partial_stride = std::max(layout.partial_stride, rows + kPartialPadding);
-    }
+    int64_t partial = 0;
+    for (int n = 0; n < layout.num_products; ++n)
+      layout.partial_stride =
+          std::max(layout.partial_stride, layout.product[n].row_groups * kGroupRows + kPartialPadding);
+    while (1 << layout.log_rows < batch) ++layout.log_rows;
     for (int n = 0; n < layout.num_products; ++n) {
       ProductLayout& product = layout.product[n];
-      const int64_t splits = kWarps / product.warps_m;
-      product.operand_bytes =
-          static_cast<int>(int64_t{product.k_tiles} * sizes_.columns * sequences * sizes_.on_chip_bytes);
+      const int64_t splits = kWarps >> product.log_warps_m;
+      product.operand_bytes = as_int(int64_t{product.k_tiles} * sizes_.columns * sequences * sizes_.on_chip_bytes);
       product.tiles_offset = memory.take(int64_t{kWarps} * product.shared_steps * sizes_.row_tiles * kTileBytes);
-      product.operand_offset = memory.take(int64_t{cluster ? 2 : 1} * product.operand_bytes);
-      product.row_words = static_cast<int>(ceil_div(int64_t{product.columns.per_rank()} * sizes_.on_chip_bytes, 4));
+      product.operand_offset = memory.take(int64_t{cluster && !backward ? 2 : 1} * product.operand_bytes);
+      product.inbox_bytes = as_int(backward && cluster ? layout.ranks * batch * product.rows.width * sum_bytes : 0);
+      product.inbox_offset = memory.take(int64_t{2} * product.inbox_bytes);
       product.words_offset = layout.exchange_words;
-      layout.exchange_words += int64_t{2} * layout.team_batch * layout.ranks * product.row_words;
-      partial = std::max(partial, splits * sequences * layout.partial_stride * sizes_.sum_bytes);
-      outbox = std::max(outbox, sequences * product.row_words * 4);
+      layout.exchange_words += 2 * words(layout, product);
+      partial = std::max(partial, splits * sequences * layout.partial_stride * sum_bytes);
     }
-    const int units =
-        problem_.backward ? layout.product[layout.num_products - 1].rows.width : layout.product[0].rows.width;
+    const int64_t units = int64_t{layout.units.value} * item_units();
     layout.partial_offset = memory.take(partial);
-    layout.outbox_offset = memory.take(alone ? 0 : outbox);
-    layout.state_offset = memory.take(sequences * units * sizes_.sum_bytes);
-    layout.moments_offset = memory.take(2 * sequences * static_cast<int64_t>(sizeof(Moment)));
+    layout.bias_offset = memory.take(backward ? 0 : units * 4 * sum_bytes);
+    // A copy of numbers of 2 bytes may start 2 bytes early, and is read 4 bytes at a time.
+    const int64_t copied = backward ? units * number_bytes + 4 : units * sum_bytes;
+    layout.gate_row = as_int(round_up(copied, 16));
+    layout.cell_row = as_int(backward ? round_up(units * sum_bytes, 16) : 0);
+    layout.h_row = as_int(
+        backward ? round_up(int64_t{layout.product[0].rows.items.value} * item_units() * number_bytes + 4, 16) : 0);
+    layout.inputs_bytes = as_int(batch * (4 * layout.gate_row + 2 * layout.cell_row + layout.h_row));
+    layout.inputs_offset = memory.take(int64_t{2} * layout.inputs_bytes);
+    layout.state_offset = memory.take(batch * units * sum_bytes);
+    layout.cells_offset = memory.take(backward ? batch * units * sum_bytes : 0);
+    layout.moments_offset = memory.take((kMomentSteps + 1) * batch * static_cast<int64_t>(sizeof(Moment)));
     layout.barriers_offset = memory.take(4 * sizeof(uint64_t));
-    layout.shared_bytes = static_cast<int>(std::min<int64_t>(memory.used, INT32_MAX));
+    layout.shared_bytes = as_int(memory.used);
+  }
+
+  // Of 64 bits that a team needs for one exchange of a product.
+  int64_t words(const Layout& layout, const ProductLayout& product) const {
+    if (layout.exchange != Exchange::kGrid) return 0;
+    if (!problem_.backward) {
+      const int64_t row_words = int64_t{sizes_.columns} * sizes_.on_chip_bytes / 4;
+      return (int64_t{product.k_tiles} << layout.log_rows) * row_words;
+    }
+    const int64_t together = 8 / sizes_.sum_bytes;  // ranks whose sums are read together
+    return ceil_div(layout.ranks, together) * layout.ranks * layout.team_batch * product.rows.width * 2;
   }
 
   // Of one product of a step with what comes before and after it: an exchange, and the pointwise part.
   double product_clocks(const Layout& layout, const ProductLayout& product) const {
-    const double rows = double(product.row_tiles) * sizes_.rows, columns = double(product.k_tiles) * sizes_.columns;
+    const double rows = double(product.row_groups) * kGroupRows, columns = double(product.k_tiles) * sizes_.columns;
     const double batch = round_up(layout.team_batch, kBatchColumns);
     const double fma = rows * columns * batch / fma_per_clock(problem_.arithmetic);
     const double from_shared =
         double(kWarps) * product.shared_steps * sizes_.row_tiles * kTileBytes / kSharedBytesPerClock;
-    const double items = std::ceil(double(product.rows.width) * layout.team_batch / kThreads);
+    const double items = std::ceil(double(product.rows.items.value) * layout.team_batch / kThreads);
     double clocks =
         kProductClocks + std::max(fma, from_shared) + 2 * kSyncClocks + kEpilogueClocks + items * kEpilogueItemClocks;
-    const double words = double(layout.team_batch) * layout.ranks * product.row_words;
-    if (layout.exchange == Exchange::kCluster) clocks += kClusterClocks + words * 4 / 32;
+    // What a block receives.
+    const Share& own = problem_.backward ? product.rows : product.columns;
+    const int number_bytes = problem_.backward ? sizes_.sum_bytes : sizes_.on_chip_bytes;
+    const double bytes = double(layout.team_batch) * layout.ranks * own.per_rank() * number_bytes;
+    if (layout.exchange == Exchange::kCluster) clocks += kClusterClocks + bytes / 32;
     if (layout.exchange == Exchange::kGrid) {
       const double blocks = double(layout.ranks) * std::max(layout.teams, 1) * problem_.directions;
-      clocks += kGridClocks + std::max(words * 8 / kL2BytesPerClockOfSm, words * 8 * blocks / kL2BytesPerClock);
+      clocks += kGridClocks + 2 * std::max(bytes / kL2BytesPerClockOfSm, bytes * blocks / kL2BytesPerClock);
     }
     return clocks;
   }
@@ -194,7 +246,8 @@ struct Choice {
 
 // Tries all sizes of a team with one exchange.
 //
-//   batch tiles 1, 2, 4   x   ranks   kBlock: 1    kCluster: 2, 4, 8    kGrid: 2 .. all multiprocessors of a direction
+//   batch tiles 1, 2, 4   x   ranks   kBlock: 1    kCluster: 2, 4, 8, 16    kGrid: 2 .. all multiprocessors of a
+//   direction
 //
 // More ranks have fewer weights each, and more of them to hear from. More batch tiles need more registers for sums, and
 // let a team take more sequences at a time, which it does only where there would be more teams than can run at once.
@@ -239,7 +292,7 @@ class Search {
   int most_ranks(Exchange exchange) const {
     const int sms = problem_.device.sms / problem_.directions;
     if (exchange == Exchange::kBlock) return 1;
-    if (exchange == Exchange::kCluster) return problem_.device.compute_capability >= 90 ? 8 : 0;
+    if (exchange == Exchange::kCluster) return problem_.device.compute_capability >= 90 ? kMostClusterBlocks : 0;
     return problem_.device.cooperative && sms >= 2 ? sms : 0;
   }
 
@@ -247,8 +300,8 @@ class Search {
   // which must all run.
   int64_t resident_teams(const Candidate& c, const Layout& layout) const {
     const int cluster = c.exchange == Exchange::kCluster ? c.ranks : 1;
-    const int resident = problem_.resident_blocks(problem_.arithmetic, problem_.backward, c.batch_tiles, cluster,
-                                                  layout.shared_bytes, problem_.device.sms);
+    const int resident = problem_.resident_blocks(problem_, static_cast<Strategy>(c.exchange), c.batch_tiles, cluster,
+                                                  layout.shared_bytes);
     if (c.exchange == Exchange::kGrid) return resident / problem_.directions / c.ranks;
     return resident == 0 ? 0 : std::max(1, resident / problem_.directions);
   }

@@ -41,6 +41,8 @@ constexpr const TileSizes& tile_sizes(Arithmetic arithmetic) { return kTileSizes
 // step, or two with a projection.
 enum class Strategy : int { kBlock, kCluster, kGrid, kStep };
 
+constexpr Exchange exchange_of(Strategy strategy) { return static_cast<Exchange>(strategy); }  // not of kStep
+
 inline constexpr const char* kStrategyNames[] = {"block", "cluster", "grid", "step"};
 constexpr const char* name_of(Strategy strategy) { return kStrategyNames[static_cast<int>(strategy)]; }
 
@@ -54,9 +56,8 @@ struct Problem {
   int directions;
   bool backward;
   DeviceLimits device;
-  // How many blocks (cluster 1) or clusters of so many blocks the whole device runs at a time.
-  std::function<int(Arithmetic, bool backward, int batch_tiles, int cluster, int64_t shared_bytes, int sms)>
-      resident_blocks;
+  // How many blocks (cluster 1) or clusters of so many blocks of a kernel for all T the whole device runs at a time.
+  std::function<int(const Problem&, Strategy, int batch_tiles, int cluster, int64_t shared_bytes)> resident_blocks;
 };
 
 struct KernelSet;

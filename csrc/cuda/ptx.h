@@ -31,8 +31,39 @@ __device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* address) {
   return value;
 }
 
+struct alignas(16) TwoWords {
+  uint64_t first, second;
+};
+
+// Two of them at an address that is a multiple of 16: each is whole, one may be older than the other.
+__device__ __forceinline__ TwoWords ld_relaxed_gpu(const TwoWords* address) {
+  TwoWords value;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(value.first), "=l"(value.second)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void st_relaxed_gpu(uint64_t* address, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// ---- Waiting no longer than can be meant ----------------------------------------------------------------------------
+
+inline constexpr uint32_t kPollsPerLook = 1024;  // that fail before somebody looks at the clock
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// Ends the launch, and everything else in this context, with an error that the runtime reports. The host sees what this
+// thread has stored in its memory before.
+__device__ __forceinline__ void trap() {
+  __threadfence_system();
+  __trap();
 }
 
 // ---- Copies from global to shared memory that nobody waits for (cp.async) -------------------------------------------
@@ -175,13 +206,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-#if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t shared_address_of_rank(const void* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
   return address;
-}
+#else
+  __trap();
+  return 0;
 #endif
+}
 
 // All threads of all blocks of the cluster meet; what they wrote before, to whichever shared memory, is seen after.
 __device__ __forceinline__ void cluster_sync() {
@@ -192,16 +226,21 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-__device__ __forceinline__ void st_cluster(uint32_t* shared, int rank, uint32_t value) {
+// Stores 16 bytes into shared memory of the cluster, at an address from shared_address_of_rank, and counts them at a
+// barrier of the same block once they are there. Ordered with nothing else.
+__device__ __forceinline__ void st_async(uint32_t to, const uint4& value, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(shared_address_of_rank(shared, rank)), "r"(value) : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+      : "memory");
 #else
   __trap();
 #endif
 }
 
-// A barrier in shared memory: a phase ends when `count` arrivals have come, and the next begins. By one thread, and
-// followed by cluster_sync before any other thread of the cluster uses it.
+// A barrier in shared memory: a phase ends when `count` arrivals and the bytes that they announce have come, and the
+// next begins. By one thread, and followed by cluster_sync before any other thread of the cluster uses it.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -211,40 +250,50 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
 #endif
 }
 
-// Arrives at the barrier of block `rank`, releasing what this thread wrote or saw written (as by its warp before a
-// __syncwarp) to those who wait there.
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, int rank) {
+// Arrives at a barrier of the own block, and announces bytes that st_async brings: they may have come before.
+__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address_of_rank(barrier, rank))
-      : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 #else
   __trap();
 #endif
 }
 
-// Waits until the phase of this parity (0 for the first) of the own block's barrier has ended, and acquires.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+// Whether the phase of this parity (0 for the first) of the own block's barrier has ended; rests a little if not. What
+// st_async has brought is seen after.
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, int parity) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  }
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
 #else
   __trap();
+  return true;
 #endif
 }
 
 // ---- Numbers --------------------------------------------------------------------------------------------------
 
-// exp by the special function unit: 2 ulps, and |x| ulps of 1 / 2 for large x.
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+// exp and 1 / x by the special function unit, to 2 ulps (exp to |x| of them for large x), and denormals are zero:
+// several are under way at a time, as none has steps of its own for a special case.
+__device__ __forceinline__ float fast_exp(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+
+__device__ __forceinline__ float fast_inverse(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 }  // namespace lstm_ext::cuda
 

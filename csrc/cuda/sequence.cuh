@@ -1,35 +1,73 @@
-// One block of a team: its weights, its end of the exchange, and where each of its sequences stands. The walks of both
-// passes (sequence_forward.cuh, sequence_backward.cuh) have one, and say what happens in a step:
-//
-//   for each batch of team_batch sequences that is this team's:
-//     for each step:   find_moments   multiply   pointwise, by for_units   send
+// One block of a team: its weights, its end of the exchange, where each of its sequences stands, and what it will read
+// of global memory. The walks of both passes (sequence_forward.cuh, sequence_backward.cuh) have one, and say what
+// happens in a step. Nothing that a step reads of global memory is read in that step: copies of the next step's rows to
+// shared memory are under way meanwhile, in two buffers that take turns.
 #pragma once
 
-#include "pointwise.cuh"
 #include "team.cuh"
 
 namespace lstm_ext::cuda {
 
-template <class Tile, int kBatchTiles>
+// By the lanes of a warp: copies `bytes` bytes to shared memory, at 16 bytes, behind the 2 by which an address of
+// numbers of 2 bytes may miss a multiple of 4 (see `read_copy`). What such a copy reads before them is in the same
+// array.
+__device__ __forceinline__ void copy_row(char* to, const void* from, int bytes) {
+  if (bytes <= 0) return;
+  const int lane = threadIdx.x % 32;
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  if ((address | static_cast<uintptr_t>(bytes)) % 16 == 0) {
+    for (int at = lane * 16; at < bytes; at += 32 * 16) cp_async_16(to + at, static_cast<const char*>(from) + at, 16);
+  } else {
+    const int ahead = static_cast<int>(address % 4);
+    const char* first = static_cast<const char*>(from) - ahead;
+    for (int at = lane * 4; at < bytes + ahead; at += 32 * 4)
+      cp_async_4(to + at, first + at, min(4, bytes + ahead - at));
+  }
+}
+
+// N units from j on of a row that was copied from `from`, as sums.
+template <int N, class T>
+__device__ __forceinline__ auto read_copy(const char* row, const T* from, int j) {
+  Units<decltype(widen(T())), N> result;
+  Units<T, N> numbers;
+  if constexpr (sizeof(T) == 2) {
+    static_assert(N == 2);
+    const auto* words = reinterpret_cast<const uint32_t*>(row) + j / 2;
+    const auto shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) % 4 * 8);
+    numbers = bits_as<Units<T, N>>(__funnelshift_r(words[0], words[1], shift));
+  } else {
+    numbers = *reinterpret_cast<const Units<T, N>*>(row + j * int{sizeof(T)});
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) result.at[n] = widen(numbers.at[n]);
+  return result;
+}
+
+// `Team` is Gather or Scatter. kDirection is 1 or -1: whether the steps are walked upwards.
+template <class Tile, int kBatchTiles, class Team, int kDirection>
 class SequenceBlock {
  public:
   using Sum = typename Tile::Sum;
+  static constexpr int kItem = Team::kItem;
   // Registers hold the recurrent weights; what a projection has comes from shared memory in each step.
   using RecurrentWeights = OnChipWeights<Tile, kBatchTiles, Tile::kRegisterSteps>;
   using ProjectionWeights = OnChipWeights<Tile, kBatchTiles, 0>;
 
-  __device__ SequenceBlock(const Layout& layout, const SequenceShape& shape, const Masks& masks, bool reverse,
-                           const void* w_hh)
+  __device__ SequenceBlock(const Layout& layout, const SequenceShape& shape, const Masks& masks,
+                           const int64_t* packed_offset, bool reverse, const LayerWeights& weights)
       : layout_(layout),
         shape_(shape),
         masks_(masks),
+        packed_offset_(packed_offset),
         reverse_(reverse),
         team_(layout),
-        weights_(layout[Product::kRecurrent], w_hh, team_.rank(), team_.shared()) {}
-
-  __device__ ProjectionWeights projection(const void* w_hr) const {
-    return ProjectionWeights(layout_[Product::kProjection], w_hr, team_.rank(), team_.shared());
+        recurrent_(layout[Product::kRecurrent], team_.shared()),
+        projection_(layout[Product::kProjection], team_.shared()) {
+    load(Product::kRecurrent, recurrent_, weights.w_hh.data);
+    if (projected()) load(Product::kProjection, projection_, weights.w_hr.data);
   }
+
+  __device__ bool projected() const { return layout_.num_products == 2; }
 
   // Calls walk() for each batch of sequences that is this team's.
   template <class Walk>
@@ -43,15 +81,15 @@ class SequenceBlock {
     team_.leave();
   }
 
-  // Calls body(n, j, unit, index) for this rank's units of each sequence n, one thread each: unit j of its slice, and
-  // `unit` of all. `index` counts both.
+  // Calls body(n, j, unit, valid) for this rank's units of each sequence n, kItem of them in one thread: from unit j of
+  // its share on, which is `unit` of all, and of which the vector has `valid`.
   template <class Body>
-  __device__ __forceinline__ void for_units(const Slices& slices, const Body& body) const {
-    const int width = slices.width;
-    for (int index = threadIdx.x; index < count_ * width; index += kThreads) {
-      const int j = index % width;
-      const int64_t unit = static_cast<int64_t>(team_.rank()) * width + j;
-      if (unit < slices.limit) body(index / width, j, unit, index);
+  __device__ __forceinline__ void for_items(const Share& share, const Body& body) const {
+    const int each = share.items.value;
+    for (int index = threadIdx.x; index < count_ * each; index += kThreads) {
+      const int n = share.items.quotient(index), j = (index - n * each) * kItem;
+      const int unit = team_.rank() * share.width + j;
+      body(n, j, int64_t{unit}, share.limit - unit);
     }
   }
 
@@ -60,49 +98,82 @@ class SequenceBlock {
   __device__ int64_t sequence(int n) const { return first_ + n; }
   __device__ bool is_empty(int n) const { return length_of(masks_, shape_.T, first_ + n) == 0; }
 
-  // Where the sequences stand at step s. Two sets take turns: while one step's is made, the last one's is still read.
+  // Where the sequences stand at step s, and at the next one that is walked. They are found for several steps at once,
+  // as each waits for what it reads.
   __device__ const Moment& moment(int64_t s, int n) const { return moments(s)[n]; }
-  __device__ void find_moments(int64_t s) {
-    const int n = threadIdx.x;
-    if (n < count_) moments(s)[n] = moment_at(masks_, shape_.T, reverse_, s, first_ + n);
+  __device__ __forceinline__ void find_moments(int64_t s) {
+    if (s == first_moment_ + kMomentSteps * kDirection) find_moments_from(s);
+  }
+  __device__ void find_moments_from(int64_t s) {
+    __syncthreads();  // nobody reads the last ones
+    first_moment_ = s;
+    const int n = threadIdx.x % 32;
+    for (int later = threadIdx.x / 32; later <= kMomentSteps && n < count_; later += kWarps) {
+      const int64_t step = s + later * kDirection;
+      moments(step)[n] = moment_at(masks_, packed_offset_, shape_.T, reverse_, step, first_ + n);
+    }
+    __syncthreads();  // they are there
   }
 
-  // c between the steps, or its gradient: of unit and sequence `index` of for_units.
-  __device__ Sum& state(int index) const { return team_.state()[index]; }
-
-  __device__ Team<Tile, kBatchTiles>& team() { return team_; }
-  __device__ const RecurrentWeights& weights() const { return weights_; }
-
-  // Waits for the operand of a product and multiplies this rank's weights with it.
-  template <class Weights>
-  __device__ __forceinline__ void multiply(Product which, const Weights& weights, bool sent) {
-    team_.receive(which, count_, sent);
-    weights.multiply(layout_[which], team_.operand(which), team_.partial(), layout_.partial_stride);
-    __syncthreads();  // the sums of all warps are there, and nobody reads the operand any more
+  // Row `row` of the copies for sequence n at step s: a gate, or after the four of them c, d_cells and dy.
+  __device__ __forceinline__ char* copy_of(int64_t s, int n, int row) const {
+    const int sequence = 4 * layout_.gate_row + 2 * layout_.cell_row + layout_.h_row;
+    const int place = row < 4 ? row * layout_.gate_row : 4 * layout_.gate_row + (row - 4) * layout_.cell_row;
+    return team_.shared() + layout_.inputs_offset + static_cast<int>(s & 1) * layout_.inputs_bytes + n * sequence +
+           place;
   }
 
-  // The product's row j for sequence n.
-  __device__ __forceinline__ Sum product(Product which, int n, int j) const {
-    return total(team_.partial() + n * layout_.partial_stride + j, kWarps / layout_[which].warps_m,
-                 kBatchTiles * kBatchColumns * layout_.partial_stride);
-  }
+  // c between the steps, or its gradient, from unit j on of sequence n; and backward c of the step itself.
+  __device__ Units<Sum, kItem>& state(int n, int j) const { return units_at(layout_.state_offset, n, j); }
+  __device__ Units<Sum, kItem>& cells(int n, int j) const { return units_at(layout_.cells_offset, n, j); }
 
-  // This rank's part of the next operand of a product is put there: sends it to the others.
-  __device__ __forceinline__ void send(Product which) { team_.send(which, count_); }
+  __device__ Team& team() { return team_; }
+  __device__ const Team& team() const { return team_; }
+
+  // This rank's weights times the operand, which all threads know to be there.
+  template <Product kWhich>
+  __device__ __forceinline__ void multiply() const {
+    const ProductLayout& product = layout_[kWhich];
+    const auto run = [&](const auto& weights) {
+      weights.multiply(product, team_.operand(kWhich), team_.partial(), layout_.partial_stride);
+    };
+    if constexpr (kWhich == Product::kRecurrent) {
+      run(recurrent_);
+    } else {
+      run(projection_);
+    }
+  }
 
  private:
+  template <class Weights>
+  __device__ void load(Product which, Weights& to, const void* weights) const {
+    const ProductLayout& product = layout_[which];
+    const int rank = team_.rank();
+    to.load(product, weights, kDirection > 0 ? rank * product.rows.per_rank() : 0,
+            kDirection > 0 ? 0 : rank * product.columns.per_rank());
+  }
+
   __device__ Moment* moments(int64_t s) const {
-    return reinterpret_cast<Moment*>(team_.shared() + layout_.moments_offset) + (s & 1) * kBatchTiles * kBatchColumns;
+    return reinterpret_cast<Moment*>(team_.shared() + layout_.moments_offset) +
+           static_cast<int>(s - first_moment_) * kDirection * layout_.team_batch;
+  }
+
+  __device__ Units<Sum, kItem>& units_at(int offset, int n, int j) const {
+    const int item = n * layout_.units.value + j / kItem;
+    return reinterpret_cast<Units<Sum, kItem>*>(team_.shared() + offset)[item];
   }
 
   const Layout& layout_;
   const SequenceShape& shape_;
   const Masks& masks_;
+  const int64_t* packed_offset_;
   const bool reverse_;
-  Team<Tile, kBatchTiles> team_;
-  RecurrentWeights weights_;
+  Team team_;
+  RecurrentWeights recurrent_;
+  ProjectionWeights projection_;
   int64_t first_ = 0;  // sequence of this batch
   int count_ = 0;
+  int64_t first_moment_ = 0;
 };
 
 }  // namespace lstm_ext::cuda

@@ -4,20 +4,22 @@
 //   dh      = dy + W_hh' d_gates of the step after          (with a projection W_hr' of that is the hidden units')
 //   d_gates = dh, through the pointwise part (gate_math.h)  which needs the gates and c of the forward pass
 //
-// The walk goes from the last step to the first. What is exchanged are the d_gates, four numbers for each unit where
-// the forward pass has one.
+// The walk goes from the last step to the first. A rank multiplies the d_gates of its own units, and sends each rank
+// its part of dh: one number for each unit, where to gather the d_gates would take four.
 #pragma once
 
 #include "sequence.cuh"
 
 namespace lstm_ext::cuda {
 
-template <class Tile, int kBatchTiles>
+template <class Tile, int kBatchTiles, Exchange kExchange>
 class BackwardWalk {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
-  using Block = SequenceBlock<Tile, kBatchTiles>;
-  using ProjectionWeights = typename Block::ProjectionWeights;
+  using Block = SequenceBlock<Tile, kBatchTiles, Scatter<Tile, kBatchTiles, kExchange>, -1>;
+  static constexpr int kItem = Block::kItem;
+  using Sums = Units<Sum, kItem>;
+  using Cells = Units<BackwardCell<Sum>, kItem>;
 
  public:
   __device__ explicit BackwardWalk(const SequenceBackward& params)
@@ -25,88 +27,215 @@ class BackwardWalk {
         shape_(params.pass.layer.shape),
         layout_(params.layout),
         from_(params.pass.layer.direction[blockIdx.y]),
-        block_(layout_, shape_, pass_.layer.masks, from_.reverse, from_.weights.w_hh.data) {}
+        block_(layout_, shape_, pass_.layer.masks, pass_.layer.gates_map.packed_offset, from_.reverse, from_.weights) {}
 
   __device__ void run() {
-    if (layout_.num_products == 1) {
-      block_.for_batches([&] { walk([&](int64_t s) { take_step(s); }); });
-    } else {
-      const ProjectionWeights w_hr = block_.projection(from_.weights.w_hr.data);
-      block_.for_batches([&] { walk([&](int64_t s) { take_projected_step(s, w_hr); }); });
-    }
+    block_.for_batches([&] { walk(); });
   }
 
  private:
-  template <class Step>
-  __device__ __forceinline__ void walk(const Step& step) {
-    block_.team().fill(Product::kRecurrent, 0, [](int, int) { return Tile::on_chip(0); });
-    block_.for_units(hidden(), [&](int, int, int64_t, int index) { block_.state(index) = 0; });
-    for (int64_t s = shape_.T - 1; s >= 0; --s) {
+  __device__ __forceinline__ void walk() {
+    const int64_t last = shape_.T - 1;
+    block_.find_moments_from(last);
+    start(last);
+    copy_inputs(last);
+    cp_async_wait<0>();
+    __syncthreads();  // they are there
+    for (int64_t s = last; s >= 0; --s) {
       block_.find_moments(s);
-      block_.multiply(Product::kRecurrent, block_.weights(), s + 1 < shape_.T);
-      step(s);
-      block_.send(Product::kRecurrent);
+      copy_inputs(s - 1);
+      if (s < last) block_.team().receive(Product::kRecurrent);
+      if (block_.projected()) {
+        take_projected_step(s);
+      } else {
+        take_step(s);
+      }
+      __syncthreads();  // the operand is there, and nobody reads the sums of the step after
+      block_.template multiply<Product::kRecurrent>();
+      cp_async_wait<0>();
+      __syncthreads();  // the sums of all warps are there, and what the next step reads
+      block_.team().send(Product::kRecurrent, block_.count());
     }
+    block_.team().receive(Product::kRecurrent);
     finish();
   }
 
+  // No gradient of c comes from behind the last step, whose c is read here and of which each step leaves the one
+  // before.
+  __device__ void start(int64_t last) {
+    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+      const Moment& moment = block_.moment(last, n);
+      Sums c{};
+#pragma unroll
+      for (int i = 0; i < kItem; ++i)
+        if (moment.active && i < valid)
+          c.at[i] = *element<Sum>(from_.cells, pass_.layer.cells_map, moment.start, block_.sequence(n), unit + i);
+      block_.cells(n, j) = c;
+      block_.state(n, j) = {};
+    });
+  }
+
+  // ---- What a step reads --------------------------------------------------------------------------------------------
+
+  static constexpr int kCells = 4, kCellGrads = 5, kOutputGrads = 6, kRows = 7;
+
+  // Where a row of the copies for sequence n at step s comes from, from this rank's first unit on: the gates and
+  // d_cells of the step, dy, and the cells of the step before.
+  __device__ __forceinline__ const Number* gate_row(const Moment& moment, int n, int gate) const {
+    return element<Number>(from_.gates, pass_.layer.gates_map, moment.start, block_.sequence(n),
+                           gate * shape_.H + first(hidden()));
+  }
+  __device__ __forceinline__ const Number* dy_row(const Moment& moment, int n) const {
+    return element<Number>(from_.dy, pass_.layer.dy_map, moment.start, block_.sequence(n), first(h()));
+  }
+  __device__ __forceinline__ const Sum* cell_row(const void* rows, const RowMap& map, int64_t start, int n) const {
+    return element<Sum>(rows, map, start, block_.sequence(n), first(hidden()));
+  }
+
+  // Of the rows that step s will read, if there is such a step; always one group of copies.
+  __device__ __forceinline__ void copy_inputs(int64_t s) const {
+    if (s >= 0) {
+      const int units = there(hidden());
+      for (int index = threadIdx.x / 32; index < kRows * block_.count(); index += kWarps) {
+        const int n = index / kRows, row = index % kRows;
+        const Moment& moment = block_.moment(s, n);
+        char* to = block_.copy_of(s, n, row);
+        if (row < kCells && moment.active) copy_row(to, gate_row(moment, n, row), units * int{sizeof(Number)});
+        if (row == kCells && moment.follows)
+          copy_row(to, cell_row(from_.cells, pass_.layer.cells_map, moment.start_before, n), units * int{sizeof(Sum)});
+        if (row == kCellGrads && moment.active && from_.d_cells)
+          copy_row(to, cell_row(from_.d_cells, pass_.layer.d_cells_map, moment.start, n), units * int{sizeof(Sum)});
+        if (row == kOutputGrads && moment.active && from_.dy)
+          copy_row(to, dy_row(moment, n), there(h()) * int{sizeof(Number)});
+      }
+    }
+    cp_async_commit();
+  }
+
+  __device__ __forceinline__ Units<BackwardInputs<Sum>, kItem> inputs(int64_t s, const Moment& moment, int n, int j,
+                                                                      int64_t unit, int valid) const {
+    Sums gates[4], before{}, d_cells{};
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+      gates[gate] = read_copy<kItem>(block_.copy_of(s, n, gate), gate_row(moment, n, gate), j);
+    if (moment.follows) before = read_sums(block_.copy_of(s, n, kCells), j);
+    if (from_.d_cells) d_cells = read_sums(block_.copy_of(s, n, kCellGrads), j);
+    Sums& kept = block_.cells(n, j);
+    const Sums c = kept;
+    kept = before;
+    Units<BackwardInputs<Sum>, kItem> result;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) {
+      Sum c_prev = before.at[i];
+      if (s == 0) c_prev = i < valid ? state_at<Number>(from_.state.c0, block_.sequence(n), unit + i) : 0;
+      if (moment.forgets) c_prev = 0;
+      result.at[i] = {{gates[0].at[i], gates[1].at[i], gates[2].at[i], gates[3].at[i]}, c.at[i], c_prev, d_cells.at[i]};
+    }
+    return result;
+  }
+
+  static __device__ __forceinline__ Sums read_sums(const char* row, int j) {
+    return *reinterpret_cast<const Sums*>(row + j * int{sizeof(Sum)});
+  }
+
+  // ---- A step -------------------------------------------------------------------------------------------------------
+
   __device__ __forceinline__ void take_step(int64_t s) {
-    block_.for_units(hidden(), [&](int n, int j, int64_t unit, int index) {
-      update(s, n, j, unit, output(s, n, j, unit), block_.state(index));
+    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+      const Moment& moment = block_.moment(s, n);
+      const Sums d_h = output(s, moment, n, j, unit, valid);
+      update(s, moment, n, j, unit, valid, d_h);
+      store_output_grads<Tile>(pass_, blockIdx.y, moment, s, block_.sequence(n), unit, d_h, valid);
     });
   }
 
-  __device__ __forceinline__ void take_projected_step(int64_t s, const ProjectionWeights& w_hr) {
-    block_.for_units(
-        h(), [&](int n, int j, int64_t p, int) { block_.team().put(Product::kProjection, n, j, output(s, n, j, p)); });
-    block_.send(Product::kProjection);
-    block_.multiply(Product::kProjection, w_hr, true);
-    block_.for_units(hidden(), [&](int n, int j, int64_t unit, int index) {
-      update(s, n, j, unit, block_.product(Product::kProjection, n, j), block_.state(index));
+  __device__ __forceinline__ void take_projected_step(int64_t s) {
+    block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
+      const Moment& moment = block_.moment(s, n);
+      const Sums d_h = output(s, moment, n, j, p, valid);
+      block_.team().put(Product::kProjection, n, j, d_h);
+      store_output_grads<Tile>(pass_, blockIdx.y, moment, s, block_.sequence(n), p, d_h, valid);
+    });
+    __syncthreads();  // the operand is there, and nobody reads the sums of the other product
+    block_.template multiply<Product::kProjection>();
+    __syncthreads();  // the sums of all warps are there
+    block_.team().send(Product::kProjection, block_.count());
+    block_.team().receive(Product::kProjection);
+    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+      update(s, block_.moment(s, n), n, j, unit, valid, block_.team().sum(Product::kProjection, n, j));
     });
   }
 
-  // The gradient of element p of h, which is number j of this rank's.
-  __device__ __forceinline__ Sum output(int64_t s, int n, int j, int64_t p) const {
-    const Sum d_h = block_.product(Product::kRecurrent, n, j);
-    return backward_output<Tile>(pass_, blockIdx.y, block_.moment(s, n), s, block_.sequence(n), p, d_h);
+  // The gradient of elements p and following of h, which are numbers j and following of this rank's.
+  __device__ __forceinline__ Sums output(int64_t s, const Moment& moment, int n, int j, int64_t p, int valid) const {
+    Sums d_h{}, dy{};
+    if (s + 1 < shape_.T) d_h = block_.team().sum(Product::kRecurrent, n, j);
+    if (from_.dy) dy = read_copy<kItem>(block_.copy_of(s, n, kOutputGrads), dy_row(moment, n), j);
+#pragma unroll
+    for (int i = 0; i < kItem; ++i)
+      d_h.at[i] =
+          i < valid ? backward_output<Number>(from_, moment, block_.sequence(n), p + i, d_h.at[i], dy.at[i]) : 0;
+    return d_h;
   }
 
-  // Unit j of this rank: from the gradient of its h to those of its gates, for the operand of the step before, and of
-  // its c, in place.
-  __device__ __forceinline__ void update(int64_t s, int n, int j, int64_t unit, Sum d_h, Sum& d_c) {
-    const Pre<Tile> sent =
-        backward_cell<Tile>(pass_, blockIdx.y, block_.moment(s, n), s, block_.sequence(n), unit, d_h, d_c);
-    const int width = hidden().width;
-    block_.team().put(Product::kRecurrent, n, j, sent.i);
-    block_.team().put(Product::kRecurrent, n, width + j, sent.f);
-    block_.team().put(Product::kRecurrent, n, 2 * width + j, sent.g);
-    block_.team().put(Product::kRecurrent, n, 3 * width + j, sent.o);
+  // Units j and following of this rank: from the gradient of their h to those of their gates, for the operand, and of
+  // their c, which the state gets.
+  __device__ __forceinline__ void update(int64_t s, const Moment& moment, int n, int j, int64_t unit, int valid,
+                                         const Sums& d_h) {
+    const Units<BackwardInputs<Sum>, kItem> given = inputs(s, moment, n, j, unit, valid);
+    Sums& state = block_.state(n, j);
+    Sums d_c = state;
+    Cells cells;
+    Units<Sum, 4 * kItem> sent;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) {
+      cells.at[i] = {};
+      if (i < valid)
+        cells.at[i] =
+            backward_cell<Tile>(from_, moment, block_.sequence(n), unit + i, given.at[i], d_h.at[i], d_c.at[i]);
+      const GateValues<Sum> back = carried_back(moment, cells.at[i]);
+      sent.at[4 * i] = back.i;
+      sent.at[4 * i + 1] = back.f;
+      sent.at[4 * i + 2] = back.g;
+      sent.at[4 * i + 3] = back.o;
+    }
+    state = d_c;
+    block_.team().put(Product::kRecurrent, n, 4 * j, sent);
+    store_cell_grads<Tile>(pass_, blockIdx.y, moment, s, block_.sequence(n), unit, cells, valid);
   }
 
   // The gradients of the initial state. An empty sequence has it as its final state.
   __device__ void finish() {
-    block_.multiply(Product::kRecurrent, block_.weights(), true);
     if (from_.dh0) {
-      block_.for_units(h(), [&](int n, int j, int64_t p, int) {
-        const int64_t b = block_.sequence(n);
-        const bool empty = block_.is_empty(n);
-        const Sum d_h = empty ? state_at<Number>(from_.dh_n, b, p) : block_.product(Product::kRecurrent, n, j);
-        static_cast<Number*>(from_.dh0)[b * shape_.P + p] = narrow<Number>(d_h);
+      block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
+        const Sums sums = block_.team().sum(Product::kRecurrent, n, j);
+        store_initial(from_.dh0, shape_.P, from_.dh_n, n, p, sums, valid);
       });
     }
     if (!from_.dc0) return;
-    block_.for_units(hidden(), [&](int n, int, int64_t unit, int index) {
-      const int64_t b = block_.sequence(n);
-      const Sum d_c = block_.is_empty(n) ? state_at<Number>(from_.dc_n, b, unit) : block_.state(index);
-      static_cast<Number*>(from_.dc0)[b * shape_.H + unit] = narrow<Number>(d_c);
+    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+      store_initial(from_.dc0, shape_.H, from_.dc_n, n, unit, block_.state(n, j), valid);
     });
+  }
+
+  __device__ __forceinline__ void store_initial(void* to, int64_t width, const Matrix& final_grad, int n, int64_t unit,
+                                                Sums values, int valid) const {
+    const int64_t b = block_.sequence(n);
+    if (block_.is_empty(n)) {
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) values.at[i] = i < valid ? state_at<Number>(final_grad, b, unit + i) : 0;
+    }
+    store_units(static_cast<Number*>(to) + b * width + unit, values, valid);
   }
 
   // How the ranks divide the hidden units, and h: the same without a projection. The columns of the recurrent product
   // are the four gates of each unit.
-  __device__ const Slices& hidden() const { return layout_.product[layout_.num_products - 1].rows; }
-  __device__ const Slices& h() const { return layout_[Product::kRecurrent].rows; }
+  __device__ const Share& hidden() const { return layout_.product[layout_.num_products - 1].rows; }
+  __device__ const Share& h() const { return layout_[Product::kRecurrent].rows; }
+  __device__ int64_t first(const Share& share) const { return int64_t{block_.team().rank()} * share.width; }
+  __device__ int there(const Share& share) const {
+    return min(share.width, share.limit - static_cast<int>(first(share)));
+  }
 
   const BackwardPass& pass_;
   const SequenceShape& shape_;
@@ -115,9 +244,9 @@ class BackwardWalk {
   Block block_;
 };
 
-template <class Tile, int kBatchTiles>
+template <class Tile, int kBatchTiles, Exchange kExchange>
 __global__ void __launch_bounds__(kThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward params) {
-  BackwardWalk<Tile, kBatchTiles>(params).run();
+  BackwardWalk<Tile, kBatchTiles, kExchange>(params).run();
 }
 
 }  // namespace lstm_ext::cuda

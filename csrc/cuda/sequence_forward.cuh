@@ -11,12 +11,13 @@
 
 namespace lstm_ext::cuda {
 
-template <class Tile, int kBatchTiles>
+template <class Tile, int kBatchTiles, Exchange kExchange>
 class ForwardWalk {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
-  using Block = SequenceBlock<Tile, kBatchTiles>;
-  using ProjectionWeights = typename Block::ProjectionWeights;
+  using Block = SequenceBlock<Tile, kBatchTiles, Gather<Tile, kBatchTiles, kExchange>, 1>;
+  static constexpr int kItem = Block::kItem;
+  using Sums = Units<Sum, kItem>;
 
  public:
   __device__ explicit ForwardWalk(const SequenceForward& params)
@@ -24,30 +25,38 @@ class ForwardWalk {
         layer_(params.layer),
         layout_(params.layout),
         to_(params.layer.direction[blockIdx.y]),
-        block_(layout_, layer_.shape, layer_.masks, to_.reverse, to_.weights.w_hh.data) {}
-
-  __device__ void run() {
-    if (layout_.num_products == 1) {
-      block_.for_batches([&] { walk([&](int64_t s, bool send) { take_step(s, send); }); });
-    } else {
-      const ProjectionWeights w_hr = block_.projection(to_.weights.w_hr.data);
-      block_.for_batches([&] { walk([&](int64_t s, bool send) { take_projected_step(s, send, w_hr); }); });
+        block_(layout_, layer_.shape, layer_.masks, layer_.gates_map.packed_offset, to_.reverse, to_.weights) {
+    for (int j = threadIdx.x; j < hidden().width; j += kThreads) {
+      const int64_t unit = block_.team().rank() * hidden().width + j;
+      bias()[j] = unit < hidden().limit ? bias_of<Tile>(to_.weights, layer_.shape.H, unit) : Pre<Tile>{};
     }
   }
 
+  __device__ void run() {
+    block_.for_batches([&] { walk(); });
+  }
+
  private:
-  template <class Step>
-  __device__ __forceinline__ void walk(const Step& step) {
-    block_.find_moments(0);
-    __syncthreads();  // the moments are there
+  __device__ __forceinline__ void walk() {
+    block_.find_moments_from(0);
     start();
+    copy_inputs(0);
     for (int64_t s = 0; s < layer_.shape.T; ++s) {
-      if (s > 0) block_.find_moments(s);
-      block_.multiply(Product::kRecurrent, block_.weights(), s > 0);
+      block_.find_moments(s);
+      block_.team().receive(Product::kRecurrent, block_.count(), s > 0);
+      copy_inputs(s + 1);
+      block_.template multiply<Product::kRecurrent>();
+      cp_async_wait<1>();  // those of this step; the next one's are under way
+      __syncthreads();     // they are there, and the sums of all warps; nobody reads the operand any more
       const bool send = s + 1 < layer_.shape.T;
-      step(s, send);
-      if (send) block_.send(Product::kRecurrent);
+      if (block_.projected()) {
+        take_projected_step(s, send);
+      } else {
+        take_step(s, send);
+      }
+      if (send) block_.team().send(Product::kRecurrent, block_.count());
     }
+    cp_async_wait<0>();
   }
 
   // The initial state: h to the operand, c to this block's state, and both to the results of empty sequences.
@@ -57,60 +66,133 @@ class ForwardWalk {
       return Tile::on_chip(
           p < 0 || block_.moment(0, n).forgets ? Sum(0) : state_at<Number>(to_.state.h0, block_.sequence(n), p));
     });
-    block_.for_units(hidden(), [&](int n, int, int64_t unit, int index) {
-      const int64_t b = block_.sequence(n);
-      const Sum c0 = state_at<Number>(to_.state.c0, b, unit);
-      block_.state(index) = block_.moment(0, n).forgets ? 0 : c0;
-      if (block_.is_empty(n)) static_cast<Number*>(to_.c_n)[b * layer_.shape.H + unit] = narrow<Number>(c0);
-    });
-    block_.for_units(h(), [&](int n, int, int64_t p, int) {
-      const int64_t b = block_.sequence(n);
+    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+      const Sums c0 = initial(to_.state.c0, n, unit, valid);
+      block_.state(n, j) = block_.moment(0, n).forgets ? Sums{} : c0;
       if (block_.is_empty(n))
-        static_cast<Number*>(to_.h_n)[b * layer_.shape.P + p] = narrow<Number>(state_at<Number>(to_.state.h0, b, p));
+        store_units(static_cast<Number*>(to_.c_n) + block_.sequence(n) * layer_.shape.H + unit, c0, valid);
     });
+    block_.for_items(h(), [&](int n, int, int64_t p, int valid) {
+      if (block_.is_empty(n))
+        store_units(static_cast<Number*>(to_.h_n) + block_.sequence(n) * layer_.shape.P + p,
+                    initial(to_.state.h0, n, p, valid), valid);
+    });
+  }
+
+  __device__ Sums initial(const Matrix& state, int n, int64_t unit, int valid) const {
+    Sums values;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i)
+      values.at[i] = i < valid ? state_at<Number>(state, block_.sequence(n), unit + i) : 0;
+    return values;
+  }
+
+  // The rows of xw that step s will read, if there is such a step; always one group of copies.
+  __device__ __forceinline__ void copy_inputs(int64_t s) const {
+    if (s < layer_.shape.T) {
+      const int64_t first = int64_t{block_.team().rank()} * hidden().width;
+      const int bytes = min(hidden().width, hidden().limit - static_cast<int>(first)) * int{sizeof(Sum)};
+      for (int row = threadIdx.x / 32; row < 4 * block_.count(); row += kWarps) {
+        const int n = row / 4, gate = row % 4;
+        const Moment& moment = block_.moment(s, n);
+        if (!moment.active) continue;
+        const Sum* from = element<Sum>(params_.xw[blockIdx.y], layer_.gates_map, moment.start, block_.sequence(n),
+                                       gate * layer_.shape.H + first);
+        copy_row(block_.copy_of(s, n, gate), from, bytes);
+      }
+    }
+    cp_async_commit();
   }
 
   __device__ __forceinline__ void take_step(int64_t s, bool send) {
-    block_.for_units(hidden(), [&](int n, int j, int64_t unit, int index) {
-      output(s, send, n, j, unit, update(s, n, j, unit, block_.state(index)));
+    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+      const Moment& moment = block_.moment(s, n);
+      const Cells cells = update(s, moment, n, j, valid);
+      const Sums h = outputs_of(moment, cells);
+      if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, h));
+      store_cells<Tile>(layer_, to_, moment, block_.sequence(n), unit, cells, valid);
+      store_output<Tile>(layer_, to_, moment, block_.sequence(n), unit, h, valid);
     });
   }
 
-  __device__ __forceinline__ void take_projected_step(int64_t s, bool send, const ProjectionWeights& w_hr) {
-    block_.for_units(hidden(), [&](int n, int j, int64_t unit, int index) {
-      block_.team().put(Product::kProjection, n, j, update(s, n, j, unit, block_.state(index)));
+  __device__ __forceinline__ void take_projected_step(int64_t s, bool send) {
+    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+      const Moment& moment = block_.moment(s, n);
+      const Cells cells = update(s, moment, n, j, valid);
+      block_.team().put(Product::kProjection, n, j, outputs_of(moment, cells));
+      store_cells<Tile>(layer_, to_, moment, block_.sequence(n), unit, cells, valid);
     });
-    block_.send(Product::kProjection);
-    block_.multiply(Product::kProjection, w_hr, true);
-    block_.for_units(layout_[Product::kProjection].rows, [&](int n, int j, int64_t p, int) {
-      output(s, send, n, j, p, block_.product(Product::kProjection, n, j));
+    block_.team().send(Product::kProjection, block_.count());
+    block_.team().receive(Product::kProjection, block_.count(), true);
+    block_.template multiply<Product::kProjection>();
+    __syncthreads();  // the sums of all warps are there
+    block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
+      const Moment& moment = block_.moment(s, n);
+      const Sums sums = block_.team().template product<Sums>(Product::kProjection, n, j);
+      if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, sums));
+      store_output<Tile>(layer_, to_, moment, block_.sequence(n), p, sums, valid);
     });
   }
 
-  // Unit j of this rank: from the sums of its gates to its c, in place, and its h before a projection.
-  __device__ __forceinline__ Sum update(int64_t s, int n, int j, int64_t unit, Sum& c) const {
-    const Moment& moment = block_.moment(s, n);
-    const int64_t H = layer_.shape.H;
-    Pre<Tile> pre{};
-    if (moment.active) {
-      const auto gate = [&](int q) { return block_.product(Product::kRecurrent, n, q * hidden().width + j); };
-      const Pre<Tile> from_h{gate(0), gate(1), gate(2), gate(3)};
-      const Pre<Tile> from_x =
-          read_gates<Sum>(params_.xw[blockIdx.y], layer_.gates_map, moment.t, block_.sequence(n), H, unit);
-      pre = plus(plus(from_x, from_h), bias_of<Tile>(to_.weights, H, unit));
+  using Cells = Units<CellState<Sum>, kItem>;
+
+  // Units j and following of this rank: from the sums of their gates to their c, which the state gets as well. Units
+  // that are none are zero.
+  __device__ __forceinline__ Cells update(int64_t s, const Moment& moment, int n, int j, int valid) const {
+    Sums from_x[4];
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+      from_x[gate] = *reinterpret_cast<const Sums*>(block_.copy_of(s, n, gate) + j * int{sizeof(Sum)});
+    Sums& c = block_.state(n, j);
+    const Sums before = c;
+    Sums after;
+    Cells cells;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) {
+      const Pre<Tile> from_h = gates_of(n, j + i),
+                      x{from_x[0].at[i], from_x[1].at[i], from_x[2].at[i], from_x[3].at[i]};
+      cells.at[i] = forward_cell<Tile>(moment, plus(plus(x, from_h), bias()[j + i]), before.at[i]);
+      if (i >= valid) cells.at[i] = {};
+      after.at[i] = carried(moment, cells.at[i].c);
     }
-    return forward_cell<Tile>(layer_, to_, moment, block_.sequence(n), unit, pre, c);
+    c = after;
+    return cells;
   }
 
-  // Element p of h, which is number j of this rank's: to y, and to the operand of the next step.
-  __device__ __forceinline__ void output(int64_t s, bool send, int n, int j, int64_t p, Sum h) {
-    const Sum next = forward_output<Tile>(layer_, to_, block_.moment(s, n), block_.sequence(n), p, h);
-    if (send) block_.team().put(Product::kRecurrent, n, j, next);
+  // The weighted sums of h of a unit's gates, which are four rows of the product.
+  __device__ __forceinline__ Pre<Tile> gates_of(int n, int j) const {
+    if constexpr (Piece<Sum>::kCount == 4) {
+      const Piece<Sum> all = block_.team().product(Product::kRecurrent, n, 4 * j);
+      return {all.at[0], all.at[1], all.at[2], all.at[3]};
+    } else {
+      const Piece<Sum> first = block_.team().product(Product::kRecurrent, n, 4 * j),
+                       rest = block_.team().product(Product::kRecurrent, n, 4 * j + 2);
+      return {first.at[0], first.at[1], rest.at[0], rest.at[1]};
+    }
+  }
+
+  // h before a projection.
+  __device__ __forceinline__ Sums outputs_of(const Moment& moment, const Cells& cells) const {
+    Sums h{};
+#pragma unroll
+    for (int i = 0; i < kItem; ++i)
+      if (moment.active) h.at[i] = cell_output<typename Tile::Math>(cells.at[i].gates.o, cells.at[i].c);
+    return h;
+  }
+
+  __device__ __forceinline__ Sums carried_h(const Moment& moment, Sums h) const {
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) h.at[i] = carried(moment, h.at[i]);
+    return h;
+  }
+
+  __device__ __forceinline__ Pre<Tile>* bias() const {
+    return reinterpret_cast<Pre<Tile>*>(block_.team().shared() + layout_.bias_offset);
   }
 
   // How the ranks divide the hidden units (of each gate), and h: the same without a projection.
-  __device__ const Slices& hidden() const { return layout_[Product::kRecurrent].rows; }
-  __device__ const Slices& h() const { return layout_[Product::kRecurrent].columns; }
+  __device__ const Share& hidden() const { return layout_[Product::kRecurrent].rows; }
+  __device__ const Share& h() const { return layout_[Product::kRecurrent].columns; }
 
   const SequenceForward& params_;
   const LayerForward& layer_;
@@ -119,9 +201,9 @@ class ForwardWalk {
   Block block_;
 };
 
-template <class Tile, int kBatchTiles>
+template <class Tile, int kBatchTiles, Exchange kExchange>
 __global__ void __launch_bounds__(kThreads, 1) sequence_forward(const __grid_constant__ SequenceForward params) {
-  ForwardWalk<Tile, kBatchTiles>(params).run();
+  ForwardWalk<Tile, kBatchTiles, kExchange>(params).run();
 }
 
 }  // namespace lstm_ext::cuda

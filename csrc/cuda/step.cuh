@@ -31,7 +31,8 @@ class StepBlock {
   static constexpr int kOperandBytes = kChunk * kSequences * static_cast<int>(sizeof(OnChip));
   static_assert(kOperandBytes <= kWarps * kStepRows * kSequences * int{sizeof(Sum)}, "they lie where the sums do");
 
-  __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks, bool reverse, int64_t s)
+  __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks,
+                       const int64_t* packed_offset, bool reverse, int64_t s)
       : part_(part),
         block_(static_cast<int>(blockIdx.x % part.row_blocks)),
         first_(static_cast<int64_t>(blockIdx.x / part.row_blocks) * kSequences),
@@ -39,8 +40,8 @@ class StepBlock {
     sums_.clear();
     const int n = threadIdx.x;
     if (n < count_) {
-      moments()[n] = moment_at(masks, shape.T, reverse, s, first_ + n);
-      next_moments()[n] = moment_at(masks, shape.T, reverse, s + 1, first_ + n);
+      moments()[n] = moment_at(masks, packed_offset, shape.T, reverse, s, first_ + n);
+      next_moments()[n] = moment_at(masks, packed_offset, shape.T, reverse, s + 1, first_ + n);
     }
     __syncthreads();  // the moments are there
   }
@@ -82,7 +83,7 @@ class StepBlock {
 
   // The product's row j for sequence n.
   __device__ Sum product(int n, int j) const {
-    return total(partial() + n * stride() + j, splits(), kSequences * stride());
+    return total_of_rows(partial() + n * stride() + j, splits(), kSequences * stride());
   }
 
   // Calls body(n, j, unit) for this block's units of each sequence n, one thread each.
@@ -172,7 +173,7 @@ class StepBlock {
   int block_;
   int64_t first_;  // sequence of this tile of the batch
   int count_;
-  Sums<Tile, kBatchTiles> sums_;
+  StepSums<Tile, kBatchTiles> sums_;
 };
 
 // ---- Forward --------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ __device__ __forceinline__ void step_gates(const StepForward& params, StepBlock<
   const int64_t H = layer.shape.H, s = params.s;
   if (layer.x) {
     const auto x = [&](int64_t k, int n) {
-      return Tile::keep(*element<Number>(layer.x, layer.x_map, block.moment(n).t, block.sequence(n), k));
+      return Tile::keep(*element<Number>(layer.x, layer.x_map, block.moment(n).start, block.sequence(n), k));
     };
     block.add(to.weights.w_ih, to.weights.w_ih.row_stride, 1, layer.shape.I, x);
   }
@@ -195,7 +196,7 @@ __device__ __forceinline__ void step_gates(const StepForward& params, StepBlock<
     const Moment& moment = block.moment(n);
     if (!moment.active || moment.forgets) return Tile::on_chip(0);
     if (s == 0) return Tile::on_chip(state_at<Number>(to.state.h0, block.sequence(n), k));
-    return Tile::keep(*element<Number>(to.y, layer.y_map, moment.t_before, block.sequence(n), k));
+    return Tile::keep(*element<Number>(to.y, layer.y_map, moment.start_before, block.sequence(n), k));
   };
   if (s > 0 || to.state.h0.data) {
     block.add(to.weights.w_hh, params.part.row_stride, params.part.column_stride, layer.shape.P, h);
@@ -215,14 +216,16 @@ __device__ __forceinline__ void step_gates(const StepForward& params, StepBlock<
       pre = plus(Pre<Tile>{block.product(n, j), block.product(n, width + j), block.product(n, 2 * width + j),
                            block.product(n, 3 * width + j)},
                  bias_of<Tile>(to.weights, H, unit));
-      if (params.xw[d]) pre = plus(read_gates<Sum>(params.xw[d], layer.gates_map, moment.t, b, H, unit), pre);
+      if (params.xw[d]) pre = plus(read_gates<Sum>(params.xw[d], layer.gates_map, moment.start, b, H, unit), pre);
     }
-    const Sum out = forward_cell<Tile>(layer, to, moment, b, unit, pre, c);
-    if (params.state) static_cast<Sum*>(params.state)[state_index] = c;
+    const Units<CellState<Sum>, 1> cell{{forward_cell<Tile>(moment, pre, c)}};
+    const Units<Sum, 1> out{{moment.active ? cell_output<typename Tile::Math>(cell.at[0].gates.o, cell.at[0].c) : 0}};
+    store_cells<Tile>(layer, to, moment, b, unit, cell, 1);
+    if (params.state) static_cast<Sum*>(params.state)[state_index] = carried(moment, cell.at[0].c);
     if (params.hidden) {
-      static_cast<Number*>(params.hidden)[state_index] = narrow<Number>(out);
+      static_cast<Number*>(params.hidden)[state_index] = narrow<Number>(out.at[0]);
     } else {
-      forward_output<Tile>(layer, to, moment, b, unit, out);
+      store_output<Tile>(layer, to, moment, b, unit, out, 1);
     }
   });
 }
@@ -240,7 +243,8 @@ __device__ __forceinline__ void step_projection(const StepForward& params, StepB
   block.add(to.weights.w_hr, params.part.row_stride, params.part.column_stride, layer.shape.H, hidden);
   block.finish_sums();
   block.for_units([&](int n, int j, int64_t p) {
-    forward_output<Tile>(layer, to, block.moment(n), block.sequence(n), p, block.product(n, j));
+    const Units<typename Tile::Sum, 1> h{{block.product(n, j)}};
+    store_output<Tile>(layer, to, block.moment(n), block.sequence(n), p, h, 1);
   });
 }
 
@@ -256,7 +260,8 @@ template <class Tile, int kBatchTiles>
 __global__ void __launch_bounds__(kThreads, 2) step_forward(const __grid_constant__ StepForward params) {
   const int d = blockIdx.y;
   const LayerForward& layer = params.layer;
-  StepBlock<Tile, kBatchTiles> block(params.part, layer.shape, layer.masks, layer.direction[d].reverse, params.s);
+  StepBlock<Tile, kBatchTiles> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
+                                     layer.direction[d].reverse, params.s);
   const bool makes_h = params.part.product == Product::kProjection || !params.hidden;
   if (makes_h && params.s == 0) {
     block.for_units(
@@ -282,7 +287,19 @@ __device__ __forceinline__ void step_cell_backward(const StepBackward& params, S
   const int64_t b = block.sequence(n);
   auto* state = static_cast<typename Tile::Sum*>(params.state) + (d * shape.B + b) * shape.H + unit;
   typename Tile::Sum d_c = params.s + 1 < shape.T ? *state : 0;
-  backward_cell<Tile>(params.pass, d, block.moment(n), params.s, b, unit, d_h, d_c);
+  const Moment& moment = block.moment(n);
+  BackwardInputs<typename Tile::Sum> inputs{};
+  if (moment.active) {
+    using Sum = typename Tile::Sum;
+    inputs.gates = read_gates<Number>(from.gates, layer.gates_map, moment.start, b, shape.H, unit);
+    inputs.c = *element<Sum>(from.cells, layer.cells_map, moment.start, b, unit);
+    if (!moment.forgets)
+      inputs.c_prev = params.s > 0 ? *element<Sum>(from.cells, layer.cells_map, moment.start_before, b, unit)
+                                   : state_at<Number>(from.state.c0, b, unit);
+    if (from.d_cells) inputs.d_cells = *element<Sum>(from.d_cells, layer.d_cells_map, moment.start, b, unit);
+  }
+  const Units<BackwardCell<typename Tile::Sum>, 1> cell{{backward_cell<Tile>(from, moment, b, unit, inputs, d_h, d_c)}};
+  store_cell_grads<Tile>(params.pass, d, moment, params.s, b, unit, cell, 1);
   *state = d_c;
   if (params.s > 0 || !from.dc0) return;
   if (length_of(layer.masks, shape.T, b) == 0) d_c = state_at<Number>(from.dc_n, b, unit);
@@ -300,9 +317,9 @@ __device__ __forceinline__ void step_h_backward(const StepBackward& params, Step
   const SequenceShape& shape = pass.layer.shape;
   const auto d_gates = [&](int64_t k, int n) {
     const Moment& next = block.next_moment(n);
-    return next.active && !next.forgets
-               ? Tile::keep(*element<Number>(pass.outputs[d].d_gates, pass.d_gates_map, next.t, block.sequence(n), k))
-               : Tile::on_chip(0);
+    return next.active && !next.forgets ? Tile::keep(*element<Number>(pass.outputs[d].d_gates, pass.d_gates_map,
+                                                                      next.start, block.sequence(n), k))
+                                        : Tile::on_chip(0);
   };
   if (params.s + 1 < shape.T) {
     block.add(from.weights.w_hh, params.part.row_stride, params.part.column_stride, 4 * shape.H, d_gates);
@@ -315,7 +332,11 @@ __device__ __forceinline__ void step_h_backward(const StepBackward& params, Step
       const Sum d_h = empty ? state_at<Number>(from.dh_n, b, p) : block.product(n, j);
       static_cast<Number*>(from.dh0)[b * shape.P + p] = narrow<Number>(d_h);
     } else {
-      const Sum d_h = backward_output<Tile>(pass, d, block.moment(n), params.s, b, p, block.product(n, j));
+      const Moment& moment = block.moment(n);
+      Sum dy = 0;
+      if (moment.active && from.dy) dy = widen(*element<Number>(from.dy, pass.layer.dy_map, moment.start, b, p));
+      const Sum d_h = backward_output<Number>(from, moment, b, p, block.product(n, j), dy);
+      store_output_grads<Tile>(pass, d, moment, params.s, b, p, Units<Sum, 1>{{d_h}}, 1);
       if (!shape.projected) step_cell_backward(params, block, d, n, p, d_h);
     }
   });
@@ -329,8 +350,9 @@ __device__ __forceinline__ void step_projection_backward(const StepBackward& par
   const BackwardPass& pass = params.pass;
   const auto d_h = [&](int64_t k, int n) {
     const Moment& moment = block.moment(n);
-    return moment.active ? Tile::keep(*element<Number>(pass.outputs[d].d_h, pass.h_map, moment.t, block.sequence(n), k))
-                         : Tile::on_chip(0);
+    return moment.active
+               ? Tile::keep(*element<Number>(pass.outputs[d].d_h, pass.h_map, moment.start, block.sequence(n), k))
+               : Tile::on_chip(0);
   };
   block.add(pass.layer.direction[d].weights.w_hr, params.part.row_stride, params.part.column_stride, pass.layer.shape.P,
             d_h);
@@ -343,7 +365,8 @@ template <class Tile, int kBatchTiles>
 __global__ void __launch_bounds__(kThreads, 2) step_backward(const __grid_constant__ StepBackward params) {
   const int d = blockIdx.y;
   const LayerBackward& layer = params.pass.layer;
-  StepBlock<Tile, kBatchTiles> block(params.part, layer.shape, layer.masks, layer.direction[d].reverse, params.s);
+  StepBlock<Tile, kBatchTiles> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
+                                     layer.direction[d].reverse, params.s);
   if (params.part.product == Product::kRecurrent) {
     step_h_backward(params, block, d);
   } else {

@@ -1,67 +1,187 @@
-// A team of blocks works on the same sequences, each block on its own units. Each step every rank needs what all ranks
-// computed in the step before (h forward, the gates' gradients backward): the operand of its next product. Here 3 ranks
-// at one exchange; `put` fills the outbox, `send` brings it to all, and `receive` waits for what the others sent:
+// A team of blocks works on the same sequences, each block on its own units. What a step needs of the others travels
+// forward by `Gather` and backward by `Scatter`, here 3 ranks at one exchange:
 //
-//   rank 0   outbox [a]   ->   operand [a | b | c]   ->   product with the own rows of the weights
-//   rank 1   outbox [b]   ->   operand [a | b | c]
-//   rank 2   outbox [c]   ->   operand [a | b | c]
+//   Gather    rank 0 makes [a]      ->   operand [a | b | c]     each rank needs all of h for its rows of the weights
+//             rank 1 makes [b]      ->   operand [a | b | c]
+//             rank 2 makes [c]      ->   operand [a | b | c]
 //
-// The ways to exchange it, by what protects the operand against early reads and late writes:
-//   kBlock    one buffer, and no outbox. __syncthreads after the writes, and after the reads of the product.
-//   kCluster  two buffers, by the number e of the exchange: ranks store into buffer e % 2 of all others, then arrive at
-//             barrier e % 2 of each. Who writes exchange e has seen all of e - 1, whose senders had left the reads of
-//             e - 2 behind them: nobody reads the buffer any more. Two barriers, as an arrival for e + 1 may overtake
-//             another rank's for e.
-//   kGrid     two buffers in global memory, and words of 32 bits of data and 32 of e: a word is its own flag, read
-//             until it bears e. A word is overwritten by e only after its writer has read all of e - 1, whose words
-//             were computed from all of e - 2: the dependence runs through data, and needs no fence. Each rank copies
-//             the words into its one operand buffer, which is free as soon as its own product is done.
+//   Scatter   rank 0 makes [p q r]  ->   p + p' + p"             each rank has a part of every dh, of its columns of
+//   the
+//             rank 1 makes [p' q' r']    q + q' + q"             weights; who owns it adds the parts up, in order
+//             rank 2 makes [p" q" r"]    r + r' + r"
+//
+// Their ways, by what protects a buffer against early reads and late writes; e is the number of the exchange:
+//   kBlock    shared memory of the one block, and __syncthreads.
+//   kCluster  16 bytes at a time go to the other ranks' shared memory by st.async, which counts them at barrier e % 2
+//   of
+//             the rank that gets them; that one has announced how many come. Two buffers, by e % 2. Who sends exchange
+//             e has all of e - 1, whose senders had read e - 2: nobody reads the buffer any more, and no byte of e is
+//             counted in the phase of e - 2.
+//   kGrid     words of 32 bits of data and 32 of e through L2: a word is its own flag, read until it bears e. Two
+//             buffers, by e % 2. A word is overwritten by e only after its writer has read all of e - 1, whose words
+//             depend on all of e - 2: the order is that of data, and needs no fence.
+// Every rank takes part in every exchange, also with units that are none, which are zero: or the order would not hold.
 #pragma once
 
+#include "pointwise.cuh"
 #include "product.cuh"
 
 namespace lstm_ext::cuda {
 
-template <class Tile, int kBatchTiles>
+// Ends a launch whose exchange never comes, with word for the host of which it was. Not inlined: it is rare.
+inline __device__ __noinline__ void give_up(const Layout& layout, int rank, int exchange) {
+  Timeout& timeout = *layout.timeout;
+  timeout.block = static_cast<int>(blockIdx.x);
+  timeout.rank = rank;
+  timeout.exchange = exchange;
+  __threadfence_system();
+  timeout.kernel = layout.kernel;  // says that the rest is there
+  trap();
+}
+
+// Counts polls that fail, and looks at the clock now and then.
+class Patience {
+ public:
+  __device__ Patience(const Layout& layout, int rank, int exchange)
+      : layout_(layout), rank_(rank), exchange_(exchange) {}
+
+  __device__ __forceinline__ void poll_failed() {
+    if (++polls_ % kPollsPerLook != 0) return;
+    const uint64_t now = nanoseconds();
+    if (since_ == 0) since_ = now;
+    if (now - since_ > kMostNanoseconds) give_up(layout_, rank_, exchange_);
+  }
+
+ private:
+  const Layout& layout_;
+  int rank_, exchange_;
+  uint32_t polls_ = 0;
+  uint64_t since_ = 0;
+};
+
+// ---- What both have
+// --------------------------------------------------------------------------------------------------
+
+template <class Tile, int kBatchTiles, Exchange kExchange>
 class Team {
  public:
   using OnChip = typename Tile::OnChip;
   using Sum = typename Tile::Sum;
   static constexpr int kSequences = kBatchTiles * kBatchColumns;
+  static constexpr bool kAlone = kExchange == Exchange::kBlock, kClustered = kExchange == Exchange::kCluster,
+                        kByMail = kExchange == Exchange::kGrid;
+  // Units of a thread's items: what a word that is sent holds.
+  static constexpr int kItem = sizeof(OnChip) == 2 ? 2 : 1;
 
   __device__ explicit Team(const Layout& layout)
       : layout_(layout),
         shared_(dynamic_shared()),
-        rank_(static_cast<int>(blockIdx.x) % layout.ranks),
-        team_(static_cast<int>(blockIdx.x) / layout.ranks) {
-    for (int n = 0; n < layout.num_products; ++n) {
-      clear_words(layout.product[n].operand_offset, (clustered() ? 2 : 1) * layout.product[n].operand_bytes / 4);
-    }
-    clear_words(layout.outbox_offset, outbox_words());
-    if (clustered()) {
-      if (threadIdx.x < 4)
-        mbarrier_init(barrier(static_cast<Product>(static_cast<int>(threadIdx.x) / 2), threadIdx.x % 2), arrivals());
-      cluster_sync();  // nobody stores into a block that still clears, or arrives at a barrier that is not there yet
-    }
-    __syncthreads();
-  }
-
-  // No block of a cluster leaves while another may still store into it.
-  __device__ void leave() const {
-    if (clustered()) cluster_sync();
-  }
+        rank_(kAlone ? 0 : static_cast<int>(blockIdx.x) % layout.ranks),
+        team_(kAlone ? static_cast<int>(blockIdx.x) : static_cast<int>(blockIdx.x) / layout.ranks) {}
 
   __device__ int rank() const { return rank_; }
   __device__ int team() const { return team_; }
   __device__ char* shared() const { return shared_; }
   __device__ Sum* partial() const { return reinterpret_cast<Sum*>(shared_ + layout_.partial_offset); }
-  __device__ Sum* state() const { return reinterpret_cast<Sum*>(shared_ + layout_.state_offset); }
 
-  // What the next product reads: element k of the vector for sequence n is at operand_index(k, n).
-  __device__ OnChip* operand(Product which) const {
-    const int buffer = clustered() ? exchanges_[number_of(which)] % 2 : 0;
-    return reinterpret_cast<OnChip*>(shared_ + layout_[which].operand_offset + buffer * layout_[which].operand_bytes);
+  // No block of a cluster leaves while another may still store into it.
+  __device__ void leave() const {
+    if constexpr (kClustered) cluster_sync();
   }
+
+  // The product's rows from j on for sequence n.
+  template <class Numbers = Piece<Sum>>
+  __device__ __forceinline__ Numbers product(Product which, int n, int j) const {
+    const int splits = kWarps >> layout_[which].log_warps_m;
+    return total<Numbers>(partial() + n * layout_.partial_stride + j, splits, kSequences * layout_.partial_stride);
+  }
+
+ protected:
+  // After everything in shared memory that others send to is cleared.
+  __device__ void begin() {
+    if constexpr (kClustered) {
+      if (threadIdx.x < 4) mbarrier_init(barrier(static_cast<Product>(threadIdx.x / 2), threadIdx.x % 2), 1);
+      cluster_sync();  // nobody stores into a block that still clears, or counts at a barrier that is not there yet
+    }
+    __syncthreads();
+  }
+
+  __device__ void clear(int offset, int bytes) const {
+    for (int n = threadIdx.x; n < bytes / 16; n += kThreads) reinterpret_cast<uint4*>(shared_ + offset)[n] = {};
+  }
+
+  __device__ uint64_t* barrier(Product which, int parity) const {
+    return reinterpret_cast<uint64_t*>(shared_ + layout_.barriers_offset) + number_of(which) * 2 + parity;
+  }
+
+  // kCluster: until all bytes of the last exchange are there.
+  __device__ __forceinline__ void wait_for_bytes(Product which) const {
+    const int e = exchanges_[number_of(which)];
+    Patience patience(layout_, rank_, e);
+    while (!mbarrier_try_wait(barrier(which, e % 2), (e - 1) / 2 % 2)) patience.poll_failed();
+  }
+
+  // The words of this team: [direction, team, exchange_words].
+  __device__ uint64_t* mail(Product which) const {
+    const int64_t team = static_cast<int64_t>(blockIdx.y) * layout_.teams + team_;
+    return layout_.words + team * layout_.exchange_words + layout_[which].words_offset;
+  }
+
+  // kGrid: reads up to kCount pairs of words, each as often as it takes until both bear the number of the exchange.
+  // `at(n)` is the address of number n, null for none; of those that are not `both` the second word does not count.
+  template <int kCount, class At, class Both>
+  __device__ __forceinline__ void read_words(TwoWords (&words)[kCount], uint32_t e, const At& at,
+                                             const Both& both) const {
+    const auto is_new = [&](uint64_t word) { return static_cast<uint32_t>(word >> 32) == e; };
+    const TwoWords* address[kCount];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      address[n] = at(n);
+      words[n].first = words[n].second = address[n] ? 0 : uint64_t{e} << 32;
+    }
+    Patience patience(layout_, rank_, static_cast<int>(e));
+    while (true) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n)  // all that are missing are asked for together: each takes a way to L2 and back
+        if (!is_new(words[n].first) || (both(n) && !is_new(words[n].second))) words[n] = ld_relaxed_gpu(address[n]);
+      bool all = true;
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) all = all && is_new(words[n].first) && (!both(n) || is_new(words[n].second));
+      if (all) return;
+      patience.poll_failed();
+    }
+  }
+
+  const Layout& layout_;
+  char* shared_;
+  int rank_, team_;
+  int exchanges_[2] = {0, 0};  // so many have been sent, of each product
+};
+
+// ---- Forward
+// ---------------------------------------------------------------------------------------------------------
+
+// All ranks' parts of a vector are put together in the operand of each. In memory it is [k tile][sequence][number]:
+// what one rank has of a k tile for all sequences lies together.
+template <class Tile, int kBatchTiles, Exchange kExchange>
+class Gather : public Team<Tile, kBatchTiles, kExchange> {
+  using Base = Team<Tile, kBatchTiles, kExchange>;
+  using Base::exchanges_, Base::layout_, Base::rank_, Base::shared_;
+  using Base::kAlone, Base::kClustered, Base::kByMail, Base::kSequences;
+  using OnChip = typename Tile::OnChip;
+  using Sum = typename Tile::Sum;
+
+ public:
+  using Base::kItem;
+
+  __device__ explicit Gather(const Layout& layout) : Base(layout) {
+    for (int n = 0; n < layout.num_products; ++n)
+      this->clear(layout.product[n].operand_offset, (kClustered ? 2 : 1) * layout.product[n].operand_bytes);
+    this->begin();
+  }
+
+  // What the next product reads.
+  __device__ OnChip* operand(Product which) const { return buffer(which, exchanges_[number_of(which)]); }
 
   // Fills the operand of a product from `value(k, n)`, in this block alone: the start of a walk. Past `rows` sequences
   // it is zero.
@@ -71,118 +191,274 @@ class Team {
     const int columns = layout_[which].k_tiles * Tile::kK;
     for (int n = threadIdx.x / 32; n < kSequences; n += kWarps)
       for (int k = threadIdx.x % 32; k < columns; k += 32)
-        to[operand_index<Tile, kBatchTiles>(k, n)] = n < rows ? value(k, n) : OnChip(Tile::on_chip(0));
+        to[operand_place<Tile, kBatchTiles>(k, n)] = n < rows ? value(k, n) : OnChip(Tile::on_chip(0));
   }
 
-  // Hands over element j of this rank's part of a product's next operand, for sequence n.
-  __device__ __forceinline__ void put(Product which, int n, int j, Sum value) {
-    const ProductLayout& product = layout_[which];
-    if (layout_.exchange == Exchange::kBlock) {
-      operand(which)[operand_index<Tile, kBatchTiles>(j, n)] = Tile::on_chip(value);
+  // Hands over units j and following of this rank, for sequence n.
+  __device__ __forceinline__ void put(Product which, int n, int j, const Units<Sum, kItem>& values) const {
+    const int k = rank_ * layout_[which].columns.width + j, next = exchanges_[number_of(which)] + 1;
+    Units<OnChip, kItem> item;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) item.at[i] = Tile::on_chip(values.at[i]);
+    if constexpr (kByMail) {
+      constexpr int kWords = int{sizeof(item)} / 4;
+      struct Words {
+        uint32_t at[kWords];
+      };
+      const Words words = bits_as<Words>(item);
+      const int row = (k / Tile::kK << layout_.log_rows) + n;
+      uint64_t* to = letters(which, next) + row * kRowWords + k % Tile::kK * int{sizeof(OnChip)} / 4;
+#pragma unroll
+      for (int word = 0; word < kWords; ++word)
+        st_relaxed_gpu(to + word, uint64_t{static_cast<uint32_t>(next)} << 32 | words.at[word]);
     } else {
-      reinterpret_cast<OnChip*>(shared_ + layout_.outbox_offset + n * product.row_words * 4)[j] = Tile::on_chip(value);
+      *reinterpret_cast<Units<OnChip, kItem>*>(buffer(which, next) + operand_place<Tile, kBatchTiles>(k, n)) = item;
     }
   }
 
-  // After all of `put`, by all threads: sends it.
-  __device__ void send(Product which, int rows) {
-    if (layout_.exchange == Exchange::kBlock) return;  // the __syncthreads of `receive` does it
-    const ProductLayout& product = layout_[which];
+  // After all of `put`, by all threads.
+  __device__ __forceinline__ void send(Product which, int rows) {
     const int next = ++exchanges_[number_of(which)];
-    __syncthreads();  // the outbox is full
-    const uint32_t* outbox = reinterpret_cast<const uint32_t*>(shared_ + layout_.outbox_offset);
-    for (int index = threadIdx.x; index < rows * product.row_words; index += kThreads) {
-      const int n = index / product.row_words, word = index % product.row_words;
-      const uint32_t data = outbox[index];
-      if (clustered()) {
-        uint32_t* address = operand_word(which, rank_, n, word);
-        for (int to = 0; to < layout_.ranks; ++to) st_cluster(address, to, data);
-      } else {
-        st_relaxed_gpu(mail(which, next, n, rank_) + word, uint64_t{static_cast<uint32_t>(next)} << 32 | data);
-      }
-    }
-    if (clustered()) {
-      __syncwarp();  // a lane arrives for the stores of its whole warp
-      const int lane = threadIdx.x % 32;
-      if (lane < layout_.ranks) mbarrier_arrive(barrier(which, next % 2), lane);
+    if constexpr (kClustered) {
+      __syncthreads();  // this rank's part of the operand is there
+      send_to_cluster(which, rows, next);
     }
   }
 
   // Waits until the operand of a product holds what all ranks have sent last, if they have sent.
-  __device__ void receive(Product which, int rows, bool sent) {
-    if (sent && layout_.exchange == Exchange::kCluster)
-      mbarrier_wait(barrier(which, exchanges_[number_of(which)] % 2), (exchanges_[number_of(which)] - 1) / 2 % 2);
-    if (sent && layout_.exchange == Exchange::kGrid) read_mail(which, rows);
+  __device__ __forceinline__ void receive(Product which, int rows, bool sent) {
+    if constexpr (kClustered) {
+      if (sent) return this->wait_for_bytes(which);
+    } else if constexpr (kByMail) {
+      if (sent) read_mail(which, rows);
+    }
     __syncthreads();  // all that this block itself wrote to the operand is there; and the partial sums are free again
   }
 
  private:
-  static constexpr int kInFlight = 4;  // loads that a thread waits for at a time
+  static constexpr int kRowBytes = Tile::kK * int{sizeof(OnChip)};  // of a sequence in a k tile
+  static constexpr int kRowWords = kRowBytes / 4;
+  static constexpr int kInFlight = 4;  // loads of 16 bytes that a thread waits for at a time
 
-  __device__ bool clustered() const { return layout_.exchange == Exchange::kCluster; }
-  // At a barrier, for one exchange: one of each warp of each rank.
-  __device__ int arrivals() const { return layout_.ranks * kWarps; }
-
-  __device__ uint64_t* barrier(Product which, int parity) const {
-    return reinterpret_cast<uint64_t*>(shared_ + layout_.barriers_offset) + number_of(which) * 2 + parity;
-  }
-
-  __device__ int outbox_words() const {
-    int words = 0;
-    for (int n = 0; n < layout_.num_products; ++n) words = max(words, kSequences * layout_.product[n].row_words);
-    return layout_.exchange == Exchange::kBlock ? 0 : words;
-  }
-
-  __device__ void clear_words(int offset, int words) {
-    for (int n = threadIdx.x; n < words; n += kThreads) reinterpret_cast<uint32_t*>(shared_ + offset)[n] = 0;
-  }
-
-  // Where word `word` of a rank's part for sequence n belongs in the operand. A word of two numbers has the two of an
-  // even column and the next, which lie together there too.
-  __device__ __forceinline__ uint32_t* operand_word(Product which, int rank, int n, int word) const {
-    constexpr int kPerWord = sizeof(OnChip) < 4 ? 4 / sizeof(OnChip) : 1;
-    constexpr int kWordsEach = sizeof(OnChip) > 4 ? sizeof(OnChip) / 4 : 1;
-    const int k = rank * layout_[which].columns.per_rank() + word / kWordsEach * kPerWord;
-    return reinterpret_cast<uint32_t*>(operand(which) + operand_index<Tile, kBatchTiles>(k, n)) + word % kWordsEach;
-  }
-
-  // The words of a rank for sequence n, in exchange e: [direction, team][product][e % 2, sequence, rank, word].
-  __device__ uint64_t* mail(Product which, int e, int n, int rank) const {
+  __device__ OnChip* buffer(Product which, int e) const {
     const ProductLayout& product = layout_[which];
-    const int64_t team = static_cast<int64_t>(blockIdx.y) * layout_.teams + team_;
-    const int64_t row = (static_cast<int64_t>(e % 2) * layout_.team_batch + n) * layout_.ranks + rank;
-    return layout_.words + team * layout_.exchange_words + product.words_offset + row * product.row_words;
+    return reinterpret_cast<OnChip*>(shared_ + product.operand_offset +
+                                     (kClustered ? e % 2 * product.operand_bytes : 0));
+  }
+
+  // The k tiles of this rank, from its own operand to that of each other rank; a warp for each of these.
+  __device__ __forceinline__ void send_to_cluster(Product which, int rows, int e) const {
+    constexpr int kPieces = kRowBytes / 16;
+    const ProductLayout& product = layout_[which];
+    const int tiles = product.columns.width / Tile::kK, pieces = tiles * rows * kPieces;
+    char* own = reinterpret_cast<char*>(buffer(which, e)) + rank_ * tiles * kSequences * kRowBytes;
+    for (int to = threadIdx.x / 32; to < layout_.ranks; to += kWarps) {
+      if (to == rank_) continue;
+      const uint32_t there = shared_address_of_rank(own, to),
+                     at = shared_address_of_rank(this->barrier(which, e % 2), to);
+      for (int n = threadIdx.x % 32; n < tiles * kSequences * kPieces; n += 32) {
+        if (n / kPieces % kSequences >= rows) continue;
+        st_async(there + n * 16, reinterpret_cast<const uint4*>(own)[n], at);
+      }
+    }
+    if (threadIdx.x == 0) mbarrier_expect(this->barrier(which, e % 2), (layout_.ranks - 1) * pieces * 16);
+  }
+
+  // The words of exchange e: [k tile][sequence][word of the row], as in the operand.
+  __device__ uint64_t* letters(Product which, int e) const {
+    const ProductLayout& product = layout_[which];
+    return this->mail(which) + e % 2 * ((product.k_tiles << layout_.log_rows) * kRowWords);
   }
 
   // Copies the words of all ranks to the operand, each as soon as it bears the number of this exchange.
-  __device__ void read_mail(Product which, int rows) {
+  __device__ __forceinline__ void read_mail(Product which, int rows) {
+    constexpr int kPairs = kRowWords / 2;                // of words, in a row
+    constexpr int kPairUnits = 8 / int{sizeof(OnChip)};  // 2 words, all of one rank
     const ProductLayout& product = layout_[which];
-    const uint32_t e = exchanges_[number_of(which)];
-    const int per_row = layout_.ranks * product.row_words, count = rows * per_row;
-    const uint64_t* from = mail(which, e, 0, 0);
+    const int e = exchanges_[number_of(which)];
+    const auto* from = reinterpret_cast<const TwoWords*>(letters(which, e));
+    char* to = reinterpret_cast<char*>(operand(which));
+    const int pairs = layout_.ranks * product.columns.width / kPairUnits;  // of one sequence
+    const int tiles = (pairs + kPairs - 1) / kPairs, count = (tiles << layout_.log_rows) * kPairs;
     for (int start = threadIdx.x; start < count; start += kThreads * kInFlight) {
-      uint64_t words[kInFlight];  // asked for together, as each takes a way to L2 and back
+      const auto place = [&](int n, int& tile, int& sequence, int& pair) {
+        const int index = start + n * kThreads, row = index / kPairs;
+        tile = row >> layout_.log_rows, sequence = row & ((1 << layout_.log_rows) - 1), pair = index % kPairs;
+        return index < count && sequence < rows && tile * kPairs + pair < pairs;
+      };
+      TwoWords words[kInFlight];
+      const auto at = [&](int n) {
+        int tile, sequence, pair;
+        return place(n, tile, sequence, pair) ? from + start + n * kThreads : nullptr;
+      };
+      this->read_words(words, static_cast<uint32_t>(e), at, [](int) { return true; });
 #pragma unroll
       for (int n = 0; n < kInFlight; ++n) {
-        const int index = start + n * kThreads;
-        words[n] = index < count ? ld_relaxed_gpu(from + index) : 0;
+        int tile, sequence, pair;
+        if (!place(n, tile, sequence, pair)) continue;
+        *reinterpret_cast<uint2*>(to + (tile * kSequences + sequence) * kRowBytes + pair * 8) = {
+            static_cast<uint32_t>(words[n].first), static_cast<uint32_t>(words[n].second)};
       }
+    }
+  }
+};
+
+// ---- Backward
+// --------------------------------------------------------------------------------------------------------
+
+// The operand is this rank's own; the product of each rank is a part of every rank's units.
+template <class Tile, int kBatchTiles, Exchange kExchange>
+class Scatter : public Team<Tile, kBatchTiles, kExchange> {
+  using Base = Team<Tile, kBatchTiles, kExchange>;
+  using Base::exchanges_, Base::layout_, Base::rank_, Base::shared_;
+  using Base::kAlone, Base::kClustered, Base::kByMail, Base::kSequences;
+  using OnChip = typename Tile::OnChip;
+  using Sum = typename Tile::Sum;
+
+ public:
+  using Base::kItem;
+
+  __device__ explicit Scatter(const Layout& layout) : Base(layout) {
+    for (int n = 0; n < layout.num_products; ++n)
+      this->clear(layout.product[n].operand_offset, layout.product[n].operand_bytes);
+    this->begin();
+  }
+
+  // Hands over number k of this rank's own columns and the N - 1 after it, for sequence n.
+  template <int N>
+  __device__ __forceinline__ void put(Product which, int n, int k, const Units<Sum, N>& values) const {
+    constexpr int kTogether = N < Tile::kK ? N : Tile::kK;  // of one k tile
 #pragma unroll
-      for (int n = 0; n < kInFlight; ++n) {
-        const int index = start + n * kThreads;
-        if (index >= count) break;
-        while (static_cast<uint32_t>(words[n] >> 32) != e) words[n] = ld_relaxed_gpu(from + index);
-        const int rest = index % per_row;
-        *operand_word(which, rest / product.row_words, index / per_row, rest % product.row_words) =
-            static_cast<uint32_t>(words[n]);
+    for (int first = 0; first < N; first += kTogether) {
+      Units<OnChip, kTogether> numbers;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) numbers.at[i] = Tile::on_chip(values.at[first + i]);
+      *reinterpret_cast<Units<OnChip, kTogether>*>(operand(which) + operand_place<Tile, kBatchTiles>(k + first, n)) =
+          numbers;
+    }
+  }
+
+  __device__ OnChip* operand(Product which) const {
+    return reinterpret_cast<OnChip*>(shared_ + layout_[which].operand_offset);
+  }
+
+  // After the sums of all warps are there, by all threads: each rank gets its part.
+  __device__ __forceinline__ void send(Product which, int rows) {
+    const int next = ++exchanges_[number_of(which)];
+    if constexpr (kClustered) send_to_cluster(which, rows, next);
+    if constexpr (kByMail) send_mail(which, rows, next);
+  }
+
+  // Before any `sum` of what was sent last.
+  __device__ __forceinline__ void receive(Product which) const {
+    if constexpr (kClustered) this->wait_for_bytes(which);
+  }
+
+  // The product's rows j and following of this rank, for sequence n: the sums of what all ranks have sent last.
+  __device__ __forceinline__ Units<Sum, kItem> sum(Product which, int n, int j) const {
+    if constexpr (kAlone) return this->template product<Units<Sum, kItem>>(which, n, j);
+    if constexpr (kByMail) return sum_of_mail(which, n, j);
+    const ProductLayout& product = layout_[which];
+    const Sum* from = inbox(which, exchanges_[number_of(which)]) + n * product.rows.width + j;
+    const int of_rank = layout_.team_batch * product.rows.width;
+    Units<Sum, kItem> sums{};
+    for (int rank = 0; rank < layout_.ranks; ++rank, from += of_rank) {
+      const Units<Sum, kItem> part = *reinterpret_cast<const Units<Sum, kItem>*>(from);
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) sums.at[i] += part.at[i];
+    }
+    return sums;
+  }
+
+ private:
+  static constexpr int kSumWords = sizeof(Sum) / 4;
+  static constexpr int kSourcesTogether = 2 / kSumWords;  // ranks whose words for a number are read together
+  static constexpr int kInFlight = 8;
+
+  // [rank that sent][sequence][unit]
+  __device__ Sum* inbox(Product which, int e) const {
+    const ProductLayout& product = layout_[which];
+    return reinterpret_cast<Sum*>(shared_ + product.inbox_offset + e % 2 * product.inbox_bytes);
+  }
+
+  // A warp for each rank, which gets the sums of its units, 16 bytes at a time.
+  __device__ __forceinline__ void send_to_cluster(Product which, int rows, int e) const {
+    const ProductLayout& product = layout_[which];
+    const int width = product.rows.width, pieces = product.rows.pieces.value;  // of a sequence
+    const Sum* own = inbox(which, e) + rank_ * layout_.team_batch * width;
+    for (int to = threadIdx.x / 32; to < layout_.ranks; to += kWarps) {
+      const uint32_t there = shared_address_of_rank(own, to),
+                     at = shared_address_of_rank(this->barrier(which, e % 2), to);
+      for (int index = threadIdx.x % 32; index < rows * pieces; index += 32) {
+        const int n = product.rows.pieces.quotient(index), piece = index - n * pieces;
+        const Piece<Sum> sums = this->product(which, n, to * width + piece * Piece<Sum>::kCount);
+        st_async(there + index * 16, bits_as<uint4>(sums), at);
+      }
+    }
+    if (threadIdx.x == 0) mbarrier_expect(this->barrier(which, e % 2), layout_.ranks * rows * pieces * 16);
+  }
+
+  // The words of exchange e for a rank: [ranks that sent together][sequence][unit][rank of these, word].
+  __device__ uint64_t* letters(Product which, int e, int rank) const {
+    const int together = (layout_.ranks + kSourcesTogether - 1) / kSourcesTogether;
+    const int numbers = together * layout_.team_batch * layout_[which].rows.width;
+    return this->mail(which) + (int64_t{e % 2} * layout_.ranks + rank) * numbers * 2;
+  }
+
+  __device__ __forceinline__ void send_mail(Product which, int rows, int e) const {
+    const ProductLayout& product = layout_[which];
+    const int width = product.rows.width, pieces = product.rows.pieces.value;
+    for (int n = 0; n < rows; ++n) {
+      for (int index = threadIdx.x; index < layout_.ranks * pieces; index += kThreads) {
+        const int rank = product.rows.pieces.quotient(index), j = (index - rank * pieces) * Piece<Sum>::kCount;
+        const Piece<Sum> sums = this->product(which, n, rank * width + j);
+        uint64_t* to = letters(which, e, rank) + ((rank_ / kSourcesTogether * layout_.team_batch + n) * width + j) * 2 +
+                       rank_ % kSourcesTogether * kSumWords;
+#pragma unroll
+        for (int i = 0; i < Piece<Sum>::kCount; ++i) {
+          struct Words {
+            uint32_t at[kSumWords];
+          };
+          const Words words = bits_as<Words>(sums.at[i]);
+#pragma unroll
+          for (int word = 0; word < kSumWords; ++word)
+            st_relaxed_gpu(to + i * 2 + word, uint64_t{static_cast<uint32_t>(e)} << 32 | words.at[word]);
+        }
       }
     }
   }
 
-  const Layout& layout_;
-  char* shared_;
-  int rank_, team_;
-  int exchanges_[2] = {0, 0};  // so many have been sent, of each product
+  // Slot n of what is read together has item n % kItem, from the ranks of group n / kItem.
+  __device__ __forceinline__ Units<Sum, kItem> sum_of_mail(Product which, int n, int j) const {
+    constexpr int kGroups = kInFlight / kItem, kRanks = kGroups * kSourcesTogether;
+    const ProductLayout& product = layout_[which];
+    const int e = exchanges_[number_of(which)], width = product.rows.width, ranks = layout_.ranks;
+    const int of_group = layout_.team_batch * width;
+    const auto* from = reinterpret_cast<const TwoWords*>(letters(which, e, rank_)) + n * width + j;
+    Units<Sum, kItem> sums{};
+    for (int rank = 0; rank < ranks; rank += kRanks) {
+      const auto rank_of = [&](int slot) { return rank + slot / kItem * kSourcesTogether; };
+      TwoWords words[kInFlight];
+      const auto at = [&](int slot) {
+        return rank_of(slot) < ranks ? from + rank_of(slot) / kSourcesTogether * of_group + slot % kItem : nullptr;
+      };
+      const auto both = [&](int slot) { return kSumWords == 2 || rank_of(slot) + 1 < ranks; };
+      this->read_words(words, static_cast<uint32_t>(e), at, both);
+#pragma unroll
+      for (int slot = 0; slot < kInFlight; ++slot) {
+        Sum& sum = sums.at[slot % kItem];
+        const uint2 bits{static_cast<uint32_t>(words[slot].first), static_cast<uint32_t>(words[slot].second)};
+        if (rank_of(slot) >= ranks) continue;
+        if constexpr (kSumWords == 2) {
+          sum += bits_as<Sum>(bits);
+        } else {
+          sum += bits_as<Sum>(bits.x);
+          if (both(slot)) sum += bits_as<Sum>(bits.y);
+        }
+      }
+    }
+    return sums;
+  }
 };
 
 }  // namespace lstm_ext::cuda

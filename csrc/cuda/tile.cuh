@@ -50,12 +50,14 @@ __device__ __forceinline__ __half narrow<__half, float>(float x) {
 
 struct ExactMath {
   using Value = float;
+  static __device__ __forceinline__ float inverse(float x) { return 1 / x; }
   static __device__ __forceinline__ float exp(float x) { return ::expf(x); }
   static __device__ __forceinline__ float tanh(float x) { return ::tanhf(x); }
 };
 
 struct DoubleMath {
   using Value = double;
+  static __device__ __forceinline__ double inverse(double x) { return 1 / x; }
   static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
   static __device__ __forceinline__ double tanh(double x) { return ::tanh(x); }
 };
@@ -63,8 +65,9 @@ struct DoubleMath {
 // To about 1e-7, absolutely: far below what half types and TF32 keep.
 struct FastMath {
   using Value = float;
+  static __device__ __forceinline__ float inverse(float x) { return fast_inverse(x); }
   static __device__ __forceinline__ float exp(float x) { return fast_exp(x); }
-  static __device__ __forceinline__ float tanh(float x) { return 1 - 2 / (1 + fast_exp(2 * x)); }
+  static __device__ __forceinline__ float tanh(float x) { return 1 - 2 * fast_inverse(1 + fast_exp(2 * x)); }
 };
 
 template <class To, class From>
@@ -75,11 +78,34 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
+// A number of each of N adjacent units, read and written together where that is one access.
+template <class T, int N>
+struct alignas(N * sizeof(T) <= 16 ? N * sizeof(T) : alignof(T)) Units {
+  static constexpr int kCount = N;
+  T at[N];
+};
+
+// As many as one access has.
+template <class T>
+using Piece = Units<T, 16 / sizeof(T)>;
+
 // What bf16, fp16 and TF32 have in common: mma.sync, a lane's sums are of 2 rows and 2 sequences. Two row tiles are
 // multiplied with each operand tile, so that it is read half as often.
 struct MmaTile {
   static constexpr int kM = 16, kSums = 4, kRowTiles = 2;
   static constexpr int kRegisterSteps = 16;
+  // A lane has four rows of a group that lie together, and all its columns of a k tile do: rows 2m and 2m + 1 of them
+  // stand for those lane / 4 and lane / 4 + 8 of row tile m in the table above.
+  static constexpr int kLaneRows = 4;
+  static __device__ __forceinline__ int lane_row(int lane) { return lane / 4 * 4; }
+
+  // The sums of a lane to those of row 0 of its group, [sequences, stride].
+  static __device__ __forceinline__ void store(const float (&sums)[kRowTiles][kSums], float* to, int stride, int lane) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      *reinterpret_cast<float4*>(to + (lane % 4 * 2 + n) * stride + lane_row(lane)) =
+          make_float4(sums[0][n], sums[0][2 + n], sums[1][n], sums[1][2 + n]);
+  }
   static __device__ __forceinline__ int sum_row(int lane, int n) { return lane / 4 + n / 2 * 8; }
   static __device__ __forceinline__ int sum_column(int lane, int n) { return lane % 4 * 2 + n % 2; }
 };
@@ -90,7 +116,10 @@ struct HalfTile : MmaTile {
   using OnChip = T;
   using Sum = float;
   using Math = FastMath;
-  static constexpr int kK = 16;
+  static constexpr int kK = 16, kLaneColumns = 4;
+  static __device__ __forceinline__ int lane_column(int lane) { return lane % 4 * 4; }
+  // Where number (row i, column j) of a lane stands in the 16 bytes of its row tile i / 2.
+  static __device__ __forceinline__ int place(int i, int j) { return j / 2 * 4 + i % 2 * 2 + j % 2; }
 
   // What is multiplied, from a sum; from a number in global memory.
   static __device__ __forceinline__ OnChip on_chip(Sum x) { return narrow<T>(x); }
@@ -123,7 +152,9 @@ struct Tf32Tile : MmaTile {
   using OnChip = uint32_t;  // as to_tf32 gives it
   using Sum = float;
   using Math = FastMath;
-  static constexpr int kK = 8;
+  static constexpr int kK = 8, kLaneColumns = 2;
+  static __device__ __forceinline__ int lane_column(int lane) { return lane % 4 * 2; }
+  static __device__ __forceinline__ int place(int i, int j) { return j * 2 + i % 2; }
 
   static __device__ __forceinline__ OnChip on_chip(Sum x) { return to_tf32(x); }
   static __device__ __forceinline__ OnChip keep(Number x) { return to_tf32(x); }
@@ -147,6 +178,15 @@ struct PlainTile {
   using Math = TMath;
   static constexpr int kM = 32, kK = 16 / sizeof(T), kSums = kBatchColumns, kRowTiles = 1;
   static constexpr int kRegisterSteps = 16;
+  static constexpr int kLaneRows = 1, kLaneColumns = kK;
+  static __device__ __forceinline__ int lane_row(int lane) { return lane; }
+  static __device__ __forceinline__ int lane_column(int) { return 0; }
+  static __device__ __forceinline__ int place(int, int j) { return j; }
+
+  static __device__ __forceinline__ void store(const T (&sums)[kRowTiles][kSums], T* to, int stride, int lane) {
+#pragma unroll
+    for (int n = 0; n < kSums; ++n) to[n * stride + lane] = sums[0][n];
+  }
 
   static __device__ __forceinline__ OnChip on_chip(Sum x) { return x; }
   static __device__ __forceinline__ OnChip keep(Number x) { return x; }
@@ -163,7 +203,8 @@ struct PlainTile {
     const Numbers a = bits_as<Numbers>(weights[0]);
 #pragma unroll
     for (int n = 0; n < kBatchColumns; ++n) {
-      const Numbers b = bits_as<Numbers>(reinterpret_cast<const uint4*>(operand)[n]);
+      const uint4 words = reinterpret_cast<const uint4*>(operand)[n];  // in one load: not by reference
+      const Numbers b = bits_as<Numbers>(words);
 #pragma unroll
       for (int k = 0; k < kK; ++k) sums[0][n] += a.at[k] * b.at[k];
     }
@@ -172,6 +213,13 @@ struct PlainTile {
 
 using Fp32Tile = PlainTile<float, ExactMath>;
 using Fp64Tile = PlainTile<double, DoubleMath>;
+
+// Where element (k, n) of a whole operand lies in the kernels for all T: of each k tile the sequences, of each of these
+// its kK numbers. Lane n * 4 + c of a warp reads numbers kLaneColumns * c and the following of sequence n.
+template <class Tile, int kBatchTiles>
+__device__ __forceinline__ int operand_place(int k, int n) {
+  return (k / Tile::kK * kBatchTiles * kBatchColumns + n) * Tile::kK + k % Tile::kK;
+}
 
 // Where element (k, n) of a whole operand lies: k tile after k tile, of each the batch tiles, of each operand_offset.
 template <class Tile, int kBatchTiles>

@@ -20,8 +20,8 @@ py::dict gpu_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, co
                   int num_directions, bool backward, const std::string& strategy, int compute_capability, int sms,
                   int gpcs, int64_t shared_bytes, int clock_khz) {
   // The kernels of a whole sequence take more than half of a multiprocessor's registers: one block runs on each.
-  const auto resident = [gpcs](cuda::Arithmetic, bool, int, int cluster, int64_t, int all) {
-    return cluster > 1 ? gpcs * (all / gpcs / cluster) : all;
+  const auto resident = [gpcs, sms](const cuda::Problem&, cuda::Strategy, int, int cluster, int64_t) {
+    return cluster > 1 ? gpcs * (sms / gpcs / cluster) : sms;
   };
   const cuda::Problem problem{cuda::arithmetic_of(dtype_named(dtype), tf32, compute_capability),
                               {T, B, 0, H, projected ? P : H, projected},

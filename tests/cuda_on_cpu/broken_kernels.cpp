@@ -190,45 +190,53 @@ void grid_barrier(Params p) {
 // Clusters ------------------------------------------------------------------------------------------------------------
 
 uint64_t* mbarrier() { return reinterpret_cast<uint64_t*>(shared_floats() + blockDim.x); }
-uint32_t* remote_word(int i) { return reinterpret_cast<uint32_t*>(shared_floats()) + i; }
+enum class Fault { kNone, kExpectsTooFew, kWrongParity, kLeavesEarly };
 
-enum class Fault { kNone, kArrivesFirst, kWrongParity, kLeavesEarly };
-
-// Block 0 pushes a number per thread to block 1, which hears of it from its mbarrier.
+// Block 0 pushes a number per thread to block 1, 16 bytes at a time, which hears of them from its mbarrier.
 void push(Params p, Fault fault) {
-  const int i = threadIdx.x;
-  if (i == 0) lstm_ext::cuda::mbarrier_init(mbarrier(), static_cast<int>(blockDim.x));
+  const int i = threadIdx.x, bytes = static_cast<int>(blockDim.x) * 4;
+  if (i == 0) lstm_ext::cuda::mbarrier_init(mbarrier(), 1);
   lstm_ext::cuda::cluster_sync();
+  auto* piece = reinterpret_cast<uint4*>(shared_floats()) + i;
   if (blockIdx.x == 0) {
-    if (fault == Fault::kArrivesFirst) lstm_ext::cuda::mbarrier_arrive(mbarrier(), 1);
-    lstm_ext::cuda::st_cluster(remote_word(i), 1, __float_as_uint(next_value()));
-    if (fault != Fault::kArrivesFirst) lstm_ext::cuda::mbarrier_arrive(mbarrier(), 1);
+    const float value = next_value();
+    __syncthreads();
+    shared_floats()[i] = value;
+    __syncthreads();
+    if (i < bytes / 16)
+      lstm_ext::cuda::st_async(lstm_ext::cuda::shared_address_of_rank(piece, 1), *piece,
+                               lstm_ext::cuda::shared_address_of_rank(mbarrier(), 1));
   } else if (fault == Fault::kLeavesEarly) {
     p.out[i] = next_value();
+    return;
   } else {
-    lstm_ext::cuda::mbarrier_wait(mbarrier(), fault == Fault::kWrongParity);
-    p.out[i] = __uint_as_float(*remote_word(i));
+    if (i == 0) lstm_ext::cuda::mbarrier_expect(mbarrier(), fault == Fault::kExpectsTooFew ? 16 : bytes);
+    while (!lstm_ext::cuda::mbarrier_try_wait(mbarrier(), fault == Fault::kWrongParity)) {
+    }
+    p.out[i] = shared_floats()[i];
   }
+  if (fault != Fault::kLeavesEarly) lstm_ext::cuda::cluster_sync();
 }
 
-void push_after_arrival(Params p) { push(p, p.broken ? Fault::kArrivesFirst : Fault::kNone); }
+void push_of_more_than_expected(Params p) { push(p, p.broken ? Fault::kExpectsTooFew : Fault::kNone); }
 void push_to_ended_block(Params p) { push(p, p.broken ? Fault::kLeavesEarly : Fault::kNone); }
 void push_with_wrong_parity(Params p) { push(p, p.broken ? Fault::kWrongParity : Fault::kNone); }
 
-void mbarrier_of_nobody(Params p) {
-  if (!p.broken && threadIdx.x == 0) lstm_ext::cuda::mbarrier_init(mbarrier(), static_cast<int>(blockDim.x));
+void wait_for_all_threads(int count, bool initialised) {
+  if (initialised && threadIdx.x == 0) lstm_ext::cuda::mbarrier_init(mbarrier(), count);
   __syncthreads();
-  lstm_ext::cuda::mbarrier_arrive(mbarrier(), static_cast<int>(blockIdx.x));
-  lstm_ext::cuda::mbarrier_wait(mbarrier(), 0);
+  lstm_ext::cuda::mbarrier_expect(mbarrier(), 0);
+  while (!lstm_ext::cuda::mbarrier_try_wait(mbarrier(), 0)) {
+  }
+}
+
+void mbarrier_of_nobody(Params p) {
+  wait_for_all_threads(static_cast<int>(blockDim.x), !p.broken);
   if (blockIdx.x == 0) p.out[threadIdx.x] = next_value();
 }
 
 void mbarrier_count(Params p) {
-  const int count = static_cast<int>(blockDim.x) + (p.broken ? 1 : 0);
-  if (threadIdx.x == 0) lstm_ext::cuda::mbarrier_init(mbarrier(), count);
-  __syncthreads();
-  lstm_ext::cuda::mbarrier_arrive(mbarrier(), static_cast<int>(blockIdx.x));
-  lstm_ext::cuda::mbarrier_wait(mbarrier(), 0);
+  wait_for_all_threads(static_cast<int>(blockDim.x) + (p.broken ? 1 : 0), true);
   if (blockIdx.x == 0) p.out[threadIdx.x] = next_value();
 }
 
@@ -255,7 +263,7 @@ const std::map<std::string, Test> kTests = {
     {"flag_acquire", {flag_acquire, 2}},
     {"flag_fence", {flag_fence, 2}},
     {"grid_barrier", {grid_barrier, 12}},
-    {"push_after_arrival", {push_after_arrival, 2, 2}},
+    {"push_of_more_than_expected", {push_of_more_than_expected, 2, 2}},
     {"push_to_ended_block", {push_to_ended_block, 2, 2}},
     {"push_with_wrong_parity", {push_with_wrong_parity, 2, 2}},
     {"mbarrier_of_nobody", {mbarrier_of_nobody, 2, 2}},

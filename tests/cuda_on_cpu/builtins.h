@@ -63,6 +63,12 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+
+inline void __threadfence_system() {}  // what the host reads after a launch it sees
+
 template <class T>
 T min(T a, T b) {
   return b < a ? b : a;

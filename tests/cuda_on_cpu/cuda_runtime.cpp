@@ -81,7 +81,8 @@ cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value > device().shared_per_block) return fail_with(std::to_string(value) + " bytes of shared memory in a block");
   {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -113,6 +114,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function, 
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+  if (device_is_lost) return fail_with("unspecified launch failure");
   if (static_cast<int64_t>(config->dynamicSmemBytes) > shared_limit(function))
     return fail_with(std::to_string(config->dynamicSmemBytes) + " bytes of shared memory in a block, which may have " +
                      std::to_string(shared_limit(function)) + " now");
@@ -138,6 +140,13 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   }
   return cudaSuccess;
 }
+
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  *memory = malloc(bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t stream) {
   enqueue(stream, [=] { memset(memory, byte, bytes); });

@@ -14,11 +14,14 @@ namespace cuda_on_cpu {
 
 Thread* current = nullptr;
 Chance chance(0);
+int mute_block = -1;
+bool device_is_lost = false;
 
 namespace {
 
 // How often threads that wait at addresses look again, with nothing else going on, before that is a deadlock.
-constexpr int kIdleRounds = 3;
+constexpr int kIdleRounds = 40;
+constexpr uint64_t kIdleNanoseconds = 500'000'000;  // that pass in each of these rounds
 // How many loads may be made with nothing else going on before that is one.
 constexpr int64_t kIdleLoads = 20'000'000;
 
@@ -40,6 +43,8 @@ struct Running {
   Block* favourite = nullptr;
   std::unordered_map<const void*, std::vector<Thread*>> at_address;
   int idle_rounds = 0;
+  uint64_t nanoseconds = 1;
+  uint64_t events = 0;  // of which threads may have been waiting for one
   int64_t idle_loads = 0;
   bool failed = false;
   std::string failure;
@@ -221,6 +226,7 @@ bool stir() {
   for (auto& cluster : now.resident) landed |= land_remote_stores(*cluster, nullptr);
   if (landed) return true;
   if (now.at_address.empty() || now.idle_rounds++ == kIdleRounds) return false;
+  now.nanoseconds += kIdleNanoseconds;
   for (auto& [address, threads] : std::exchange(now.at_address, {})) {
     for (Thread* thread : threads) make_ready(*thread);
   }
@@ -329,6 +335,19 @@ void report(const std::string& what) {
   running->failed = true;
 }
 
+uint64_t nanoseconds(Location where) {
+  Running& now = *running;
+  if (current->events != now.events) {
+    current->events = now.events;
+    yield();
+  } else {
+    wait_at(&now.events, {"anything to happen", nullptr, 0, where});
+  }
+  return now.nanoseconds;
+}
+
+bool is_mute() { return static_cast<int>(current->block->index.x) == mute_block; }
+
 void yield() {
   make_ready(*current);
   rest({});
@@ -347,10 +366,13 @@ void wait_at(const void* address, const Reason& reason) {
 
 void wake_waiters_at(const void* address) {
   progressed();
-  const auto found = running->at_address.find(address);
-  if (found == running->at_address.end()) return;
-  for (Thread* thread : found->second) make_ready(*thread);
-  running->at_address.erase(found);
+  ++running->events;
+  for (const void* of : {address, static_cast<const void*>(&running->events)}) {
+    const auto found = running->at_address.find(of);
+    if (found == running->at_address.end()) continue;
+    for (Thread* thread : found->second) make_ready(*thread);
+    running->at_address.erase(found);
+  }
 }
 
 View released_view(const Thread& thread) {

@@ -68,6 +68,8 @@ struct Thread {
   View fenced;              // what its relaxed stores publish since its last fence
   bool has_fence = false;
 
+  uint64_t events = 0;  // that had happened when it last looked at the clock
+
   const void* polled = nullptr;  // address of its last load, and the version that came
   uint64_t polled_version = 0;
 
@@ -170,6 +172,16 @@ void run_grid(const Grid& grid, uint64_t seed);
 void report(const std::string& what);  // fails the launch; on behalf of no thread
 
 View released_view(const Thread& thread);  // what its release, or its arrival at a barrier, makes others see
+
+// Time passes only while nobody can run, and then in large steps: a kernel that gives up waiting does so before the
+// device calls it a deadlock. Who looks at the clock polls in vain: it rests until something happens that it has not
+// seen.
+uint64_t nanoseconds(Location where);
+
+// Whether this block's words to other blocks are lost, as those of block `mute_block` are: a partner that never sends.
+bool is_mute();
+extern int mute_block;       // its number along x; -1: none
+extern bool device_is_lost;  // to a trap: it takes no launch any more
 
 void yield();
 void progressed();                // something happened that others may wait for

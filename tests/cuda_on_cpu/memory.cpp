@@ -221,6 +221,23 @@ void* map_rank(const void* local, int rank, Location where) {
   return cluster.blocks[static_cast<size_t>(rank)]->shared + (static_cast<const char*>(local) - current->block->shared);
 }
 
+namespace {
+
+constexpr int kOffsetBits = 24;
+
+}  // namespace
+
+uint32_t address_of_rank(const void* local, int rank, Location where) {
+  (void)map_rank(local, rank, where);
+  const auto offset = static_cast<const char*>(local) - current->block->shared;
+  return static_cast<uint32_t>(rank) << kOffsetBits | static_cast<uint32_t>(offset);
+}
+
+void* at_address(uint32_t address, Location where) {
+  return map_rank(current->block->shared + (address & ((1u << kOffsetBits) - 1)),
+                  static_cast<int>(address >> kOffsetBits), where);
+}
+
 void store_remote(void* to, uint64_t bits, int size, uint64_t* transaction, Location where) {
   check_access(to, size, size, where);
   current->polled = nullptr;
@@ -339,12 +356,18 @@ void mbarrier_count_bytes(uint64_t* barrier, int bytes) {
   write_mbarrier(barrier, state);
 }
 
-void mbarrier_wait(uint64_t* barrier, int parity, bool acquire, Location where) {
+bool mbarrier_try_wait(uint64_t* barrier, int parity, bool acquire, Location where) {
   if (chance.one_in(kYieldOneIn)) yield();
-  while (read_mbarrier(barrier, where).phase == static_cast<unsigned>(parity)) {
-    wait_at(barrier, {"the end of a phase of the mbarrier", barrier, 0, where});
-  }
+  const auto has_ended = [&] { return read_mbarrier(barrier, where).phase != static_cast<unsigned>(parity); };
+  if (!has_ended()) wait_at(barrier, {"the end of a phase of the mbarrier", barrier, 0, where});
+  if (!has_ended()) return false;
   if (acquire) current->view.join(mbarrier_views[barrier]);
+  return true;
+}
+
+void mbarrier_wait(uint64_t* barrier, int parity, bool acquire, Location where) {
+  while (!mbarrier_try_wait(barrier, parity, acquire, where)) {
+  }
 }
 
 void forget_versions() {

@@ -55,6 +55,10 @@ void wait_copies(int groups_left, Location where);
 // The same place in the shared memory of another block of the cluster.
 void* map_rank(const void* local, int rank, Location where);
 
+// The same as a number of 32 bits, as kernels hold addresses in the cluster; and what stands there.
+uint32_t address_of_rank(const void* local, int rank, Location where);
+void* at_address(uint32_t address, Location where);
+
 template <class T>
 T* map_rank(T* local, int rank, Location where) {
   return static_cast<T*>(map_rank(static_cast<const void*>(local), rank, where));
@@ -68,6 +72,8 @@ void mbarrier_init(uint64_t* barrier, int count, Location where);
 void mbarrier_arrive(uint64_t* barrier, int expected_bytes, bool release, Location where);
 void mbarrier_count_bytes(uint64_t* barrier, int bytes);
 void mbarrier_wait(uint64_t* barrier, int parity, bool acquire, Location where);
+// Whether the phase has ended; rests until something happens if not.
+bool mbarrier_try_wait(uint64_t* barrier, int parity, bool acquire, Location where);
 
 // For the scheduler -----------------------------------------------------------------------------------------------
 

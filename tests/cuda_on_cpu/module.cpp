@@ -5,6 +5,7 @@
 
 #include "broken_kernels.h"
 #include "cuda/launch.h"
+#include "cuda/layout.h"
 #include "ops/ops.h"
 #include "ptx.h"
 #include "tensors.h"
@@ -89,6 +90,12 @@ PYBIND11_MODULE(lstm_ext_cuda_on_cpu, m) {
   m.attr("address_sanitizer") = kAddressSanitizer;
   m.def("take_tensors", &take_tensors);
   m.def("use_device", &use_device);
+  m.def("mute_block", [](int block) { mute_block = block; }, "block"_a);
+  m.def("revive_device", [] {
+    mute_block = -1;
+    device_is_lost = false;
+    *lstm_ext::cuda::timeout_record() = {};
+  });
   m.def("run_launched", &run_launched, "seed"_a = 0);
   m.def("cuda_layer_forward", &lstm_ext::ops::cuda_layer_forward);
   m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward);

@@ -17,8 +17,30 @@ inline uint64_t ld_relaxed_gpu(const uint64_t* address, Location where = Locatio
   return cuda_on_cpu::load(address, cuda_on_cpu::Order::kRelaxed, where);
 }
 
+struct alignas(16) TwoWords {
+  uint64_t first, second;
+};
+
+inline TwoWords ld_relaxed_gpu(const TwoWords* address, Location where = Location::current()) {
+  cuda_on_cpu::check_access(address, 16, 16, where);
+  const uint64_t first = ld_relaxed_gpu(&address->first, where);
+  return {first, ld_relaxed_gpu(&address->second, where)};
+}
+
 inline void st_relaxed_gpu(uint64_t* address, uint64_t value, Location where = Location::current()) {
+  if (cuda_on_cpu::is_mute()) return;
   cuda_on_cpu::store(address, value, cuda_on_cpu::Order::kRelaxed, where);
+}
+
+// ---- Waiting
+
+inline constexpr uint32_t kPollsPerLook = 1;  // time passes only while nobody can run: see `stir` in device.cpp
+
+inline uint64_t nanoseconds(Location where = Location::current()) { return cuda_on_cpu::nanoseconds(where); }
+
+inline void trap(Location where = Location::current()) {
+  cuda_on_cpu::device_is_lost = true;
+  cuda_on_cpu::fail("trap", where);
 }
 
 // ---- cp.async
@@ -65,24 +87,36 @@ inline void cluster_sync(Location where = Location::current()) {
   cuda_on_cpu::cluster_wait(true, where);
 }
 
-inline void st_cluster(uint32_t* shared, int rank, uint32_t value, Location where = Location::current()) {
-  cuda_on_cpu::store_remote(cuda_on_cpu::map_rank(shared, rank, where), value, 4, nullptr, where);
+// Here an address in the cluster is its offset in the block's shared memory, and above that the rank of the block.
+inline uint32_t shared_address_of_rank(const void* shared, int rank, Location where = Location::current()) {
+  return cuda_on_cpu::address_of_rank(shared, rank, where);
+}
+
+inline void st_async(uint32_t to, const uint4& value, uint32_t barrier, Location where = Location::current()) {
+  if (cuda_on_cpu::is_mute()) return;
+  auto* there = static_cast<uint32_t*>(cuda_on_cpu::at_address(to, where));
+  cuda_on_cpu::check_access(there, 16, 16, where);
+  auto* counts = static_cast<uint64_t*>(cuda_on_cpu::at_address(barrier, where));
+  cuda_on_cpu::store_remote(there, value.x | uint64_t{value.y} << 32, 8, counts, where);
+  cuda_on_cpu::store_remote(there + 2, value.z | uint64_t{value.w} << 32, 8, counts, where);
 }
 
 inline void mbarrier_init(uint64_t* barrier, int count, Location where = Location::current()) {
   cuda_on_cpu::mbarrier_init(barrier, count, where);
 }
 
-inline void mbarrier_arrive(uint64_t* barrier, int rank, Location where = Location::current()) {
-  cuda_on_cpu::mbarrier_arrive(cuda_on_cpu::map_rank(barrier, rank, where), 0, true, where);
+inline void mbarrier_expect(uint64_t* barrier, int bytes, Location where = Location::current()) {
+  cuda_on_cpu::mbarrier_arrive(cuda_on_cpu::map_rank(barrier, cuda_on_cpu::current->block->rank_in_cluster, where),
+                               bytes, true, where);
 }
 
-inline void mbarrier_wait(uint64_t* barrier, int parity, Location where = Location::current()) {
-  cuda_on_cpu::mbarrier_wait(barrier, parity, true, where);
+inline bool mbarrier_try_wait(uint64_t* barrier, int parity, Location where = Location::current()) {
+  return cuda_on_cpu::mbarrier_try_wait(barrier, parity, true, where);
 }
 
 // ---- Numbers
 
 inline float fast_exp(float x) { return std::exp(x); }
+inline float fast_inverse(float x) { return 1 / x; }
 
 }  // namespace lstm_ext::cuda

@@ -12,7 +12,7 @@ thread_local int current_device = 0;
 
 namespace {
 
-constexpr int kThreadsPerSm = 2048, kThreadsPerBlock = 1024, kMostBlocksPerSm = 32, kMostBlocksPerCluster = 8;
+constexpr int kThreadsPerSm = 2048, kThreadsPerBlock = 1024, kMostBlocksPerSm = 32, kMostBlocksPerCluster = 16;
 constexpr int64_t kSharedReservedPerBlock = 1024;  // beside what it asks for, of 1024 more than a block may have
 // Registers are not counted here: two blocks of 256 threads fit with 128 each, as the kernels use.
 constexpr int kThreadsPerSmByRegisters = 512;

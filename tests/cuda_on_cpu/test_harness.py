@@ -28,7 +28,7 @@ FAULTS = {
     "neighbour_across_barrier": "wrong result",
     "neighbour_in_warp": "wrong result",
     "overwrite_across_barrier": "wrong result",
-    "push_after_arrival": "wrong result",
+    "push_of_more_than_expected": "wrong result",
     "push_to_ended_block": "of a block that has ended",
     "push_with_wrong_parity": "deadlock",
     "shuffle_from_outside_the_mask": "not in its mask",
