@@ -3,8 +3,9 @@
     python .ci/step_sass.py [--only REGEX] [--mma N] [--without REGEX] [--path] [--record FILE | --check FILE] OBJECT...
 
 OBJECT is a .cubin, or a library with kernels in it (lstm_ext/_C*.so of a CUDA build). A kernel that walks over time has
-a row for each step loop: the innermost loops that hold both a product and a barrier. One that is launched for each step
-has a row for the launch. A row says what one warp does on the fast path:
+a row for each step loop: the innermost loops that hold both a product and a barrier. In one that is launched for each
+step these loops go over the columns of the weights; it has a row for the launch, too. A row says what one warp does on
+the fast path:
 
     mma        tensor core instructions; where a kernel has none, FFMA and DFMA
     lds, sts   loads from shared memory, by bits, and stores to it
@@ -22,8 +23,8 @@ instructions. Where clocks are a range, its other end leaves out the accesses th
 or store. --without bars blocks with an instruction that has REGEX in it, as --path prints it, which prints the path.
 
 Loads and what else has no fixed time take LATENCIES, which are assumed, from published measurements of an H100. The
-time of arithmetic and tensor cores is in the control words. Not counted: waiting for other warps, for instructions to
-be fetched, and for places on the bus.
+time of arithmetic and tensor cores is in the control words. Not counted: functions that are called, waiting for other
+warps, for instructions to be fetched, and for places on the bus.
 """
 
 from __future__ import annotations
@@ -115,9 +116,11 @@ def product_clocks(path: list[Instruction], at: list[int], product: re.Pattern[s
 def rows(kernel: Kernel, arguments: argparse.Namespace) -> Iterator[list[str]]:
     """The table's rows of a kernel."""
     graph, name = Graph(kernel), kernel_name(kernel.name)
-    launch = name.startswith("step_")
-    for number, step in enumerate([Loop(END, set(graph.order))] if launch else graph.step_loops(), 1):
-        where = f"{name} launch" if launch else f"{name} loop {number}"
+    parts = [(f"{name} loop {number}", loop) for number, loop in enumerate(graph.step_loops(), 1)]
+    if name.startswith("step_"):
+        parts.append((f"{name} launch", Loop(END, set(graph.order))))
+    for where, step in parts:
+        launch = step.header == END
         clocks, sections = [], []
         for busy in (False, True):
             path = graph.fast_path(step, busy, arguments.mma, arguments.without)
