@@ -190,6 +190,7 @@ def run(chosen: Sequence[Stage], out: Path, end: float, environment: dict[str, s
     for record in stages.run_stages(chosen, out, end, environment, bar.tick):
         records.append(record)
         stages.keep(out, meta, records)
+        importlib.invalidate_caches()  # tools may be there now
         bar.advance(record)
     bar.close()
     return records

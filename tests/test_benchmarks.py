@@ -243,8 +243,9 @@ OK = "stage('first', 'print(1); print(\"all well\")')"
 # Answers an interrupt with what it has; a process of its own does not, and would outlive it.
 SLOW_CODE = """
 import subprocess, sys, time
-deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-other = subprocess.Popen([sys.executable, "-c", deaf])
+deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+other = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+other.stdout.readline()
 print("other", other.pid, flush=True)
 try:
     time.sleep(60)
@@ -276,7 +277,7 @@ def kept(cwd: Path) -> dict[str, Any]:
 
 
 def assert_other_ended(log: Path) -> None:
-    pid = next(line.split()[1] for line in log.read_text().splitlines() if line.startswith("other "))
+    [pid] = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("other ")]
 
     def ended() -> bool:
         try:
@@ -422,6 +423,21 @@ def test_the_report_itself_needs_no_package(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "all well" in done.stdout
     assert "no table: rich is not installed" in done.stdout
+
+
+def test_tools_that_a_stage_has_brought_are_used(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, time; time.sleep(1); pathlib.Path('tools').mkdir(); pathlib.Path('tools/tqdm.py').write_text("
+        '\'class tqdm:\\n def __init__(self, **options): print(options["total"], "stages")\\n'
+        ' def write(self, text): print("told:", text)\\n'
+        " def __getattr__(self, name): return lambda *_: None')"
+    )
+    fake = FAKE.format(benchmarks=str(BENCHMARKS), stages=f"stage('tools', {code!r}), {LAST}")
+    command = [sys.executable, "-I", "-S", "-c", fake, "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 stages" in done.stdout
+    assert "told: last" in done.stdout
 
 
 def write_wheel(folder: Path, name: str) -> None:

@@ -40,7 +40,7 @@ def show_tests(console: Console, name: str, path: Path) -> None:
 
 def show_ceilings(console: Console, path: Path) -> None:
     table = report.new_table("Ceilings of this GPU", "arm", "figure")
-    for name, value in json.loads(path.read_text())["ceilings"].items():
+    for name, value in json.loads(path.read_text(encoding="utf-8"))["ceilings"].items():
         table.add_row(name, report.number(value))
     report.show(console, table, WIDTH)
 

@@ -101,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, measure in measurements().items():
         found[name] = measure()
         print(f"{name}: {found[name]:.4g}")
-        path.write_text(json.dumps({"gpu": gpu, "torch": torch.__version__, "ceilings": found}, indent=1) + "\n")
+        content = {"gpu": gpu, "torch": torch.__version__, "ceilings": found}
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 

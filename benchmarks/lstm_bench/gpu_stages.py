@@ -74,7 +74,7 @@ def probe() -> Machine:
     answer = subprocess.run([PYTHON, "-c", PROBE], capture_output=True, text=True)
     if answer.returncode:
         return Machine("", why_none=f"torch fails: {(answer.stderr.strip().splitlines() or ['no output'])[-1]}")
-    found = json.loads(answer.stdout)
+    found = json.loads(answer.stdout.splitlines()[-1])
     archs = dict.fromkeys(arch_of(*capability) for capability in found["capabilities"])
     why = "" if found["gpus"] else f"torch {found['torch']} finds no CUDA device"
     return Machine(found["torch"], tuple(found["gpus"]), tuple(archs), why)

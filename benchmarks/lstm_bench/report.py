@@ -30,6 +30,9 @@ def make_console() -> Console:
 
 def show(console: Console, table: Table, width: int = WIDTH) -> None:
     """Prints it, so many columns wide if it can be, without blanks at the ends of its lines."""
+    table.min_width = min(
+        width, max(map(len, str(table.title).splitlines()))
+    )  # or a narrow table would break its title
     measured = console.measure(table)
     least = measured.minimum if any(column.header in LONG_TEXTS for column in table.columns) else measured.maximum
     with console.capture() as capture:

@@ -96,7 +96,8 @@ def run_command(
     command: Command, log: Any, environment: Mapping[str, str], folder: Path, end: float, tick: Callable[[], None]
 ) -> int | None:
     """Its exit status; None where the time was over."""
-    log.write(f"$ {shlex.join(command)}\n".encode())
+    in_a_line = shlex.join(command).replace("\n", "; ")
+    log.write(f"$ {in_a_line}\n".encode())
     log.flush()
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
     try:
