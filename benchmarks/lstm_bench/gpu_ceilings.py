@@ -1,22 +1,27 @@
-"""What this GPU does at most, measured by torch: `python -m lstm_bench.gpu_ceilings --json FILE`.
+"""What this GPU does at most: `python -m lstm_bench.gpu_ceilings --json FILE`.
 
-Bandwidths count bytes read and bytes written. Each figure is the best of several turns, and the file is written as each
-is there.
+By torch, and then by kernels of gpu_ceilings.cu, where nvcc is found. Bandwidths count bytes read and bytes written.
+Each figure is the best of several turns, and the file is written as each is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from shutil import which
 
 import torch
 
 from .timing import captured
 
+SOURCE = Path(__file__).with_suffix(".cu")
 TURNS = 5
 LAUNCHES = 1000
 
@@ -74,21 +79,34 @@ def host_us() -> float:
     return min(times)
 
 
-def measurements() -> dict[str, Callable[[], float]]:
+def by_torch() -> Iterator[tuple[str, float]]:
     l2, tiny = torch.cuda.get_device_properties(0).L2_cache_size, torch.zeros(1, device="cuda")
-    return {
-        "copy, GB/s": lambda: copy_gbs(1 << 30, 5),
-        f"copy of {l2 >> 23} MiB within L2, GB/s": lambda: copy_gbs(l2 >> 3, 200),  # source and target: a quarter of it
-        "launch in a stream, µs": lambda: best_us(launches()) / LAUNCHES,
-        "launch in a stream, µs of the host": host_us,
-        "launch in a graph, µs": lambda: best_us(captured(launches())) / LAUNCHES,
-        "replay of a graph of one kernel, µs": lambda: best_us(captured(lambda: tiny.add_(1)), LAUNCHES),
-        "bfloat16, TFLOP/s": lambda: product_tflops(torch.bfloat16, False),
-        "float16, TFLOP/s": lambda: product_tflops(torch.float16, False),
-        "TF32, TFLOP/s": lambda: product_tflops(torch.float32, True),
-        "float32, TFLOP/s": lambda: product_tflops(torch.float32, False, 4096),
-        "float64, TFLOP/s": lambda: product_tflops(torch.float64, False, 4096),
-    }
+    yield "copy, GB/s", copy_gbs(1 << 30, 5)
+    yield f"copy of {l2 >> 23} MiB within L2, GB/s", copy_gbs(l2 >> 3, 200)  # source and target: a quarter of it
+    yield "launch in a stream, µs", best_us(launches()) / LAUNCHES
+    yield "launch in a stream, µs of the host", host_us()
+    yield "launch in a graph, µs", best_us(captured(launches())) / LAUNCHES
+    yield "replay of a graph of one kernel, µs", best_us(captured(lambda: tiny.add_(1)), LAUNCHES)
+    yield "bfloat16, TFLOP/s", product_tflops(torch.bfloat16, False)
+    yield "float16, TFLOP/s", product_tflops(torch.float16, False)
+    yield "TF32, TFLOP/s", product_tflops(torch.float32, True)
+    yield "float32, TFLOP/s", product_tflops(torch.float32, False, 4096)
+    yield "float64, TFLOP/s", product_tflops(torch.float64, False, 4096)
+
+
+def by_kernels(nvcc: str) -> Iterator[tuple[str, float]]:
+    """RuntimeError with the last line of what went wrong."""
+    major, minor = torch.cuda.get_device_capability()
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "ceilings")
+        arch = f"-arch=sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+        for command in ([nvcc, "-std=c++20", "-O3", arch, str(SOURCE), "-o", program], [program]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            for line in done.stdout.splitlines() if command[0] == program else ():
+                figure = json.loads(line)
+                yield figure["name"], figure["value"]
+            if done.returncode:
+                raise RuntimeError(f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,11 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     properties = torch.cuda.get_device_properties(0)
     gpu = {"name": properties.name, "multiprocessors": properties.multi_processor_count, "l2": properties.L2_cache_size}
     found: dict[str, float] = {}
-    for name, measure in measurements().items():
-        found[name] = measure()
-        print(f"{name}: {found[name]:.4g}")
-        content = {"gpu": gpu, "torch": torch.__version__, "ceilings": found}
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    nvcc = which("nvcc")
+    try:
+        for name, value in chain(by_torch(), by_kernels(nvcc) if nvcc else ()):
+            found[name] = value
+            print(f"{name}: {value:.4g}")
+            content = {"gpu": gpu, "torch": torch.__version__, "ceilings": found}
+            path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except RuntimeError as error:
+        print(f"Stopped after {len(found)} figures: {error}")
+        return 1
+    if not nvcc:
+        print("no nvcc: what needs kernels of its own was not measured")
     return 0
 
 

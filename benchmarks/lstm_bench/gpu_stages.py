@@ -263,7 +263,7 @@ def all_stages(options: argparse.Namespace, machine: Machine, out: Path) -> list
         # It is not known to understand stores into other blocks' shared memory: it informs.
         sanitizer(out, "racecheck-cluster", 25, f"{SMALL} and cluster", counts=False),
         rows(out, "accuracy", "errors of ours and torch's in each dtype", 30, "--preset", "gpu-accuracy", *ours),
-        Stage("ceilings", "what the GPU does at most", 20, ceilings),
+        Stage("ceilings", "what the GPU does at most", 30, ceilings),
         *(ncu(machine, strategy, 20) for strategy in NCU_CASES),
         Stage("tune", "lstm_ext.tune: measured plans", 40, always([PYTHON, "-c", TUNE])),
         rows(out, "stock", "nn.LSTM alone, with cuDNN's kernels", 60, "--preset", "gpu-stock", "--arms", "torch"),
