@@ -489,6 +489,8 @@ def test_what_is_built_and_run_follows_the_gpu(tmp_path: Path, monkeypatch: pyte
     for stage in hopper.values():
         for command in stage.commands(30.0):
             assert all(type(part) is str for part in command), stage.name
+    (tmp_path / "build.log").write_text("  lstm_ext: LSTM_EXT_BUILD=cuda: nvcc not found\nERROR: failed\n")
+    assert hopper["build"].said() == "nvcc not found"
     for text, found in (
         ("", False),
         ("Uninitialized read\n at torch::fill\n", False),
@@ -496,6 +498,24 @@ def test_what_is_built_and_run_follows_the_gpu(tmp_path: Path, monkeypatch: pyte
     ):
         (tmp_path / "initcheck.finds.log").write_text(text)
         assert bool(hopper["initcheck"].finds()) == found
+
+
+def test_what_stages_measured_and_which_tests_failed_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "benchmarks.json", {"lstm_ext": 1.0, "torch": 3.25}, 0.1)
+    write(tmp_path / "stock.json", {"torch": 77.0}, 0.1)
+    (tmp_path / "ceilings.json").write_text(json.dumps({"ceilings": {"copy, GB/s": 2870.0}}))
+    events = [("a", "passed", ""), ("b", "failed", "line\nE   too far\ntest.py:3: Error"), ("c", "began", "")]
+    lines = [json.dumps({"test": f"t.py::{name}", "outcome": end, "text": text}) for name, end, text in events]
+    (tmp_path / "tests.jsonl").write_text("\n".join([*lines, '{"test": "t.py::d", "out']))
+    command = [sys.executable, "-m", "lstm_bench.digest", "tests", "benchmarks", "stock", "ceilings", "absent"]
+    paths = [str(BENCHMARKS), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tests: b: failed: E   too far\ntests: c: never ended\n" in done.stdout
+    assert "3.25" in done.stdout
+    assert "2870" in done.stdout
+    assert "77" not in done.stdout  # in its log
 
 
 # pytest_log: tests whose outcomes are kept ----------------------------------------------------------------------------

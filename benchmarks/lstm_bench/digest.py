@@ -28,18 +28,19 @@ TABLES: dict[str, list[Callable[[Sequence[rows.Row]], Any]]] = {
 
 
 def show_tests(console: Console, name: str, path: Path) -> None:
-    """Those that failed, each with its last line."""
+    """Those that failed, each with its error."""
     failed = pytest_log.wrong(pytest_log.read(path)[0])
     for test in failed[:MOST]:
         lines = test.text.strip().splitlines() or [""]
         errors = [line for line in lines if line.startswith("E ")] or lines[-1:]
-        console.print(f"{name}: {test.outcome} {test.name.rpartition('::')[2]}: {errors[0][:100]}", markup=False)
+        text = f"{name}: {test.name.rpartition('::')[2]}: {test.fate}: {errors[0][:100]}"
+        console.print(text.removesuffix(": "), markup=False, highlight=False)
     if len(failed) > MOST:
         console.print(f"{name}: and {len(failed) - MOST} more: {path.name}")
 
 
 def show_ceilings(console: Console, path: Path) -> None:
-    table = report.new_table("Ceilings of this GPU", "arm", "figure")
+    table = report.new_table("Ceilings of this GPU", "work", "figure")
     for name, value in json.loads(path.read_text(encoding="utf-8"))["ceilings"].items():
         table.add_row(name, report.number(value))
     report.show(console, table, WIDTH)

@@ -39,8 +39,8 @@ __device__ uint32_t load(const uint32_t* at) {
   return value;
 }
 
-// Two blocks pass a number to and fro through L2, as the strategy grid passes h. flags [2 * 32], zeros: a line for
-// each.
+// Two blocks pass a number to and fro through L2, as the strategy grid passes h. flags [2 * 32] are zeros; each has a
+// cache line.
 __global__ void hop_through_l2(uint32_t* flags, bool* lost) {
   uint32_t *const mine = flags + 32 * blockIdx.x, *const other = flags + 32 * (1 - blockIdx.x);
   const long long start = clock64();

@@ -161,8 +161,13 @@ def build(machine: Machine, out: Path, seconds: float) -> Stage:
         shutil.rmtree(out / "package", ignore_errors=True)
         return [install]
 
+    def why_not() -> str:
+        """In the words of setup.py; pip's last line has none."""
+        found = re.findall(r"lstm_ext: LSTM_EXT_BUILD=\w+: (.*)", (out / "build.log").read_text(errors="replace"))
+        return str(found[-1]) if found else ""
+
     purpose = f"the package, for {archs or 'the CPU alone'}"
-    return Stage("build", purpose, seconds, commands, environment, needs_gpu=False)
+    return Stage("build", purpose, seconds, commands, environment, needs_gpu=False, said=why_not)
 
 
 def tests(out: Path, seconds: float, chosen: str) -> Stage:

@@ -92,6 +92,10 @@ class Test:
 
     __test__ = False  # for pytest: not one of its classes
 
+    @property
+    def fate(self) -> str:
+        return "never ended" if self.outcome == BEGAN else self.outcome
+
 
 def read(path: Path) -> tuple[list[Test], bool]:
     """Each test with the last that is known of it, and whether pytest has ended as it should; but for torn lines."""
@@ -117,7 +121,7 @@ def summary(path: Path) -> str:
     tests = read(path)[0]
     if not tests:
         return ""
-    counts = Counter("never ended" if test.outcome == BEGAN else test.outcome for test in tests)
+    counts = Counter(test.fate for test in tests)
     slowest = max(tests, key=lambda test: test.seconds)
     text = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     return f"{text}; longest {slowest.seconds:.1f} s, {slowest.name.rpartition('::')[2]}"
