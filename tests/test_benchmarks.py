@@ -491,6 +491,9 @@ def test_what_is_built_and_run_follows_the_gpu(tmp_path: Path, monkeypatch: pyte
             assert all(type(part) is str for part in command), stage.name
     (tmp_path / "build.log").write_text("  lstm_ext: LSTM_EXT_BUILD=cuda: nvcc not found\nERROR: failed\n")
     assert hopper["build"].said() == "nvcc not found"
+    (tmp_path / "memcheck.log").write_text("3 passed\n========= ERROR SUMMARY: 2 errors\n")
+    (tmp_path / "memcheck.jsonl").write_text('{"test": "a", "outcome": "passed", "seconds": 2.0}\n')
+    assert hopper["memcheck"].said() == "1 passed; longest 2.0 s, a; ERROR SUMMARY: 2 errors"
     for text, found in (
         ("", False),
         ("Uninitialized read\n at torch::fill\n", False),

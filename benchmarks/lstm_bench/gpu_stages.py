@@ -176,7 +176,7 @@ def tests(out: Path, seconds: float, chosen: str) -> Stage:
     return Stage("tests", "pytest -m gpu", seconds, always(command), said=partial(pytest_log.summary, log))
 
 
-def sanitizer(out: Path, name: str, seconds: float, tests: str = SMALL, counts: bool = True) -> Stage:
+def sanitizer(out: Path, name: str, seconds: float, chosen: str = SMALL, counts: bool = True) -> Stage:
     """With each tensor in an allocation of its own, so that its end is known."""
     program, log, finds = shutil.which("compute-sanitizer"), out / f"{name}.jsonl", out / f"{name}.finds.log"
     tool = name.partition("-")[0]
@@ -185,7 +185,7 @@ def sanitizer(out: Path, name: str, seconds: float, tests: str = SMALL, counts: 
         command += ["--log-file", str(finds)]
     else:
         command += ["--error-exitcode", "86", "--kernel-regex", "kns=lstm_ext"]
-    command += [PYTHON, "-m", "pytest", "-p", "lstm_bench.pytest_log", f"--log-tests={log}", *TESTS, "-k", tests]
+    command += [PYTHON, "-m", "pytest", "-p", "lstm_bench.pytest_log", f"--log-tests={log}", *TESTS, "-k", chosen]
 
     def ours() -> str:
         """Of initcheck's finds."""
@@ -193,12 +193,16 @@ def sanitizer(out: Path, name: str, seconds: float, tests: str = SMALL, counts: 
         found = [part for part in text.split("Uninitialized")[1:] if "lstm_ext" in "".join(part.splitlines()[:4])]
         return f"uninitialized reads: {finds.name}" if found else ""
 
+    def said() -> str:
+        text = (out / f"{name}.log").read_text(errors="replace")
+        return "; ".join([pytest_log.summary(log), *re.findall(r"= (\w+ SUMMARY: .*)", text)[-1:]])
+
     return Stage(
         *(name, f"compute-sanitizer's {tool} on few tests", seconds, always(command)),
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         counts=counts,
         left_out="" if program else "no compute-sanitizer",
-        said=partial(pytest_log.summary, log),
+        said=said,
         finds=ours,
     )
 
