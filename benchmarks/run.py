@@ -15,28 +15,37 @@ from typing import Any
 import numpy as np
 import torch
 from lstm_bench import ceilings, report, rows
-from lstm_bench.arms import ARMS, Arm, problem_on_gpu
+from lstm_bench.arms import ARMS, STRATEGIES, USUAL, Arm, problem_on_gpu
 from lstm_bench.cases import AXES, DTYPES, GPU_SUITES, MODES, PRESETS, SUITES, Case, custom, on, select, usable_cores
-from lstm_bench.oracle import check, problem
+from lstm_bench.oracle import check, deviations, problem
 from lstm_bench.rows import OURS, Row
-from lstm_bench.timing import kernels, measure
+from lstm_bench.timing import kernels, measure, once
 from tqdm import tqdm
 
 import lstm_ext
 
-SECONDS = {"quick": 0.1, "full": 0.3, "gpu-quick": 0.1, "gpu": 0.2}
+SECONDS = {
+    "quick": 0.1,
+    "full": 0.3,
+    "gpu-quick": 0.1,
+    "gpu": 0.2,
+    "gpu-strategies": 0.1,
+    "gpu-accuracy": 0.01,
+    "gpu-stock": 0.1,
+}
 
 EPILOG = """
 Without a preset, axes span a grid of their own, where an axis left out has
 one value. With a preset they pick those of its rows. Each row is checked
-against float64 before it is timed. An interrupt leaves the rows done so far,
-and exits with 130. Examples:
+against float64 before it is timed, and written as it is done. An interrupt
+leaves the rows done so far, and exits with 130. Examples:
 
   python benchmarks/run.py                                   # quick: a minute
   python benchmarks/run.py --preset full --json result.json  # half an hour
   python benchmarks/run.py --preset full --suite training cell --threads 1
   python benchmarks/run.py --batch 1 8 --hidden 64 65 --mode training
   python benchmarks/run.py --preset gpu --json result.json   # on a GPU
+  python benchmarks/run.py --preset gpu-strategies           # each forced
 """
 CEILINGS_EVERY = 60  # s
 BUSY = 0.1  # of the cores, taken by others
@@ -98,21 +107,30 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--arms",
         nargs="+",
         choices=ARMS,
-        default=list(ARMS),
         metavar="ARM",
-        help=f"default: those installed of {', '.join(ARMS)}",
+        help=f"default: those installed of {', '.join(USUAL)}; for --preset gpu-strategies {', '.join(STRATEGIES)}",
     )
     presets = ", ".join(f"{seconds} with {name}" for name, seconds in SECONDS.items())
     parser.add_argument("--seconds", type=float, help=f"measured for each arm of each row (default: {presets})")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="no further row begins after these (no limit)")
     parser.add_argument("--json", type=json_path, metavar="FILE", help="where the results are written")
     parser.add_argument("--targets", action="store_true", help="show what this project wants of its kernels, too")
+    parser.add_argument("--errors", action="store_true", help="show how far from float64 the arms are, too")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="on a GPU: instead of timing, call each arm once between cudaProfilerStart and -Stop",
+    )
     options = parser.parse_args(arguments)
     if options.suite and not options.preset:
         options.preset = "gpu" if options.suite[0] in GPU_SUITES else "full"
     options.device = options.device or ("cuda" if (options.preset or "").startswith("gpu") else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
+    if options.once and options.device != "cuda":
+        parser.error("--once: expected with --device cuda")
+    usual = ["lstm_ext", *STRATEGIES] if options.preset == "gpu-strategies" else list(USUAL)
+    options.arms = options.arms or usual
     return options
 
 
@@ -166,8 +184,8 @@ class OtherProcesses:
         return max(0.0, ran_now - ran_before - (own_now - own_before)) / passed if passed else 0.0
 
 
-def run_case(case: Case, arms: Sequence[Arm], seconds: float) -> Row:
-    """Checks the arms' answers to the case, and times those that are right."""
+def run_case(case: Case, arms: Sequence[Arm], seconds: float, profiled: bool = False) -> Row:
+    """Checks the arms' answers to the case, and times those that are right, or calls them for a profiler."""
     row = Row(case)
     on_gpu = case.device == "cuda"
     torch.set_num_threads(len(usable_cores()) if on_gpu else case.threads)
@@ -183,12 +201,19 @@ def run_case(case: Case, arms: Sequence[Arm], seconds: float) -> Row:
             continue
         try:
             call = arm.prepare(case, inputs)
-            with torch.inference_mode(case.mode != "training"):
-                check(case, arm.named(case, inputs, call()), expected, arm.slack)
+            with torch.inference_mode(not case.trains):
+                named = arm.named(case, inputs, call())
+            check(case, named, expected, arm.slack)
+            row.deviations[arm.name] = deviations(named, expected)
             calls[arm.name] = call
+            if plan := arm.plan(case):
+                row.plans[arm.name] = plan
         except Exception as error:  # of any arm's library; the row tells
             row.errors[arm.name] = f"{type(error).__name__}: {error}"
-    with torch.inference_mode(case.mode != "training"):
+    with torch.inference_mode(not case.trains):
+        if profiled:
+            once(calls)
+            return row
         for name, (median, spread) in measure(case, calls, seconds).items():
             row.us[name], row.spread[name] = median, spread
         if on_gpu:
@@ -231,7 +256,9 @@ def main() -> int:
                 meter.measure()
                 measured = time.perf_counter()
             bar.set_postfix_str(str(case))
-            done.append(run_case(case, arms, seconds))
+            done.append(run_case(case, arms, seconds, options.once))
+            if options.json:
+                rows.save(options.json, meta, done)
         if meter:
             meter.measure()
     except KeyboardInterrupt:
@@ -250,6 +277,8 @@ def main() -> int:
     if done:
         tables = [report.ceilings(meta["ceilings"])] if meta["ceilings"] else []
         tables += [report.results(done), report.peers(done), report.geomeans(done), report.kernels(done)]
+        tables += [report.strategies(done)]
+        tables += [report.deviations(done)] if options.errors else []
         tables += [report.targets(done)] if options.targets else []
         for table in tables:
             if table:
@@ -258,7 +287,7 @@ def main() -> int:
         if meta["other_processes"] > BUSY:
             text = f"Other processes took {meta['other_processes']:.0%} of the cores: measure again when it is quiet."
             console.print(text, style="yellow")
-    return status or int(any(OURS in row.errors for row in done))
+    return status or int(any(name.startswith(OURS) for row in done for name in row.errors))
 
 
 if __name__ == "__main__":

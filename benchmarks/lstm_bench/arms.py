@@ -6,7 +6,7 @@ import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -16,8 +16,12 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
+import lstm_ext.torch_op  # makes the native module take tensors
+from lstm_ext._native import C
+from lstm_ext.call import FORWARD, LayerCall, Needs, OutputGrads, Save, Saved
+from lstm_ext.engines import cuda
 
-from .cases import Case, usable_cores
+from .cases import STEPS, STEPS_BACKWARD, Case, usable_cores
 from .oracle import SLACK, Array, Inputs, Named, by_layer, make_inputs
 from .timing import captured
 
@@ -47,6 +51,10 @@ class Arm(ABC):
             return f"no {case.mode}"
         return "" if case.dtype in self.dtypes else f"no {case.dtype}"
 
+    def plan(self, case: Case) -> dict[str, Any]:
+        """How the arm runs a case that it does not refuse, where it can tell."""
+        return {}
+
     @abstractmethod
     def prepare(self, case: Case, inputs: Inputs) -> Call:
         """The call to be timed."""
@@ -69,6 +77,8 @@ class Torch(Arm):
         return str(torch.__version__)
 
     def refusal(self, case: Case) -> str:
+        if case.mode in (STEPS, STEPS_BACKWARD):
+            return "steps alone are those of our kernels"
         return "no TF32 on a CPU" if (case.device, case.dtype) == ("cpu", "tf32") else ""
 
     def _load(self, kind: Any, case: Case, inputs: Inputs, **options: Any) -> torch.nn.Module:
@@ -89,7 +99,7 @@ class Torch(Arm):
             return partial(cell, x[0], (state[0][0], state[1][0]))
         options = {"num_layers": case.layers, "bidirectional": case.directions == 2, "proj_size": case.P}
         lstm: Any = self._load(self.modules.LSTM, case, inputs, **options)
-        if case.mode == "training":
+        if case.trains:
             dy, leaves = tensor(inputs.dy), [x.requires_grad_(), *lstm.parameters()]
 
             def train() -> Any:
@@ -115,18 +125,74 @@ class Torch(Arm):
 
 
 class LstmExt(Torch):
-    """`lstm_ext.LSTM` and `lstm_ext.LSTMCell`, on the compiled kernels."""
+    """`lstm_ext.LSTM` and `lstm_ext.LSTMCell`, on the compiled kernels; the steps alone by the strategy of the plan."""
 
     name = "lstm_ext"
     slack = 1
     modules = lstm_ext
+    strategy = ""  # the plan's
 
     def version(self) -> str:
         return lstm_ext.__version__
 
     def refusal(self, case: Case) -> str:
         backend = lstm_ext.backends()[case.device]
-        return super().refusal(case) if backend.available else backend.reason
+        if not backend.available:
+            return backend.reason
+        if case.mode not in (STEPS, STEPS_BACKWARD):
+            return super().refusal(case)
+        if case.device != "cuda" or case.layers > 1 or case.directions > 1:
+            return "steps alone are those of one layer and direction on a GPU"
+        try:
+            self.plan(case)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    def plan(self, case: Case) -> dict[str, Any]:
+        if case.mode not in (STEPS, STEPS_BACKWARD):
+            return {}
+        options = {"proj_size": case.P, "dtype": case.stored, "tf32": case.dtype == "tf32"}
+        backward, strategy = case.mode == STEPS_BACKWARD, self.strategy or None
+        return asdict(lstm_ext.plan(case.T, case.B, case.H, **options, backward=backward, strategy=strategy))
+
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        if case.mode not in (STEPS, STEPS_BACKWARD):
+            return super().prepare(case, inputs)
+        with cuda.use_strategy(self.strategy):
+            return self._steps(case, inputs)
+
+    def _steps(self, case: Case, inputs: Inputs) -> Call:
+        """What engines/cuda.py calls between its products.
+
+        The backward pass answers with what a whole training step by the same strategy came to, since its own results
+        are but parts of gradients.
+        """
+
+        def tensor(a: Array) -> torch.Tensor:
+            return torch.from_numpy(a).to(case.device, getattr(torch, case.stored))
+
+        weights, masks = [tensor(w) for w in inputs.weights], (None, None, None)
+        call = LayerCall(*map(tensor, (inputs.x, inputs.h0, inputs.c0)), weights, *masks, FORWARD, False)
+        tf32, strategy = cuda.tf32_allowed(), self.strategy
+        if case.mode == STEPS:
+            steps = cuda.steps_of(call)._replace(x=cuda.input_products(call))
+
+            def forward() -> Any:
+                y, h_n, c_n, *_ = C.cuda_layer_forward(steps, Save.NOTHING, tf32, strategy)
+                return y, (h_n, c_n)
+
+            return forward
+        trained = super().prepare(case, inputs)()
+        *_, cells, gates = cuda.forward(call, Save.ALL)
+        steps, saved = cuda.steps_of(call)._replace(x=gates), Saved(cells, gates)
+        grads, needs = OutputGrads(tensor(inputs.dy), None, None, None), Needs.X | Needs.WEIGHTS
+
+        def backward() -> Any:
+            C.cuda_layer_backward(steps, saved, grads, needs, tf32, strategy)
+            return trained
+
+        return backward
 
 
 class Graphed(Torch):
@@ -150,6 +216,16 @@ class LstmExtGraphed(Graphed, LstmExt):
     """`lstm_ext.LSTM` and `lstm_ext.LSTMCell` in a CUDA graph."""
 
     name = "lstm_ext-graph"
+
+
+class Strategy(LstmExt):
+    """The steps of our kernels by one strategy, where it can run them."""
+
+    def __init__(self, strategy: str) -> None:
+        self.name, self.strategy = f"lstm_ext-{strategy}", strategy
+
+    def refusal(self, case: Case) -> str:
+        return super().refusal(case) if case.mode in (STEPS, STEPS_BACKWARD) else "steps alone are forced"
 
 
 class FlashRnn(Torch):
@@ -387,13 +463,15 @@ class Jax(Arm):
         return named | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
 
 
+STRATEGIES = {arm.name: arm for arm in map(Strategy, ("block", "cluster", "grid", "step"))}
 _PEERS = (OnnxRuntime(), OpenVino(), Jax(), FlashRnn())
-ARMS: dict[str, Arm] = {arm.name: arm for arm in (LstmExt(), Torch(), LstmExtGraphed(), Graphed(), *_PEERS)}
+USUAL: dict[str, Arm] = {arm.name: arm for arm in (LstmExt(), Torch(), LstmExtGraphed(), Graphed(), *_PEERS)}
+ARMS = USUAL | STRATEGIES
 
 
 def problem_on_gpu(case: Case) -> tuple[Inputs, Named]:
     """As `oracle.problem`, the answers by `torch.nn.LSTM` in float64 on the GPU, since the reference takes minutes."""
     inputs, arm, exact = make_inputs(case), Torch(), replace(case, dtype="float64")
-    with torch.inference_mode(case.mode != "training"):
+    with torch.inference_mode(not case.trains):
         named = arm.named(exact, inputs, arm.prepare(exact, inputs)())
     return inputs, {name: a.detach().cpu().numpy() for name, a in named.items()}

@@ -11,7 +11,8 @@ from typing import Any
 from lstm_ext import testing
 from lstm_ext.call import BOTH, FORWARD
 
-MODES = ("cell", "inference", "training", "packed", "compiled")
+STEPS, STEPS_BACKWARD = "steps", "steps-backward"
+MODES = ("cell", "inference", "training", "packed", "compiled", STEPS, STEPS_BACKWARD)
 DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
 
 
@@ -22,7 +23,8 @@ class Case:
     P = 0 is no projection; `directions` is 1 or 2; `busy` is how many cores other processes keep busy meanwhile.
     dtype tf32 is float32 that torch may multiply as TF32 (on a GPU); float32 is exact.
     Modes: `cell` is one step of an LSTMCell; `inference` and `training` (forward and backward) are calls of an LSTM,
-    with a PackedSequence in `packed`, through torch.compile in `compiled`.
+    with a PackedSequence in `packed`, through torch.compile in `compiled`; `steps` and `steps-backward` are what our
+    kernels on a GPU do in one pass over one layer, without the products that are made for all steps at once.
     """
 
     suite: str
@@ -38,6 +40,11 @@ class Case:
     device: str = "cpu"
     threads: int = 1
     busy: int = 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are asked for."""
+        return self.mode in ("training", STEPS_BACKWARD)
 
     @property
     def stored(self) -> str:
@@ -153,6 +160,29 @@ GPU_SUITES: dict[str, list[Case]] = {
     ],
 }
 
+# Those of reviews of the planner: where each strategy should win, and where two of them come close.
+PLANNED = [(16, 128), (16, 256), (16, 768), (64, 1024), (1, 512), (64, 256), (16, 1024), (256, 512)]  # B and H
+GPU_STRATEGIES = [
+    case
+    for dtype, shapes in (("bfloat16", PLANNED), ("tf32", PLANNED[:4]), ("float32", PLANNED[:2]))
+    for B, H in shapes
+    for mode in (STEPS, STEPS_BACKWARD)
+    for case in grid("gpu_strategies", mode, T=256, B=B, H=H, dtype=dtype)
+]
+
+GPU_ACCURACY = grid("gpu_accuracy", "training", T=128, B=16, H=[256, 1024], dtype=["float32", "tf32", *DTYPES[2:]])
+
+# torch alone. Orders of rows: each dtype of a size, and the sizes in the middle, before the rest.
+STOCK_DTYPES = ["float32", "tf32", "bfloat16", "float16"]
+STOCK_WIDTHS = [768, 256, 1024, 128, 512, 192, 96, 2048]
+GPU_STOCK = [
+    *grid("gpu_stock", "inference", T=512, B=[16, 1, 64], H=STOCK_WIDTHS, dtype=STOCK_DTYPES),
+    *grid("gpu_stock", "training", T=512, B=[16, 1, 64], H=STOCK_WIDTHS, dtype=STOCK_DTYPES),
+    *grid("gpu_stock", "cell", T=1, B=[1, 16, 64], H=[128, 512, 1024], dtype=STOCK_DTYPES),
+    *grid("gpu_stock", "inference", T=512, B=[8, 256], H=STOCK_WIDTHS, dtype=STOCK_DTYPES),
+    *grid("gpu_stock", "training", T=512, B=[8, 256], H=STOCK_WIDTHS, dtype=STOCK_DTYPES),
+]
+
 GPU_QUICK = [
     *GPU_SUITES["gpu_persistent"],
     *grid("gpu_mid", "inference", T=512, B=16, H=[512, 1024], dtype="bfloat16"),
@@ -170,6 +200,9 @@ PRESETS = {
     "full": [case for suite in SUITES.values() for case in suite],
     "gpu-quick": GPU_QUICK,
     "gpu": [case for suite in GPU_SUITES.values() for case in suite],
+    "gpu-strategies": GPU_STRATEGIES,
+    "gpu-accuracy": GPU_ACCURACY,
+    "gpu-stock": GPU_STOCK,
 }
 AXES = ("dtype", "B", "T", "I", "H", "P", "layers", "directions", "mode", "busy", "suite")
 

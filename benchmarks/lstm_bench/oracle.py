@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lstm_ext import reference
 from lstm_ext.call import LayerCall, Needs, OutputGrads, Save, Saved
-from lstm_ext.testing import assert_close, round_to
+from lstm_ext.testing import assert_close, round_to, to_float64
 
 from .cases import Case
 
@@ -87,7 +87,7 @@ def by_layer(weights: list[Array], layers: int) -> list[list[Array]]:
 
 def answers(case: Case, inputs: Inputs) -> Named:
     """Outputs by name, and in training the gradients of x and the weights, all from the float64 reference."""
-    L, training = case.layers, case.mode == "training"
+    L, training = case.layers, case.trains
     weights = by_layer([w.astype(np.float64) for w in inputs.weights], L)
     h0, c0 = (np.split(a.astype(np.float64), L) for a in (inputs.h0, inputs.c0))
     y = (inputs.x if inputs.lengths is None else inputs.x[inputs.valid]).astype(np.float64)
@@ -133,3 +133,14 @@ def check(case: Case, actual: Named, expected: Named, slack: float) -> None:
         terms = case.layers * (gradient_terms if name.startswith("d") else output_terms)
         magnitude = slack * max(1.0, float(np.abs(array).max(initial=0)))
         assert_close(actual[name], array, judged_as(case), terms=terms, magnitude=magnitude, name=name)
+
+
+def deviations(actual: Named, expected: Named) -> dict[str, float]:
+    """‖actual - expected‖ / ‖expected‖ of the outputs and, in training, the gradients; the largest of their arrays."""
+    largest: dict[str, float] = {}
+    for name, array in expected.items():
+        exact, kind = array.astype(np.float64), "gradients" if name.startswith("d") else "outputs"
+        norm = float(np.linalg.norm(exact))
+        error = float(np.linalg.norm(to_float64(actual[name]) - exact)) / norm if norm else 0.0
+        largest[kind] = max(largest.get(kind, 0.0), error)
+    return largest

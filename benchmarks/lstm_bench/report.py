@@ -28,11 +28,15 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=1000)
 
 
-def show(console: Console, table: Table) -> None:
-    """Prints it, WIDTH columns wide if it can be, without blanks at the ends of its lines."""
-    least = console.measure(table).minimum
+def show(console: Console, table: Table, width: int = WIDTH) -> None:
+    """Prints it, so many columns wide if it can be, without blanks at the ends of its lines."""
+    table.min_width = min(
+        width, max(map(len, str(table.title).splitlines()))
+    )  # or a narrow table would break its title
+    measured = console.measure(table)
+    least = measured.minimum if any(column.header in LONG_TEXTS for column in table.columns) else measured.maximum
     with console.capture() as capture:
-        console.print(table, width=max(WIDTH, least) if not console.is_terminal else None)
+        console.print(table, width=max(width, least) if not console.is_terminal else None)
     console.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
@@ -163,6 +167,46 @@ def ceilings(measured: dict[str, Any]) -> Table:
     for threads, own in measured.items():
         figures = [*own["fma_gflops"].values(), *(level["read_gbs"] for level in own["levels"])]
         table.add_row(threads, *map(number, figures), number(own["barrier_us"] or None))
+    return table
+
+
+def strategies(rows: Sequence[Row]) -> Table | None:
+    """What the cost model says of each strategy, and what is; None if no row has plans."""
+    rows = [row for row in rows if row.plans]
+    if not rows:
+        return None
+    title, shown = case_columns(rows)
+    arms = [arm for arm in dict.fromkeys(arm for row in rows for arm in (*row.plans, *row.errors)) if arm != OURS]
+    title += "\nµs a step, measured / predicted; * is what the planner takes; green is the fastest"
+    table = new_table(title, *shown, *(arm.removeprefix(f"{OURS}-") for arm in arms))
+    for row, last_of_mode in by_mode(rows):
+        planned = row.plans.get(OURS, {}).get("strategy")
+        fastest = min((row.us[arm] for arm in arms if arm in row.us), default=None)
+        cells = []
+        for arm in arms:
+            plan, us = row.plans.get(arm), row.us.get(arm)
+            if plan is None or us is None:
+                cells.append("[red]error[/]" if arm in row.errors else "–")
+                continue
+            text = f"{number(us / row.case.T)} / {number(plan['microseconds_per_step'])}"
+            text += "*" if plan["strategy"] == planned else " "
+            cells.append(f"[green]{text}[/]" if us == fastest else text)
+        table.add_row(*case_cells(row, shown), *cells, end_section=last_of_mode)
+    return table
+
+
+def deviations(rows: Sequence[Row]) -> Table | None:
+    """How far each arm is from float64; None if that was not recorded."""
+    rows = [row for row in rows if row.deviations]
+    if not rows:
+        return None
+    title, shown = case_columns(rows)
+    title += "\n‖error‖ / ‖exact‖ of outputs, and of gradients; the largest of their arrays"
+    table = new_table(title, *shown, *(arms := list(dict.fromkeys(arm for row in rows for arm in row.deviations))))
+    for row, last_of_mode in by_mode(rows):
+        own = (row.deviations.get(arm, {}) for arm in arms)
+        cells = (" ".join(f"{value:.1e}" for value in each.values()) or "–" for each in own)
+        table.add_row(*case_cells(row, shown), *cells, end_section=last_of_mode)
     return table
 
 

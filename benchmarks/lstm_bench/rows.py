@@ -26,6 +26,8 @@ class Row:
     errors: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, dict[str, int]] = field(default_factory=dict)  # on a GPU: launches of each in one call, by arm
+    deviations: dict[str, dict[str, float]] = field(default_factory=dict)  # `oracle.deviations`, by arm
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)  # `Arm.plan`, of those that have one
     active: float = 1.0  # the share of all B * T steps that the case takes
 
     def unsteady(self, arm: str) -> bool:
@@ -58,13 +60,17 @@ class Row:
             "errors": self.errors,
             "skipped": self.skipped,
             "kernels": self.kernels,
+            "deviations": self.deviations,
+            "plans": self.plans,
         }
 
 
 def save(path: Path, meta: dict[str, Any], rows: Iterable[Row]) -> None:
-    """One line a row, so that two files can be compared by eye."""
+    """One line a row, so that two files can be compared by eye; the file is there whole, or as it was."""
     lines = ",\n".join("  " + json.dumps(row.to_json()) for row in rows)
-    path.write_text(f'{{\n"meta": {json.dumps(meta, indent=2)},\n"rows": [\n{lines}\n]\n}}\n')
+    unfinished = path.with_name(f"{path.name}.new")
+    unfinished.write_text(f'{{\n"meta": {json.dumps(meta, indent=2)},\n"rows": [\n{lines}\n]\n}}\n')
+    unfinished.replace(path)
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -73,7 +79,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     Raises:
         ValueError: it cannot be read, or something else has written it.
     """
-    names = ("us", "spread", "floor_us", "errors", "skipped", "kernels")  # the last not in older files
+    names = ("us", "spread", "floor_us", "errors", "skipped", "kernels", "deviations", "plans")
     try:
         content = json.loads(path.read_text())
         return content["meta"], [

@@ -86,6 +86,16 @@ def kernels(call: Call, most: int = 6) -> dict[str, int]:
     return {event.key: event.count for event in ran[:most]}
 
 
+def once(calls: Mapping[str, Call]) -> None:
+    """Calls each where a profiler sees it that begins and ends where cudaProfilerStart and -Stop say."""
+    for call in calls.values():
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
 def captured(call: Call) -> Call:
     """The call as a CUDA graph that is replayed; what it returns is the same memory each time."""
     side = torch.cuda.Stream()
