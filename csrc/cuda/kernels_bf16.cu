@@ -7,8 +7,9 @@ const KernelSet& bf16_kernels(int batch_tiles) {
                                          "step_forward<bfloat16>", "step_backward<bfloat16>"};
   static const KernelSet sets[] = {kernel_set<Arithmetic::kBf16, HalfTile<__nv_bfloat16>, 1>(kNames),
                                    kernel_set<Arithmetic::kBf16, HalfTile<__nv_bfloat16>, 2>(kNames),
-                                   kernel_set<Arithmetic::kBf16, HalfTile<__nv_bfloat16>, 4>(kNames)};
-  return sets[batch_tiles / 2];
+                                   kernel_set<Arithmetic::kBf16, HalfTile<__nv_bfloat16>, 4>(kNames),
+                                   kernel_set<Arithmetic::kBf16, HalfTile<__nv_bfloat16>, 8>(kNames)};
+  return sets[set_number(batch_tiles)];
 }
 
 }  // namespace lstm_ext::cuda

@@ -38,6 +38,24 @@ void cp_async_wait(Location where = Location::current()) {
   cuda_on_cpu::wait_copies(kGroupsLeft, where);
 }
 
+// ---- ldmatrix
+
+inline uint2 ldmatrix_x2(const void* row, Location where = Location::current()) {
+  uint32_t words[2];
+  cuda_on_cpu::ldmatrix(words, 2, false, row, where);
+  return {words[0], words[1]};
+}
+inline uint4 ldmatrix_x4(const void* row, Location where = Location::current()) {
+  uint32_t words[4];
+  cuda_on_cpu::ldmatrix(words, 4, false, row, where);
+  return {words[0], words[1], words[2], words[3]};
+}
+inline uint4 ldmatrix_x4_transposed(const void* row, Location where = Location::current()) {
+  uint32_t words[4];
+  cuda_on_cpu::ldmatrix(words, 4, true, row, where);
+  return {words[0], words[1], words[2], words[3]};
+}
+
 // ---- Tensor cores
 
 inline void mma_fp16(float (&d)[4], const uint4& a, const uint2& b, Location where = Location::current()) {
@@ -69,6 +87,11 @@ inline void st_cluster(uint32_t* shared, int rank, uint32_t value, Location wher
   cuda_on_cpu::store_remote(cuda_on_cpu::map_rank(shared, rank, where), value, 4, nullptr, where);
 }
 
+template <class T>
+const T* shared_of_rank(const T* shared, int rank, Location where = Location::current()) {
+  return cuda_on_cpu::map_rank(shared, rank, where);
+}
+
 inline void mbarrier_init(uint64_t* barrier, int count, Location where = Location::current()) {
   cuda_on_cpu::mbarrier_init(barrier, count, where);
 }
@@ -80,6 +103,14 @@ inline void mbarrier_arrive(uint64_t* barrier, int rank, Location where = Locati
 inline void mbarrier_wait(uint64_t* barrier, int parity, Location where = Location::current()) {
   cuda_on_cpu::mbarrier_wait(barrier, parity, true, where);
 }
+
+// ---- Launches that overlap
+
+inline void wait_for_previous_launch(Location where = Location::current()) {
+  cuda_on_cpu::wait_for_previous_launch(where);
+}
+inline void let_next_launch_start() { cuda_on_cpu::let_next_launch_start(); }
+inline void prefetch_to_l2(const void*) {}
 
 // ---- Numbers
 
