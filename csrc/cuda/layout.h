@@ -118,10 +118,11 @@ struct Layout {
 struct StepPart {
   Product product;
   int warps_m_log2, warps_n_log2;  // together 1, 2 or 3
-  int row_blocks, k_blocks;
+  int k_blocks_log2, row_blocks;
   int width_log2;  // of rows.width
   Slices rows;
 
+  constexpr int k_blocks() const { return 1 << k_blocks_log2; }
   constexpr int warps_n() const { return 1 << warps_n_log2; }
   constexpr int block_rows() const { return kStepRows << warps_m_log2; }
   constexpr int splits() const { return kWarps >> (warps_m_log2 + warps_n_log2); }

@@ -17,7 +17,7 @@ constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 3000, kL2BytesPe
 constexpr double kLaunchMicroseconds = 2.5, kLoadClocksPerNumber = 0.6;
 constexpr double kGapMicroseconds = 1.2, kOverlapMicroseconds = 0.6;  // between launches
 constexpr double kStepStartClocks = 1000, kStageClocks = 300, kClusterSyncClocks = 350, kClusterBytesPerClock = 32;
-constexpr int kMostClusterBlocks = 8, kMostStepSequences = 128;
+constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
 
@@ -274,7 +274,7 @@ constexpr std::pair<Strategy, Exchange> kSequenceStrategies[] = {
 
 // How a launch for each step is cut: what the search for the best tries.
 struct StepTile {
-  int batch_tiles, warps_m_log2, warps_n_log2, k_blocks;
+  int batch_tiles, warps_m_log2, warps_n_log2, k_blocks_log2;
 
   int sequences() const { return batch_tiles * kBatchColumns << warps_n_log2; }
 };
@@ -289,7 +289,7 @@ StepPart step_part(const Problem& problem, Product product, const StepTile& tile
   part.product = product;
   part.warps_m_log2 = tile.warps_m_log2;
   part.warps_n_log2 = tile.warps_n_log2;
-  part.k_blocks = tile.k_blocks;
+  part.k_blocks_log2 = tile.k_blocks_log2;
   const int groups = gates ? 4 : 1, width = part.block_rows() / groups;
   while (1 << part.width_log2 < width) ++part.width_log2;
   part.rows = {width, groups, static_cast<int>(units), H};
@@ -309,9 +309,9 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const TileSizes& sizes = tile_sizes(problem.arithmetic);
   const double rows = part.block_rows(), sequences = tile.sequences();
   const double stages = ceil_div(step_columns(problem, part.product) * sizes.number_bytes, kStageBytes);
-  const double own_stages = std::ceil(stages / part.k_blocks);
+  const double own_stages = std::ceil(stages / part.k_blocks());
   const double tiles = double(part.row_blocks) * ceil_div(problem.shape.B, tile.sequences()) * problem.directions;
-  const double blocks_of_sm = std::ceil(tiles * part.k_blocks / problem.device.sms);
+  const double blocks_of_sm = std::ceil(tiles * part.k_blocks() / problem.device.sms);
   const double stage_bytes = (rows + sequences) * kStageBytes;
   const double fma = rows * sequences * (kStageBytes / sizes.number_bytes) / fma_per_clock(problem.arithmetic);
   // A warp reads its rows and its sequences: each row is read warps_n times, each sequence warps_m times.
@@ -321,11 +321,11 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const double stage = std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
   const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, kStageClocks / blocks_of_sm),
                                     tiles * stages * stage_bytes / kL2BytesPerClock);
-  const double units = rows / part.rows.groups * sequences / part.k_blocks;
+  const double units = rows / part.rows.groups * sequences / part.k_blocks();
   const double epilogue = kEpilogueClocks + blocks_of_sm * std::ceil(units / kThreads) * kEpilogueItemClocks +
-                          (part.k_blocks > 1 ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences *
-                                                                            sizes.sum_bytes / kClusterBytesPerClock
-                                             : 0);
+                          (part.k_blocks() > 1 ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences *
+                                                                              sizes.sum_bytes / kClusterBytesPerClock
+                                               : 0);
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
   const double clocks = kStepStartClocks + streaming + epilogue;
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
@@ -353,12 +353,12 @@ Plan new_plan(const Problem& problem, Strategy strategy) {
 template <class Body>
 void for_step_tiles(const Problem& problem, const Body& body) {
   const TileSizes& sizes = tile_sizes(problem.arithmetic);
-  const int most_k_blocks = problem.device.compute_capability >= 90 ? kMostClusterBlocks : 1;
-  for (StepTile tile{1, 0, 0, 1}; tile.batch_tiles <= sizes.most_step_tiles; tile.batch_tiles *= 2)
+  const int most_k_blocks_log2 = problem.device.compute_capability >= 90 ? kMostClusterBlocksLog2 : 0;
+  for (StepTile tile{1, 0, 0, 0}; tile.batch_tiles <= sizes.most_step_tiles; tile.batch_tiles *= 2)
     for (tile.warps_m_log2 = sizes.number_bytes == 2 ? 1 : 0; tile.warps_m_log2 <= 3; ++tile.warps_m_log2)
       for (tile.warps_n_log2 = tile.warps_m_log2 == 0 ? 1 : 0; tile.warps_m_log2 + tile.warps_n_log2 <= 3;
            ++tile.warps_n_log2)
-        for (tile.k_blocks = 1; tile.k_blocks <= most_k_blocks; tile.k_blocks *= 2)
+        for (tile.k_blocks_log2 = 0; tile.k_blocks_log2 <= most_k_blocks_log2; ++tile.k_blocks_log2)
           if (tile.sequences() <= kMostStepSequences) body(tile);
 }
 
@@ -386,14 +386,14 @@ Plan step_plan(const Problem& problem) {
         const StepPart part = step_part(problem, static_cast<Product>(n), tile);
         const int64_t shared = step_shared_bytes(tile.sequences(), part, sizes.sum_bytes);
         const int64_t blocks =
-            part.row_blocks * std::max<int64_t>(1, ceil_div(shape.B, tile.sequences())) * part.k_blocks;
+            part.row_blocks * std::max<int64_t>(1, ceil_div(shape.B, tile.sequences())) * part.k_blocks();
         if (shared > problem.device.shared_per_block || blocks > kMostBlocks) continue;
         const double time = step_launch_time(problem, part, tile);
         if (time >= best[n].time) continue;
         best[n] = {time, part, plan.config[n]};
         best[n].config.grid_x = static_cast<int>(blocks);
         best[n].config.shared_bytes = shared;
-        best[n].config.cluster = part.k_blocks;
+        best[n].config.cluster = part.k_blocks();
         best[n].config.overlaps = problem.device.compute_capability >= 90;
       }
     });

@@ -55,6 +55,13 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
+// 16 bytes or zeros: cheaper than a number of bytes.
+__device__ __forceinline__ void cp_async_16_if(bool there, void* shared, const void* global) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, p;\n}" ::"r"(to),
+               "l"(global), "r"(static_cast<uint32_t>(there))
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroupsLeft>
 __device__ __forceinline__ void cp_async_wait() {
@@ -79,6 +86,9 @@ __device__ __forceinline__ void cp_async_8(void* shared, const void* global, int
 }
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
   copy_now<uint4>(shared, global, bytes);
+}
+__device__ __forceinline__ void cp_async_16_if(bool there, void* shared, const void* global) {
+  *static_cast<uint4*>(shared) = there ? *static_cast<const uint4*>(global) : uint4{};
 }
 __device__ __forceinline__ void cp_async_commit() {}
 template <int kGroupsLeft>

@@ -103,7 +103,6 @@ __device__ __forceinline__ void step_gates(const StepForward& params, Block& blo
 // Product::kProjection: h.
 template <class Tile, class Block>
 __device__ __forceinline__ void step_projection(const StepForward& params, Block& block, int d) {
-  using Number = typename Tile::Number;
   const LayerForward& layer = params.layer;
   const ForwardDirection& to = layer.direction[d];
   struct Nothing {};

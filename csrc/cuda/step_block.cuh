@@ -15,15 +15,16 @@ class StepBlock {
   using Sum = typename Tile::Sum;
   using Operands = LaneOperands<Tile, kTransposed>;
   static constexpr int kStageNumbers = kStageBytes / sizeof(Number);  // along k
-  static constexpr int kTiles = kStageNumbers / Tile::kK;             // k tiles of a stage
-  static constexpr int kAhead = 4;
+  static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
+  static constexpr int kTiles = kStageNumbers / Tile::kK;  // k tiles of a stage
+  static constexpr int kAhead = kBatchTiles < 8 ? 4 : 2;  // the sums need the registers
 
   __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks, bool reverse, int64_t s)
       : part_(part),
         sequences_(part.warps_n() * kBatchTiles * kBatchColumns),
-        k_block_(static_cast<int>(blockIdx.x) % part.k_blocks),
-        row_block_(static_cast<int>(blockIdx.x) / part.k_blocks % part.row_blocks),
-        first_(static_cast<int64_t>(blockIdx.x) / part.k_blocks / part.row_blocks * sequences_),
+        k_block_(static_cast<int>(blockIdx.x) & (part.k_blocks() - 1)),
+        row_block_((static_cast<int>(blockIdx.x) >> part.k_blocks_log2) % part.row_blocks),
+        first_(int64_t{sequences_} * ((static_cast<int>(blockIdx.x) >> part.k_blocks_log2) / part.row_blocks)),
         count_(static_cast<int>(min(int64_t{sequences_}, shape.B - first_))),
         operands_(pair() * kStepRows, warp_n() * kBatchTiles * kBatchColumns, pitch()) {
     sums_.clear();
@@ -43,7 +44,7 @@ class StepBlock {
   // many columns, starts at row_of(n); null stands for zeros.
   template <class Row>
   __device__ __forceinline__ void add(const Matrix& weights, int64_t columns, const Row& row_of) {
-    if (find_rows(weights, row_of)) {
+    if (find_rows(weights, columns, row_of)) {
       stream<true>(weights, columns);
     } else {
       stream<false>(weights, columns);
@@ -60,9 +61,9 @@ class StepBlock {
   __device__ __forceinline__ Sum product(int n, int j) const {
     const Sum* at = partial() + n * stride() + j;
     const int splits = part_.splits(), split_stride = sequences_ * stride();
-    if (part_.k_blocks == 1) return total(at, splits, split_stride);
+    if (part_.k_blocks() == 1) return total(at, splits, split_stride);
     Sum sum = 0;
-    for (int rank = 0; rank < part_.k_blocks; ++rank) sum += total(shared_of_rank(at, rank), splits, split_stride);
+    for (int rank = 0; rank < part_.k_blocks(); ++rank) sum += total(shared_of_rank(at, rank), splits, split_stride);
     return sum;
   }
 
@@ -98,7 +99,7 @@ class StepBlock {
         if (first + i * step < end) finish(first + i * step, unit_in_tile(), unit, loaded[i]);
       load_from(first += kAhead * step);
     }
-    if (part_.k_blocks > 1) cluster_sync();  // no block ends while others read its sums
+    if (part_.k_blocks() > 1) cluster_sync();  // no block ends while others read its sums
   }
 
  private:
@@ -106,23 +107,27 @@ class StepBlock {
   __device__ __forceinline__ void finish_sums() {
     const int first = (split() * sequences_ + warp_n() * kBatchTiles * kBatchColumns) * stride();
     sums_.store(partial() + first, stride(), pair() * kStepRows, part_.block_rows(), threadIdx.x % 32);
-    if (part_.k_blocks > 1) {
+    if (part_.k_blocks() > 1) {
       cluster_sync();  // the sums of all warps of all blocks are there
     } else {
       __syncthreads();  // the sums of all warps are there
     }
   }
 
-  // Where the rows of weights (unless transposed) and operand start; whether all are aligned to be copied by chunks.
+  // Where the rows of weights (unless transposed) and operand start; whether all consist of whole and aligned chunks.
   template <class Row>
-  __device__ __forceinline__ bool find_rows(const Matrix& weights, const Row& row_of) {
-    const int rows = part_.block_rows(), n = threadIdx.x;
+  __device__ __forceinline__ bool find_rows(const Matrix& weights, int64_t columns, const Row& row_of) {
+    const int rows = part_.block_rows(), width = part_.rows.width, n = threadIdx.x;
     const Number* data = static_cast<const Number*>(weights.data);
-    bool aligned = is_aligned(data) && is_aligned(data + weights.row_stride);
+    const int64_t numbers_of_row = kTransposed ? part_.rows.limit : columns;  // as the weights lie in memory
+    bool aligned = is_aligned(data) && is_aligned(data + weights.row_stride) && columns % kChunkNumbers == 0 &&
+                   numbers_of_row % kChunkNumbers == 0;
     if constexpr (!kTransposed) {
       for (int row = threadIdx.x; row < rows; row += kThreads) {
-        const int64_t index = part_.rows.index_of(row_block_ * rows + row);
-        row_starts()[row] = index < 0 ? nullptr : reinterpret_cast<const char*>(data + index * weights.row_stride);
+        const int64_t unit = row_block_ * width + (row & (width - 1));
+        const int64_t index = (row >> part_.width_log2) * part_.rows.group_stride + unit;
+        row_starts()[row] =
+            unit < part_.rows.limit ? reinterpret_cast<const char*>(data + index * weights.row_stride) : nullptr;
       }
     }
     if (n < sequences_) {
@@ -137,63 +142,74 @@ class StepBlock {
   template <bool kAligned>
   __device__ __forceinline__ void stream(const Matrix& weights, int64_t columns) {
     const int stages = static_cast<int>((columns + kStageNumbers - 1) / kStageNumbers);
-    const int first = static_cast<int>(int64_t{stages} * k_block_ / part_.k_blocks);
-    const int own = static_cast<int>(int64_t{stages} * (k_block_ + 1) / part_.k_blocks) - first;
-    const auto copy_weights = [&](int n) {
-      if (n < own) this->copy_weights<kAligned>(weights, stage(n % kStages), first + n, columns);
+    const int first = stages * k_block_ >> part_.k_blocks_log2;
+    const int end = stages * (k_block_ + 1) >> part_.k_blocks_log2;
+    const auto copy_weights = [&](int n, int slot) {
+      if constexpr (kTransposed) {
+        copy_transposed<kAligned>(weights, stage(slot), n, columns);
+      } else {
+        copy_stage_rows<kAligned>(stage(slot), 0, part_.block_rows(), n, columns);
+      }
     };
-    const auto copy_operand = [&](int n) {
-      if (n < own) this->copy_operand<kAligned>(stage(n % kStages), first + n, columns);
+    const auto copy_operand = [&](int n, int slot) {
+      copy_stage_rows<kAligned>(stage(slot), part_.block_rows(), part_.block_rows() + sequences_, n, columns);
     };
-    for (int n = 0; n < kStages - 1; ++n) copy_weights(n);  // which no launch has written
+#pragma unroll 1
+    for (int n = first; n < min(first + kStages - 1, end); ++n)
+      copy_weights(n, n - first);  // no launch has written them
     follow_previous_launch();
-    for (int n = 0; n < kStages - 1; ++n) {
-      copy_operand(n);
+#pragma unroll 1
+    for (int slot = 0; slot < kStages - 1; ++slot) {
+      if (first + slot < end) copy_operand(first + slot, slot);
       cp_async_commit();
     }
-    for (int n = 0; n < own; ++n) {
+    int slot = 0;
+#pragma unroll 1
+    for (int n = first; n < end; ++n) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // stage n is there, and stage n - 1 is read
-      copy_weights(n + kStages - 1);
-      copy_operand(n + kStages - 1);
+      if (n + kStages - 1 < end) {
+        const int free_slot = slot == 0 ? kStages - 1 : slot - 1;  // of stage n - 1
+        if constexpr (kTransposed) {
+          copy_weights(n + kStages - 1, free_slot);
+          copy_operand(n + kStages - 1, free_slot);
+        } else {
+          copy_stage_rows<kAligned>(stage(free_slot), 0, part_.block_rows() + sequences_, n + kStages - 1, columns);
+        }
+      }
       cp_async_commit();
-      multiply(stage(n % kStages));
+      multiply(stage(slot));
+      slot = slot == kStages - 1 ? 0 : slot + 1;
     }
     __syncthreads();  // the last stage is read
   }
 
+  // Rows of which row_starts tells where they start: those of the weights (unless transposed), then those of the
+  // operand.
   template <bool kAligned>
-  __device__ __forceinline__ void copy_weights(const Matrix& weights, char* stage, int n, int64_t columns) const {
-    if constexpr (kTransposed) {
-      copy_transposed<kAligned>(weights, stage, n, columns);
-    } else {
-      copy_rows<Number, kAligned>(stage, row_starts(), part_.block_rows(), int64_t{n} * kStageBytes,
-                                  columns * int64_t{sizeof(Number)});
-    }
+  __device__ __forceinline__ void copy_stage_rows(char* stage, int begin, int end, int n, int64_t columns) const {
+    const int chunk = n * kStageChunks + static_cast<int>(threadIdx.x) % kStageChunks;
+    const int numbers = static_cast<int>(min(int64_t{kChunkNumbers}, columns - int64_t{chunk} * kChunkNumbers));
+    copy_rows<Number, kAligned>(stage, row_starts(), begin, end, chunk, max(0, numbers) * int{sizeof(Number)});
   }
 
   // [k, rows]: the rows of the stage are rows of memory, of which the block takes its columns.
   template <bool kAligned>
   __device__ __forceinline__ void copy_transposed(const Matrix& weights, char* stage, int n, int64_t columns) const {
-    constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
     constexpr int kChunkNumbersLog2 = kChunkNumbers == 8 ? 3 : kChunkNumbers == 4 ? 2 : 1;
     const int chunks_log2 = part_.width_log2 - kChunkNumbersLog2, step = kThreads >> chunks_log2;
     const int first = static_cast<int>(threadIdx.x) >> chunks_log2;
     const int chunk = static_cast<int>(threadIdx.x) & ((1 << chunks_log2) - 1);
-    const int64_t unit = int64_t{row_block_} * part_.rows.width + chunk * kChunkNumbers;
-    const int bytes = bytes_of_chunk(unit * sizeof(Number), int64_t{part_.rows.limit} * sizeof(Number));
+    const int unit = row_block_ * part_.rows.width + chunk * kChunkNumbers;
+    const int bytes = max(0, min(kChunkNumbers, part_.rows.limit - unit)) * int{sizeof(Number)};
     const int64_t k_start = int64_t{n} * kStageNumbers;
+    const int numbers = static_cast<int>(min(int64_t{kStageNumbers}, columns - k_start));
     const Number* from = static_cast<const Number*>(weights.data) + (k_start + first) * weights.row_stride + unit;
+#pragma unroll 4
     for (int k = first; k < kStageNumbers; k += step, from += step * weights.row_stride) {
       char* to = stage + k * pitch() + (chunk ^ (k & Operands::kSwizzle) * Operands::kSwizzleStep) * kChunkBytes;
-      copy_chunk<Number, kAligned>(to, reinterpret_cast<const char*>(from), k_start + k < columns ? bytes : 0);
+      copy_chunk<Number, kAligned>(to, reinterpret_cast<const char*>(from), k < numbers ? bytes : 0);
     }
-  }
-
-  template <bool kAligned>
-  __device__ __forceinline__ void copy_operand(char* stage, int n, int64_t columns) const {
-    copy_rows<Number, kAligned>(stage + part_.block_rows() * kStageBytes, row_starts() + part_.block_rows(), sequences_,
-                                int64_t{n} * kStageBytes, columns * int64_t{sizeof(Number)});
   }
 
   __device__ __forceinline__ void multiply(const char* stage) {
@@ -210,7 +226,7 @@ class StepBlock {
   __device__ int thread_along_k() const { return k_block_ * kThreads + static_cast<int>(threadIdx.x); }
   __device__ int unit_in_tile() const { return thread_along_k() & (part_.rows.width - 1); }
   __device__ int first_sequence() const { return thread_along_k() >> part_.width_log2; }
-  __device__ int sequence_step() const { return (part_.k_blocks * kThreads) >> part_.width_log2; }
+  __device__ int sequence_step() const { return kThreads << part_.k_blocks_log2 >> part_.width_log2; }
 
   // Warps 0, 1, .. take kStepRows rows each of the first sequences, then of the next, and then the next part of k.
   __device__ int warp() const { return static_cast<int>(threadIdx.x) / 32; }

@@ -46,10 +46,11 @@ __device__ __noinline__ void copy_unaligned_chunk(char* to, const char* from, in
   }
 }
 
+// kAligned: the address is a multiple of 16, and the chunk is there whole or not at all.
 template <class Number, bool kAligned>
 __device__ __forceinline__ void copy_chunk(char* to, const char* from, int bytes) {
   if constexpr (kAligned) {
-    cp_async_16(to, from, bytes);
+    cp_async_16_if(bytes > 0, to, from);
   } else {
     copy_unaligned_chunk<Number>(to, from, bytes);
   }
@@ -59,19 +60,16 @@ inline __device__ bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % kChunkBytes == 0;
 }
 
-// How many bytes of a chunk that starts at `at` lie before `end`.
-__device__ __forceinline__ int bytes_of_chunk(int64_t at, int64_t end) {
-  return static_cast<int>(max(int64_t{0}, min(int64_t{kChunkBytes}, end - at)));
-}
-
-// Rows of which each has its place in memory: [count, 128 bytes from byte `start` on], zeros for null and past `end`.
+// Rows `begin` .. `end` of a stage, of which each has its place in memory: 128 bytes, zeros for null. A thread copies
+// chunk threadIdx.x % kStageChunks of them, which is number `chunk` of the whole row; `bytes` of it are there.
 template <class Number, bool kAligned>
-__device__ __forceinline__ void copy_rows(char* stage, const char* const* rows, int count, int64_t start, int64_t end) {
-  const int chunk = threadIdx.x % kStageChunks, first = threadIdx.x / kStageChunks;
-  const int64_t at = start + chunk * kChunkBytes;
-  const int bytes = bytes_of_chunk(at, end);
-  char* to = stage + first * kStageBytes + (chunk ^ first % kStageChunks) * kChunkBytes;
-  for (int row = first; row < count; row += kThreads / kStageChunks, to += kThreads * kChunkBytes) {
+__device__ __forceinline__ void copy_rows(char* stage, const char* const* rows, int begin, int end, int chunk,
+                                          int bytes) {
+  const int64_t at = int64_t{chunk} * kChunkBytes;
+  begin += static_cast<int>(threadIdx.x) / kStageChunks;  // of a multiple of kStageChunks
+  char* to = stage + begin * kStageBytes + ((threadIdx.x ^ threadIdx.x / kStageChunks) % kStageChunks) * kChunkBytes;
+#pragma unroll 4
+  for (int row = begin; row < end; row += kThreads / kStageChunks, to += kThreads * kChunkBytes) {
     const char* from = rows[row];
     copy_chunk<Number, kAligned>(to, from + at, from ? bytes : 0);
   }

@@ -32,6 +32,9 @@ inline void cp_async_8(void* shared, const void* global, int bytes, Location whe
 inline void cp_async_16(void* shared, const void* global, int bytes, Location where = Location::current()) {
   cuda_on_cpu::copy_async(shared, global, bytes, 16, where);
 }
+inline void cp_async_16_if(bool there, void* shared, const void* global, Location where = Location::current()) {
+  cuda_on_cpu::copy_async(shared, global, there ? 16 : 0, 16, where);
+}
 inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int kGroupsLeft>
 void cp_async_wait(Location where = Location::current()) {
