@@ -17,7 +17,7 @@ class StepBlock {
   static constexpr int kStageNumbers = kStageBytes / sizeof(Number);  // along k
   static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
   static constexpr int kTiles = kStageNumbers / Tile::kK;  // k tiles of a stage
-  static constexpr int kAhead = kBatchTiles < 8 ? 4 : 2;  // the sums need the registers
+  static constexpr int kAhead = kBatchTiles < 8 ? 4 : 2;   // the sums need the registers
 
   __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks, bool reverse, int64_t s)
       : part_(part),
@@ -205,7 +205,7 @@ class StepBlock {
     const int64_t k_start = int64_t{n} * kStageNumbers;
     const int numbers = static_cast<int>(min(int64_t{kStageNumbers}, columns - k_start));
     const Number* from = static_cast<const Number*>(weights.data) + (k_start + first) * weights.row_stride + unit;
-#pragma unroll 4
+#pragma unroll kCopyUnroll
     for (int k = first; k < kStageNumbers; k += step, from += step * weights.row_stride) {
       char* to = stage + k * pitch() + (chunk ^ (k & Operands::kSwizzle) * Operands::kSwizzleStep) * kChunkBytes;
       copy_chunk<Number, kAligned>(to, reinterpret_cast<const char*>(from), k < numbers ? bytes : 0);

@@ -25,6 +25,13 @@ namespace lstm_ext::cuda {
 
 inline constexpr int kChunkBytes = 16, kStageChunks = kStageBytes / kChunkBytes;
 
+// How many chunks a thread copies in one turn of a loop. Without cp.async they pass through registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr int kCopyUnroll = 1;
+#else
+inline constexpr int kCopyUnroll = 4;
+#endif
+
 // A chunk of which `bytes` are there, and the rest is zero, from an address that need not be a multiple of 16.
 template <class Number>
 __device__ __noinline__ void copy_unaligned_chunk(char* to, const char* from, int bytes) {
@@ -68,7 +75,7 @@ __device__ __forceinline__ void copy_rows(char* stage, const char* const* rows, 
   const int64_t at = int64_t{chunk} * kChunkBytes;
   begin += static_cast<int>(threadIdx.x) / kStageChunks;  // of a multiple of kStageChunks
   char* to = stage + begin * kStageBytes + ((threadIdx.x ^ threadIdx.x / kStageChunks) % kStageChunks) * kChunkBytes;
-#pragma unroll 4
+#pragma unroll kCopyUnroll
   for (int row = begin; row < end; row += kThreads / kStageChunks, to += kThreads * kChunkBytes) {
     const char* from = rows[row];
     copy_chunk<Number, kAligned>(to, from + at, from ? bytes : 0);
