@@ -40,17 +40,22 @@ KernelSet kernel_set(const char* name) {
   constexpr int kSequences = kBatchTiles * kBatchColumns;
   static_assert(kSizes.rows == Tile::kM && kSizes.columns == Tile::kK && kSizes.row_tiles == Tile::kRowTiles);
   static_assert(kSizes.rows * kSizes.row_tiles == kGroupRows);
-  static_assert(kSizes.register_steps == Tile::kRegisterSteps && kBatchTiles <= kSizes.most_batch_tiles);
+  static_assert(kSizes.register_steps == Tile::kRegisterSteps && kBatchTiles <= kSizes.most_step_tiles);
   static_assert(kSizes.on_chip_bytes == sizeof(typename Tile::OnChip));
   static_assert(kSizes.number_bytes == sizeof(typename Tile::Number) && kSizes.sum_bytes == sizeof(typename Tile::Sum));
   KernelSet set{{},
                 {},
                 {kernel_name("step_forward", name, kSequences), step_forward<Tile, kBatchTiles>},
                 {kernel_name("step_backward", name, kSequences), step_backward<Tile, kBatchTiles>}};
-  add_sequence_kernels<Tile, kBatchTiles, Exchange::kBlock>(set, name);
-  add_sequence_kernels<Tile, kBatchTiles, Exchange::kCluster>(set, name);
-  add_sequence_kernels<Tile, kBatchTiles, Exchange::kGrid>(set, name);
+  if constexpr (kBatchTiles <= kSizes.most_batch_tiles) {
+    add_sequence_kernels<Tile, kBatchTiles, Exchange::kBlock>(set, name);
+    add_sequence_kernels<Tile, kBatchTiles, Exchange::kCluster>(set, name);
+    add_sequence_kernels<Tile, kBatchTiles, Exchange::kGrid>(set, name);
+  }
   return set;
 }
+
+// Where the set for so many batch tiles stands among those for 1, 2, 4, ..
+constexpr int set_number(int batch_tiles) { return batch_tiles > 1 ? 1 + set_number(batch_tiles / 2) : 0; }
 
 }  // namespace lstm_ext::cuda

@@ -14,7 +14,8 @@ struct KernelSet {
   Kernel<StepBackward> step_backward;
 };
 
-// `batch_tiles` is 1, 2 or 4, up to most_batch_tiles of the arithmetic.
+// `batch_tiles` is 1, 2, 4 or 8, up to most_step_tiles of the arithmetic; beyond most_batch_tiles a set has no kernels
+// for all T.
 const KernelSet& bf16_kernels(int batch_tiles);
 const KernelSet& fp16_kernels(int batch_tiles);
 const KernelSet& tf32_kernels(int batch_tiles);

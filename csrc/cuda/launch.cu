@@ -17,7 +17,7 @@ namespace {
 
 // LaunchConfig in the runtime's terms.
 struct RuntimeConfig {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
 
   RuntimeConfig(const LaunchConfig& of, void* stream) {
@@ -36,6 +36,11 @@ struct RuntimeConfig {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
+    }
+    if (of.overlaps) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
     }
   }
 };

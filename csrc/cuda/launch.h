@@ -33,6 +33,9 @@ struct LaunchConfig {
   int64_t shared_bytes = 0;  // dynamic
   int cluster = 1;           // blocks along x that form a cluster; above 1 from sm_90 on
   bool cooperative = false;  // all blocks run at the same time, or the launch fails
+  // May begin before the launch ahead of it in the stream has ended, of which the kernel waits for what it needs
+  // (ptx.h). From sm_90 on.
+  bool overlaps = false;
 };
 
 // Each throws std::runtime_error with the kernel's name and the runtime's words for what failed. They are about the

@@ -55,10 +55,9 @@ Plan plan_on(const SequenceShape& shape, int directions, bool backward, const La
 
 // The weights of a product lie where the call says, with the same strides in both directions. Backward reads them
 // transposed.
-template <class Part>
-void set_strides(Part& part, const Matrix& weights, bool transposed) {
-  part.row_stride = transposed ? 1 : weights.row_stride;
-  part.column_stride = transposed ? weights.row_stride : 1;
+void set_strides(ProductLayout& product, const Matrix& weights, bool transposed) {
+  product.row_stride = transposed ? 1 : weights.row_stride;
+  product.column_stride = transposed ? weights.row_stride : 1;
 }
 
 // The layout of a launch for all T.
@@ -73,12 +72,25 @@ Layout layout_of(const Plan& plan, const LayerWeights& weights, const char* kern
   return layout;
 }
 
-// Part n of a step.
-StepPart part_of(const Plan& plan, int n, const LayerWeights& weights) {
-  StepPart part = plan.part[n];
-  set_strides(part, part.product == Product::kRecurrent ? weights.w_hh : weights.w_hr, plan.backward);
-  return part;
-}
+// The launches of steps, one after the other. Each but the first may begin while the one before it still runs, where
+// the device can do that; what runs before the first is not ours, and may not be overlapped.
+class StepLaunches {
+ public:
+  StepLaunches(const Plan& plan, void* stream) : plan_(plan), stream_(stream) {}
+
+  template <class Params>
+  void launch(const Kernel<Params>& kernel, int part, const Params& params) {
+    LaunchConfig config = plan_.config[part];
+    config.overlaps = config.overlaps && !first_;
+    first_ = false;
+    cuda::launch(kernel, config, params, stream_);
+  }
+
+ private:
+  const Plan& plan_;
+  void* stream_;
+  bool first_ = true;
+};
 
 // A caller that mixes its plans up would launch another kernel than it has filled the params of.
 void expect_pass(const Plan& plan, bool backward) {
@@ -117,13 +129,13 @@ void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const 
     launch(kernel, plan.config[0], params, stream);
     return;
   }
-  // The parts of a step follow each other in stream order, which is all the waiting that there is.
+  // The parts of a step follow each other in stream order, and wait for each other.
   void* hidden = layer.shape.projected ? static_cast<char*>(workspace) + plan.hidden_offset : nullptr;
+  StepLaunches launches(plan, stream);
   for (int64_t s = 0; s < layer.shape.T; ++s) {
-    for (int n = 0; n < plan.num_parts; ++n) {
-      const StepForward params{layer, {xw[0], xw[1]}, s, part_of(plan, n, weights), workspace, hidden};
-      launch(plan.kernels->step_forward, plan.config[n], params, stream);
-    }
+    for (int n = 0; n < plan.num_parts; ++n)
+      launches.launch(plan.kernels->step_forward, n,
+                      StepForward{layer, {xw[0], xw[1]}, s, plan.part[n], workspace, hidden});
   }
 }
 
@@ -138,9 +150,9 @@ void layer_backward(const BackwardPass& pass, const Plan& plan, void* workspace,
     launch(kernel, plan.config[0], params, stream);
     return;
   }
+  StepLaunches launches(plan, stream);
   const auto take_part = [&](int64_t s, int n) {
-    const StepBackward params{pass, s, part_of(plan, n, weights), workspace};
-    launch(plan.kernels->step_backward, plan.config[n], params, stream);
+    launches.launch(plan.kernels->step_backward, n, StepBackward{pass, s, plan.part[n], workspace});
   };
   for (int64_t s = layer.shape.T - 1; s >= 0; --s)
     for (int n = 0; n < plan.num_parts; ++n) take_part(s, n);

@@ -25,7 +25,7 @@ inline constexpr int kGroupRows = 32;    // rows of the weights that a warp mult
 inline constexpr int kPartialPadding = 4;
 // Of so many steps the moments are found at a time.
 inline constexpr int kMomentSteps = 16;
-// Rows of the weights that one warp multiplies at a time, in the kernels that take a launch for each step.
+// Rows of the weights of which one warp has the sums, in the kernels that take a launch for each step.
 inline constexpr int kStepRows = 32;
 
 // Division by a number that the planner knows, as a multiplication: of n, where n times the number is at most 2^32.
@@ -165,23 +165,33 @@ struct Layout {
 };
 
 // One product with a launch of its own: the weights come from global memory each time. A block takes warps_m *
-// kStepRows of their rows, and a tile of the batch; blocks along the rows come first.
+// kStepRows of their rows, and warps_n * 8 * (batch tiles of the kernel) sequences; the other warps, and the blocks of
+// a cluster, divide k. Blocks that divide k come first, then those along the rows, then those along the batch.
 struct StepPart {
   Product product;
-  int warps_m;  // 1, 2, 4 or 8
-  int row_blocks;
+  int warps_m_log2, warps_n_log2;  // together 1, 2 or 3
+  int k_blocks_log2, row_blocks;
+  int width_log2;  // of rows.width
   Slices rows;
-  int64_t row_stride, column_stride;  // of the weights; filled in at the launch
+
+  constexpr int k_blocks() const { return 1 << k_blocks_log2; }
+  constexpr int warps_n() const { return 1 << warps_n_log2; }
+  constexpr int block_rows() const { return kStepRows << warps_m_log2; }
+  constexpr int splits() const { return kWarps >> (warps_m_log2 + warps_n_log2); }
 };
 
-// The shared memory of a block that takes one step: the moments of this step and the next, and then, at
-// step_work_offset, first the operand and later the sums of the warps.
-constexpr int step_work_offset(int sequences) {
+// The shared memory of a block that takes one step: the moments of this step and the next, where each row of weights
+// and operand starts (8 bytes), and then, at step_work_offset, first the stages and later the sums of the warps.
+inline constexpr int kStages = 3, kStageBytes = 128;  // of a row, in a stage
+
+constexpr int step_rows_offset(int sequences) {
   return (2 * sequences * static_cast<int>(sizeof(Moment)) + 15) / 16 * 16;
 }
-constexpr int step_shared_bytes(int sequences, int warps_m, int sum_bytes) {
-  return step_work_offset(sequences) +
-         kWarps / warps_m * sequences * (warps_m * kStepRows + kPartialPadding) * sum_bytes;
+constexpr int step_work_offset(int sequences, int rows) { return step_rows_offset(sequences) + (rows + sequences) * 8; }
+constexpr int step_shared_bytes(int sequences, const StepPart& part, int sum_bytes) {
+  const int rows = part.block_rows(), stages = kStages * (rows + sequences) * kStageBytes;
+  const int sums = part.splits() * sequences * (rows + kPartialPadding) * sum_bytes;
+  return step_work_offset(sequences, rows) + (stages > sums ? stages : sums);
 }
 
 }  // namespace lstm_ext::cuda

@@ -15,6 +15,9 @@ constexpr double kSyncClocks = 40, kProductClocks = 150, kEpilogueClocks = 700, 
 constexpr double kClusterClocks = 700, kGridClocks = 1500;
 constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 3000, kL2BytesPerClockOfSm = 48;
 constexpr double kLaunchMicroseconds = 2.5, kLoadClocksPerNumber = 0.6;
+constexpr double kGapMicroseconds = 1.2, kOverlapMicroseconds = 0.6;  // between launches
+constexpr double kStepStartClocks = 1000, kStageClocks = 300, kClusterSyncClocks = 350, kClusterBytesPerClock = 32;
+constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
 
@@ -111,19 +114,6 @@ class Planner {
     for (int n = 0; n < layout.num_products; ++n)
       numbers += double(layout.product[n].row_groups) * kGroupRows * layout.product[n].k_tiles * sizes_.columns;
     return microseconds(numbers * kLoadClocksPerNumber);
-  }
-
-  // Microseconds of one step of the whole batch, if it is a launch.
-  double launch_per_step_time() const {
-    const double numbers = double(problem_.shape.H) * problem_.shape.P * 4 +
-                           (problem_.shape.projected ? double(problem_.shape.H) * problem_.shape.P : 0);
-    const double tiles = std::ceil(problem_.shape.B / (8.0 * sizes_.most_batch_tiles));
-    const double bytes = numbers * sizes_.number_bytes * problem_.directions * tiles;
-    const double product =
-        numbers * problem_.shape.B * problem_.directions / fma_per_clock(problem_.arithmetic) / problem_.device.sms;
-    const int launches = problem_.shape.projected ? 2 : 1;
-    return launches * (kLaunchMicroseconds + microseconds(kEpilogueClocks)) +
-           microseconds(std::max(bytes / kL2BytesPerClock, product));
   }
 
  private:
@@ -335,24 +325,63 @@ class Search {
 constexpr std::pair<Strategy, Exchange> kSequenceStrategies[] = {
     {Strategy::kBlock, Exchange::kBlock}, {Strategy::kCluster, Exchange::kCluster}, {Strategy::kGrid, Exchange::kGrid}};
 
+// How a launch for each step is cut: what the search for the best tries.
+struct StepTile {
+  int batch_tiles, warps_m_log2, warps_n_log2, k_blocks_log2;
+
+  int sequences() const { return batch_tiles * kBatchColumns << warps_n_log2; }
+};
+
 // One product with a launch of its own.
-StepPart step_part(const Problem& problem, Product product, int64_t batches) {
+StepPart step_part(const Problem& problem, Product product, const StepTile& tile) {
   const int64_t H = problem.shape.H;
   const bool gates = product == Product::kRecurrent && !problem.backward;
   const bool hidden = product == Product::kProjection && problem.backward;
   const int64_t units = gates || hidden ? H : problem.shape.P;
-  const int groups = gates ? 4 : 1;
   StepPart part{};
   part.product = product;
-  // As many rows in a block as leave a block for every multiprocessor.
-  for (part.warps_m = 8; part.warps_m > 1; part.warps_m /= 2) {
-    const int64_t blocks = ceil_div(units * groups, part.warps_m * kStepRows) * batches * problem.directions;
-    if (blocks >= problem.device.sms) break;
-  }
-  const int width = part.warps_m * kStepRows / groups;
+  part.warps_m_log2 = tile.warps_m_log2;
+  part.warps_n_log2 = tile.warps_n_log2;
+  part.k_blocks_log2 = tile.k_blocks_log2;
+  const int groups = gates ? 4 : 1, width = part.block_rows() / groups;
+  while (1 << part.width_log2 < width) ++part.width_log2;
   part.rows = {width, groups, static_cast<int>(units), H};
   part.row_blocks = static_cast<int>(ceil_div(units, width));
   return part;
+}
+
+// The columns of its product.
+int64_t step_columns(const Problem& problem, Product product) {
+  const auto [T, B, I, H, P, projected] = problem.shape;
+  if (product == Product::kProjection) return problem.backward ? P : H;
+  return problem.backward ? 4 * H : P;
+}
+
+// Microseconds of one launch: COST_MODEL.md says how.
+double step_launch_time(const Problem& problem, const StepPart& part, const StepTile& tile) {
+  const TileSizes& sizes = tile_sizes(problem.arithmetic);
+  const double rows = part.block_rows(), sequences = tile.sequences();
+  const double stages = ceil_div(step_columns(problem, part.product) * sizes.number_bytes, kStageBytes);
+  const double own_stages = std::ceil(stages / part.k_blocks());
+  const double tiles = double(part.row_blocks) * ceil_div(problem.shape.B, tile.sequences()) * problem.directions;
+  const double blocks_of_sm = std::ceil(tiles * part.k_blocks() / problem.device.sms);
+  const double stage_bytes = (rows + sequences) * kStageBytes;
+  const double fma = rows * sequences * (kStageBytes / sizes.number_bytes) / fma_per_clock(problem.arithmetic);
+  // A warp reads its rows and its sequences: each row is read warps_n times, each sequence warps_m times.
+  const double shared =
+      (stage_bytes + kStageBytes * (rows * part.warps_n() + sequences * part.block_rows() / kStepRows)) /
+      kSharedBytesPerClock;
+  const double stage = std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
+  const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, kStageClocks / blocks_of_sm),
+                                    tiles * stages * stage_bytes / kL2BytesPerClock);
+  const double units = rows / part.rows.groups * sequences / part.k_blocks();
+  const double epilogue = kEpilogueClocks + blocks_of_sm * std::ceil(units / kThreads) * kEpilogueItemClocks +
+                          (part.k_blocks() > 1 ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences *
+                                                                              sizes.sum_bytes / kClusterBytesPerClock
+                                               : 0);
+  const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
+  const double clocks = kStepStartClocks + streaming + epilogue;
+  return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
 }
 
 // What plans of all strategies have in common.
@@ -368,7 +397,25 @@ Plan new_plan(const Problem& problem, Strategy strategy) {
   return plan;
 }
 
-// As few batch tiles as hold the batch, up to the most: each tile of the batch reads all weights again.
+// All ways to cut a launch that the device can run.
+//
+//   sequences of a warp 8, 16, .. 64   x   warps along the rows 1 .. 8   x   along the batch   x   blocks along k 1 ..
+//   8
+//
+// Larger tiles read weights and operand less often; more blocks leave fewer multiprocessors idle.
+template <class Body>
+void for_step_tiles(const Problem& problem, const Body& body) {
+  const TileSizes& sizes = tile_sizes(problem.arithmetic);
+  const int most_k_blocks_log2 = problem.device.compute_capability >= 90 ? kMostClusterBlocksLog2 : 0;
+  for (StepTile tile{1, 0, 0, 0}; tile.batch_tiles <= sizes.most_step_tiles; tile.batch_tiles *= 2)
+    for (tile.warps_m_log2 = sizes.number_bytes == 2 ? 1 : 0; tile.warps_m_log2 <= 3; ++tile.warps_m_log2)
+      for (tile.warps_n_log2 = tile.warps_m_log2 == 0 ? 1 : 0; tile.warps_m_log2 + tile.warps_n_log2 <= 3;
+           ++tile.warps_n_log2)
+        for (tile.k_blocks_log2 = 0; tile.k_blocks_log2 <= most_k_blocks_log2; ++tile.k_blocks_log2)
+          if (tile.sequences() <= kMostStepSequences) body(tile);
+}
+
+// The fastest way to cut the launches of a step; all have the same batch tiles, as they are of one kernel.
 Plan step_plan(const Problem& problem) {
   const SequenceShape& shape = problem.shape;
   if (std::max(shape.H, shape.P) > kMostUnits) {
@@ -377,18 +424,43 @@ Plan step_plan(const Problem& problem) {
   }
   const TileSizes& sizes = tile_sizes(problem.arithmetic);
   Plan plan = new_plan(problem, Strategy::kStep);
-  plan.batch_tiles = 1;
-  while (plan.batch_tiles < sizes.most_batch_tiles && plan.batch_tiles * kBatchColumns < shape.B) plan.batch_tiles *= 2;
-  const int sequences = plan.batch_tiles * kBatchColumns;
-  const int64_t batches = std::max<int64_t>(1, ceil_div(shape.B, sequences));
   plan.num_parts = shape.projected ? 2 : 1;
-  for (int n = 0; n < plan.num_parts; ++n) {
-    const StepPart& part = plan.part[n] = step_part(problem, static_cast<Product>(n), batches);
-    if (part.row_blocks * batches > kMostBlocks) throw std::runtime_error("x: expected a smaller batch for a launch");
-    plan.config[n].grid_x = static_cast<int>(part.row_blocks * batches);
-    plan.config[n].shared_bytes = step_shared_bytes(sequences, part.warps_m, sizes.sum_bytes);
+  struct Best {
+    double time = INFINITY;
+    StepPart part;
+    LaunchConfig config;
+  };
+  plan.microseconds = INFINITY;
+  for (int batch_tiles = 1; batch_tiles <= sizes.most_step_tiles; batch_tiles *= 2) {
+    Best best[2];
+    for_step_tiles(problem, [&](const StepTile& tile) {
+      if (tile.batch_tiles != batch_tiles) return;
+      for (int n = 0; n < plan.num_parts; ++n) {
+        const StepPart part = step_part(problem, static_cast<Product>(n), tile);
+        const int64_t shared = step_shared_bytes(tile.sequences(), part, sizes.sum_bytes);
+        const int64_t blocks =
+            part.row_blocks * std::max<int64_t>(1, ceil_div(shape.B, tile.sequences())) * part.k_blocks();
+        if (shared > problem.device.shared_per_block || blocks > kMostBlocks) continue;
+        const double time = step_launch_time(problem, part, tile);
+        if (time >= best[n].time) continue;
+        best[n] = {time, part, plan.config[n]};
+        best[n].config.grid_x = static_cast<int>(blocks);
+        best[n].config.shared_bytes = shared;
+        best[n].config.cluster = part.k_blocks();
+        best[n].config.overlaps = problem.device.compute_capability >= 90;
+      }
+    });
+    double time = 0;
+    for (int n = 0; n < plan.num_parts; ++n) time += best[n].time;
+    if (time >= plan.microseconds) continue;
+    plan.microseconds = time;
+    plan.batch_tiles = batch_tiles;
+    for (int n = 0; n < plan.num_parts; ++n) {
+      plan.part[n] = best[n].part;
+      plan.config[n] = best[n].config;
+    }
   }
-  plan.microseconds = Planner(problem).launch_per_step_time();
+  if (std::isinf(plan.microseconds)) throw std::runtime_error("x: expected a smaller batch for a launch");
   const int64_t state = problem.directions * shape.B * shape.H;  // numbers of c, and of h before a projection
   plan.hidden_offset = round_up(state * sizes.sum_bytes, 16);
   plan.workspace_bytes = plan.hidden_offset + (shape.projected ? state * sizes.number_bytes : 0);

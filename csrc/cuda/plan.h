@@ -26,14 +26,15 @@ struct TileSizes {
   int register_steps;                          // of which a warp keeps the weights in registers
   int on_chip_bytes, number_bytes, sum_bytes;  // of a number on chip, in memory, of a sum
   int most_batch_tiles;                        // 1, 2 or 4: tiles of kBatchColumns sequences in one block
+  int most_step_tiles;                         // up to 8: in one warp, in the kernels with a launch for each step
 };
 
 inline constexpr TileSizes kTileSizes[] = {
-    {16, 16, 2, 16, 2, 2, 4, 4},  // bfloat16
-    {16, 16, 2, 16, 2, 2, 4, 4},  // float16
-    {16, 8, 2, 16, 4, 4, 4, 4},   // TF32
-    {32, 4, 1, 16, 4, 4, 4, 2},   // float32
-    {32, 2, 1, 16, 8, 8, 8, 1},   // float64
+    {16, 16, 2, 16, 2, 2, 4, 4, 8},  // bfloat16
+    {16, 16, 2, 16, 2, 2, 4, 4, 8},  // float16
+    {16, 8, 2, 16, 4, 4, 4, 4, 8},   // TF32
+    {32, 4, 1, 16, 4, 4, 4, 2, 2},   // float32
+    {32, 2, 1, 16, 8, 8, 8, 1, 1},   // float64
 };
 constexpr const TileSizes& tile_sizes(Arithmetic arithmetic) { return kTileSizes[static_cast<int>(arithmetic)]; }
 
@@ -67,7 +68,7 @@ struct Plan {
   Strategy strategy;
   Arithmetic arithmetic;
   bool backward;
-  int batch_tiles;           // tiles of kBatchColumns sequences in a block
+  int batch_tiles;           // tiles of kBatchColumns sequences in a block; kStep: in a warp
   const KernelSet* kernels;  // for that arithmetic and so many tiles
   Layout layout;             // not for kStep
   int num_parts;             // kStep: launches of a step

@@ -86,6 +86,13 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
+// 16 bytes or zeros: cheaper than a number of bytes.
+__device__ __forceinline__ void cp_async_16_if(bool there, void* shared, const void* global) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, p;\n}" ::"r"(to),
+               "l"(global), "r"(static_cast<uint32_t>(there))
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroupsLeft>
 __device__ __forceinline__ void cp_async_wait() {
@@ -111,10 +118,50 @@ __device__ __forceinline__ void cp_async_8(void* shared, const void* global, int
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
   copy_now<uint4>(shared, global, bytes);
 }
+__device__ __forceinline__ void cp_async_16_if(bool there, void* shared, const void* global) {
+  *static_cast<uint4*>(shared) = there ? *static_cast<const uint4*>(global) : uint4{};
+}
 __device__ __forceinline__ void cp_async_commit() {}
 template <int kGroupsLeft>
 __device__ __forceinline__ void cp_async_wait() {}
 #endif
+
+// ---- Matrices from shared memory, in the order of mma.sync (ldmatrix)
+// --------------------------------------------------
+//
+// 8 x 8 numbers of 16 bits for each register of a lane, or 8 x 4 words: lane 8 m + r brings the address, a multiple of
+// 16, of row r of matrix m, and gets of each matrix the word {row lane / 4, word lane % 4}; transposed, the numbers
+// {column lane / 4, rows 2 (lane % 4) and the next}.
+
+__device__ __forceinline__ uint2 ldmatrix_x2(const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  uint2 words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
+__device__ __forceinline__ uint4 ldmatrix_x4(const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  uint4 words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
+__device__ __forceinline__ uint4 ldmatrix_x4_transposed(const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  uint4 words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
 
 // ---- Tensor cores ---------------------------------------------------------------------------------------------
 //
@@ -239,6 +286,19 @@ __device__ __forceinline__ void st_async(uint32_t to, const uint4& value, uint32
 #endif
 }
 
+// The same place in the shared memory of block `rank`, for plain loads after a cluster_sync.
+template <class T>
+__device__ __forceinline__ const T* shared_of_rank(const T* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(shared), "r"(rank));
+  return reinterpret_cast<const T*>(address);
+#else
+  __trap();
+  return shared;
+#endif
+}
+
 // A barrier in shared memory: a phase ends when `count` arrivals and the bytes that they announce have come, and the
 // next begins. By one thread, and followed by cluster_sync before any other thread of the cluster uses it.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
@@ -277,6 +337,29 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, int parity)
   __trap();
   return true;
 #endif
+}
+
+// ---- Launches that overlap (programmatic dependent launch), from sm_90 on -------------------------------------
+//
+// A launch that LaunchConfig lets overlap may start when all blocks of the one before it have called
+// let_next_launch_start or ended. Until it has called wait_for_previous_launch, which returns when that one has ended
+// whole, it may read nothing that it writes, and write nothing that it reads. Without such a launch both do nothing.
+
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Asks for the line of that address to be brought into L2.
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // ---- Numbers --------------------------------------------------------------------------------------------------

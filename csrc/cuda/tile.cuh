@@ -124,13 +124,6 @@ struct HalfTile : MmaTile {
   // What is multiplied, from a sum; from a number in global memory.
   static __device__ __forceinline__ OnChip on_chip(Sum x) { return narrow<T>(x); }
   static __device__ __forceinline__ OnChip keep(Number x) { return x; }
-  // The row and column of number n of a lane's 16 bytes of weights.
-  static __device__ __forceinline__ int row(int lane, int n) { return lane / 4 + n / 2 % 2 * 8; }
-  static __device__ __forceinline__ int column(int lane, int n) { return lane % 4 * 2 + n % 2 + n / 4 * 8; }
-  // Where operand [k, n] lies in its tile: lane n * 4 + k % 8 / 2 reads four numbers that lie together.
-  static __device__ __forceinline__ int operand_offset(int k, int n) {
-    return (n * 4 + k % 8 / 2) * 4 + k / 8 * 2 + k % 2;
-  }
   static __device__ __forceinline__ void multiply(float (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
                                                   const OnChip* operand, int lane) {
     const uint2 b = reinterpret_cast<const uint2*>(operand)[lane];
@@ -158,9 +151,6 @@ struct Tf32Tile : MmaTile {
 
   static __device__ __forceinline__ OnChip on_chip(Sum x) { return to_tf32(x); }
   static __device__ __forceinline__ OnChip keep(Number x) { return to_tf32(x); }
-  static __device__ __forceinline__ int row(int lane, int n) { return lane / 4 + n % 2 * 8; }
-  static __device__ __forceinline__ int column(int lane, int n) { return lane % 4 + n / 2 * 4; }
-  static __device__ __forceinline__ int operand_offset(int k, int n) { return (n * 4 + k % 4) * 2 + k / 4; }
   static __device__ __forceinline__ void multiply(float (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
                                                   const OnChip* operand, int lane) {
     const uint2 b = reinterpret_cast<const uint2*>(operand)[lane];
@@ -190,11 +180,8 @@ struct PlainTile {
 
   static __device__ __forceinline__ OnChip on_chip(Sum x) { return x; }
   static __device__ __forceinline__ OnChip keep(Number x) { return x; }
-  static __device__ __forceinline__ int row(int lane, int) { return lane; }
-  static __device__ __forceinline__ int column(int, int n) { return n; }
   static __device__ __forceinline__ int sum_row(int lane, int) { return lane; }
   static __device__ __forceinline__ int sum_column(int, int n) { return n; }
-  static __device__ __forceinline__ int operand_offset(int k, int n) { return n * kK + k; }
   static __device__ __forceinline__ void multiply(T (&sums)[kRowTiles][kSums], const uint4 (&weights)[kRowTiles],
                                                   const OnChip* operand, int) {
     struct Numbers {
@@ -219,13 +206,6 @@ using Fp64Tile = PlainTile<double, DoubleMath>;
 template <class Tile, int kBatchTiles>
 __device__ __forceinline__ int operand_place(int k, int n) {
   return (k / Tile::kK * kBatchTiles * kBatchColumns + n) * Tile::kK + k % Tile::kK;
-}
-
-// Where element (k, n) of a whole operand lies: k tile after k tile, of each the batch tiles, of each operand_offset.
-template <class Tile, int kBatchTiles>
-__device__ __forceinline__ int operand_index(int k, int n) {
-  return (k / Tile::kK * kBatchTiles + n / kBatchColumns) * (Tile::kK * kBatchColumns) +
-         Tile::operand_offset(k % Tile::kK, n % kBatchColumns);
 }
 
 }  // namespace lstm_ext::cuda

@@ -240,11 +240,26 @@ void mbarrier_count(Params p) {
   if (blockIdx.x == 0) p.out[threadIdx.x] = next_value();
 }
 
+// Launches that overlap -----------------------------------------------------------------------------------------------
+
+// Each launch counts the flag up, and the last of three brings the numbers: it must have waited for those before it.
+void launch_without_wait(Params p) {
+  const Location here = Location::current();
+  const int i = threadIdx.x;
+  if (!p.broken) lstm_ext::cuda::wait_for_previous_launch();
+  const uint32_t launch = *p.flag;
+  lstm_ext::cuda::let_next_launch_start();
+  __syncthreads();
+  if (i == 0) store(p.flag, launch + 1, Order::kRelaxed, here);
+  if (launch == 2) p.out[i] = next_value();
+}
+
 // -----------------------------------------------------------------------------------------------------------------
 
 struct Test {
   void (*kernel)(Params);
   int blocks = 1, cluster = 1;
+  int launches = 1;
 };
 
 const std::map<std::string, Test> kTests = {
@@ -259,6 +274,7 @@ const std::map<std::string, Test> kTests = {
     {"shuffle_mask", {shuffle_mask}},
     {"shuffle_from_outside_the_mask", {shuffle_from_outside_the_mask}},
     {"copy_without_wait", {copy_without_wait}},
+    {"launch_without_wait", {launch_without_wait, 1, 1, 3}},
     {"flag_release", {flag_release, 2}},
     {"flag_acquire", {flag_acquire, 2}},
     {"flag_fence", {flag_fence, 2}},
@@ -290,7 +306,11 @@ bool run_broken_kernel(const std::string& name, bool broken, uint64_t seed) {
   config.shared_bytes = (kThreads + kMBarrierFloats) * static_cast<int64_t>(sizeof(float));
   config.cluster = test.cluster;
   config.cooperative = !broken || name != "grid_barrier";
-  lstm_ext::cuda::launch(Kernel<Params>{name.c_str(), test.kernel}, config, Params{broken, out.get(), &flag}, nullptr);
+  for (int n = 0; n < test.launches; ++n) {
+    config.overlaps = n > 0;
+    lstm_ext::cuda::launch(Kernel<Params>{name.c_str(), test.kernel}, config, Params{broken, out.get(), &flag},
+                           nullptr);
+  }
   synchronize(seed);
   for (int i = 0; i < kThreads; ++i) {
     if (out[static_cast<size_t>(i)] != value_of((i + 1) % kThreads)) return false;

@@ -81,3 +81,6 @@ T max(T a, T b) {
 inline void __syncthreads(cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
   cuda_on_cpu::syncthreads(where);
 }
+inline int __syncthreads_or(int predicate, cuda_on_cpu::Location where = cuda_on_cpu::Location::current()) {
+  return cuda_on_cpu::syncthreads(where, predicate != 0);
+}

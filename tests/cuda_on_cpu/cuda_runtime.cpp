@@ -126,15 +126,17 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   grid.cluster_dim = {1, 1, 1};
   grid.shared_size = config->dynamicSmemBytes;
   grid.body = kernel.with(arguments[0]);
-  bool cooperative = false;
+  bool cooperative = false, overlaps = false;
   for (unsigned n = 0; n < config->numAttrs; ++n) {
     const cudaLaunchAttribute& attribute = config->attrs[n];
     if (attribute.id == cudaLaunchAttributeCooperative) cooperative = attribute.val.cooperative != 0;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      overlaps = attribute.val.programmaticStreamSerializationAllowed != 0;
     if (attribute.id == cudaLaunchAttributeClusterDimension)
       grid.cluster_dim = {attribute.val.clusterDim.x, attribute.val.clusterDim.y, attribute.val.clusterDim.z};
   }
   try {
-    launch(std::move(grid), cooperative, config->stream);
+    launch(std::move(grid), cooperative, overlaps, config->stream);
   } catch (const std::runtime_error& refused) {
     return fail_with(refused.what());
   }

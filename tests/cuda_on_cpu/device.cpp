@@ -32,12 +32,22 @@ struct Preference {
 };
 constexpr Preference kPreferences[] = {{1, false}, {64, false}, {1'000'000, false}, {256, true}};
 
-struct Running {
+// One of the grids that run.
+struct Launch {
   const Grid* grid;
+  std::vector<Index> to_start;     // first blocks of clusters, in the order from last to first
+  int resident = 0;                // clusters
+  int64_t blocks_before_next = 0;  // that have neither let the next launch start nor ended
+  std::vector<Thread*> waiting;    // of the next launch, for the end of this one
+
+  bool ended() const { return to_start.empty() && resident == 0; }
+};
+
+struct Running {
+  std::vector<Launch> launches;
   Preference preference;
   Fiber host;
   std::vector<std::unique_ptr<Cluster>> resident;
-  std::vector<Index> to_start;  // first blocks of clusters, in the order from last to first
   std::vector<int> free_slots;
   std::vector<Block*> ready_blocks;
   Block* favourite = nullptr;
@@ -48,7 +58,7 @@ struct Running {
   int64_t idle_loads = 0;
   bool failed = false;
   std::string failure;
-  bool block_ended = false;
+  bool host_acts = false;  // a block has ended, or a launch may start
 };
 
 Running* running = nullptr;
@@ -67,7 +77,7 @@ void make_ready(Thread& thread) {
 // A ready thread, no longer among the ready ones; null: there is none.
 Thread* pick() {
   Running& now = *running;
-  if (now.block_ended || now.failed) return nullptr;  // the host has to act first
+  if (now.host_acts || now.failed) return nullptr;  // the host has to act first
   while (!now.ready_blocks.empty()) {
     Block*& block = now.favourite;
     if (!block || block->ready.empty() || chance.one_in(now.preference.leave_block_one_in)) {
@@ -130,19 +140,19 @@ void complete_cluster(Cluster& cluster);
   complete_syncthreads(block);
   complete_cluster(cluster);
   if (cluster.live == 0) land_remote_stores(cluster, nullptr);
-  running->block_ended = block.live == 0;
+  running->host_acts |= block.live == 0;
   go_to(pick(), true);
   abort();  // nobody switches to a thread that has ended
 }
 
 void thread_main() {
   arrive(*previous);
-  running->grid->body();
+  current->block->grid->body();
   end_thread();
 }
 
 std::unique_ptr<Block> start_block(Cluster& cluster, Index index) {
-  const Grid& grid = *running->grid;
+  const Grid& grid = *running->launches[cluster.launch].grid;
   auto block = std::make_unique<Block>();
   block->grid = &grid;
   block->cluster = &cluster;
@@ -174,9 +184,10 @@ std::unique_ptr<Block> start_block(Cluster& cluster, Index index) {
   return block;
 }
 
-void start_cluster(Index first) {
-  const Index size = running->grid->cluster_dim;
+void start_cluster(size_t launch, Index first) {
+  const Index size = running->launches[launch].grid->cluster_dim;
   auto cluster = std::make_unique<Cluster>();
+  cluster->launch = launch;
   for (unsigned z = 0; z < size.z; ++z)
     for (unsigned y = 0; y < size.y; ++y)
       for (unsigned x = 0; x < size.x; ++x)
@@ -197,9 +208,15 @@ std::vector<Index> shuffled_clusters(const Grid& grid) {
 
 void start_what_fits() {
   Running& now = *running;
-  while (!now.to_start.empty() && static_cast<int>(now.resident.size()) < now.grid->resident_clusters) {
-    start_cluster(now.to_start.back());
-    now.to_start.pop_back();
+  for (size_t n = 0; n < now.launches.size(); ++n) {
+    Launch& launch = now.launches[n];
+    while (!launch.to_start.empty() && launch.resident < launch.grid->resident_clusters &&
+           static_cast<int64_t>(now.free_slots.size()) >= launch.grid->cluster_dim.volume()) {
+      start_cluster(n, launch.to_start.back());
+      launch.to_start.pop_back();
+      ++launch.resident;
+    }
+    if (launch.blocks_before_next > 0) return;
   }
 }
 
@@ -208,6 +225,7 @@ void remove_ended_blocks() {
   for (auto& cluster : now.resident) {
     for (auto& block : cluster->blocks) {
       if (!block || block->live) continue;
+      if (!block->lets_next_start) --now.launches[cluster->launch].blocks_before_next;
       for (Thread& thread : block->threads) recycle(thread.fiber, true);
       std::erase(now.ready_blocks, block.get());
       if (now.favourite == block.get()) now.favourite = nullptr;
@@ -215,8 +233,17 @@ void remove_ended_blocks() {
       block.reset();
     }
   }
+  for (const auto& cluster : now.resident) {
+    if (cluster->live) continue;
+    Launch& launch = now.launches[cluster->launch];
+    --launch.resident;
+    if (!launch.ended()) continue;
+    for (Thread* thread : launch.waiting) make_ready(*thread);
+    launch.waiting.clear();
+    progressed();
+  }
   std::erase_if(now.resident, [](const auto& cluster) { return cluster->live == 0; });
-  now.block_ended = false;
+  now.host_acts = false;
 }
 
 // Time passes while nobody can run: whether that may let somebody run.
@@ -266,9 +293,10 @@ std::string deadlock_report() {
       }
     }
   }
-  if (!running->to_start.empty()) {
-    text += "\n  " + std::to_string(running->to_start.size()) + " clusters (or blocks) cannot start: only " +
-            std::to_string(running->grid->resident_clusters) + " may be resident at a time";
+  for (const Launch& launch : running->launches) {
+    if (launch.to_start.empty()) continue;
+    text += "\n  " + std::to_string(launch.to_start.size()) + " clusters (or blocks) cannot start: only " +
+            std::to_string(launch.grid->resident_clusters) + " may be resident at a time";
   }
   return text;
 }
@@ -299,13 +327,15 @@ uint64_t Chance::bits() {  // splitmix64
   return z ^ (z >> 31);
 }
 
-void run_grid(const Grid& grid, uint64_t seed) {
-  if (running) throw std::logic_error("run_grid: a grid is running already");
+void run_grids(const std::vector<Grid>& grids, uint64_t seed) {
+  if (running) throw std::logic_error("run_grids: a grid is running already");
   chance = Chance(seed);
   Running now{};
-  now.grid = &grid;
   now.preference = kPreferences[seed % std::size(kPreferences)];
-  now.to_start = shuffled_clusters(grid);
+  for (const Grid& grid : grids) {
+    now.launches.push_back({.grid = &grid, .to_start = shuffled_clusters(grid), .waiting = {}});
+    now.launches.back().blocks_before_next = grid.grid_dim.volume();
+  }
   for (int slot = kMostResidentBlocks; slot-- > 0;) now.free_slots.push_back(slot);
   running = &now;
   run_to_the_end();
@@ -319,7 +349,7 @@ void run_grid(const Grid& grid, uint64_t seed) {
   forget_versions();
   running = nullptr;
   if (now.failed) {
-    throw std::runtime_error("kernel " + grid.kernel + ": " + now.failure);
+    throw std::runtime_error(now.failure);
   }
 }
 
@@ -331,7 +361,10 @@ void fail(const std::string& what, Location where) {
 }
 
 void report(const std::string& what) {
-  if (!running->failed) running->failure = what;
+  const auto runs = [](const Launch& launch) { return !launch.ended(); };
+  const Grid* grid =
+      current ? current->block->grid : std::find_if(running->launches.begin(), running->launches.end(), runs)->grid;
+  if (!running->failed) running->failure = "kernel " + grid->kernel + ": " + what;
   running->failed = true;
 }
 
@@ -389,10 +422,12 @@ namespace {
 void complete_barrier(Barrier& barrier) {
   for (Thread* thread : barrier.waiting) {
     thread->view.join(barrier.view);
+    thread->any_at_barrier = barrier.any;
     make_ready(*thread);
   }
   barrier.waiting.clear();
   barrier.arrived = barrier.expected = 0;
+  barrier.any = false;
   barrier.view = {};
   progressed();
 }
@@ -433,16 +468,18 @@ Barrier& named_barrier(int id, int threads, Location where) {
 
 }  // namespace
 
-void syncthreads(Location where) {
+bool syncthreads(Location where, bool predicate) {
   Barrier& barrier = current->block->barriers[0];
   if (barrier.arrived && !same_place(barrier.where, where)) {
     fail("divergent barrier: other threads of the block are in the __syncthreads at " + text_of(barrier.where), where);
   }
   barrier.waiting.push_back(current);
+  barrier.any |= predicate;
   if (arrive_at_barrier(barrier, 0, "__syncthreads", where)) {
     complete_barrier(barrier);
   }
   rest({"__syncthreads", nullptr, 0, where});
+  return current->any_at_barrier;
 }
 
 void named_barrier_sync(int id, int threads, Location where) {
@@ -494,6 +531,25 @@ void cluster_wait(bool acquire, Location where) {
   }
   current->arrived_at_cluster = false;
   if (acquire) current->view.join(cluster.view);
+}
+
+// Launches that overlap -----------------------------------------------------------------------------------------------
+
+void wait_for_previous_launch(Location where) {
+  const size_t launch = current->block->cluster->launch;
+  if (launch == 0) return;
+  Launch& previous = running->launches[launch - 1];
+  if (!previous.ended()) {
+    previous.waiting.push_back(current);
+    rest({"the end of the launch before it", nullptr, 0, where});
+  }
+  current->view.join(all_stores());
+}
+
+void let_next_launch_start() {
+  Block& block = *current->block;
+  if (std::exchange(block.lets_next_start, true)) return;
+  if (--running->launches[block.cluster->launch].blocks_before_next == 0) running->host_acts = true;
 }
 
 // Warp collectives ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// The device: every CUDA thread is a fiber, and all of them run on the one host thread that calls run_grid. A fiber
+// The device: every CUDA thread is a fiber, and all of them run on the one host thread that calls run_grids. A fiber
 // runs until it must wait (or chooses to yield); then a seeded random choice says who goes on.
 //
 // What a thread must see of the stores of others is kept as vector clocks. Each resident block has a slot, and counts
@@ -68,7 +68,8 @@ struct Thread {
   View fenced;              // what its relaxed stores publish since its last fence
   bool has_fence = false;
 
-  uint64_t events = 0;  // that had happened when it last looked at the clock
+  uint64_t events = 0;          // that had happened when it last looked at the clock
+  bool any_at_barrier = false;  // what the last barrier found
 
   const void* polled = nullptr;  // address of its last load, and the version that came
   uint64_t polled_version = 0;
@@ -83,6 +84,7 @@ struct Thread {
 
 struct Barrier {
   int arrived = 0, expected = 0;
+  bool any = false;  // of those that have arrived, for __syncthreads_or
   View view;
   Location where;
   std::vector<Thread*> waiting;
@@ -116,6 +118,7 @@ struct RemoteStore {
 struct Block {
   const Grid* grid = nullptr;
   Cluster* cluster = nullptr;
+  bool lets_next_start = false;
   Index index;
   int slot = 0, rank_in_cluster = 0;
   std::vector<Thread> threads;
@@ -130,6 +133,7 @@ struct Block {
 };
 
 struct Cluster {
+  size_t launch = 0;                           // which of the grids that run
   std::vector<std::unique_ptr<Block>> blocks;  // null: ended
   int live = 0;                                // threads
   int phase = 0, arrived = 0;
@@ -159,12 +163,12 @@ class Chance {
 };
 
 extern Thread* current;  // the thread that runs; null: the host
-extern Chance chance;    // reseeded by run_grid
+extern Chance chance;    // reseeded by run_grids
 
-// Runs a grid to its end, in the schedule of the seed. Throws std::runtime_error, which names the kernel, for a
-// deadlock and for what CUDA leaves undefined. Seeds of equal remainder modulo 4 prefer blocks and threads in the same
-// way.
-void run_grid(const Grid& grid, uint64_t seed);
+// Runs grids to their end, in the schedule of the seed. Each but the first may start when all blocks of the one before
+// have let it or ended. Throws std::runtime_error, which names the kernel, for a deadlock and for what CUDA leaves
+// undefined. Seeds of equal remainder modulo 4 prefer blocks and threads in the same way.
+void run_grids(const std::vector<Grid>& grids, uint64_t seed);
 
 // For threads ---------------------------------------------------------------------------------------------------------
 
@@ -191,11 +195,15 @@ void count_load(Location where);  // fails where threads do nothing but load for
 void wait_at(const void* address, const Reason& reason);
 void wake_waiters_at(const void* address);
 
-void syncthreads(Location where);
+bool syncthreads(Location where, bool predicate = false);  // whether it is true of any thread
 void named_barrier_sync(int id, int threads, Location where);
 void named_barrier_arrive(int id, int threads, Location where);
 void cluster_arrive(bool release, Location where);
 void cluster_wait(bool acquire, Location where);
+
+// Of grids that run together: until the one before has ended, whose stores are then seen; and lets the one after start.
+void wait_for_previous_launch(Location where);
+void let_next_launch_start();
 
 // Every live lane of the mask must come with the same collective.
 void collective(const char* name, unsigned mask, Collective::Run run, void* operand, Location where);

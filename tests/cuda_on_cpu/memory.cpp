@@ -370,6 +370,12 @@ void mbarrier_wait(uint64_t* barrier, int parity, bool acquire, Location where) 
   }
 }
 
+View all_stores() {
+  View view;
+  std::copy_n(store_counts, kMostResidentBlocks, view.seen);
+  return view;
+}
+
 void forget_versions() {
   places.clear();
   mbarrier_views.clear();

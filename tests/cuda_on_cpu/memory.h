@@ -81,5 +81,6 @@ void land_some_remote_stores(Cluster& cluster);  // now and then
 // What a release by the thread covers, null: all; whether there was any.
 bool land_remote_stores(Cluster& cluster, const Thread* releasing);
 void forget_versions();  // between grids everything is seen
+View all_stores();       // that were made up to now
 
 }  // namespace cuda_on_cpu

@@ -54,10 +54,31 @@ inline void cp_async_8(void* shared, const void* global, int bytes, Location whe
 inline void cp_async_16(void* shared, const void* global, int bytes, Location where = Location::current()) {
   cuda_on_cpu::copy_async(shared, global, bytes, 16, where);
 }
+inline void cp_async_16_if(bool there, void* shared, const void* global, Location where = Location::current()) {
+  cuda_on_cpu::copy_async(shared, global, there ? 16 : 0, 16, where);
+}
 inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int kGroupsLeft>
 void cp_async_wait(Location where = Location::current()) {
   cuda_on_cpu::wait_copies(kGroupsLeft, where);
+}
+
+// ---- ldmatrix
+
+inline uint2 ldmatrix_x2(const void* row, Location where = Location::current()) {
+  uint32_t words[2];
+  cuda_on_cpu::ldmatrix(words, 2, false, row, where);
+  return {words[0], words[1]};
+}
+inline uint4 ldmatrix_x4(const void* row, Location where = Location::current()) {
+  uint32_t words[4];
+  cuda_on_cpu::ldmatrix(words, 4, false, row, where);
+  return {words[0], words[1], words[2], words[3]};
+}
+inline uint4 ldmatrix_x4_transposed(const void* row, Location where = Location::current()) {
+  uint32_t words[4];
+  cuda_on_cpu::ldmatrix(words, 4, true, row, where);
+  return {words[0], words[1], words[2], words[3]};
 }
 
 // ---- Tensor cores
@@ -101,6 +122,11 @@ inline void st_async(uint32_t to, const uint4& value, uint32_t barrier, Location
   cuda_on_cpu::store_remote(there + 2, value.z | uint64_t{value.w} << 32, 8, counts, where);
 }
 
+template <class T>
+const T* shared_of_rank(const T* shared, int rank, Location where = Location::current()) {
+  return cuda_on_cpu::map_rank(shared, rank, where);
+}
+
 inline void mbarrier_init(uint64_t* barrier, int count, Location where = Location::current()) {
   cuda_on_cpu::mbarrier_init(barrier, count, where);
 }
@@ -113,6 +139,14 @@ inline void mbarrier_expect(uint64_t* barrier, int bytes, Location where = Locat
 inline bool mbarrier_try_wait(uint64_t* barrier, int parity, Location where = Location::current()) {
   return cuda_on_cpu::mbarrier_try_wait(barrier, parity, true, where);
 }
+
+// ---- Launches that overlap
+
+inline void wait_for_previous_launch(Location where = Location::current()) {
+  cuda_on_cpu::wait_for_previous_launch(where);
+}
+inline void let_next_launch_start() { cuda_on_cpu::let_next_launch_start(); }
+inline void prefetch_to_l2(const void*) {}
 
 // ---- Numbers
 

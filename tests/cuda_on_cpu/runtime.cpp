@@ -16,9 +16,17 @@ constexpr int kThreadsPerSm = 2048, kThreadsPerBlock = 1024, kMostBlocksPerSm = 
 constexpr int64_t kSharedReservedPerBlock = 1024;  // beside what it asks for, of 1024 more than a block may have
 // Registers are not counted here: two blocks of 256 threads fit with 128 each, as the kernels use.
 constexpr int kThreadsPerSmByRegisters = 512;
+constexpr size_t kEndOverlapOneIn = 4;  // launches that may start before the one ahead of them has ended do not
+
+// A grid, or something that the host does.
+struct Work {
+  std::function<void()> host;  // null: a grid
+  Grid grid;
+  bool cooperative, overlaps;
+};
 
 std::mutex mutex;  // of what threads of the host share: the next two
-std::map<void*, std::deque<std::function<void()>>> streams;
+std::map<void*, std::deque<Work>> streams;
 std::map<const void*, KnownKernel> kernels;
 Chance host_chance(0);
 uint64_t schedule_seed = 0;
@@ -67,27 +75,43 @@ KnownKernel known_kernel(const void* function) {
 
 void enqueue(void* stream, std::function<void()> work) {
   const std::lock_guard<std::mutex> lock(mutex);
-  streams[stream].push_back(std::move(work));
+  streams[stream].push_back({std::move(work), {}, false, false});
 }
 
-void launch(Grid grid, bool cooperative, void* stream) {
+void launch(Grid grid, bool cooperative, bool overlaps, void* stream) {
   const int64_t per_sm =
       blocks_per_sm(static_cast<int>(grid.block_dim.volume()), static_cast<int64_t>(grid.shared_size));
   const int64_t capacity = std::min<int64_t>(device().sms * per_sm, kMostResidentBlocks);
   check(grid, cooperative, capacity);
-  const int clusters = static_cast<int>(capacity / grid.cluster_dim.volume());
-  enqueue(stream, [grid = std::move(grid), cooperative, clusters]() mutable {
-    // Others may be using the device: a launch that does not insist gets any part of it.
-    grid.resident_clusters =
-        cooperative ? clusters : 1 + static_cast<int>(host_chance.below(static_cast<size_t>(clusters)));
-    run_grid(grid, schedule_seed);
-    schedule_seed += 4;
-  });
+  if (overlaps && device().compute_capability < 90) refuse("launches that overlap");
+  grid.resident_clusters = static_cast<int>(capacity / grid.cluster_dim.volume());
+  const std::lock_guard<std::mutex> lock(mutex);
+  streams[stream].push_back({nullptr, std::move(grid), cooperative, overlaps});
 }
+
+namespace {
+
+// Runs what stands first, and of launches that may overlap with it as many as chance has it.
+void run_first(std::deque<Work>& stream) {
+  std::vector<Grid> grids;
+  do {
+    Work work = std::move(stream.front());
+    stream.pop_front();
+    if (work.host) return work.host();
+    Grid& grid = grids.emplace_back(std::move(work.grid));
+    // Others may be using the device: a launch that does not insist gets any part of it.
+    if (!work.cooperative)
+      grid.resident_clusters = 1 + static_cast<int>(host_chance.below(static_cast<size_t>(grid.resident_clusters)));
+  } while (!stream.empty() && stream.front().overlaps && !host_chance.one_in(kEndOverlapOneIn));
+  run_grids(grids, schedule_seed);
+  schedule_seed += 4;
+}
+
+}  // namespace
 
 void synchronize(uint64_t seed) {
   host_chance = Chance(schedule_seed = seed);
-  std::map<void*, std::deque<std::function<void()>>> work;
+  std::map<void*, std::deque<Work>> work;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     work.swap(streams);
@@ -95,8 +119,7 @@ void synchronize(uint64_t seed) {
   try {
     while (!work.empty()) {
       const auto stream = std::next(work.begin(), static_cast<long>(host_chance.below(work.size())));
-      stream->second.front()();
-      stream->second.pop_front();
+      run_first(stream->second);
       if (stream->second.empty()) work.erase(stream);
     }
   } catch (const std::runtime_error& error) {

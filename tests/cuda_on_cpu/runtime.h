@@ -35,8 +35,9 @@ KnownKernel known_kernel(const void* function);
 // Work of one stream runs in its order, that of several in any. Nothing runs before synchronize.
 void enqueue(void* stream, std::function<void()> work);
 
-// Throws std::runtime_error for a launch that CUDA refuses.
-void launch(Grid grid, bool cooperative, void* stream);
+// Throws std::runtime_error for a launch that CUDA refuses. One that overlaps may start before the launch ahead of it
+// in the stream has ended.
+void launch(Grid grid, bool cooperative, bool overlaps, void* stream);
 
 // Runs all that was enqueued, by whichever thread. The seed, which errors name, decides all schedules. What comes after
 // an error is dropped.

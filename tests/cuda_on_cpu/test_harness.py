@@ -23,6 +23,7 @@ FAULTS = {
     "flag_fence": "wrong result",
     "flag_release": "wrong result",
     "grid_barrier": "deadlock",
+    "launch_without_wait": "wrong result",
     "mbarrier_count": "deadlock",
     "mbarrier_of_nobody": "no mbarrier was initialised",
     "neighbour_across_barrier": "wrong result",

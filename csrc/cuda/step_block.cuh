@@ -1,0 +1,265 @@
+// A block of a launch for each step: its tile of the product, and which units of it each thread then finishes.
+#pragma once
+
+#include "pointwise.cuh"
+#include "step_tile.cuh"
+
+namespace lstm_ext::cuda {
+
+// The sum over the splits of one row and sequence, in a fixed order: results do not depend on which warp was first.
+template <class Sum>
+__device__ __forceinline__ Sum total_of_row(const Sum* partial, int splits, int split_stride) {
+  Sum sum = partial[0];
+  for (int split = 1; split < splits; ++split) sum += partial[split * split_stride];
+  return sum;
+}
+
+// Used as: a block of its own, `add` for each matrix that is multiplied, then `finish_units`, in which `product` is
+// there.
+template <class Tile, int kBatchTiles, bool kTransposed>
+class StepBlock {
+ public:
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  using Operands = LaneOperands<Tile, kTransposed>;
+  static constexpr int kStageNumbers = kStageBytes / sizeof(Number);  // along k
+  static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
+  static constexpr int kTiles = kStageNumbers / Tile::kK;  // k tiles of a stage
+  static constexpr int kAhead = kBatchTiles < 8 ? 4 : 2;   // the sums need the registers
+
+  __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks,
+                       const int64_t* packed_offset, bool reverse, int64_t s)
+      : part_(part),
+        sequences_(part.warps_n() * kBatchTiles * kBatchColumns),
+        k_block_(static_cast<int>(blockIdx.x) & (part.k_blocks() - 1)),
+        row_block_((static_cast<int>(blockIdx.x) >> part.k_blocks_log2) % part.row_blocks),
+        first_(int64_t{sequences_} * ((static_cast<int>(blockIdx.x) >> part.k_blocks_log2) / part.row_blocks)),
+        count_(static_cast<int>(min(int64_t{sequences_}, shape.B - first_))),
+        operands_(pair() * kStepRows, warp_n() * kBatchTiles * kBatchColumns, pitch()) {
+    sums_.clear();
+    const int n = threadIdx.x;
+    if (n < count_) {
+      moments()[n] = moment_at(masks, packed_offset, shape.T, reverse, s, first_ + n);
+      moments()[sequences_ + n] = moment_at(masks, packed_offset, shape.T, reverse, s + 1, first_ + n);
+    }
+    __syncthreads();  // the moments are there
+  }
+
+  __device__ const Moment& moment(int n) const { return moments()[n]; }
+  __device__ const Moment& next_moment(int n) const { return moments()[sequences_ + n]; }  // at step s + 1
+  __device__ int64_t sequence(int n) const { return first_ + n; }
+
+  // Adds weights [rows, columns], or transposed [columns, rows], times the operand whose row of sequence n, with as
+  // many columns, starts at row_of(n); null stands for zeros.
+  template <class Row>
+  __device__ __forceinline__ void add(const Matrix& weights, int64_t columns, const Row& row_of) {
+    if (find_rows(weights, columns, row_of)) {
+      stream<true>(weights, columns);
+    } else {
+      stream<false>(weights, columns);
+    }
+  }
+
+  // From here on a launch may read what earlier ones wrote, and write; the next may begin.
+  __device__ void follow_previous_launch() const {
+    wait_for_previous_launch();
+    let_next_launch_start();
+  }
+
+  // The product's row j for sequence n: over the blocks of the cluster, and of each over its splits, in this order.
+  __device__ __forceinline__ Sum product(int n, int j) const {
+    const Sum* at = partial() + n * stride() + j;
+    const int splits = part_.splits(), split_stride = sequences_ * stride();
+    if (part_.k_blocks() == 1) return total_of_row(at, splits, split_stride);
+    Sum sum = 0;
+    for (int rank = 0; rank < part_.k_blocks(); ++rank)
+      sum += total_of_row(shared_of_rank(at, rank), splits, split_stride);
+    return sum;
+  }
+
+  // A thread has one unit of the tile, of every so many sequences of this block's share; past the last it has none.
+  __device__ int64_t unit() const { return int64_t{row_block_} * part_.rows.width + unit_in_tile(); }
+  __device__ bool has_unit() const { return unit() < part_.rows.limit; }
+
+  // Calls body(n, unit) for its sequences n.
+  template <class Body>
+  __device__ __forceinline__ void for_units(const Body& body) const {
+    if (!has_unit()) return;
+    for (int n = first_sequence(); n < count_; n += sequence_step()) body(n, unit());
+  }
+
+  // Calls finish(n, j, unit, load(n, unit)) for its sequences n, where row j of the product is the unit's first.
+  // kAhead sequences' numbers are loaded at a time: the first before the sums meet.
+  template <class Loaded, class Load, class Finish>
+  __device__ __forceinline__ void finish_units(const Load& load, const Finish& finish) {
+    const int64_t unit = this->unit();
+    const int step = sequence_step(), end = has_unit() ? count_ : 0;
+    Loaded loaded[kAhead];
+    const auto load_from = [&](int first) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (first + i * step < end) loaded[i] = load(first + i * step, unit);
+    };
+    int first = first_sequence();
+    load_from(first);
+    finish_sums();
+    while (first < end) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (first + i * step < end) finish(first + i * step, unit_in_tile(), unit, loaded[i]);
+      load_from(first += kAhead * step);
+    }
+    if (part_.k_blocks() > 1) cluster_sync();  // no block ends while others read its sums
+  }
+
+ private:
+  // The sums of the warps go to shared memory, [split, sequences, stride], for `product` to add up.
+  __device__ __forceinline__ void finish_sums() {
+    const int first = (split() * sequences_ + warp_n() * kBatchTiles * kBatchColumns) * stride();
+    sums_.store(partial() + first, stride(), pair() * kStepRows, part_.block_rows(), threadIdx.x % 32);
+    if (part_.k_blocks() > 1) {
+      cluster_sync();  // the sums of all warps of all blocks are there
+    } else {
+      __syncthreads();  // the sums of all warps are there
+    }
+  }
+
+  // Where the rows of weights (unless transposed) and operand start; whether all consist of whole and aligned chunks.
+  template <class Row>
+  __device__ __forceinline__ bool find_rows(const Matrix& weights, int64_t columns, const Row& row_of) {
+    const int rows = part_.block_rows(), width = part_.rows.width, n = threadIdx.x;
+    const Number* data = static_cast<const Number*>(weights.data);
+    const int64_t numbers_of_row = kTransposed ? part_.rows.limit : columns;  // as the weights lie in memory
+    bool aligned = is_aligned(data) && is_aligned(data + weights.row_stride) && columns % kChunkNumbers == 0 &&
+                   numbers_of_row % kChunkNumbers == 0;
+    if constexpr (!kTransposed) {
+      for (int row = threadIdx.x; row < rows; row += kThreads) {
+        const int64_t unit = row_block_ * width + (row & (width - 1));
+        const int64_t index = (row >> part_.width_log2) * part_.rows.group_stride + unit;
+        row_starts()[row] =
+            unit < part_.rows.limit ? reinterpret_cast<const char*>(data + index * weights.row_stride) : nullptr;
+      }
+    }
+    if (n < sequences_) {
+      const Number* row = n < count_ ? row_of(n) : nullptr;
+      row_starts()[rows + n] = reinterpret_cast<const char*>(row);
+      aligned = aligned && is_aligned(row);
+    }
+    return !__syncthreads_or(!aligned);  // the rows are there
+  }
+
+  // All stages of the product, each copied while the two before it are multiplied.
+  template <bool kAligned>
+  __device__ __forceinline__ void stream(const Matrix& weights, int64_t columns) {
+    const int stages = static_cast<int>((columns + kStageNumbers - 1) / kStageNumbers);
+    const int first = stages * k_block_ >> part_.k_blocks_log2;
+    const int end = stages * (k_block_ + 1) >> part_.k_blocks_log2;
+    const auto copy_weights = [&](int n, int slot) {
+      if constexpr (kTransposed) {
+        copy_transposed<kAligned>(weights, stage(slot), n, columns);
+      } else {
+        copy_stage_rows<kAligned>(stage(slot), 0, part_.block_rows(), n, columns);
+      }
+    };
+    const auto copy_operand = [&](int n, int slot) {
+      copy_stage_rows<kAligned>(stage(slot), part_.block_rows(), part_.block_rows() + sequences_, n, columns);
+    };
+#pragma unroll 1
+    for (int n = first; n < min(first + kStages - 1, end); ++n)
+      copy_weights(n, n - first);  // no launch has written them
+    follow_previous_launch();
+#pragma unroll 1
+    for (int slot = 0; slot < kStages - 1; ++slot) {
+      if (first + slot < end) copy_operand(first + slot, slot);
+      cp_async_commit();
+    }
+    int slot = 0;
+#pragma unroll 1
+    for (int n = first; n < end; ++n) {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // stage n is there, and stage n - 1 is read
+      if (n + kStages - 1 < end) {
+        const int free_slot = slot == 0 ? kStages - 1 : slot - 1;  // of stage n - 1
+        if constexpr (kTransposed) {
+          copy_weights(n + kStages - 1, free_slot);
+          copy_operand(n + kStages - 1, free_slot);
+        } else {
+          copy_stage_rows<kAligned>(stage(free_slot), 0, part_.block_rows() + sequences_, n + kStages - 1, columns);
+        }
+      }
+      cp_async_commit();
+      multiply(stage(slot));
+      slot = slot == kStages - 1 ? 0 : slot + 1;
+    }
+    __syncthreads();  // the last stage is read
+  }
+
+  // Rows of which row_starts tells where they start: those of the weights (unless transposed), then those of the
+  // operand.
+  template <bool kAligned>
+  __device__ __forceinline__ void copy_stage_rows(char* stage, int begin, int end, int n, int64_t columns) const {
+    const int chunk = n * kStageChunks + static_cast<int>(threadIdx.x) % kStageChunks;
+    const int numbers = static_cast<int>(min(int64_t{kChunkNumbers}, columns - int64_t{chunk} * kChunkNumbers));
+    copy_rows<Number, kAligned>(stage, row_starts(), begin, end, chunk, max(0, numbers) * int{sizeof(Number)});
+  }
+
+  // [k, rows]: the rows of the stage are rows of memory, of which the block takes its columns.
+  template <bool kAligned>
+  __device__ __forceinline__ void copy_transposed(const Matrix& weights, char* stage, int n, int64_t columns) const {
+    constexpr int kChunkNumbersLog2 = kChunkNumbers == 8 ? 3 : kChunkNumbers == 4 ? 2 : 1;
+    const int chunks_log2 = part_.width_log2 - kChunkNumbersLog2, step = kThreads >> chunks_log2;
+    const int first = static_cast<int>(threadIdx.x) >> chunks_log2;
+    const int chunk = static_cast<int>(threadIdx.x) & ((1 << chunks_log2) - 1);
+    const int unit = row_block_ * part_.rows.width + chunk * kChunkNumbers;
+    const int bytes = max(0, min(kChunkNumbers, part_.rows.limit - unit)) * int{sizeof(Number)};
+    const int64_t k_start = int64_t{n} * kStageNumbers;
+    const int numbers = static_cast<int>(min(int64_t{kStageNumbers}, columns - k_start));
+    const Number* from = static_cast<const Number*>(weights.data) + (k_start + first) * weights.row_stride + unit;
+#pragma unroll kCopyUnroll
+    for (int k = first; k < kStageNumbers; k += step, from += step * weights.row_stride) {
+      char* to = stage + k * pitch() + (chunk ^ (k & Operands::kSwizzle) * Operands::kSwizzleStep) * kChunkBytes;
+      copy_chunk<Number, kAligned>(to, reinterpret_cast<const char*>(from), k < numbers ? bytes : 0);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const char* stage) {
+    const char* operand = stage + part_.block_rows() * kStageBytes;
+    if (part_.splits() == 1) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) operands_.multiply(sums_, stage, operand, tile);
+    } else {
+      for (int tile = split(); tile < kTiles; tile += part_.splits()) operands_.multiply(sums_, stage, operand, tile);
+    }
+  }
+
+  // Threads of all blocks along k, in their order: units side by side, then sequences. The width is a power of two.
+  __device__ int thread_along_k() const { return k_block_ * kThreads + static_cast<int>(threadIdx.x); }
+  __device__ int unit_in_tile() const { return thread_along_k() & (part_.rows.width - 1); }
+  __device__ int first_sequence() const { return thread_along_k() >> part_.width_log2; }
+  __device__ int sequence_step() const { return kThreads << part_.k_blocks_log2 >> part_.width_log2; }
+
+  // Warps 0, 1, .. take kStepRows rows each of the first sequences, then of the next, and then the next part of k.
+  __device__ int warp() const { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ int pair() const { return warp() & ((1 << part_.warps_m_log2) - 1); }
+  __device__ int warp_n() const { return warp() >> part_.warps_m_log2 & (part_.warps_n() - 1); }
+  __device__ int split() const { return warp() >> (part_.warps_m_log2 + part_.warps_n_log2); }
+  __device__ int stride() const { return part_.block_rows() + kPartialPadding; }
+  __device__ int pitch() const { return part_.block_rows() * static_cast<int>(sizeof(Number)); }  // transposed
+
+  __device__ Moment* moments() const { return reinterpret_cast<Moment*>(dynamic_shared()); }
+  __device__ const char** row_starts() const {
+    return reinterpret_cast<const char**>(dynamic_shared() + step_rows_offset(sequences_));
+  }
+  __device__ char* work() const { return dynamic_shared() + step_work_offset(sequences_, part_.block_rows()); }
+  __device__ char* stage(int n) const { return work() + n * (part_.block_rows() + sequences_) * kStageBytes; }
+  __device__ Sum* partial() const { return reinterpret_cast<Sum*>(work()); }
+
+  const StepPart& part_;
+  int sequences_, k_block_, row_block_;
+  int64_t first_;  // sequence of this tile of the batch
+  int count_;
+  Operands operands_;
+  Sums<Tile, kBatchTiles> sums_;
+};
+
+}  // namespace lstm_ext::cuda
