@@ -11,6 +11,8 @@
 namespace lstm_ext::cuda {
 namespace {
 
+constexpr int kAssumedClockKhz = 1'500'000;  // of virtual and embedded GPUs, some of which report 0
+
 // Why the current device cannot run what was compiled; empty if it can.
 std::string refusal_of_current_device() {
   try {
@@ -27,9 +29,10 @@ DeviceLimits limits_of(int device) {
     check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
     return value;
   };
+  const int clock = get(cudaDevAttrClockRate);
   return {get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor),
-          get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrClockRate),
-          get(cudaDevAttrCooperativeLaunch) != 0};
+          get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          clock > 0 ? clock : kAssumedClockKhz, get(cudaDevAttrCooperativeLaunch) != 0};
 }
 
 }  // namespace
@@ -66,11 +69,29 @@ const DeviceLimits& device_limits(int device) {
   return *limits;
 }
 
-DeviceGuard::DeviceGuard(int device) {
-  check(cudaGetDevice(&former_), "cudaGetDevice");
-  if (former_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+std::string device_name(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  return properties.name;
 }
 
-DeviceGuard::~DeviceGuard() { (void)cudaSetDevice(former_); }
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  check(cudaGetDevice(&former_), "cudaGetDevice");
+  if (former_ == device) {
+    former_ = kUnchanged;
+  } else {
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (former_ != kUnchanged) (void)cudaSetDevice(former_);
+}
 
 }  // namespace lstm_ext::cuda

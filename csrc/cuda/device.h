@@ -30,7 +30,13 @@ struct DeviceLimits {
 // Of a device; asked for once.
 const DeviceLimits& device_limits(int device);
 
-// Makes `device` the current one of this thread, and the former one again at the end.
+std::string device_name(int device);
+
+// The newest CUDA that the driver knows: 13000 for 13.0.
+int driver_version();
+
+// Makes `device` the current one of this thread, and the former one again at the end. Where it is current already, as
+// after an operation of torch's on it, nothing is set: setting a device makes a context there, which takes memory.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -38,6 +44,7 @@ class DeviceGuard {
   DeviceGuard(const DeviceGuard&) = delete;
 
  private:
+  static constexpr int kUnchanged = -1;
   int former_;
 };
 
