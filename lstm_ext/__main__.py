@@ -88,7 +88,7 @@ def _kernel_checks(device: int) -> Iterator[tuple[str, bool, str]]:
         except RuntimeError as refusal:
             yield f"cuda:{device}, {kernel}, {way}", False, str(refusal)
         else:
-            said = f"{100 * finding.error:.0f} % of the tolerance"
+            said = f"{100 * finding.share:.0f} % of the tolerance"
             yield f"cuda:{device}, {kernel}, {way}", not finding.wrong, said
 
 

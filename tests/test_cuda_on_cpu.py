@@ -301,6 +301,32 @@ def test_the_runtime_is_asked_once_for_an_occupancy() -> None:
     assert queries(100, 4) == 0  # another batch, the same kernels with the same shared memory
 
 
+def test_looking_for_devices_makes_no_context() -> None:
+    """A context takes hundreds of megabytes of a GPU."""
+    before = harness.contexts()
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(harness.refusal).result() == ""
+    assert harness.contexts() == before
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    [
+        (75, "75-real 80-real", True),
+        (89, "75-real 80-real", True),
+        (90, "75-real 80-real", False),
+        (90, "75-real 80", True),
+        (90, "90a-real", True),
+        (100, "90a-real", False),
+        (103, "100f-real", True),
+        (120, "100-real 90a-real", False),
+        (61, "75", False),
+    ],
+)
+def test_which_devices_run_what_was_compiled(capability: int, archs: str, runs: bool) -> None:
+    assert harness.runs_on(capability, archs) == runs
+
+
 def test_plans_know_two_bits_of_the_number_of_steps() -> None:
     def plan(steps: int) -> Any:
         return harness.cuda_plan(steps, 5, 40, 0, False, "float32", False, 1, False, "", 0)

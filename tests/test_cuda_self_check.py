@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lstm_ext
-from lstm_ext import _native, engines, gpu_files, measured, self_check, tuning
+from lstm_ext import __main__, _native, engines, gpu_files, measured, self_check, tuning
 from lstm_ext.call import Save
 from lstm_ext.testing import Case, assert_all_close, make_inputs, run_layer, run_oracle
 
@@ -45,6 +45,7 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WholeCore]
     for variable in (self_check.VARIABLE, measured.VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     measured.hand_over.cache_clear()
+    engines.warn_once.cache_clear()
     harness.cuda_take_hooks(measured.hand_over, self_check.check)
     yield core
     harness.cuda_take_hooks(None, None)
@@ -82,10 +83,10 @@ def test_right_kernels_pass_and_wrong_ones_do_not(
     most = 1 if arithmetic[0] == "float64" else 2 if arithmetic == ("float32", False) else 4
     core.tf32, core.device = arithmetic[1], 0
     way = self_check.Way(*arithmetic, f"{strategy}/{most}", projected, backward)
-    assert 0 < self_check.run(way, 0).error < 1
+    assert 0 < self_check.run(way, 0).share < 1
     harness.spoil_kernels("backward" if backward else "forward")
     finding = self_check.run(way, 0)
-    assert finding.error > 1
+    assert finding.share > 1
     assert "off by" in finding.wrong
 
 
@@ -95,7 +96,7 @@ def test_a_right_kernel_is_checked_once_and_that_is_kept(core: WholeCore, tmp_pa
     assert len(core.asked) == before + 2  # the check's backward pass, and the layer's
     kernels = kept(tmp_path)["kernels"]
     assert {name.partition("_")[2].partition("<")[0] for name in kernels} == {"forward", "backward"}
-    assert all(0 < finding["error"] < 1 for finding in kernels.values())
+    assert all(0 < self_check.Finding(**finding).share < 1 for finding in kernels.values())
     run_case()
     assert len(core.asked) == before + 3
 
@@ -116,14 +117,14 @@ def test_a_wrong_kernel_is_left_out_and_a_warning_says_so(part: str, core: Whole
         run_case()
     assert caught
     assert len({str(each.message) for each in caught}) == len(caught)  # each kernel's once
-    assert all(part in str(each.message) and "times the tolerance" in str(each.message) for each in caught)
+    assert all(part in str(each.message) and "allowed are" in str(each.message) for each in caught)
     plan = plan_of(core, backward)
     assert (plan["strategy"] == "step") != step
     wrong = {name: why for name, why in plan["refused"].items() if "self-check failed" in why}
     assert set(wrong) == ({"step"} if step else {"block", "cluster", "grid"})
     assert all(part in why for why in wrong.values())
     findings = kept(tmp_path)["kernels"]
-    assert {name for name, finding in findings.items() if finding["error"] > 1} == {
+    assert {name for name, finding in findings.items() if self_check.Finding(**finding).wrong} == {
         name for name in findings if part in name
     }
 
@@ -178,25 +179,26 @@ def test_the_check_can_be_turned_off(core: WholeCore, monkeypatch: pytest.Monkey
     assert not (tmp_path / "kept").exists()
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"about": 3}', "null", "[" * 100_000, "about others", "odd kernels"]
-)
-def test_files_that_say_nothing_are_ignored(content: str, core: WholeCore, tmp_path: Path) -> None:
+ODD = [{"error": "much"}, 3, {"error": 99.0}, {"error": 99.0, "allowed": 0.0, "array": "y"}, {}]
+SAYING_NOTHING = ["", "{", "[]", '{"about": 3}', "null", "[" * 100_000]
+
+
+@pytest.mark.parametrize("content", [*SAYING_NOTHING, "about others", *ODD], ids=lambda each: str(each)[:30])
+def test_files_that_say_nothing_are_ignored(content: Any, core: WholeCore, tmp_path: Path) -> None:
     about = gpu_files.identity(core.device)
     path = gpu_files.path_of("checks", about)
     path.parent.mkdir()
+    kernels = [plan_of(core, backward)["kernel"] for backward in (False, True)]
     if content == "about others":
-        kernels = {
-            name: {"error": 99.0, "array": "y"} for name in ("sequence_forward<float32>", "step_forward<float32>")
-        }
-        content = json.dumps({"about": about | {"driver": "another"}, "kernels": kernels})
-    if content == "odd kernels":
-        content = json.dumps({"about": about, "kernels": {"sequence_forward<float32>": {"error": "much"}}})
+        findings = {key: {"error": 99.0, "allowed": 1.0, "array": "y"} for key in kernels}
+        content = json.dumps({"about": about | {"driver": "another"}, "kernels": findings})
+    if content in ODD:
+        content = json.dumps({"about": about, "kernels": dict.fromkeys(kernels, content)})
     path.write_text(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run_case()
-    assert all(finding["error"] < 1 for finding in kept(tmp_path)["kernels"].values())
+    assert not any(self_check.Finding(**finding).wrong for finding in kept(tmp_path)["kernels"].values())
 
 
 def test_what_cannot_be_written_is_not_kept(core: WholeCore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -209,10 +211,10 @@ def test_what_was_found_is_not_run_again(core: WholeCore) -> None:
     """Not even what failed: it is the file that says so here."""
     about = gpu_files.identity(core.device)
     names = {strategy: plan_of(core, strategy=strategy)["kernel"] for strategy in self_check.STRATEGIES}
-    finding = {"error": 12.5, "array": "c_n"}
+    finding = {"error": 12.5, "allowed": 0.25, "array": "c_n"}
     kernels = {name: finding for strategy, name in names.items() if strategy != "step"}
     gpu_files.write(gpu_files.path_of("checks", about), {"about": about, "kernels": kernels})
-    with pytest.warns(UserWarning, match=r"c_n is off by 12\.5 times the tolerance"):
+    with pytest.warns(UserWarning, match=r"c_n is off by 12\.5, allowed are 0\.25"):
         run_case()
     assert plan_of(core)["strategy"] == "step"
 
@@ -362,3 +364,13 @@ def test_tune_passes_over_what_cannot_run(core: WholeCore, clock: dict[str, floa
     with pytest.warns(UserWarning, match="leaves out"):
         (row,) = lstm_ext.tune([SHAPE], ["float64"], backward=False, tf32=False, device=core.device)
     assert row.microseconds == {"step": 2.0}
+
+
+def test_the_report_has_a_row_for_each_kernel(core: WholeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = [(way, kernel) for way, kernel in self_check.ways(core.device) if way.dtype == "bfloat16"][:6]
+    monkeypatch.setattr(self_check, "ways", lambda device: iter(ways))
+    harness.spoil_kernels("sequence_forward<bfloat16")
+    rows = list(__main__._kernel_checks(core.device))
+    assert [name for name, *_ in rows] == [f"cuda:{core.device}, {kernel}, {way}" for way, kernel in ways]
+    assert [passed for _, passed, _ in rows] == [way.backward for way, _ in ways]
+    assert all("of the tolerance" in said for *_, said in rows)

@@ -15,7 +15,12 @@ struct DeviceReport {
 // As cudaRuntimeGetVersion gives it: 13000 for 13.0.
 int runtime_version();
 
-// Never throws for want of a driver or a device.
+// Whether code for one of the architectures, as CMake lists them ("80-real 90a-real 120"), runs on a device: machine
+// code on later ones of its major version, with an "a" on that one alone; what is not "-real" has PTX too, for all
+// later ones.
+bool runs_on(int compute_capability, const std::string& archs);
+
+// Never throws for want of a driver or a device, and makes no context.
 DeviceReport device_report();
 
 // What the planner asks of a device.

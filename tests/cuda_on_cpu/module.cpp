@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "broken_kernels.h"
+#include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "ops/gpu_hooks.h"
@@ -102,6 +103,9 @@ PYBIND11_MODULE(lstm_ext_cuda_on_cpu, m) {
   m.def("sm_margin", &lstm_ext::cuda::sm_margin);
   m.def("set_sm_margin", &lstm_ext::cuda::set_sm_margin);
   m.def("spoil_kernels", &spoil_kernels);
+  m.def("contexts", &contexts);
+  m.def("refusal", [] { return lstm_ext::cuda::device_report().reason; });
+  m.def("runs_on", &lstm_ext::cuda::runs_on);
   m.def("occupancy_queries", &occupancy_queries);
   m.def("broken_kernels", &broken_kernels);
   m.def("run_broken_kernel", &run_broken_kernel, "name"_a, "broken"_a, "seed"_a);

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <string>
 
 #include "device.h"
@@ -53,6 +54,9 @@ void synchronize(uint64_t seed);
 
 // From now on what kernels write whose names have this part is wrong. None for "". They write at least 8 bytes.
 void spoil_kernels(const std::string& part);
+
+// The devices on which there is a context.
+std::set<int> contexts();
 
 // How often the code under test has asked for an occupancy.
 int occupancy_queries();
