@@ -305,7 +305,7 @@ class Search {
     const int64_t batches = std::max<int64_t>(1, ceil_div(B, c.team_batch));
     layout.teams = static_cast<int>(std::min(batches, resident));
     const double per_step = planner_.step_time(layout) * ceil_div(batches, layout.teams);
-    const double time = per_step * planned_steps(problem_.shape.T) + planner_.load_time(layout);
+    const double time = per_step * problem_.shape.T + planner_.load_time(layout);
     if (time < best_.time) best_ = {c, layout, time, per_step};
   }
 
@@ -404,8 +404,8 @@ Plan sequence_plan(const Problem& problem, Strategy strategy, const Choice& choi
 constexpr double kFarthest = 1;
 double distance(const MeasuredTimes& measured, const SequenceShape& shape) {
   const auto octaves = [](int64_t a, int64_t b) { return std::abs(std::log2(double(std::max<int64_t>(a, 1)) / b)); };
-  return octaves(shape.T, measured.T) / 4 + octaves(shape.B, measured.B) + 2 * octaves(shape.H, measured.H) +
-         (shape.projected ? 2 * octaves(shape.P, measured.P) : 0);
+  return octaves(shape.T, planned_steps(measured.T)) / 4 + octaves(shape.B, measured.B) +
+         2 * octaves(shape.H, measured.H) + (shape.projected ? 2 * octaves(shape.P, measured.P) : 0);
 }
 
 // The nearest one, the first of equals; null where none is near.
@@ -522,7 +522,9 @@ int64_t planned_steps(int64_t T) {
   return T >> shift << shift;
 }
 
-Plan make_plan(const Problem& problem, const Forced& forced) {
+Plan make_plan(const Problem& asked, const Forced& forced) {
+  Problem problem = asked;
+  problem.shape.T = planned_steps(asked.shape.T);
   const auto wanted = [&](Strategy one) { return !forced.strategy || *forced.strategy == one; };
   if (forced.batch_tiles > tile_sizes(problem.arithmetic).most_batch_tiles)
     throw std::runtime_error("strategy: no kernel has so many tiles of the batch");
@@ -546,7 +548,7 @@ Plan make_plan(const Problem& problem, const Forced& forced) {
       by_refusal = true;
       refused.emplace_back(Strategy::kStep, why);
     } else {
-      possible.emplace_back(plan, plan.microseconds * planned_steps(problem.shape.T));
+      possible.emplace_back(plan, plan.microseconds * problem.shape.T);
     }
   }
   if (possible.empty()) {
@@ -557,8 +559,7 @@ Plan make_plan(const Problem& problem, const Forced& forced) {
     if (by_refusal) throw RefusedError(text);
     throw std::runtime_error(text);
   }
-  if (const MeasuredTimes* measured = nearest(problem))
-    use_measured(possible, *measured, planned_steps(problem.shape.T));
+  if (const MeasuredTimes* measured = nearest(problem)) use_measured(possible, *measured, problem.shape.T);
   Plan plan = fastest(possible);
   for (const auto& [other, time] : possible) {
     if (other.strategy != plan.strategy) refused.emplace_back(other.strategy, slower(other, plan));

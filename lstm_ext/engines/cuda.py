@@ -43,7 +43,8 @@ if hasattr(C, "cuda_take_hooks"):
 def use_strategy(name: str) -> Iterator[None]:
     """Runs the layers inside the `with` block by one strategy: "block", "cluster", "grid" or "step"; "" chooses.
 
-    For tests and benchmarks. It counts for the whole process: autograd runs backward passes on threads of its own.
+    "grid/2" is one kernel, of so many tiles of the batch, which then runs whatever its self-check has found. For tests
+    and benchmarks. It counts for the whole process: autograd runs backward passes on threads of its own.
     """
     global _strategy
     former, _strategy = _strategy, name
@@ -141,10 +142,10 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
     steps = steps_of(call)._replace(x=saved.gates)
     # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
     alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None
-    results = C.cuda_layer_backward(
-        *(steps, saved, grads, needs & ~Needs.H0 if alone else needs, tf32_allowed()),
-        _strategy or ("step" if alone else ""),
-    )
+    asked = (steps, saved, grads, needs & ~Needs.H0 if alone else needs, tf32_allowed())
+    results = C.cuda_layer_backward(*asked, _strategy or ("step" if alone else ""))
+    if alone and isinstance(results, str) and not _strategy:  # that kernel is refused, others may do
+        results = C.cuda_layer_backward(*asked, "")
     if results is NotImplemented:
         return results
     if isinstance(results, str):
