@@ -15,7 +15,11 @@ from lstm_ext import __main__, _native, engines, gpu_files, measured, self_check
 from lstm_ext.call import Save
 from lstm_ext.testing import Case, assert_all_close, make_inputs, run_layer, run_oracle
 
-from .test_cuda_on_cpu import Core, cuda, harness, input_products, torch  # without which these are skipped
+harness: Any = pytest.importorskip(
+    "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ImportError
+)
+
+from .test_cuda_on_cpu import Core, cuda, input_products, torch  # noqa: E402
 
 CASE = Case(5, 9, 7, 21, lengths="with_zero", resets=True)
 PLAIN = Case(5, 9, 7, 21)
