@@ -44,7 +44,8 @@ def tune(
     of the GPU. What is one product over all steps, the same for all strategies, is left out. Afterwards a layer runs by
     the strategy that was fastest for the nearest shape (`lstm_ext.plan` says which), unless none is near: the distance
     |log2 T/T'| / 4 + |log2 B/B'| + 2 |log2 H/H'| + 2 |log2 P/P'| must be at most 1, which is twice the batch, 1.4 times
-    the units or 16 times the steps. There the cost model goes on deciding. Other work on the GPU spoils the times.
+    the units or 16 times the steps. There the cost model goes on deciding. Other work on the GPU spoils the times;
+    a margin (`set_sm_margin`) that is set now is part of them.
 
     Args:
         shapes: (T, B, H) or (T, B, H, P) each: steps, sequences, units, and the width of a projection.
@@ -155,7 +156,7 @@ def _passes(
     both = BOTH if directions == 2 else FORWARD
     xw = draw(directions, T, B, 4 * H, of=wide)
     call = LayerCall(xw, None, None, weights, None, None, None, both, False)
-    if not backward:
+    if not backward:  # gates may take the place of xw: the next run has other numbers, and takes as long
         return lambda strategy: _native.C.cuda_layer_forward(call, Save.ALL, tf32, strategy)
     gates, cells = draw(directions, T, B, 4 * H).abs_(), draw(directions, T, B, H, of=wide)
     grads = OutputGrads(draw(T, B, directions * width), None, None, None)
