@@ -2,7 +2,9 @@
 
 #include "build_info.h"
 #include "cpu/team.h"
+#include "cuda/plan.h"
 #include "ops/cpu_plan.h"
+#include "ops/gpu_hooks.h"
 #include "ops/gpu_plan.h"
 #include "ops/ops.h"
 
@@ -21,7 +23,12 @@ PYBIND11_MODULE(core, m) {
   m.def("cuda_step_forward", &lstm_ext::ops::cuda_step_forward, "call"_a, "tf32"_a);
   m.def("cuda_plan", &lstm_ext::ops::cuda_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
         "num_directions"_a, "backward"_a, "strategy"_a, "device"_a);
+  m.def("cuda_take_hooks", &lstm_ext::ops::cuda_take_hooks, "introduce"_a, "check"_a);
+  m.def("cuda_set_measured", &lstm_ext::ops::cuda_set_measured, "device"_a, "rows"_a);
+  m.def("cuda_device", &lstm_ext::ops::cuda_device, "device"_a);
 #endif
+  m.def("sm_margin", &lstm_ext::cuda::sm_margin);
+  m.def("set_sm_margin", &lstm_ext::cuda::set_sm_margin, "margin"_a);
   m.def("cpu_plan", &lstm_ext::ops::cpu_plan, "T"_a, "B"_a, "I"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a,
         "num_directions"_a, "backward"_a, "num_threads"_a);
   m.def("gpu_plan", &lstm_ext::ops::gpu_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,

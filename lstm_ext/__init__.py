@@ -11,6 +11,8 @@ modules need torch, imported at their first use.
     onnx, ops                  for programs that are exported already                         torch
     backends, use_backend      what can compute here, and which of it does
     build_info, plan           how this was built; how a layer would run, and why so
+    tune                       measure which way is fastest on this GPU                       torch
+    set_sm_margin              leave multiprocessors of a GPU to others, such as NCCL
     testing                    cases, inputs and tolerances for tests of kernels
 
 `python -m lstm_ext` checks this installation.
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__ as __version__
 from .engines import backends, build_info, use_backend
 from .functional import lstm, lstm_cell
-from .plans import Plan, plan
+from .plans import Plan, plan, set_sm_margin
 
 if TYPE_CHECKING:
     from . import convert as convert
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from . import testing as testing
     from .nn import LSTM, BasicLSTMCell, LSTMCell, LSTMStateTuple
     from .swap import replace_lstm, to_torch
+    from .tuning import tune
 
 __all__ = [
     "LSTM",
@@ -55,7 +58,9 @@ __all__ = [
     "lstm_cell",
     "plan",
     "replace_lstm",
+    "set_sm_margin",
     "to_torch",
+    "tune",
     "use_backend",
 ]
 
@@ -64,6 +69,7 @@ _MODULES = frozenset({"convert", "onnx", "ops", "testing"})
 _PLACES = {
     **dict.fromkeys(("LSTM", "BasicLSTMCell", "LSTMCell", "LSTMStateTuple"), "nn"),
     **dict.fromkeys(("replace_lstm", "to_torch"), "swap"),
+    "tune": "tuning",
 }
 _NEED_TORCH = {*_PLACES, "onnx", "ops"}
 

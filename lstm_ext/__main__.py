@@ -62,8 +62,8 @@ def _check(engine: Any, case: Case, dtype: str, tensors: bool) -> tuple[bool, fl
     return True, ulps
 
 
-def _checks(torch: Any) -> Iterator[tuple[str, bool, float]]:
-    """(what is checked, whether it passes, its error in ulps) for each available backend."""
+def _checks(torch: Any) -> Iterator[tuple[str, bool, str]]:
+    """(what is checked, whether it passes, its error) for each available backend."""
     numpy_dtypes = [dtype for dtype in TOLERANCES if dtype != "bfloat16"]
     kinds = [("numpy", reference, dtype) for dtype in numpy_dtypes if dtype != "float64"]  # float64 is the oracle
     if backends()["cpu"].available:
@@ -72,15 +72,32 @@ def _checks(torch: Any) -> Iterator[tuple[str, bool, float]]:
     for name, engine, dtype in kinds:
         for case in CASES:
             what = f"{name}, {dtype}, T={case.T} B={case.B} I={case.I} H={case.H} P={case.P}"
-            yield what, *_check(engine, case, dtype, "torch" in name)
+            passed, ulps = _check(engine, case, dtype, "torch" in name)
+            yield what, passed, f"{ulps:.1f} ulp"
+    if torch is not None and backends()["cuda"].available:
+        for device in range(torch.cuda.device_count()):
+            yield from _kernel_checks(device)
+
+
+def _kernel_checks(device: int) -> Iterator[tuple[str, bool, str]]:
+    """The same for each kernel of a GPU, as before its first launch."""
+    self_check = importlib.import_module("lstm_ext.self_check")
+    for way, kernel in self_check.ways(device):
+        try:
+            finding = self_check.run(way, device)
+        except RuntimeError as refusal:
+            yield f"cuda:{device}, {kernel}, {way}", False, str(refusal)
+        else:
+            said = f"{100 * finding.share:.0f} % of the tolerance"
+            yield f"cuda:{device}, {kernel}, {way}", not finding.wrong, said
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; 0 if every check passes and no kernels are missing that should be there, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m lstm_ext",
-        description="Prints what this installation of lstm_ext is, and checks each backend of this machine against "
-        "float64, in a few seconds.",
+        description="Prints what this installation of lstm_ext is, and checks each backend of this machine, and each "
+        "kernel of its GPUs, against float64, in a few seconds.",
         epilog="Exit status: 0 if all checks pass; 1 if one fails, or if the CPU kernels are not in use though this "
         "installation should have them.",
     )
@@ -95,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print("\n".join(lines))
     failed = 0
-    for name, passed, ulps in _checks(torch):
-        print(f"{'pass' if passed else 'FAIL'}  {name}: {ulps:.1f} ulp")
+    for name, passed, said in _checks(torch):
+        print(f"{'pass' if passed else 'FAIL'}  {name}: {said}")
         failed += not passed
     print(f"{failed} checks failed" if failed else "all checks passed")
     if _native.missing:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-from . import _native, gpus
+from . import _native, gpus, measured
 from .engines import backends
 
 
@@ -21,8 +21,12 @@ class Plan:
         team: blocks that share the work on the same sequences.
         registers: of a thread; None for a GPU by name, since the GPU's own driver tells them.
         shared_bytes: shared memory of a block.
-        microseconds_per_step: predicted by the cost model (csrc/cuda/COST_MODEL.md), for one step of the whole batch.
-            Its constants are assumed, and an H100's.
+        microseconds_per_step: for one step of the whole batch: measured on this GPU, or predicted by the cost model
+            (csrc/cuda/COST_MODEL.md), whose constants are assumed, and an H100's.
+        source: of the time, and of the choice: "model", or "measured at" which shape, the nearest of those that `tune`
+            has timed, and when.
+        sm_margin: multiprocessors that are left to others: see `set_sm_margin`.
+        kernel: the name of the kernel, as profilers and self-checks have it; None for a GPU by name.
         refused: why each other strategy was not taken.
 
     Example:
@@ -37,6 +41,9 @@ class Plan:
     registers: int | None
     shared_bytes: int
     microseconds_per_step: float
+    source: str
+    sm_margin: int
+    kernel: str | None
     refused: dict[str, str]
 
 
@@ -174,5 +181,48 @@ def plan(
     steps = (num_steps, batch_size, hidden_size, proj_size, projected, dtype_name, tf32, D, backward, strategy or "")
     if named:
         limits = (named.compute_capability, named.sms, named.gpcs, named.shared_bytes, named.boost_mhz * 1000)
-        return Plan(**_native.C.gpu_plan(*steps, *limits), registers=None)
-    return Plan(**_native.C.cuda_plan(*steps, device if isinstance(device, int) else int(number or 0)))
+        return Plan(**_native.C.gpu_plan(*steps, *limits), registers=None, kernel=None)
+    index = device if isinstance(device, int) else int(number or 0)
+    measured.hand_over(index)
+    return Plan(**_native.C.cuda_plan(*steps, index))
+
+
+class set_sm_margin:  # a function to its users, as torch.set_grad_enabled is
+    """Leaves some multiprocessors (SMs) of each GPU to other kernels, such as NCCL's, from now on.
+
+    A layer that keeps its weights on the chip has its multiprocessors until its last step. Where it has all of them, a
+    reduction of gradients that DistributedDataParallel or FSDP has started on another stream waits for its end, and
+    nothing overlaps. With a margin no launch for all steps has more blocks than there are multiprocessors besides it.
+    NCCL takes one for each of its channels: NCCL_MAX_CTAS bounds them, and is what to give here. The strategy "step"
+    needs no margin: its launches are short.
+
+    It counts for the whole process, also for backward passes on autograd's threads. The default is what
+    LSTM_EXT_SM_MARGIN says, else 0: fewer multiprocessors make a layer slower, how many NCCL takes depends on its
+    version and on the machine, and a margin that came with a process group would let the bits of a result depend on it.
+    As a context manager it restores the former value.
+
+    Args:
+        margin: how many.
+
+    Raises:
+        ValueError: less than 0.
+
+    Example:
+        >>> with lstm_ext.set_sm_margin(16):
+        ...     lstm_ext.plan(512, 64, 1024, dtype="bfloat16", device="H100", strategy="grid").blocks <= 132 - 16
+        True
+    """
+
+    def __init__(self, margin: int):
+        if margin < 0:
+            raise ValueError(f"margin: expected at least 0, got {margin}")
+        self._former = 0 if _native.reason else _native.C.sm_margin()
+        if not _native.reason:
+            _native.C.set_sm_margin(margin)
+
+    def __enter__(self) -> None:
+        """The value is set already."""
+
+    def __exit__(self, *_: object) -> None:
+        if not _native.reason:
+            _native.C.set_sm_margin(self._former)

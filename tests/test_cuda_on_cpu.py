@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lstm_ext.call import BOTH, FORWARD, REVERSE, Grads, LayerCall, Needs, Outpu
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, make_inputs, run_layer, run_oracle, to_float64
 
 from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradient_magnitude
+from .test_process import succeed
 
 harness: Any = pytest.importorskip(
     "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ImportError
@@ -239,6 +241,91 @@ def test_sizes_that_a_launch_cannot_count_are_refused(backward: bool) -> None:
     with pytest.raises(RuntimeError, match="x: expected a smaller batch for a launch"):
         plan(2**45, 1, 0)
     assert "no chip holds the weights" in plan(4, 2**15 + 1, 0)["refused"]["block"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("strategy", ["", *STRATEGIES])
+def test_no_steps_are_an_error(strategy: str, backward: bool) -> None:
+    """As in torch; nothing was launched for them, and what was allocated came back as it was."""
+    call = LayerCall(torch.zeros(1, 0, 2, 20), None, None, [torch.zeros(20, 5)], None, None, None, FORWARD, False)
+    saved, grads = Saved(torch.zeros(1, 0, 2, 5), call.x), OutputGrads(torch.zeros(0, 2, 5), None, None, None)
+
+    def launch() -> Any:
+        if backward:
+            return Core().cuda_layer_backward(call, saved, grads, Needs.ALL, False, strategy)
+        return Core().cuda_layer_forward(call, Save.NOTHING, False, strategy)
+
+    with pytest.raises(RuntimeError, match="x: expected at least one time step, got T = 0: shape"):
+        launch()
+
+
+@pytest.fixture
+def sm_margin() -> Iterator[Callable[[int], None]]:
+    former = harness.sm_margin()
+    yield harness.set_sm_margin
+    harness.set_sm_margin(former)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("margin", [1, 3, 6])
+def test_a_margin_of_multiprocessors_stays_free(margin: int, backward: bool, sm_margin: Callable[[int], None]) -> None:
+    """The device has 8; the batch is large enough for all of them, by each strategy."""
+    for strategy in ("block", "cluster", "grid"):
+        for spared, least, most in ((0, 8, 16), (margin, 2 if strategy != "block" else 8 - margin, 8 - margin)):
+            sm_margin(spared)
+            plan = harness.cuda_plan(4, 200, 40, 0, False, "float32", False, 1, backward, strategy, 0)
+            assert plan["sm_margin"] == spared
+            assert least <= plan["blocks"] <= most, plan
+    sm_margin(100)
+    assert harness.cuda_plan(4, 200, 40, 0, False, "float32", False, 1, backward, "", 0)["blocks"] > 0
+    with pytest.raises(RuntimeError, match="'grid' cannot run this: too few multiprocessors"):
+        harness.cuda_plan(4, 200, 40, 0, False, "float32", False, 1, backward, "grid", 0)
+
+
+@pytest.mark.parametrize("strategy", ["block", "cluster", "grid"])
+def test_a_layer_runs_beside_a_margin(strategy: str, sm_margin: Callable[[int], None]) -> None:
+    sm_margin(3)
+    check(LARGE_BATCH_CASE, "float16", strategy)
+
+
+@pytest.mark.parametrize("strategy", ["", *STRATEGIES])
+def test_a_device_that_does_not_tell_its_clock_has_plans(strategy: str) -> None:
+    plan = harness.cuda_plan(50, 4, 40, 0, False, "float32", False, 1, False, strategy, 3)
+    assert 0 < plan["microseconds_per_step"] < 100
+
+
+def test_the_runtime_is_asked_once_for_an_occupancy() -> None:
+    def queries(steps: int, rows: int) -> int:
+        before = harness.occupancy_queries()
+        harness.cuda_plan(steps, rows, 71, 0, False, "float64", False, 1, False, "", 0)
+        return int(harness.occupancy_queries() - before)
+
+    assert queries(100, 3) > 0
+    assert queries(100, 4) == 0  # another batch, the same kernels with the same shared memory
+
+
+def test_looking_for_devices_makes_no_context() -> None:
+    """A context takes hundreds of megabytes of a GPU."""
+    program = f"import {harness.__name__} as h; print(repr(h.refusal()), h.contexts())"
+    assert succeed(program, PYTHONPATH=str(Path(harness.__file__).parent)) == "'' set()\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    [
+        (75, "75-real 80-real", True),
+        (89, "75-real 80-real", True),
+        (90, "75-real 80-real", False),
+        (90, "75-real 80", True),
+        (90, "90a-real", True),
+        (100, "90a-real", False),
+        (103, "100f-real", True),
+        (120, "100-real 90a-real", False),
+        (61, "75", False),
+    ],
+)
+def test_which_devices_run_what_was_compiled(capability: int, archs: str, runs: bool) -> None:
+    assert harness.runs_on(capability, archs) == runs
 
 
 def test_threads_that_plan_and_launch_at_once_do_not_disturb_each_other() -> None:

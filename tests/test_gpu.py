@@ -31,7 +31,7 @@ from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.nn.utils.rnn import pack_sequence  # noqa: E402
 
 import lstm_ext  # noqa: E402
-from lstm_ext import route  # noqa: E402
+from lstm_ext import route, self_check  # noqa: E402
 from lstm_ext.engines import cuda  # noqa: E402
 
 from .contract import MASKED, OUTPUTS, PROJECTED, SEVERAL_ROWS, WIDE, Contract, Way  # noqa: E402
@@ -318,6 +318,11 @@ def test_wrong_arguments_are_named() -> None:
             "x: expected dtype float32 as the weights have, got float16",
             lambda: lstm_ext.lstm(x.half(), None, w_ih, w_hh),
         ),
+        (
+            RuntimeError,
+            "x: expected at least one time step, got T = 0",
+            lambda: lstm_ext.lstm(x[:0], None, w_ih, w_hh),
+        ),
         (TypeError, "resets: expected dtype bool", lambda: lstm_ext.lstm(x, None, w_ih, w_hh, resets=x[..., 0])),
         (ValueError, "strategy: expected 'block'", lambda: lstm_ext.plan(4, 3, 5, strategy="tree")),
     ):
@@ -378,6 +383,75 @@ def test_two_streams_at_once(strategy: str) -> None:
         assert_all_close(runs[0], way.oracle(case), case, "float32")
         for each in runs[1:]:
             assert_all_close(each, runs[0], case, "float32")
+
+
+@strategies
+@pytest.mark.parametrize("margin", [0, 4])
+def test_streams_of_two_priorities_beside_a_busy_kernel(strategy: str, margin: int) -> None:
+    """Launches that want all multiprocessors at once, of which a third kernel has some until it ends: no hang."""
+    case, streams = Case(40, 64, 20, 200, directions=BOTH), [torch.cuda.Stream(priority=p) for p in (0, -1)]
+    way, busy = OnGpu("bfloat16", strategy), torch.cuda.Stream()
+    inputs = way.own(way.draw(case))
+    noise = torch.randn(2048, 2048).cuda()
+    results = []
+    with lstm_ext.set_sm_margin(margin):
+        first = way.run(inputs)  # plans, and checks the kernels
+        torch.cuda.synchronize()
+        for _ in range(20):
+            with torch.cuda.stream(busy):
+                torch.cuda._sleep(1_000_000)  # clocks, on one multiprocessor; a product takes all of them
+                noise @ noise
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(way.run(inputs))
+        torch.cuda.synchronize()
+    for each in results:
+        assert_all_close(each, first, case, "bfloat16")
+
+
+@pytest.mark.parametrize("margin", [0, 8])
+def test_a_margin_leaves_multiprocessors_free(margin: int) -> None:
+    total = torch.cuda.get_device_properties(0).multi_processor_count
+    with lstm_ext.set_sm_margin(margin):
+        for strategy in ("block", "cluster", "grid"):
+            if strategy == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+                continue
+            plan = lstm_ext.plan(50, 4096, 64, dtype="bfloat16", strategy=strategy)
+            assert plan.sm_margin == margin
+            assert margin == 0 or plan.blocks <= total - margin
+
+
+SELF_CHECKED = """
+import os, sys, torch, lstm_ext
+from pathlib import Path
+weights = [torch.randn(480, n).cuda() / 11 for n in (20, 120)]
+lstm_ext.lstm(torch.randn(50, 6, 20).cuda(), None, *weights)
+print(*(path.name for path in Path(os.environ["LSTM_EXT_CACHE"]).glob("checks-*")))
+"""
+
+
+def test_a_kernel_is_checked_before_its_first_launch(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSTM_EXT_CACHE", str(tmp_path))
+    output = succeed(SELF_CHECKED)
+    assert output.startswith("checks-"), output
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_kernel_passes_its_self_check(backward: bool) -> None:
+    ways = [way for way, _ in self_check.ways(0) if way.backward == backward]
+    findings = {str(way): self_check.run(way, 0) for way in ways}
+    assert findings
+    assert {way: finding for way, finding in findings.items() if finding.wrong} == {}
+
+
+def test_tune_measures_what_plans_then_go_by(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = lstm_ext.tune([(20, 4, 64)], ["bfloat16"], path=tmp_path / "times.json")
+    assert [row.backward for row in table] == [False, True]
+    for row in table:
+        best = min(row.microseconds, key=lambda strategy: row.microseconds[strategy])
+        plan = lstm_ext.plan(20, 4, 64, dtype="bfloat16", backward=row.backward)
+        assert plan.source == f"measured at T20 B4 H64 on {row.date}"
+        assert (plan.strategy, plan.microseconds_per_step) == (best, row.microseconds[best])
 
 
 def overwrite(inputs: Inputs, others: Inputs) -> None:

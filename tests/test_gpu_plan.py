@@ -11,6 +11,7 @@ import lstm_ext
 from lstm_ext import gpus
 
 from .conftest import needs_native
+from .test_process import succeed
 
 pytestmark = needs_native
 
@@ -96,3 +97,48 @@ def test_what_has_no_plan_says_so() -> None:
     if not lstm_ext.backends()["cuda"].available:
         with pytest.raises(RuntimeError, match=r"'cuda' is not available: .*; a GPU that is not here goes by its name"):
             lstm_ext.plan(1, 1, 1)
+
+
+def test_a_margin_is_left_and_shown() -> None:
+    def plan() -> lstm_ext.Plan:
+        return lstm_ext.plan(512, 400, 1024, dtype="bfloat16", device="H100", strategy="grid")
+
+    assert plan().sm_margin == 0
+    assert plan().blocks > 132 - 32
+    with lstm_ext.set_sm_margin(32):
+        assert plan().sm_margin == 32
+        assert plan().blocks <= 132 - 32
+        with lstm_ext.set_sm_margin(0):
+            assert plan().sm_margin == 0
+        assert plan().sm_margin == 32
+    assert plan().sm_margin == 0
+    with pytest.raises(ValueError, match="margin: expected at least 0, got -1"):
+        lstm_ext.set_sm_margin(-1)
+
+
+MARGIN = """
+import lstm_ext
+try:
+    print("margin", lstm_ext.plan(50, 4, 100, device="H100").sm_margin)
+    lstm_ext.set_sm_margin(3)
+    print("margin", lstm_ext.plan(50, 4, 100, device="H100").sm_margin)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_environment_sets_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSTM_EXT_SM_MARGIN", "16")
+    assert succeed(MARGIN) == "margin 16\nmargin 3\n"
+    for bad in ("many", "-1", "3.5", "99999999999"):
+        monkeypatch.setenv("LSTM_EXT_SM_MARGIN", bad)
+        expected = f"LSTM_EXT_SM_MARGIN: expected a number of multiprocessors from 0 on, got '{bad}'\n"
+        assert succeed(MARGIN) == expected
+
+
+def test_tune_says_why_there_is_nothing_to_measure() -> None:
+    if lstm_ext.backends()["cuda"].available:
+        pytest.skip("there is a GPU")
+    pytest.importorskip("torch")
+    with pytest.raises(RuntimeError, match="tune: the backend 'cuda' is not available: "):
+        lstm_ext.tune([(5, 4, 3)])

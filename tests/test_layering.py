@@ -45,6 +45,7 @@ ALLOWED = {
     },
     "cuda": {
         *("layout.h", "kernel_params.h", "device.h", "launch.h", "check.h", "plan.h", "kernels.h", "layer.h", "ptx.h"),
+        "kernel_check.h",
         *("tile.cuh", "product.cuh", "pointwise.cuh", "team.cuh", "sequence.cuh", "step.cuh"),
         *("sequence_forward.cuh", "sequence_backward.cuh", "kernels.cuh"),
         *("cuda_on_cpu/ptx.h", "cuda_on_cpu/kernel.h"),

@@ -23,6 +23,7 @@ from typing_extensions import assert_type
 
 import lstm_ext
 from lstm_ext import LSTM, BasicLSTMCell, LSTMCell, Plan, backends, build_info, lstm, lstm_cell, plan, use_backend
+from lstm_ext import set_sm_margin, tune
 from lstm_ext import LSTMStateTuple, replace_lstm, swap, to_torch
 
 State = tuple[Tensor, Tensor]
@@ -75,6 +76,9 @@ version: str = lstm_ext.__version__
 if backends()["cuda"].available:
     how: Plan = plan(num_steps=512, batch_size=16, hidden_size=768, dtype=torch.bfloat16, bidirectional=True, device=0)
     assert_type((how.strategy, how.microseconds_per_step, how.refused), tuple[str, float, dict[str, str]])
+    assert_type([row.microseconds for row in tune([(512, 16, 768)], [torch.bfloat16])], list[dict[str, float]])
+with set_sm_margin(16):
+    assert_type(plan(512, 16, 768, device="H100").sm_margin, int)
 """
 
 WRONG_CODE = """
@@ -87,6 +91,8 @@ lstm_ext.lstm(torch.zeros(1, 1, 3), None, torch.zeros(16, 3), torch.zeros(16, 4)
 lstm_ext.use_backend(3)
 lstm_ext.replace_lstm("model")
 lstm_ext.to_torch(torch.nn.Linear)
+lstm_ext.tune([512, 16, 768])
+lstm_ext.set_sm_margin("16")
 """
 
 # What an engine and the core take, in the right order; each line once more with two arguments swapped.

@@ -3,22 +3,26 @@
 #include <cuda_runtime_api.h>
 
 #include <mutex>
+#include <sstream>
 #include <stdexcept>
 
 #include "check.h"
-#include "kernels.h"
 
 namespace lstm_ext::cuda {
 namespace {
 
-// Why the current device cannot run what was compiled; empty if it can.
+constexpr int kAssumedClockKhz = 1'500'000;  // of virtual and embedded GPUs, some of which report 0
+
+// Why the current device cannot run what was compiled; empty if it can. Asking the runtime about a kernel would tell
+// too, and make a context on that device, which takes memory: some only want to know what there is.
 std::string refusal_of_current_device() {
-  try {
-    (void)registers(fp64_kernels(1).step_forward);
-    return "";
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  if (runs_on(major * 10 + minor, LSTM_EXT_CUDA_ARCHS)) return "";
+  return "compiled for the architectures " LSTM_EXT_CUDA_ARCHS ", not for compute capability " + std::to_string(major) +
+         "." + std::to_string(minor);
 }
 
 DeviceLimits limits_of(int device) {
@@ -27,12 +31,25 @@ DeviceLimits limits_of(int device) {
     check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
     return value;
   };
+  const int clock = get(cudaDevAttrClockRate);
   return {get(cudaDevAttrComputeCapabilityMajor) * 10 + get(cudaDevAttrComputeCapabilityMinor),
-          get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrClockRate),
-          get(cudaDevAttrCooperativeLaunch) != 0};
+          get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          clock > 0 ? clock : kAssumedClockKhz, get(cudaDevAttrCooperativeLaunch) != 0};
 }
 
 }  // namespace
+
+bool runs_on(int capability, const std::string& archs) {
+  std::istringstream list(archs);
+  for (std::string arch; list >> arch;) {
+    const size_t end = arch.find_first_not_of("0123456789");
+    const int number = std::stoi(arch.substr(0, end));
+    const std::string kind = end == std::string::npos ? "" : arch.substr(end);  // "", "-real", "a-real", "f-real"
+    const bool newer = capability >= number, same_major = capability / 10 == number / 10;
+    if (kind.empty() ? newer : kind[0] == 'a' ? capability == number : newer && same_major) return true;
+  }
+  return false;
+}
 
 int runtime_version() { return CUDART_VERSION; }
 
@@ -66,11 +83,29 @@ const DeviceLimits& device_limits(int device) {
   return *limits;
 }
 
-DeviceGuard::DeviceGuard(int device) {
-  check(cudaGetDevice(&former_), "cudaGetDevice");
-  if (former_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+std::string device_name(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  return properties.name;
 }
 
-DeviceGuard::~DeviceGuard() { (void)cudaSetDevice(former_); }
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  check(cudaGetDevice(&former_), "cudaGetDevice");
+  if (former_ == device) {
+    former_ = kUnchanged;
+  } else {
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (former_ != kUnchanged) (void)cudaSetDevice(former_);
+}
 
 }  // namespace lstm_ext::cuda

@@ -15,7 +15,12 @@ struct DeviceReport {
 // As cudaRuntimeGetVersion gives it: 13000 for 13.0.
 int runtime_version();
 
-// Never throws for want of a driver or a device.
+// Whether code for one of the architectures, as CMake lists them ("80-real 90a-real 120"), runs on a device: machine
+// code on later ones of its major version, with an "a" on that one alone; what is not "-real" has PTX too, for all
+// later ones.
+bool runs_on(int compute_capability, const std::string& archs);
+
+// Never throws for want of a driver or a device, and makes no context.
 DeviceReport device_report();
 
 // What the planner asks of a device.
@@ -30,7 +35,13 @@ struct DeviceLimits {
 // Of a device; asked for once.
 const DeviceLimits& device_limits(int device);
 
-// Makes `device` the current one of this thread, and the former one again at the end.
+std::string device_name(int device);
+
+// The newest CUDA that the driver knows: 13000 for 13.0.
+int driver_version();
+
+// Makes `device` the current one of this thread, and the former one again at the end. Where it is current already, as
+// after an operation of torch's on it, nothing is set: setting a device makes a context there, which takes memory.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -38,6 +49,7 @@ class DeviceGuard {
   DeviceGuard(const DeviceGuard&) = delete;
 
  private:
+  static constexpr int kUnchanged = -1;
   int former_;
 };
 

@@ -5,13 +5,29 @@
 #include <mutex>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
+#include "kernel_check.h"
 #include "kernels.h"
 
 namespace lstm_ext::cuda {
 namespace {
 
+using PlanKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t, bool, int, bool, Dtype, bool, Forced, int>;
+
 constexpr size_t kMostPlans = 1024;  // that are kept
+
+// What threads share, under one mutex.
+struct Known {
+  std::mutex mutex;
+  std::map<PlanKey, std::shared_ptr<const Plan>> plans;
+  std::map<int, std::vector<MeasuredTimes>> measured;                  // on a device
+  std::map<std::tuple<int, const void*, int64_t, int>, int> resident;  // of a kernel, by shared memory and cluster
+};
+Known& known() {
+  static auto* const all = new Known;  // threads may outlive statics
+  return *all;
+}
 
 const KernelSet& kernels(Arithmetic arithmetic, int batch_tiles) {
   switch (arithmetic) {
@@ -31,25 +47,51 @@ auto with_kernel(const KernelSet& set, Strategy strategy, bool backward, const B
   return backward ? body(set.sequence_backward[exchange]) : body(set.sequence_forward[exchange]);
 }
 
-// As Problem has it.
-int resident_blocks(const Problem& problem, Strategy strategy, int batch_tiles, int cluster, int64_t shared_bytes) {
-  LaunchConfig config;
-  config.grid_x = config.cluster = cluster;
-  config.threads = kThreads;
-  config.shared_bytes = shared_bytes;
-  return with_kernel(kernels(problem.arithmetic, batch_tiles), strategy, problem.backward, [&](const auto& kernel) {
+// Of a kernel on the current device: clusters of a size at a time, or blocks of a multiprocessor. The runtime is asked
+// once: a search asks for the same again and again.
+template <class Params>
+int resident(const Kernel<Params>& kernel, int device, int64_t shared_bytes, int cluster) {
+  const auto [place, is_new] = known().resident.try_emplace({device, kernel.entry(), shared_bytes, cluster});
+  if (!is_new) return place->second;
+  try {
+    LaunchConfig config;
+    config.grid_x = config.cluster = cluster;
+    config.threads = kThreads;
+    config.shared_bytes = shared_bytes;
     prepare(kernel);
-    return cluster > 1 ? active_clusters(kernel, config)
-                       : problem.device.sms * blocks_per_sm(kernel, kThreads, shared_bytes);
-  });
+    return place->second =
+               cluster > 1 ? active_clusters(kernel, config) : blocks_per_sm(kernel, kThreads, shared_bytes);
+  } catch (...) {
+    known().resident.erase(place);
+    throw;
+  }
 }
 
-Plan plan_on(const SequenceShape& shape, int directions, bool backward, const LayerOptions& options,
-             const DeviceLimits& device) {
-  const Arithmetic arithmetic = arithmetic_of(options.dtype, options.tf32, device.compute_capability);
-  Plan plan = make_plan({arithmetic, shape, directions, backward, device, resident_blocks}, options.strategy);
+// The mutex is held.
+Plan plan_on(const SequenceShape& shape, int directions, bool backward, const LayerOptions& options, int device,
+             int margin) {
+  const DeviceLimits& limits = device_limits(device);
+  const Arithmetic arithmetic = arithmetic_of(options.dtype, options.tf32, limits.compute_capability);
+  Problem problem{arithmetic, shape, directions, backward, limits, {}};
+  // Only the kernels of the pass for all T are asked about.
+  problem.resident_blocks = [device](const Problem& of, Strategy strategy, int tiles, int cluster, int64_t shared) {
+    return with_kernel(kernels(of.arithmetic, tiles), strategy, of.backward, [&](const auto& kernel) {
+      return (cluster > 1 ? 1 : of.device.sms) * resident(kernel, device, shared, cluster);
+    });
+  };
+  problem.refusal = [&](Strategy strategy, int batch_tiles) {
+    return with_kernel(kernels(arithmetic, batch_tiles), strategy, backward, [&](const auto& kernel) {
+      const KernelCheck& check = kernel_check(device, kernel.name);
+      return check.verdict == Verdict::kWrong ? kernel.name + (": " + check.why) : std::string();
+    });
+  };
+  problem.sm_margin = margin;
+  if (const auto found = known().measured.find(device); found != known().measured.end())
+    problem.measured = &found->second;
+  Plan plan = make_plan(problem, options.forced);
   plan.kernels = &kernels(arithmetic, plan.batch_tiles);
   with_kernel(*plan.kernels, plan.strategy, backward, [](const auto& kernel) { prepare(kernel); });
+  plan.check = &kernel_check(device, plan_kernel(plan));
   return plan;
 }
 
@@ -101,17 +143,34 @@ void expect_pass(const Plan& plan, bool backward) {
 
 std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int directions, bool backward,
                                        const LayerOptions& options, int device) {
-  using Key =
-      std::tuple<int, int64_t, int64_t, int64_t, int64_t, bool, int, bool, Dtype, bool, std::optional<Strategy>>;
-  static std::mutex mutex;
-  static std::map<Key, std::shared_ptr<const Plan>> plans;
-  const Key key{device,     shape.T,  shape.B,       shape.H,      shape.P,         shape.projected,
-                directions, backward, options.dtype, options.tf32, options.strategy};
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto known = plans.find(key); known != plans.end()) return known->second;
-  auto plan = std::make_shared<const Plan>(plan_on(shape, directions, backward, options, device_limits(device)));
+  const int margin = sm_margin();
+  const PlanKey key{device,        planned_steps(shape.T), shape.B,        shape.H,
+                    shape.P,       shape.projected,        directions,     backward,
+                    options.dtype, options.tf32,           options.forced, margin};
+  const std::lock_guard<std::mutex> lock(known().mutex);
+  auto& plans = known().plans;
+  if (const auto found = plans.find(key); found != plans.end()) return found->second;
+  auto plan = std::make_shared<const Plan>(plan_on(shape, directions, backward, options, device, margin));
   if (plans.size() >= kMostPlans) plans.clear();  // batches and lengths may never come again
   return plans[key] = std::move(plan);
+}
+
+const char* plan_kernel(const Plan& plan) {
+  return with_kernel(*plan.kernels, plan.strategy, plan.backward, [](const auto& kernel) { return kernel.name; });
+}
+
+void set_verdict(const Plan& plan, const std::string& wrong) {
+  const std::lock_guard<std::mutex> lock(known().mutex);
+  if (plan.check->verdict == Verdict::kWrong) return;  // others may be reading why
+  plan.check->why = wrong;
+  plan.check->verdict = wrong.empty() ? Verdict::kRight : Verdict::kWrong;
+  if (!wrong.empty()) known().plans.clear();
+}
+
+void set_measured(int device, std::vector<MeasuredTimes> measured) {
+  const std::lock_guard<std::mutex> lock(known().mutex);
+  known().measured[device] = std::move(measured);
+  known().plans.clear();
 }
 
 int plan_registers(const Plan& plan) {

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <memory>
-#include <optional>
+#include <string>
+#include <vector>
 
 #include "kernel_params.h"
 #include "plan.h"
@@ -12,16 +13,23 @@ namespace lstm_ext::cuda {
 // What the plan of a layer depends on, beside its shape.
 struct LayerOptions {
   Dtype dtype;
-  bool tf32;                         // float32 may be multiplied as TF32, where the device can
-  std::optional<Strategy> strategy;  // forces one; empty chooses
+  bool tf32;  // float32 may be multiplied as TF32, where the device can
+  Forced forced;
 };
 
 // For the current device, whose number `device` is. The latest plans are kept: the same problem is solved once.
 std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int directions, bool backward,
                                        const LayerOptions& options, int device);
 
-// The registers of a thread of the kernel that the plan runs.
+// The kernel that the plan runs: its name, and the registers of a thread.
+const char* plan_kernel(const Plan& plan);
 int plan_registers(const Plan& plan);
+
+// What was found out about a kernel of a device, for all plans to come: what is wrong with it; empty: nothing.
+void set_verdict(const Plan& plan, const std::string& wrong);
+
+// Times that were measured on a device, for all plans to come.
+void set_measured(int device, std::vector<MeasuredTimes> measured);
 
 // The plan is one for this shape, these directions, this pass and the current device. `workspace` has its
 // workspace_bytes, aligned to 16. x W_ih' comes as xw, for each direction, rows by gates_map. A cell, one step without

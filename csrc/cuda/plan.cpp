@@ -1,8 +1,13 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <iterator>
 #include <optional>
 #include <stdexcept>
@@ -227,6 +232,23 @@ class Planner {
   const TileSizes& sizes_;
 };
 
+// Multiprocessors for launches for all T.
+int usable_sms(const Problem& problem) { return std::max(1, problem.device.sms - problem.sm_margin); }
+
+// As Problem has it; nothing is refused that is forced to the kernel.
+std::string refusal(const Problem& problem, const Forced& forced, Strategy strategy, int batch_tiles) {
+  return problem.refusal && !forced.batch_tiles ? problem.refusal(strategy, batch_tiles) : "";
+}
+
+constexpr std::pair<Strategy, Exchange> kSequenceStrategies[] = {
+    {Strategy::kBlock, Exchange::kBlock}, {Strategy::kCluster, Exchange::kCluster}, {Strategy::kGrid, Exchange::kGrid}};
+
+constexpr Strategy strategy_of(Exchange exchange) {
+  for (const auto& [strategy, its] : kSequenceStrategies)
+    if (its == exchange) return strategy;
+  return Strategy::kStep;
+}
+
 struct Choice {
   Candidate candidate;
   Layout layout;
@@ -243,13 +265,14 @@ struct Choice {
 // let a team take more sequences at a time, which it does only where there would be more teams than can run at once.
 class Search {
  public:
-  explicit Search(const Problem& problem) : problem_(problem), planner_(problem) {}
+  Search(const Problem& problem, const Forced& forced) : problem_(problem), forced_(forced), planner_(problem) {}
 
   // The fastest way with this exchange, or why there is none.
   std::optional<Choice> best(Exchange exchange, std::string& why) {
     best_ = {};
     fits_ = false;
     least_shared_ = INT64_MAX;
+    was_refused_ = false;
     const int most = most_ranks(exchange);
     if (std::max(problem_.shape.H, problem_.shape.P) > kMostUnitsOnChip) {
       why = "no chip holds the weights of more than " + std::to_string(kMostUnitsOnChip) + " units";
@@ -262,11 +285,19 @@ class Search {
       return {};
     }
     // In this order, and only what is faster replaces what was found: of equals the first.
-    for (int tiles = 1; tiles <= tile_sizes(problem_.arithmetic).most_batch_tiles; tiles *= 2)
+    for (int tiles = 1; tiles <= tile_sizes(problem_.arithmetic).most_batch_tiles; tiles *= 2) {
+      if (forced_.batch_tiles && tiles != forced_.batch_tiles) continue;
+      if (std::string refused = refusal(problem_, forced_, strategy_of(exchange), tiles); !refused.empty()) {
+        why = std::move(refused);
+        was_refused_ = true;
+        continue;
+      }
       for (int ranks = exchange == Exchange::kBlock ? 1 : 2; ranks <= most;
            ranks = exchange == Exchange::kCluster ? ranks * 2 : ranks + 1)
         try_ranks(exchange, ranks, tiles);
+    }
     if (std::isinf(best_.time)) {
+      if (was_refused_) return {};
       why = fits_ ? "the device cannot run a team of blocks with so much shared memory at a time"
             : least_shared_ < INT64_MAX
                 ? "needs at least " + std::to_string(least_shared_) + " bytes of shared memory in a block, of " +
@@ -277,10 +308,13 @@ class Search {
     return best_;
   }
 
+  // Whether the last search left a kernel out that it was told not to run.
+  bool was_refused() const { return was_refused_; }
+
  private:
   // 0 where the device cannot do it at all.
   int most_ranks(Exchange exchange) const {
-    const int sms = problem_.device.sms / problem_.directions;
+    const int sms = usable_sms(problem_) / problem_.directions;
     if (exchange == Exchange::kBlock) return 1;
     if (exchange == Exchange::kCluster) return problem_.device.compute_capability >= 90 ? kMostClusterBlocks : 0;
     return problem_.device.cooperative && sms >= 2 ? sms : 0;
@@ -290,8 +324,10 @@ class Search {
   // which must all run.
   int64_t resident_teams(const Candidate& c, const Layout& layout) const {
     const int cluster = c.exchange == Exchange::kCluster ? c.ranks : 1;
-    const int resident = problem_.resident_blocks(problem_, static_cast<Strategy>(c.exchange), c.batch_tiles, cluster,
-                                                  layout.shared_bytes);
+    int resident = problem_.resident_blocks(problem_, static_cast<Strategy>(c.exchange), c.batch_tiles, cluster,
+                                            layout.shared_bytes);
+    // Blocks spread over all multiprocessors before two of them share one.
+    if (problem_.sm_margin > 0) resident = std::min(resident, usable_sms(problem_) / cluster);
     if (c.exchange == Exchange::kGrid) return resident / problem_.directions / c.ranks;
     return resident == 0 ? 0 : std::max(1, resident / problem_.directions);
   }
@@ -306,7 +342,8 @@ class Search {
     const int64_t B = problem_.shape.B, resident = resident_teams(c, layout);
     if (resident == 0) return;
     // As few sequences in a team as leave none waiting, if that can be.
-    c.team_batch = static_cast<int>(std::clamp<int64_t>(ceil_div(B, resident), 1, c.team_batch));
+    const int64_t spread = forced_.batch_tiles ? 1 : resident;  // a kernel that is checked uses all of its tiles
+    c.team_batch = static_cast<int>(std::clamp<int64_t>(ceil_div(B, spread), 1, c.team_batch));
     layout = planner_.layout(c);
     const int64_t batches = std::max<int64_t>(1, ceil_div(B, c.team_batch));
     layout.teams = static_cast<int>(std::min(batches, resident));
@@ -316,14 +353,13 @@ class Search {
   }
 
   const Problem& problem_;
+  const Forced& forced_;
   Planner planner_;
   Choice best_;
+  bool was_refused_ = false;          // some kernel
   bool fits_ = false;                 // some candidate's block fits into a multiprocessor
   int64_t least_shared_ = INT64_MAX;  // that any candidate's block needs
 };
-
-constexpr std::pair<Strategy, Exchange> kSequenceStrategies[] = {
-    {Strategy::kBlock, Exchange::kBlock}, {Strategy::kCluster, Exchange::kCluster}, {Strategy::kGrid, Exchange::kGrid}};
 
 // How a launch for each step is cut: what the search for the best tries.
 struct StepTile {
@@ -390,6 +426,8 @@ Plan new_plan(const Problem& problem, Strategy strategy) {
   plan.strategy = strategy;
   plan.arithmetic = problem.arithmetic;
   plan.backward = problem.backward;
+  plan.sm_margin = problem.sm_margin;
+  plan.source = "model";
   for (LaunchConfig& config : plan.config) {
     config.grid_y = problem.directions;
     config.threads = kThreads;
@@ -399,8 +437,7 @@ Plan new_plan(const Problem& problem, Strategy strategy) {
 
 // All ways to cut a launch that the device can run.
 //
-//   sequences of a warp 8, 16, .. 64   x   warps along the rows 1 .. 8   x   along the batch   x   blocks along k 1 ..
-//   8
+//   sequences of a warp 8 .. 64   x   warps along the rows 1 .. 8   x   along the batch   x   blocks along k
 //
 // Larger tiles read weights and operand less often; more blocks leave fewer multiprocessors idle.
 template <class Body>
@@ -415,8 +452,9 @@ void for_step_tiles(const Problem& problem, const Body& body) {
           if (tile.sequences() <= kMostStepSequences) body(tile);
 }
 
-// The fastest way to cut the launches of a step; all have the same batch tiles, as they are of one kernel.
-Plan step_plan(const Problem& problem) {
+// The fastest way to cut the launches of a step; all have the same batch tiles, as they are of one kernel. Where all
+// kernels are refused it is one of these.
+Plan step_plan(const Problem& problem, const Forced& forced) {
   const SequenceShape& shape = problem.shape;
   if (std::max(shape.H, shape.P) > kMostUnits) {
     throw std::runtime_error("weights: expected at most 2**28 units on a GPU, got H = " + std::to_string(shape.H) +
@@ -431,7 +469,11 @@ Plan step_plan(const Problem& problem) {
     LaunchConfig config;
   };
   plan.microseconds = INFINITY;
+  int fastest_tiles = 0;
   for (int batch_tiles = 1; batch_tiles <= sizes.most_step_tiles; batch_tiles *= 2) {
+    if (forced.batch_tiles && batch_tiles != forced.batch_tiles) continue;
+    plan.batch_tiles = batch_tiles;
+    if (!refusal(problem, forced, Strategy::kStep, batch_tiles).empty()) continue;
     Best best[2];
     for_step_tiles(problem, [&](const StepTile& tile) {
       if (tile.batch_tiles != batch_tiles) return;
@@ -454,13 +496,15 @@ Plan step_plan(const Problem& problem) {
     for (int n = 0; n < plan.num_parts; ++n) time += best[n].time;
     if (time >= plan.microseconds) continue;
     plan.microseconds = time;
-    plan.batch_tiles = batch_tiles;
+    fastest_tiles = batch_tiles;
     for (int n = 0; n < plan.num_parts; ++n) {
       plan.part[n] = best[n].part;
       plan.config[n] = best[n].config;
     }
   }
-  if (std::isinf(plan.microseconds)) throw std::runtime_error("x: expected a smaller batch for a launch");
+  if (!fastest_tiles && !refusal(problem, forced, Strategy::kStep, plan.batch_tiles).empty()) return plan;
+  if (!fastest_tiles) throw std::runtime_error("x: expected a smaller batch for a launch");
+  plan.batch_tiles = fastest_tiles;
   const int64_t state = problem.directions * shape.B * shape.H;  // numbers of c, and of h before a projection
   plan.hidden_offset = round_up(state * sizes.sum_bytes, 16);
   plan.workspace_bytes = plan.hidden_offset + (shape.projected ? state * sizes.number_bytes : 0);
@@ -483,11 +527,88 @@ Plan sequence_plan(const Problem& problem, Strategy strategy, const Choice& choi
   return plan;
 }
 
-std::string slower(double microseconds, const Plan& chosen) {
+// How far a layer is from one that was measured: 1 stands for twice the batch, 1.4 times the units or 16 times the
+// steps. Beyond kFarthest a measurement tells nothing.
+constexpr double kFarthest = 1;
+double distance(const MeasuredTimes& measured, const SequenceShape& shape) {
+  const auto octaves = [](int64_t a, int64_t b) { return std::abs(std::log2(double(std::max<int64_t>(a, 1)) / b)); };
+  return octaves(shape.T, planned_steps(measured.T)) / 4 + octaves(shape.B, measured.B) +
+         2 * octaves(shape.H, measured.H) + (shape.projected ? 2 * octaves(shape.P, measured.P) : 0);
+}
+
+// The nearest one, the first of equals; null where none is near.
+const MeasuredTimes* nearest(const Problem& problem) {
+  if (!problem.measured) return nullptr;
+  const MeasuredTimes* found = nullptr;
+  double least = kFarthest;
+  for (const MeasuredTimes& each : *problem.measured) {
+    const bool of_its_kind = each.arithmetic == problem.arithmetic && each.directions == problem.directions &&
+                             each.backward == problem.backward && (each.P > 0) == problem.shape.projected;
+    if (!of_its_kind) continue;
+    const double far = distance(each, problem.shape);
+    if (far < least || (far == least && !found)) {
+      found = &each;
+      least = far;
+    }
+  }
+  return found;
+}
+
+std::string text_of(const MeasuredTimes& measured) {
+  return "measured at T" + std::to_string(measured.T) + " B" + std::to_string(measured.B) + " H" +
+         std::to_string(measured.H) + (measured.P ? " P" + std::to_string(measured.P) : "") + " on " + measured.date;
+}
+
+// Strategies that can run a layer, with the time of the whole layer by which one is chosen.
+using Possible = std::vector<std::pair<Plan, double>>;
+
+// Puts what was measured in place of what is predicted. Predictions are not held against measurements: the others come
+// last, and are taken where nothing that was measured can run.
+void use_measured(Possible& possible, const MeasuredTimes& measured, int64_t T) {
+  const auto of = [&](Strategy strategy) {
+    return std::find_if(measured.microseconds.begin(), measured.microseconds.end(),
+                        [&](const auto& each) { return each.first == strategy; });
+  };
+  const auto was_measured = [&](const auto& each) { return of(each.first.strategy) != measured.microseconds.end(); };
+  const auto rest = std::stable_partition(possible.begin(), possible.end(), was_measured);
+  for (auto each = possible.begin(); each != rest; ++each) {
+    each->first.microseconds = of(each->first.strategy)->second;
+    each->first.source = text_of(measured);
+    each->second = each->first.microseconds * T;
+  }
+}
+
+// Why another strategy was not taken.
+std::string slower(const Plan& other, const Plan& chosen) {
+  const bool by_measurement = chosen.source != "model";
+  if (other.source != chosen.source) return "not " + chosen.source + ", as " + name_of(chosen.strategy) + " was";
   char text[96];
-  std::snprintf(text, sizeof(text), "predicted %.2f us a step, %s %.2f", microseconds, name_of(chosen.strategy),
-                chosen.microseconds);
+  std::snprintf(text, sizeof(text), "%s %.2f us a step, %s %.2f", by_measurement ? "measured" : "predicted",
+                other.microseconds, name_of(chosen.strategy), chosen.microseconds);
   return text;
+}
+
+// The first of the fastest, among those that know their time from the same source as the first.
+const Plan& fastest(const Possible& possible) {
+  const std::pair<Plan, double>* chosen = &possible[0];
+  for (const auto& each : possible)
+    if (each.first.source == chosen->first.source && each.second < chosen->second) chosen = &each;
+  return chosen->first;
+}
+
+constexpr int kMarginUnset = -1;
+std::atomic<int> margin{kMarginUnset};
+
+int margin_of_environment() {
+  const char* text = std::getenv("LSTM_EXT_SM_MARGIN");
+  if (!text || !*text) return 0;
+  int value = 0;
+  const char* const end = text + std::strlen(text);
+  const auto [stop, error] = std::from_chars(text, end, value);
+  if (error != std::errc() || stop != end || value < 0)
+    throw std::invalid_argument("LSTM_EXT_SM_MARGIN: expected a number of multiprocessors from 0 on, got '" +
+                                std::string(text) + "'");
+  return value;
 }
 
 }  // namespace
@@ -502,46 +623,75 @@ Arithmetic arithmetic_of(Dtype dtype, bool tf32, int compute_capability) {
   throw std::logic_error("arithmetic_of: no such dtype");
 }
 
-std::optional<Strategy> strategy_named(const std::string& name) {
-  if (name.empty()) return {};
+Forced forced_by(const std::string& text) {
+  if (text.empty()) return {};
+  Forced forced;
+  const std::string name = text.substr(0, text.find('/'));
   const auto* known = std::find(std::begin(kStrategyNames), std::end(kStrategyNames), name);
-  if (known != std::end(kStrategyNames)) return static_cast<Strategy>(known - std::begin(kStrategyNames));
-  throw std::invalid_argument("strategy: expected 'block', 'cluster', 'grid' or 'step', got '" + name + "'");
+  if (known != std::end(kStrategyNames)) forced.strategy = static_cast<Strategy>(known - std::begin(kStrategyNames));
+  if (name.size() < text.size()) {
+    const std::string tiles = text.substr(name.size() + 1);
+    forced.batch_tiles = tiles == "1" ? 1 : tiles == "2" ? 2 : tiles == "4" ? 4 : 0;
+    if (!forced.batch_tiles) forced.strategy = {};
+  }
+  if (forced.strategy) return forced;
+  throw std::invalid_argument("strategy: expected 'block', 'cluster', 'grid' or 'step', got '" + text + "'");
 }
 
-Plan make_plan(const Problem& problem, std::optional<Strategy> strategy) {
-  const auto wanted = [&](Strategy one) { return !strategy || *strategy == one; };
-  std::vector<std::pair<Plan, double>> possible;  // and the time of the whole layer
+int sm_margin() {
+  if (margin == kMarginUnset) margin = margin_of_environment();
+  return margin;
+}
+
+void set_sm_margin(int wanted) { margin = wanted; }
+
+int64_t planned_steps(int64_t T) {
+  const int shift = std::max(0, static_cast<int>(std::bit_width(static_cast<uint64_t>(T))) - 2);
+  return T >> shift << shift;
+}
+
+Plan make_plan(const Problem& asked, const Forced& forced) {
+  Problem problem = asked;
+  problem.shape.T = planned_steps(asked.shape.T);
+  const auto wanted = [&](Strategy one) { return !forced.strategy || *forced.strategy == one; };
+  const TileSizes& sizes = tile_sizes(problem.arithmetic);
+  if (forced.batch_tiles > (forced.strategy == Strategy::kStep ? sizes.most_step_tiles : sizes.most_batch_tiles))
+    throw std::runtime_error("strategy: no kernel has so many tiles of the batch");
+  Possible possible;
   std::vector<std::pair<Strategy, std::string>> refused;
-  Search search(problem);
+  bool by_refusal = false;
+  Search search(problem, forced);
   for (const auto& [one, exchange] : kSequenceStrategies) {
     if (!wanted(one)) continue;
     std::string why;
     if (const std::optional<Choice> choice = search.best(exchange, why)) {
       possible.emplace_back(sequence_plan(problem, one, *choice), choice->time);
     } else {
+      by_refusal = by_refusal || search.was_refused();
       refused.emplace_back(one, why);
     }
   }
   if (wanted(Strategy::kStep)) {
-    const Plan plan = step_plan(problem);
-    possible.emplace_back(plan, plan.microseconds * problem.shape.T);
-  }
-  const Plan* chosen = nullptr;
-  double chosen_time = INFINITY;
-  for (const auto& [plan, time] : possible) {
-    if (time < chosen_time) {
-      chosen = &plan;
-      chosen_time = time;
+    const Plan plan = step_plan(problem, forced);
+    if (std::string why = refusal(problem, forced, Strategy::kStep, plan.batch_tiles); !why.empty()) {
+      by_refusal = true;
+      refused.emplace_back(Strategy::kStep, why);
+    } else {
+      possible.emplace_back(plan, plan.microseconds * problem.shape.T);
     }
   }
-  if (!chosen) {
-    throw std::runtime_error("strategy: '" + std::string(strategy ? name_of(*strategy) : "") +
-                             "' cannot run this: " + refused[0].second);
+  if (possible.empty()) {
+    std::string text = "strategy: " + (forced.strategy ? "'" + std::string(name_of(*forced.strategy)) + "'" : "none");
+    for (const auto& [each, why] : refused)
+      text += (&why == &refused[0].second ? (forced.strategy ? " cannot run this: " : " can run this: ") : "; ") +
+              (forced.strategy ? "" : std::string(name_of(each)) + ": ") + why;
+    if (by_refusal) throw RefusedError(text);
+    throw std::runtime_error(text);
   }
-  Plan plan = *chosen;
+  if (const MeasuredTimes* measured = nearest(problem)) use_measured(possible, *measured, problem.shape.T);
+  Plan plan = fastest(possible);
   for (const auto& [other, time] : possible) {
-    if (other.strategy != plan.strategy) refused.emplace_back(other.strategy, slower(other.microseconds, plan));
+    if (other.strategy != plan.strategy) refused.emplace_back(other.strategy, slower(other, plan));
   }
   plan.refused = refused;
   return plan;

@@ -1,8 +1,10 @@
 // Which strategy a layer runs by, and why: see COST_MODEL.md.
 #pragma once
 
+#include <compare>
 #include <functional>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,8 +49,32 @@ constexpr Exchange exchange_of(Strategy strategy) { return static_cast<Exchange>
 inline constexpr const char* kStrategyNames[] = {"block", "cluster", "grid", "step"};
 constexpr const char* name_of(Strategy strategy) { return kStrategyNames[static_cast<int>(strategy)]; }
 
-// None for "". Throws std::invalid_argument for an unknown name.
-std::optional<Strategy> strategy_named(const std::string& name);
+// What is left to the planner no more. With `batch_tiles` it is one kernel, which then runs whatever was found out
+// about it: so it is checked.
+struct Forced {
+  std::optional<Strategy> strategy;
+  int batch_tiles = 0;  // 0: any
+
+  auto operator<=>(const Forced&) const = default;
+};
+
+// Nothing for "", a strategy for its name, and a kernel for "grid/2". Throws std::invalid_argument for anything else.
+Forced forced_by(const std::string& text);
+
+// Multiprocessors that launches for all T leave to others, such as NCCL, in this process: LSTM_EXT_SM_MARGIN, until it
+// is set. Throws std::invalid_argument where the variable is no number.
+int sm_margin();
+void set_sm_margin(int margin);
+
+// Times that were measured on a device, of one pass over one shape.
+struct MeasuredTimes {
+  Arithmetic arithmetic;
+  int directions;
+  bool backward;
+  int64_t T, B, H, P;  // P 0: no projection
+  std::string date;
+  std::vector<std::pair<Strategy, double>> microseconds;  // of a step of the whole batch
+};
 
 // What is to be planned.
 struct Problem {
@@ -59,9 +85,14 @@ struct Problem {
   DeviceLimits device;
   // How many blocks (cluster 1) or clusters of so many blocks of a kernel for all T the whole device runs at a time.
   std::function<int(const Problem&, Strategy, int batch_tiles, int cluster, int64_t shared_bytes)> resident_blocks;
+  // Why the kernel of this pass must not run; empty if it may.
+  std::function<std::string(Strategy, int batch_tiles)> refusal = {};
+  int sm_margin = 0;
+  const std::vector<MeasuredTimes>* measured = nullptr;
 };
 
 struct KernelSet;
+struct KernelCheck;
 
 // Everything that a launch needs beside the arrays: made once for a shape and a device, and read by many threads.
 struct Plan {
@@ -70,20 +101,30 @@ struct Plan {
   bool backward;
   int batch_tiles;           // tiles of kBatchColumns sequences in a block; kStep: in a warp
   const KernelSet* kernels;  // for that arithmetic and so many tiles
+  KernelCheck* check;        // what is known of the one kernel that it launches
   Layout layout;             // not for kStep
   int num_parts;             // kStep: launches of a step
   StepPart part[2];
   LaunchConfig config[2];  // of the launch for all T, or those of a step
   int64_t workspace_bytes;
-  int64_t hidden_offset;                                  // kStep with a projection: in the workspace, of h before it
-  double microseconds;                                    // predicted, for a step of the whole batch
+  int64_t hidden_offset;  // kStep with a projection: in the workspace, of h before it
+  int sm_margin;
+  double microseconds;                                    // for a step of the whole batch
+  std::string source;                                     // of that: "model", or where and when it was measured
   std::vector<std::pair<Strategy, std::string>> refused;  // and why
 
   int64_t blocks() const { return int64_t{config[0].grid_x} * config[0].grid_y; }  // of one launch
 };
 
-// All of the plan but the kernels. `strategy` forces one; empty chooses. Throws std::runtime_error for one that cannot
-// run this.
-Plan make_plan(const Problem& problem, std::optional<Strategy> strategy);
+// Nothing can run this, and it is for `refusal` that something cannot.
+struct RefusedError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The T that plans know: its two leading bits. Plans differ little with T, and lengths of ragged data are many.
+int64_t planned_steps(int64_t T);
+
+// All of the plan but the kernels. Throws std::runtime_error for a strategy that cannot run this.
+Plan make_plan(const Problem& problem, const Forced& forced);
 
 }  // namespace lstm_ext::cuda

@@ -133,7 +133,8 @@ __device__ __forceinline__ GateValues<Sum> plus(const GateValues<Sum>& a, const 
 template <class Tile>
 __device__ __forceinline__ CellState<typename Tile::Sum> forward_cell(const Moment& moment, const Pre<Tile>& pre,
                                                                       typename Tile::Sum c) {
-  return moment.active ? cell_state<typename Tile::Math>(pre, c) : CellState<typename Tile::Sum>{};
+  const auto state = cell_state<typename Tile::Math>(pre, c);  // whether it counts or not: no branch
+  return moment.active ? state : CellState<typename Tile::Sum>{};
 }
 
 // What the next step starts from.
@@ -226,13 +227,12 @@ template <class Tile>
 __device__ __forceinline__ BackwardCell<typename Tile::Sum> backward_cell(
     const BackwardDirection& from, const Moment& moment, int64_t b, int64_t unit,
     const BackwardInputs<typename Tile::Sum>& inputs, typename Tile::Sum d_h, typename Tile::Sum& d_c) {
-  BackwardCell<typename Tile::Sum> cell{};
-  if (moment.active) {
-    const auto tanh_c = Tile::Math::tanh(inputs.c);
-    if (moment.last) d_c = state_at<typename Tile::Number>(from.dc_n, b, unit);
-    cell.grad = cell_backward(inputs.gates, inputs.c_prev, tanh_c, d_h, d_c + inputs.d_cells);
-    cell.hidden = inputs.gates.o * tanh_c;
-  }
+  using Sum = typename Tile::Sum;
+  const Sum tanh_c = Tile::Math::tanh(inputs.c);
+  if (moment.active && moment.last) d_c = state_at<typename Tile::Number>(from.dc_n, b, unit);
+  const BackwardCell<Sum> counted{cell_backward(inputs.gates, inputs.c_prev, tanh_c, d_h, d_c + inputs.d_cells),
+                                  inputs.gates.o * tanh_c};  // whether it counts or not: no branch
+  const BackwardCell<Sum> cell = moment.active ? counted : BackwardCell<Sum>{};
   d_c = moment.forgets ? 0 : cell.grad.d_c_prev;
   return cell;
 }

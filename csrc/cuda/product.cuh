@@ -136,7 +136,7 @@ struct GroupSums {
   }
 };
 
-// The sums over 1, 2, 4 or 8 splits of some adjacent rows: `Numbers` is a Units of at most 16 bytes.
+// The sums over 1, 2, 4 or 8 splits of some adjacent rows: `Numbers` is a Units.
 template <class Numbers, class Sum>
 __device__ __forceinline__ Numbers total(const Sum* partial, int splits, int split_stride) {
   const auto read = [&](int split) { return *reinterpret_cast<const Numbers*>(partial + split * split_stride); };

@@ -28,7 +28,8 @@ class ForwardWalk {
         block_(layout_, layer_.shape, layer_.masks, layer_.gates_map.packed_offset, to_.reverse, to_.weights) {
     for (int j = threadIdx.x; j < hidden().width; j += kThreads) {
       const int64_t unit = block_.team().rank() * hidden().width + j;
-      bias()[j] = unit < hidden().limit ? bias_of<Tile>(to_.weights, layer_.shape.H, unit) : Pre<Tile>{};
+      reinterpret_cast<Pre<Tile>*>(bias())[j] =
+          unit < hidden().limit ? bias_of<Tile>(to_.weights, layer_.shape.H, unit) : Pre<Tile>{};
     }
   }
 
@@ -54,7 +55,6 @@ class ForwardWalk {
       } else {
         take_step(s, send);
       }
-      if (send) block_.team().send(Product::kRecurrent, block_.count());
     }
     cp_async_wait<0>();
   }
@@ -104,15 +104,35 @@ class ForwardWalk {
     cp_async_commit();
   }
 
+  using Cells = Units<CellState<Sum>, kItem>;
+
+  // What a thread has made of an item, and has still to store.
+  struct Made {
+    int n, valid = 0;
+    int64_t unit;
+    Cells cells;
+    Sums h;
+  };
+
+  // Each thread's last item is stored after it is sent: others wait for it.
   __device__ __forceinline__ void take_step(int64_t s, bool send) {
+    Made made;
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+      store(s, made);
       const Moment& moment = block_.moment(s, n);
-      const Cells cells = update(s, moment, n, j, valid);
-      const Sums h = outputs_of(moment, cells);
-      if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, h));
-      store_cells<Tile>(layer_, to_, moment, block_.sequence(n), unit, cells, valid);
-      store_output<Tile>(layer_, to_, moment, block_.sequence(n), unit, h, valid);
+      made = {n, valid, unit, update(s, moment, n, j, valid), {}};
+      made.h = outputs_of(moment, made.cells);
+      if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, made.h));
     });
+    if (send) block_.team().send(Product::kRecurrent, block_.count());
+    store(s, made);
+  }
+
+  __device__ __forceinline__ void store(int64_t s, const Made& made) const {
+    if (made.valid <= 0) return;
+    const Moment& moment = block_.moment(s, made.n);
+    store_cells<Tile>(layer_, to_, moment, block_.sequence(made.n), made.unit, made.cells, made.valid);
+    store_output<Tile>(layer_, to_, moment, block_.sequence(made.n), made.unit, made.h, made.valid);
   }
 
   __device__ __forceinline__ void take_projected_step(int64_t s, bool send) {
@@ -132,9 +152,8 @@ class ForwardWalk {
       if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, sums));
       store_output<Tile>(layer_, to_, moment, block_.sequence(n), p, sums, valid);
     });
+    if (send) block_.team().send(Product::kRecurrent, block_.count());
   }
-
-  using Cells = Units<CellState<Sum>, kItem>;
 
   // Units j and following of this rank: from the sums of their gates to their c, which the state gets as well. Units
   // that are none are zero.
@@ -143,32 +162,25 @@ class ForwardWalk {
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
       from_x[gate] = *reinterpret_cast<const Sums*>(block_.copy_of(s, n, gate) + j * int{sizeof(Sum)});
+    using Gates =
+        Units<Sum, 4 * kItem>;  // i f g o of one unit after the other, as they stand in the rows of the product
+    const Gates h = block_.team().template product<Gates>(Product::kRecurrent, n, 4 * j);
+    const Gates b = *reinterpret_cast<const Gates*>(bias() + 4 * j);
     Sums& c = block_.state(n, j);
     const Sums before = c;
     Sums after;
     Cells cells;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
-      const Pre<Tile> from_h = gates_of(n, j + i),
-                      x{from_x[0].at[i], from_x[1].at[i], from_x[2].at[i], from_x[3].at[i]};
-      cells.at[i] = forward_cell<Tile>(moment, plus(plus(x, from_h), bias()[j + i]), before.at[i]);
+      Sum pre[4];
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) pre[gate] = from_x[gate].at[i] + h.at[4 * i + gate] + b.at[4 * i + gate];
+      cells.at[i] = forward_cell<Tile>(moment, {pre[0], pre[1], pre[2], pre[3]}, before.at[i]);
       if (i >= valid) cells.at[i] = {};
       after.at[i] = carried(moment, cells.at[i].c);
     }
     c = after;
     return cells;
-  }
-
-  // The weighted sums of h of a unit's gates, which are four rows of the product.
-  __device__ __forceinline__ Pre<Tile> gates_of(int n, int j) const {
-    if constexpr (Piece<Sum>::kCount == 4) {
-      const Piece<Sum> all = block_.team().product(Product::kRecurrent, n, 4 * j);
-      return {all.at[0], all.at[1], all.at[2], all.at[3]};
-    } else {
-      const Piece<Sum> first = block_.team().product(Product::kRecurrent, n, 4 * j),
-                       rest = block_.team().product(Product::kRecurrent, n, 4 * j + 2);
-      return {first.at[0], first.at[1], rest.at[0], rest.at[1]};
-    }
   }
 
   // h before a projection.
@@ -186,8 +198,8 @@ class ForwardWalk {
     return h;
   }
 
-  __device__ __forceinline__ Pre<Tile>* bias() const {
-    return reinterpret_cast<Pre<Tile>*>(block_.team().shared() + layout_.bias_offset);
+  __device__ __forceinline__ Sum* bias() const {
+    return reinterpret_cast<Sum*>(block_.team().shared() + layout_.bias_offset);
   }
 
   // How the ranks divide the hidden units (of each gate), and h: the same without a projection.

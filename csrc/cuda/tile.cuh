@@ -78,9 +78,11 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// A number of each of N adjacent units, read and written together where that is one access.
+// A number of each of N adjacent units, read and written by as few accesses as it takes.
 template <class T, int N>
-struct alignas(N * sizeof(T) <= 16 ? N * sizeof(T) : alignof(T)) Units {
+struct alignas(N * sizeof(T) % 16 == 0 ? 16
+               : N * sizeof(T) < 16    ? N * sizeof(T)
+                                       : alignof(T)) Units {
   static constexpr int kCount = N;
   T at[N];
 };

@@ -5,6 +5,7 @@
 #include "../cuda/layer.h"
 #include "../sizes.h"
 #include "gil.h"
+#include "gpu_hooks.h"
 #include "gpu_plan.h"
 #include "layer_args.h"
 #include "ops.h"
@@ -29,6 +30,7 @@ struct StepsArgs : LayerLayout {
     shape.H = like.size(like.ndim() - 1) / 4;
     rows = packed ? like.size(1) : saturated_product(shape.T, shape.B);
     read_weights(like, steps.weights, false);
+    expect_steps(like);
     expect_countable(shape, std::max(rows, shape.B));
     check_state();
     check_resets();
@@ -82,8 +84,10 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
   if (!xw.contiguous()) throw std::runtime_error("xw: expected a contiguous tensor, got another");
   const auto [T, B, I, H, P, projected] = args.shape;
   const cuda::DeviceGuard guard(xw.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, cuda::strategy_named(strategy)};
-  const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, false, options, xw.device().id);
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::forced_by(strategy)};
+  std::string refused;
+  const auto plan = plan_to_launch(args.shape, args.D, false, options, xw.device().id, refused);
+  if (!plan) return py::str(refused);
 
   const Allocator allocator(xw);
   const Output y = allocator.empty(args.dtype, args.sequence_shape(args.D * P));
@@ -120,8 +124,10 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   BackwardArrays arrays(args, gates, saved, grads);
   arrays.settle();
   const cuda::DeviceGuard guard(gates.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, cuda::strategy_named(strategy)};
-  const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, args.D, true, options, gates.device().id);
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::forced_by(strategy)};
+  std::string refused;
+  const auto plan = plan_to_launch(args.shape, args.D, true, options, gates.device().id, refused);
+  if (!plan) return py::str(refused);
 
   const Allocator allocator(gates);
   const Output d_gates = allocator.empty(args.dtype, args.saved_shape(4 * H));
@@ -162,8 +168,10 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   if (args.shape.projected) throw std::runtime_error("w_hr: expected none in a single step, got one");
   if (args.resets) throw std::runtime_error("resets: expected None in a single step, got an array");
   const cuda::DeviceGuard guard(args.x.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, cuda::Strategy::kStep};
-  const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(args.shape, 1, false, options, args.x.device().id);
+  const cuda::LayerOptions options{args.dtype, tf32, {cuda::Strategy::kStep}};
+  std::string refused;
+  const auto plan = plan_to_launch(args.shape, 1, false, options, args.x.device().id, refused);
+  if (!plan) return py::str(refused);
 
   const Allocator allocator(args.x);
   const Output y = allocator.empty(args.dtype, args.sequence_shape(args.shape.P));
@@ -183,13 +191,15 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
 
 py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, const std::string& dtype, bool tf32,
                    int num_directions, bool backward, const std::string& strategy, int device) {
+  introduce(device);
   const cuda::DeviceGuard guard(device);
   const SequenceShape shape{T, B, 0, H, projected ? P : H, projected};
   expect_countable(shape, saturated_product(T, B));
-  const cuda::LayerOptions options{dtype_named(dtype), tf32, cuda::strategy_named(strategy)};
+  const cuda::LayerOptions options{dtype_named(dtype), tf32, cuda::forced_by(strategy)};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, num_directions, backward, options, device);
   py::dict result = describe(*plan);
   result["registers"] = cuda::plan_registers(*plan);
+  result["kernel"] = cuda::plan_kernel(*plan);
   return result;
 }
 

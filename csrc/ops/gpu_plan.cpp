@@ -12,6 +12,8 @@ py::dict describe(const cuda::Plan& plan) {
   result["team"] = plan.strategy == cuda::Strategy::kStep ? 1 : plan.layout.ranks;
   result["shared_bytes"] = plan.layout.shared_bytes;
   result["microseconds_per_step"] = plan.microseconds;
+  result["source"] = plan.source;
+  result["sm_margin"] = plan.sm_margin;
   result["refused"] = refused;
   return result;
 }
@@ -23,13 +25,14 @@ py::dict gpu_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, co
   const auto resident = [gpcs, sms](const cuda::Problem&, cuda::Strategy, int, int cluster, int64_t) {
     return cluster > 1 ? gpcs * (sms / gpcs / cluster) : sms;
   };
-  const cuda::Problem problem{cuda::arithmetic_of(dtype_named(dtype), tf32, compute_capability),
-                              {T, B, 0, H, projected ? P : H, projected},
-                              num_directions,
-                              backward,
-                              {compute_capability, sms, shared_bytes, clock_khz, true},
-                              resident};
-  return describe(cuda::make_plan(problem, cuda::strategy_named(strategy)));
+  cuda::Problem problem{cuda::arithmetic_of(dtype_named(dtype), tf32, compute_capability),
+                        {T, B, 0, H, projected ? P : H, projected},
+                        num_directions,
+                        backward,
+                        {compute_capability, sms, shared_bytes, clock_khz, true},
+                        resident};
+  problem.sm_margin = cuda::sm_margin();
+  return describe(cuda::make_plan(problem, cuda::forced_by(strategy)));
 }
 
 }  // namespace lstm_ext::ops

@@ -139,6 +139,11 @@ void LayerLayout::refuse_dtype(const Array& weight, const Array& x, py::handle w
   throw std::runtime_error("x: expected dtype " + weight.dtype_text() + " as the weights have, got " + x.dtype_text());
 }
 
+void LayerLayout::expect_steps(const Array& x) const {
+  if (shape.T > 0) return;
+  throw std::runtime_error("x: expected at least one time step, got T = 0: shape " + text_of(x.shape()));
+}
+
 void LayerLayout::check_lengths(const Array& lengths) const {
   if (lengths.shape() == Shape{shape.B}) return;
   lengths.refuse_shape({shape.B}, "B", layout_hint(lengths.shape() == Shape{shape.T}));
@@ -259,9 +264,7 @@ LayerArgs::LayerArgs(const LayerCall& call, Array x_)
   resets = Array(call.resets, "resets", x);
   read_axes();
   read_weights(x, call.weights, true);
-  if (shape.T == 0) {
-    throw std::runtime_error("x: expected at least one time step, got T = 0: shape " + text_of(x.shape()));
-  }
+  expect_steps(x);
   const int64_t steps_of_one = batch_first ? shape.T : 0;  // strides are made of T even without sequences
   expect_countable(shape, std::max(rows, steps_of_one));
   if (packed) read_batch_size();

@@ -49,6 +49,7 @@ struct LayerLayout {
   void check_state() const;
   void check_state(const Array& state, const char* letter, int64_t width, const Array& other,
                    int64_t other_width) const;
+  void expect_steps(const Array& x) const;
   void check_lengths(const Array& lengths) const;
   void check_resets() const;
   void check_first(const Array& x, const DirectionArrays& weights) const;

@@ -22,7 +22,7 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
 // rounding x W_ih' before h W_hh' is added would lose more than the kernel does. With Save::kAll the activated gates
 // take its place where their dtype is the same. `weights` lacks the w_ih of each direction; batch_sizes [T] says where
 // the packed rows of each time start, and lengths [B] how long each row is, both int64. All is on the GPU. `strategy`:
-// "" to choose, or the name of one. -> as layer_forward
+// "" to choose, the name of one, or one kernel as in "grid/2". -> as layer_forward
 py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, const std::string& strategy);
 
 // `steps` as above, but x is `saved.gates`.
@@ -35,6 +35,8 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
 
 // A call without a time axis, nothing saved, in one launch -> as layer_forward
 py::object cuda_step_forward(const LayerCall& call, bool tf32);
+
+// Each of the three gives a text instead, and launches nothing, where self-checks leave no kernel to launch: why.
 
 // How a layer [T, B] of H units would run on a device -> dict
 py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, const std::string& dtype, bool tf32,

@@ -7,8 +7,6 @@ Those that a caller can choose, the backends, are modules with the functions of 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,9 +16,12 @@ from typing import Any, Protocol
 
 from .. import _native
 from .._version import __version__
+from .._warnings import warn as warn
+from .._warnings import warn_once as warn_once
 from ..call import DTYPES, CallTuple, GradsTuple, LayerCall, Needs, OutputGrads, OutputsTuple, Save, Saved
 
 NAMES = ("cuda", "cpu", "numpy")
+_refused_dtypes: dict[str, str] = {}  # of the CUDA kernels, and why
 ENVIRONMENT = "LSTM_EXT_BACKEND"
 
 
@@ -159,7 +160,7 @@ def _refusal(name: str, device: str, dtype: str) -> str:
         return f"serves {served} tensors, not {device}"
     if dtype not in DTYPES:
         return f"expected dtype {', '.join(sorted(DTYPES))}, got {dtype}"
-    return _reason(name)
+    return _reason(name) or (_refused_dtypes.get(dtype, "") if name == "cuda" else "")
 
 
 def _engine(name: str) -> Engine:
@@ -167,6 +168,7 @@ def _engine(name: str) -> Engine:
     if name == "cuda":
         from . import cuda
 
+        cuda.tell_refusal = refuse_on_gpu
         return cuda
     from . import cpu, numpy
 
@@ -201,15 +203,7 @@ def choose(device: str, dtype: object) -> Choice:
     return choose_under(forced.get(), device, dtype)
 
 
-def warn(message: str) -> None:
-    """Warns, of the line outside of this package and torch that led here."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lstm_ext", "torch"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
-
-
-@cache
-def warn_once(message: str) -> None:
-    """The same at the first call with this message."""
-    warn(message)
+def refuse_on_gpu(dtype: object, why: str) -> None:
+    """From now on no CUDA kernel is chosen for this dtype: on this machine they fail their self-checks."""
+    _refused_dtypes[str(dtype).removeprefix("torch.")] = why
+    choose_under.cache_clear()

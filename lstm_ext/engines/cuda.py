@@ -7,12 +7,13 @@ layers, in the products here as for any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from .. import measured, self_check
 from .._native import C
 from .._torch_private import _get_fp32_precision_getter
 from ..call import (
@@ -28,16 +29,22 @@ from ..call import (
     Saved,
     check,
 )
+from . import composed, derivatives
 from .composed import compute_dtype
 
 _strategy = ""
+tell_refusal: Callable[[torch.dtype, str], None] | None = None  # who chooses engines wants to know
+
+if hasattr(C, "cuda_take_hooks"):
+    C.cuda_take_hooks(measured.hand_over, self_check.check)
 
 
 @contextmanager
 def use_strategy(name: str) -> Iterator[None]:
     """Runs the layers inside the `with` block by one strategy: "block", "cluster", "grid" or "step"; "" chooses.
 
-    For tests and benchmarks. It counts for the whole process: autograd runs backward passes on threads of its own.
+    "grid/2" is one kernel, of so many tiles of the batch, which then runs whatever its self-check has found. For tests
+    and benchmarks. It counts for the whole process: autograd runs backward passes on threads of its own.
     """
     global _strategy
     former, _strategy = _strategy, name
@@ -114,7 +121,9 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         return NotImplemented
     if asked.is_step:
         if not save and asked.resets is None and not asked.projected:  # what that one launch does
-            return C.cuda_step_forward(asked, tf32_allowed())
+            outputs = C.cuda_step_forward(asked, tf32_allowed())
+            if not isinstance(outputs, str):
+                return outputs
         outputs = forward(asked.with_time(), save)
         return outputs if outputs is NotImplemented else Outputs(*outputs).squeeze_time_(asked)
     if asked.batch_sizes is not None and (asked.masked or asked.batch_first):
@@ -122,7 +131,8 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
     if asked.batch_sizes is not None or not _seems_right(asked):
         check(asked, values=asked.batch_sizes is not None)  # a kernel follows batch_sizes, and cannot check them
     steps = steps_of(asked)._replace(x=input_products(asked))
-    return C.cuda_layer_forward(steps, save, tf32_allowed(), _strategy)
+    outputs = C.cuda_layer_forward(steps, save, tf32_allowed(), _strategy)
+    return _forward_without_kernels(asked, save, outputs) if isinstance(outputs, str) else outputs
 
 
 def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
@@ -132,12 +142,14 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
     steps = steps_of(call)._replace(x=saved.gates)
     # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
     alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None
-    results = C.cuda_layer_backward(
-        *(steps, saved, grads, needs & ~Needs.H0 if alone else needs, tf32_allowed()),
-        _strategy or ("step" if alone else ""),
-    )
+    asked = (steps, saved, grads, needs & ~Needs.H0 if alone else needs, tf32_allowed())
+    results = C.cuda_layer_backward(*asked, _strategy or ("step" if alone else ""))
+    if alone and isinstance(results, str) and not _strategy:  # that kernel is refused, others may do
+        results = C.cuda_layer_backward(*asked, "")
     if results is NotImplemented:
         return results
+    if isinstance(results, str):
+        return _backward_without_kernels(call, saved, grads, needs, results)
     d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = results
     split = call.split()
     for d, w in enumerate(split if needs & Needs.WEIGHTS else ()):
@@ -188,3 +200,32 @@ def _masked(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Tensor:
     steps = torch.arange(x.shape[1 if batch_first else 0], device=x.device)
     past = steps >= lengths[:, None] if batch_first else steps[:, None] >= lengths
     return x.masked_fill(past[..., None], 0)
+
+
+# Where self-checks leave no kernel: this call in torch's operations, later ones of the dtype as is chosen then.
+
+
+def _refuse(call: LayerCall, why: str) -> LayerCall:
+    """Says so to who chooses; the call, in the dtype in which torch's operations compute it."""
+    if _strategy:
+        raise RuntimeError(why)
+    if tell_refusal is not None:
+        tell_refusal(call.x.dtype, why)
+    return call.cast(compute_dtype(call.x.dtype))
+
+
+def _forward_without_kernels(call: LayerCall, save: Save, why: str) -> Outputs:
+    wide, dtype = _refuse(call, why), call.x.dtype
+    y, h_n, c_n, cells, _ = composed.forward(wide, Save.CELLS)
+    assert h_n is not None
+    gates = derivatives.gates(wide, y, cells).to(dtype) if save == Save.ALL and cells is not None else None
+    return Outputs(y.to(dtype), h_n.to(dtype), c_n.to(dtype), cells if save else None, gates)
+
+
+def _backward_without_kernels(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs, why: str) -> Grads:
+    wide, dtype = _refuse(call, why), call.x.dtype
+    own = wide.x.dtype
+    wide_grads = OutputGrads(*(None if g is None else g.to(own) for g in grads))
+    dx, dh0, dc0, dweights = derivatives.first(wide, wide_grads, saved.cells, saved.gates.to(own), needs)
+    dx, dh0, dc0 = (None if d is None else d.to(dtype) for d in (dx, dh0, dc0))
+    return Grads(dx, dh0, dc0, [d.to(dtype) for d in dweights] if dweights else None)

@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include "broken_kernels.h"
+#include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/layout.h"
+#include "cuda/plan.h"
+#include "ops/gpu_hooks.h"
 #include "ops/ops.h"
 #include "ptx.h"
 #include "tensors.h"
@@ -101,6 +104,16 @@ PYBIND11_MODULE(lstm_ext_cuda_on_cpu, m) {
   m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward);
   m.def("cuda_step_forward", &lstm_ext::ops::cuda_step_forward);
   m.def("cuda_plan", &lstm_ext::ops::cuda_plan);
+  m.def("cuda_take_hooks", &lstm_ext::ops::cuda_take_hooks);
+  m.def("cuda_set_measured", &lstm_ext::ops::cuda_set_measured);
+  m.def("cuda_device", &lstm_ext::ops::cuda_device);
+  m.def("sm_margin", &lstm_ext::cuda::sm_margin);
+  m.def("set_sm_margin", &lstm_ext::cuda::set_sm_margin);
+  m.def("spoil_kernels", &spoil_kernels);
+  m.def("contexts", &contexts);
+  m.def("refusal", [] { return lstm_ext::cuda::device_report().reason; });
+  m.def("runs_on", &lstm_ext::cuda::runs_on);
+  m.def("occupancy_queries", &occupancy_queries);
   m.def("broken_kernels", &broken_kernels);
   m.def("run_broken_kernel", &run_broken_kernel, "name"_a, "broken"_a, "seed"_a);
   m.def("mma", &mma, "kind"_a, "a"_a, "b"_a, "d"_a);

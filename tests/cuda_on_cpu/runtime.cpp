@@ -63,9 +63,9 @@ int blocks_per_sm(int threads, int64_t shared_bytes) {
   return static_cast<int>(std::min({by_shared, by_threads, int64_t{kMostBlocksPerSm}}));
 }
 
-void add_kernel(const void* function, const char* name, std::function<std::function<void()>(const void*)> with) {
+void add_kernel(const void* function, KnownKernel kernel) {
   const std::lock_guard<std::mutex> lock(mutex);
-  kernels[function] = {name, std::move(with)};
+  kernels[function] = std::move(kernel);
 }
 
 KnownKernel known_kernel(const void* function) {

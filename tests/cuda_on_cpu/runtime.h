@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <string>
 
 #include "device.h"
@@ -17,19 +18,28 @@ struct Device {
   int clock_khz;
 };
 
-// A small Hopper, a smaller one, and a Turing.
-inline constexpr std::array<Device, 3> devices = {
-    {{90, 8, 227 * 1024, 1'700'000}, {90, 3, 227 * 1024, 1'700'000}, {75, 4, 64 * 1024, 1'500'000}}};
+// A small Hopper, a smaller one, a Turing, and the first as a virtual GPU that does not tell its clock. All others are
+// the first again: for tests that leave something behind, as what is found out about a kernel is kept for its device.
+inline constexpr std::array<Device, 256> devices = [] {
+  std::array<Device, 256> all;
+  all.fill({90, 8, 227 * 1024, 1'700'000});
+  all[1] = {90, 3, 227 * 1024, 1'700'000};
+  all[2] = {75, 4, 64 * 1024, 1'500'000};
+  all[3] = {90, 8, 227 * 1024, 0};
+  return all;
+}();
 
 extern thread_local int current_device;  // its number; each thread of the host has its own, as in CUDA
 inline const Device& device() { return devices[static_cast<size_t>(current_device)]; }
 
-// A kernel that was compiled, by the address of its function: its name, and the body of its threads with given params.
+// A kernel that was compiled, by the address of its function: its name, the body of its threads with given params, and
+// what makes wrong what it has written.
 struct KnownKernel {
+  using With = std::function<std::function<void()>(const void* params)>;
   std::string name;
-  std::function<std::function<void()>(const void* params)> with;
+  With with, spoil;
 };
-void add_kernel(const void* function, const char* name, std::function<std::function<void()>(const void*)> with);
+void add_kernel(const void* function, KnownKernel kernel);
 KnownKernel known_kernel(const void* function);
 
 // Work of one stream runs in its order, that of several in any. Nothing runs before synchronize.
@@ -42,6 +52,15 @@ void launch(Grid grid, bool cooperative, bool overlaps, void* stream);
 // Runs all that was enqueued, by whichever thread. The seed, which errors name, decides all schedules. What comes after
 // an error is dropped.
 void synchronize(uint64_t seed);
+
+// From now on what kernels write whose names have this part is wrong. None for "". They write at least 8 bytes.
+void spoil_kernels(const std::string& part);
+
+// The devices on which there is a context.
+std::set<int> contexts();
+
+// How often the code under test has asked for an occupancy.
+int occupancy_queries();
 
 int blocks_per_sm(int threads, int64_t shared_bytes);
 

@@ -70,6 +70,7 @@ enum cudaDeviceAttr {
 const char* cudaGetErrorString(cudaError_t error);  // of this thread's last one: why
 cudaError_t cudaGetLastError();
 
+cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
