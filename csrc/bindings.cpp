@@ -2,6 +2,7 @@
 
 #include "build_info.h"
 #include "cpu/team.h"
+#include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "ops/cpu_plan.h"
 #include "ops/gpu_hooks.h"
@@ -26,6 +27,7 @@ PYBIND11_MODULE(core, m) {
   m.def("cuda_take_hooks", &lstm_ext::ops::cuda_take_hooks, "introduce"_a, "check"_a);
   m.def("cuda_set_measured", &lstm_ext::ops::cuda_set_measured, "device"_a, "rows"_a);
   m.def("cuda_device", &lstm_ext::ops::cuda_device, "device"_a);
+  m.def("cuda_timed_out", &lstm_ext::cuda::timed_out);
 #endif
   m.def("sm_margin", &lstm_ext::cuda::sm_margin);
   m.def("set_sm_margin", &lstm_ext::cuda::set_sm_margin, "margin"_a);

@@ -218,9 +218,8 @@ def test_what_cannot_be_written_is_not_kept(core: WholeCore, monkeypatch: pytest
 def test_what_was_found_is_not_run_again(core: WholeCore) -> None:
     """Not even what failed: it is the file that says so here."""
     about = gpu_files.identity(core.device)
-    names = {strategy: plan_of(core, strategy=strategy)["kernel"] for strategy in self_check.STRATEGIES}
     finding = {"error": 12.5, "allowed": 0.25, "array": "c_n"}
-    kernels = {name: finding for strategy, name in names.items() if strategy != "step"}
+    kernels = {name: finding for way, name in self_check.ways(core.device) if not way.forced.startswith("step")}
     gpu_files.write(gpu_files.path_of("checks", about), {"about": about, "kernels": kernels})
     with pytest.warns(UserWarning, match=r"c_n is off by 12\.5, allowed are 0\.25"):
         run_case()
@@ -229,8 +228,12 @@ def test_what_was_found_is_not_run_again(core: WholeCore) -> None:
 
 def test_all_kernels_are_listed(core: WholeCore) -> None:
     ways = dict(self_check.ways(core.device))
-    tiles = {"float32": 2, "float64": 1}
-    assert all(int(way.forced[-1]) <= (4 if way.tf32 else tiles.get(way.dtype, 4)) for way in ways)
+    most = {"float32": 2, "float64": 1}
+    for way in ways:
+        strategy, _, tiles = way.forced.partition("/")
+        wide = 8 if strategy == "step" else 4
+        assert int(tiles) <= (wide if way.tf32 else most.get(way.dtype, wide))
+    assert len(set(ways.values())) == 2 * sum((3 * 3 + 4, 3 * 3 + 4, 3 * 3 + 4, 3 * 2 + 2, 3 * 1 + 1))
     assert {way.forced.partition("/")[0] for way in ways} == set(self_check.STRATEGIES)
     assert not any(way.tf32 or "cluster" in way.forced for way, _ in self_check.ways(2))  # sm_75
 

@@ -47,6 +47,7 @@ ALLOWED = {
         *("layout.h", "kernel_params.h", "device.h", "launch.h", "check.h", "plan.h", "kernels.h", "layer.h", "ptx.h"),
         "kernel_check.h",
         *("tile.cuh", "product.cuh", "pointwise.cuh", "team.cuh", "sequence.cuh", "step.cuh"),
+        *("step_tile.cuh", "step_block.cuh"),
         *("sequence_forward.cuh", "sequence_backward.cuh", "kernels.cuh"),
         *("cuda_on_cpu/ptx.h", "cuda_on_cpu/kernel.h"),
         *("cuda_runtime.h", "cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h"),

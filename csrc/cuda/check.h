@@ -6,11 +6,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace lstm_ext::cuda {
+#include "launch.h"
 
-// Which kernel of this process has given up waiting, and what for; empty if none has. The context is lost then, and
-// every call fails with an error that says less.
-std::string timed_out();
+namespace lstm_ext::cuda {
 
 // The call that failed and the runtime's words for it. The error is reported here, and not in somebody else's next
 // check as well.

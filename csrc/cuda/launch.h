@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #if defined(LSTM_EXT_CUDA_ON_CPU)
 #include "cuda_on_cpu/kernel.h"
@@ -79,6 +80,10 @@ int registers(const Kernel<Params>& kernel) {
 
 // Where a kernel of this process leaves word when it gives up waiting: memory of the host.
 Timeout* timeout_record();
+
+// Which kernel of this process has given up waiting, and what for; empty if none has. The context is lost then, and
+// every call fails with an error that says less.
+std::string timed_out();
 
 // Zeros, in stream order.
 void fill_zero(void* memory, int64_t bytes, void* stream);

@@ -119,6 +119,7 @@ struct ProductLayout {
   int log_warps_m;
   int warp_k_tiles, run;
   int shared_steps;
+  int partial_stride;                               // of the sums, from one sequence to the next
   int tiles_offset, operand_offset, operand_bytes;  // in shared memory; of one operand buffer
   int inbox_offset, inbox_bytes;                    // backward, kCluster: of one buffer of what others have sent
   int64_t words_offset;                             // kGrid: in the exchange memory, in 64-bit words
@@ -137,7 +138,7 @@ struct Timeout {
 // A team, and the shared memory of each of its blocks, from address 0 on:
 //
 //   tiles | operand (forward, kCluster: 2) | inbox (backward, kCluster: 2) | the same with a projection
-//   | partial sums | bias | what the next steps read: 2 | state | cells | moments | barriers
+//   | partial sums | bias | what the next steps read: 2 or 3 | state | cells | moments | barriers
 struct Layout {
   Exchange exchange;
   int ranks;         // blocks of a team
@@ -145,9 +146,9 @@ struct Layout {
   int team_batch;    // sequences at a time, up to kBatchTiles * kBatchColumns of the kernel
   int num_products;  // 2 with a projection
   ProductLayout product[2];
-  Divisor units;                       // a rank's hidden units in those that one thread takes together
-  int partial_offset, partial_stride;  // sums of the warps: [split, sequences, partial_stride]
-  int bias_offset;                     // forward: [units], 4 gates each
+  Divisor units;                    // a rank's hidden units in those that one thread takes together
+  int partial_offset;               // sums of the warps of one product: [split, sequences, its partial_stride]
+  int bias_offset;                  // forward: [units], 4 gates each
   int inputs_offset, inputs_bytes;  // of one buffer: for each sequence the rows of 4 gates, backward of c, d_cells, dy
   int gate_row, cell_row, h_row;    // bytes of these rows
   int state_offset;                 // c, or its gradient: [sequences, units]

@@ -16,12 +16,14 @@ namespace lstm_ext::cuda {
 namespace {
 
 // Clocks and bytes of an H100; assumed, until they are measured. COST_MODEL.md says what each stands for.
-constexpr double kSyncClocks = 40, kProductClocks = 150, kEpilogueClocks = 700, kEpilogueItemClocks = 90;
-constexpr double kClusterClocks = 700, kGridClocks = 1500;
+constexpr double kSyncClocks = 40, kProductClocks = 100;
+constexpr double kForwardClocks = 470, kBackwardClocks = 650, kItemClocks = 150;  // the pointwise part
+constexpr double kClusterClocks = 500, kGridClocks = 1100;
 constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 3000, kL2BytesPerClockOfSm = 48;
 constexpr double kLaunchMicroseconds = 2.5, kLoadClocksPerNumber = 0.6;
 constexpr double kGapMicroseconds = 1.2, kOverlapMicroseconds = 0.6;  // between launches
 constexpr double kStepStartClocks = 1000, kStageClocks = 300, kClusterSyncClocks = 350, kClusterBytesPerClock = 32;
+constexpr double kEpilogueClocks = 700, kEpilogueItemClocks = 90;
 constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
@@ -161,9 +163,6 @@ class Planner {
     const int sum_bytes = sizes_.sum_bytes, number_bytes = sizes_.number_bytes;
     SharedMemory memory;
     int64_t partial = 0;
-    for (int n = 0; n < layout.num_products; ++n)
-      layout.partial_stride =
-          std::max(layout.partial_stride, layout.product[n].row_groups * kGroupRows + kPartialPadding);
     while (1 << layout.log_rows < batch) ++layout.log_rows;
     for (int n = 0; n < layout.num_products; ++n) {
       ProductLayout& product = layout.product[n];
@@ -175,7 +174,8 @@ class Planner {
       product.inbox_offset = memory.take(int64_t{2} * product.inbox_bytes);
       product.words_offset = layout.exchange_words;
       layout.exchange_words += 2 * words(layout, product);
-      partial = std::max(partial, splits * sequences * layout.partial_stride * sum_bytes);
+      product.partial_stride = product.row_groups * kGroupRows + kPartialPadding;
+      partial = std::max(partial, splits * sequences * product.partial_stride * sum_bytes);
     }
     const int64_t units = int64_t{layout.units.value} * item_units();
     layout.partial_offset = memory.take(partial);
@@ -187,7 +187,8 @@ class Planner {
     layout.h_row = as_int(
         backward ? round_up(int64_t{layout.product[0].rows.items.value} * item_units() * number_bytes + 4, 16) : 0);
     layout.inputs_bytes = as_int(batch * (4 * layout.gate_row + 2 * layout.cell_row + layout.h_row));
-    layout.inputs_offset = memory.take(int64_t{2} * layout.inputs_bytes);
+    const int64_t buffers = candidate.exchange == Exchange::kGrid ? 3 : 2;  // as sequence.cuh takes turns
+    layout.inputs_offset = memory.take(buffers * layout.inputs_bytes);
     layout.state_offset = memory.take(batch * units * sum_bytes);
     layout.cells_offset = memory.take(backward ? batch * units * sum_bytes : 0);
     layout.moments_offset = memory.take((kMomentSteps + 1) * batch * static_cast<int64_t>(sizeof(Moment)));
@@ -214,13 +215,13 @@ class Planner {
     const double from_shared =
         double(kWarps) * product.shared_steps * sizes_.row_tiles * kTileBytes / kSharedBytesPerClock;
     const double items = std::ceil(double(product.rows.items.value) * layout.team_batch / kThreads);
-    double clocks =
-        kProductClocks + std::max(fma, from_shared) + 2 * kSyncClocks + kEpilogueClocks + items * kEpilogueItemClocks;
+    double clocks = kProductClocks + std::max(fma, from_shared) + 2 * kSyncClocks +
+                    (problem_.backward ? kBackwardClocks : kForwardClocks) + items * kItemClocks;
     // What a block receives.
     const Share& own = problem_.backward ? product.rows : product.columns;
     const int number_bytes = problem_.backward ? sizes_.sum_bytes : sizes_.on_chip_bytes;
     const double bytes = double(layout.team_batch) * layout.ranks * own.per_rank() * number_bytes;
-    if (layout.exchange == Exchange::kCluster) clocks += kClusterClocks + bytes / 32;
+    if (layout.exchange == Exchange::kCluster) clocks += kClusterClocks + bytes / kClusterBytesPerClock;
     if (layout.exchange == Exchange::kGrid) {
       const double blocks = double(layout.ranks) * std::max(layout.teams, 1) * problem_.directions;
       clocks += kGridClocks + 2 * std::max(bytes / kL2BytesPerClockOfSm, bytes * blocks / kL2BytesPerClock);
@@ -631,7 +632,7 @@ Forced forced_by(const std::string& text) {
   if (known != std::end(kStrategyNames)) forced.strategy = static_cast<Strategy>(known - std::begin(kStrategyNames));
   if (name.size() < text.size()) {
     const std::string tiles = text.substr(name.size() + 1);
-    forced.batch_tiles = tiles == "1" ? 1 : tiles == "2" ? 2 : tiles == "4" ? 4 : 0;
+    forced.batch_tiles = tiles == "1" ? 1 : tiles == "2" ? 2 : tiles == "4" ? 4 : tiles == "8" ? 8 : 0;
     if (!forced.batch_tiles) forced.strategy = {};
   }
   if (forced.strategy) return forced;

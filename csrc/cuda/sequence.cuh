@@ -49,6 +49,7 @@ class SequenceBlock {
  public:
   using Sum = typename Tile::Sum;
   static constexpr int kItem = Team::kItem;
+  static constexpr bool kAlone = Team::kAlone;
   // Registers hold the recurrent weights; what a projection has comes from shared memory in each step.
   using RecurrentWeights = OnChipWeights<Tile, kBatchTiles, Tile::kRegisterSteps>;
   using ProjectionWeights = OnChipWeights<Tile, kBatchTiles, 0>;
@@ -119,8 +120,8 @@ class SequenceBlock {
   __device__ __forceinline__ char* copy_of(int64_t s, int n, int row) const {
     const int sequence = 4 * layout_.gate_row + 2 * layout_.cell_row + layout_.h_row;
     const int place = row < 4 ? row * layout_.gate_row : 4 * layout_.gate_row + (row - 4) * layout_.cell_row;
-    return team_.shared() + layout_.inputs_offset + static_cast<int>(s & 1) * layout_.inputs_bytes + n * sequence +
-           place;
+    const int buffer = static_cast<int>(s % (Team::kByMail ? 3 : 2));
+    return team_.shared() + layout_.inputs_offset + buffer * layout_.inputs_bytes + n * sequence + place;
   }
 
   // c between the steps, or its gradient, from unit j on of sequence n; and backward c of the step itself.
@@ -135,7 +136,7 @@ class SequenceBlock {
   __device__ __forceinline__ void multiply() const {
     const ProductLayout& product = layout_[kWhich];
     const auto run = [&](const auto& weights) {
-      weights.multiply(product, team_.operand(kWhich), team_.partial(), layout_.partial_stride);
+      weights.multiply(product, team_.operand(kWhich), team_.partial(), product.partial_stride);
     };
     if constexpr (kWhich == Product::kRecurrent) {
       run(recurrent_);

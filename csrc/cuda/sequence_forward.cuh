@@ -44,8 +44,9 @@ class ForwardWalk {
     copy_inputs(0);
     for (int64_t s = 0; s < layer_.shape.T; ++s) {
       block_.find_moments(s);
+      if constexpr (!Block::kAlone) copy_inputs(s + 1);  // while what others send is on its way
       block_.team().receive(Product::kRecurrent, block_.count(), s > 0);
-      copy_inputs(s + 1);
+      if constexpr (Block::kAlone) copy_inputs(s + 1);
       block_.template multiply<Product::kRecurrent>();
       cp_async_wait<1>();  // those of this step; the next one's are under way
       __syncthreads();     // they are there, and the sums of all warps; nobody reads the operand any more

@@ -12,6 +12,11 @@
 
 namespace lstm_ext::cuda {
 
+// Blocks that a multiprocessor holds at a time: two, where 128 registers are enough for the sums and what goes with
+// them.
+template <class Tile, int kBatchTiles>
+inline constexpr int kStepBlocks = kBatchTiles < 8 && sizeof(typename Tile::Sum) < 8 ? 2 : 1;
+
 // Asks for the four gates of a unit.
 template <class T>
 __device__ __forceinline__ void prefetch_gates(const void* gates, const RowMap& map, int64_t start, int64_t b,
@@ -125,7 +130,8 @@ __device__ void keep_initial_h(const LayerForward& layer, const ForwardDirection
 }
 
 template <class Tile, int kBatchTiles>
-__global__ void __launch_bounds__(kThreads, 2) step_forward(const __grid_constant__ StepForward params) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
+    step_forward(const __grid_constant__ StepForward params) {
   const int d = blockIdx.y;
   const LayerForward& layer = params.layer;
   StepBlock<Tile, kBatchTiles, false> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
@@ -264,7 +270,8 @@ __device__ __forceinline__ void step_hidden_backward(const StepBackward& params,
 }
 
 template <class Tile, int kBatchTiles>
-__global__ void __launch_bounds__(kThreads, 2) step_backward(const __grid_constant__ StepBackward params) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
+    step_backward(const __grid_constant__ StepBackward params) {
   const int d = blockIdx.y;
   const LayerBackward& layer = params.pass.layer;
   StepBlock<Tile, kBatchTiles, true> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,

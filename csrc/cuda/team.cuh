@@ -92,8 +92,9 @@ class Team {
   // The product's rows from j on for sequence n.
   template <class Numbers = Piece<Sum>>
   __device__ __forceinline__ Numbers product(Product which, int n, int j) const {
-    const int splits = kWarps >> layout_[which].log_warps_m;
-    return total<Numbers>(partial() + n * layout_.partial_stride + j, splits, kSequences * layout_.partial_stride);
+    const ProductLayout& layout = layout_[which];
+    return total<Numbers>(partial() + n * layout.partial_stride + j, kWarps >> layout.log_warps_m,
+                          kSequences * layout.partial_stride);
   }
 
  protected:
@@ -167,12 +168,12 @@ template <class Tile, int kBatchTiles, Exchange kExchange>
 class Gather : public Team<Tile, kBatchTiles, kExchange> {
   using Base = Team<Tile, kBatchTiles, kExchange>;
   using Base::exchanges_, Base::layout_, Base::rank_, Base::shared_;
-  using Base::kAlone, Base::kClustered, Base::kByMail, Base::kSequences;
+  using Base::kClustered, Base::kSequences;
   using OnChip = typename Tile::OnChip;
   using Sum = typename Tile::Sum;
 
  public:
-  using Base::kItem;
+  using Base::kAlone, Base::kByMail, Base::kItem;
 
   __device__ explicit Gather(const Layout& layout) : Base(layout) {
     for (int n = 0; n < layout.num_products; ++n)
@@ -311,12 +312,12 @@ template <class Tile, int kBatchTiles, Exchange kExchange>
 class Scatter : public Team<Tile, kBatchTiles, kExchange> {
   using Base = Team<Tile, kBatchTiles, kExchange>;
   using Base::exchanges_, Base::layout_, Base::rank_, Base::shared_;
-  using Base::kAlone, Base::kClustered, Base::kByMail, Base::kSequences;
+  using Base::kClustered, Base::kSequences;
   using OnChip = typename Tile::OnChip;
   using Sum = typename Tile::Sum;
 
  public:
-  using Base::kItem;
+  using Base::kAlone, Base::kByMail, Base::kItem;
 
   __device__ explicit Scatter(const Layout& layout) : Base(layout) {
     for (int n = 0; n < layout.num_products; ++n)

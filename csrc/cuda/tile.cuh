@@ -104,9 +104,10 @@ struct MmaTile {
   // The sums of a lane to those of row 0 of its group, [sequences, stride].
   static __device__ __forceinline__ void store(const float (&sums)[kRowTiles][kSums], float* to, int stride, int lane) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-      *reinterpret_cast<float4*>(to + (lane % 4 * 2 + n) * stride + lane_row(lane)) =
-          make_float4(sums[0][n], sums[0][2 + n], sums[1][n], sums[1][2 + n]);
+    for (int n = 0; n < 2; ++n) {
+      const float rows[] = {sums[0][n], sums[0][2 + n], sums[1][n], sums[1][2 + n]};
+      *reinterpret_cast<uint4*>(to + (lane % 4 * 2 + n) * stride + lane_row(lane)) = bits_as<uint4>(rows);
+    }
   }
   static __device__ __forceinline__ int sum_row(int lane, int n) { return lane / 4 + n / 2 * 8; }
   static __device__ __forceinline__ int sum_column(int lane, int n) { return lane % 4 * 2 + n % 2; }

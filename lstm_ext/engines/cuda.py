@@ -114,6 +114,12 @@ def input_products(call: LayerCall) -> Tensor:
     return xw
 
 
+def _explain(error: RuntimeError) -> None:
+    """Says what torch cannot know, where an operation of its own is the first to hear that the GPU was lost before."""
+    if why := C.cuda_timed_out():
+        raise RuntimeError(f"{error}\nlstm_ext: {why}") from error
+
+
 def forward(call: CallTuple, save: Save) -> OutputsTuple:
     """See `Engine`."""
     asked = LayerCall(*call)
@@ -130,7 +136,11 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         raise ValueError("lengths, resets, batch_first: expected none of them with batch_sizes, got one")
     if asked.batch_sizes is not None or not _seems_right(asked):
         check(asked, values=asked.batch_sizes is not None)  # a kernel follows batch_sizes, and cannot check them
-    steps = steps_of(asked)._replace(x=input_products(asked))
+    try:
+        steps = steps_of(asked)._replace(x=input_products(asked))
+    except RuntimeError as error:
+        _explain(error)
+        raise
     outputs = C.cuda_layer_forward(steps, save, tf32_allowed(), _strategy)
     return _forward_without_kernels(asked, save, outputs) if isinstance(outputs, str) else outputs
 

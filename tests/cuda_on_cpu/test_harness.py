@@ -31,7 +31,7 @@ FAULTS = {
     "overwrite_across_barrier": "wrong result",
     "push_of_more_than_expected": "wrong result",
     "push_to_ended_block": "of a block that has ended",
-    "push_with_wrong_parity": "deadlock",
+    "push_with_wrong_parity": "wrong result",
     "shuffle_from_outside_the_mask": "not in its mask",
     "shuffle_mask": "the mask leaves out the lane that calls it",
     "uninitialised_shared": "wrong result",
