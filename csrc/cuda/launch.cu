@@ -15,6 +15,8 @@
 namespace lstm_ext::cuda {
 namespace {
 
+constexpr int kPortableCluster = 8;  // blocks, on every device that has clusters
+
 // LaunchConfig in the runtime's terms.
 struct RuntimeConfig {
   cudaLaunchAttribute attributes[3];
@@ -105,7 +107,12 @@ int blocks_per_sm_raw(const char* name, const void* entry, int threads, int64_t 
 int active_clusters_raw(const char* name, const void* entry, const LaunchConfig& config) {
   const RuntimeConfig runtime(config, nullptr);
   int clusters = 0;
-  check(cudaOccupancyMaxActiveClusters(&clusters, entry, &runtime.config), "cudaOccupancyMaxActiveClusters", name);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, entry, &runtime.config);
+  if (error != cudaSuccess && config.cluster > kPortableCluster) {  // not each device takes more than is portable
+    (void)cudaGetLastError();
+    return 0;
+  }
+  check(error, "cudaOccupancyMaxActiveClusters", name);
   return clusters;
 }
 
