@@ -150,8 +150,11 @@ class SequenceBlock {
   __device__ void load(Product which, Weights& to, const void* weights) const {
     const ProductLayout& product = layout_[which];
     const int rank = team_.rank();
-    to.load(product, weights, kDirection > 0 ? rank * product.rows.per_rank() : 0,
-            kDirection > 0 ? 0 : rank * product.columns.per_rank());
+    if constexpr (kDirection > 0) {
+      to.load(product, weights, rank * product.rows.per_rank(), 0);
+    } else {
+      to.load(product, weights, 0, rank * product.columns.per_rank());
+    }
   }
 
   __device__ Moment* moments(int64_t s) const {

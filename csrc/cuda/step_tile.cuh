@@ -293,16 +293,20 @@ struct LaneOperands<PlainTile<T, TMath>, kTransposed> {
       : row(first_row + static_cast<int>(threadIdx.x) % 32), sequence(sequence), pitch(pitch) {}
 
   __device__ __forceinline__ Numbers weights(const char* stage, int k_tile) const {
-    if constexpr (!kTransposed) return chunk(stage + row * kStageBytes, k_tile ^ row % kStageChunks);
-    Numbers numbers;
+    if constexpr (kTransposed) {
+      Numbers numbers;
 #pragma unroll
-    for (int k = 0; k < Tile::kK; ++k)
-      numbers.at[k] = reinterpret_cast<const T*>(stage + (k_tile * Tile::kK + k) * pitch)[row];
-    return numbers;
+      for (int k = 0; k < Tile::kK; ++k)
+        numbers.at[k] = reinterpret_cast<const T*>(stage + (k_tile * Tile::kK + k) * pitch)[row];
+      return numbers;
+    } else {
+      return chunk(stage + row * kStageBytes, k_tile ^ row % kStageChunks);
+    }
   }
 
   static __device__ __forceinline__ Numbers chunk(const char* row, int n) {
-    return bits_as<Numbers>(reinterpret_cast<const uint4*>(row)[n]);
+    const uint4 words = reinterpret_cast<const uint4*>(row)[n];  // in one load: not by reference
+    return bits_as<Numbers>(words);
   }
 
   template <int kBatchTiles>

@@ -78,11 +78,15 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-// A number of each of N adjacent units, read and written by as few accesses as it takes.
+// To what so many bytes are aligned that are read and written by as few accesses as it takes.
+constexpr size_t access_bytes(size_t bytes, size_t otherwise) {
+  if (bytes % 16 == 0) return 16;
+  return bytes < 16 ? bytes : otherwise;
+}
+
+// A number of each of N adjacent units.
 template <class T, int N>
-struct alignas(N * sizeof(T) % 16 == 0 ? 16
-               : N * sizeof(T) < 16    ? N * sizeof(T)
-                                       : alignof(T)) Units {
+struct alignas(access_bytes(N * sizeof(T), alignof(T))) Units {
   static constexpr int kCount = N;
   T at[N];
 };
