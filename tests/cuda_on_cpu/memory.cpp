@@ -365,17 +365,6 @@ bool mbarrier_try_wait(uint64_t* barrier, int parity, bool acquire, Location whe
   return true;
 }
 
-void mbarrier_wait(uint64_t* barrier, int parity, bool acquire, Location where) {
-  while (!mbarrier_try_wait(barrier, parity, acquire, where)) {
-  }
-}
-
-View all_stores() {
-  View view;
-  std::copy_n(store_counts, kMostResidentBlocks, view.seen);
-  return view;
-}
-
 void forget_versions() {
   places.clear();
   mbarrier_views.clear();

@@ -67,11 +67,10 @@ T* map_rank(T* local, int rank, Location where) {
 // `transaction` not null: st.async, of which that mbarrier hears.
 void store_remote(void* to, uint64_t bits, int size, uint64_t* transaction, Location where);
 
-// mbarriers: 8 bytes of any block's shared memory. A wait ends with the phase of that parity.
+// mbarriers: 8 bytes of any block's shared memory.
 void mbarrier_init(uint64_t* barrier, int count, Location where);
 void mbarrier_arrive(uint64_t* barrier, int expected_bytes, bool release, Location where);
 void mbarrier_count_bytes(uint64_t* barrier, int bytes);
-void mbarrier_wait(uint64_t* barrier, int parity, bool acquire, Location where);
 // Whether the phase has ended; rests until something happens if not.
 bool mbarrier_try_wait(uint64_t* barrier, int parity, bool acquire, Location where);
 
