@@ -16,7 +16,7 @@ from lstm_ext.call import Save
 from lstm_ext.testing import Case, assert_all_close, make_inputs, run_layer, run_oracle
 
 harness: Any = pytest.importorskip(
-    "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ImportError
+    "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ModuleNotFoundError
 )
 
 from .test_cuda_on_cpu import Core, cuda, input_products, torch  # noqa: E402
