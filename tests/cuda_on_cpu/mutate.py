@@ -66,6 +66,8 @@ CALLS = re.compile(
 )
 WHILES = re.compile(r"\bwhile \(")
 IFS = re.compile(r"\bif \(")
+
+
 @dataclass(frozen=True)
 class Mutation:
     file: str
