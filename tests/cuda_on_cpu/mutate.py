@@ -226,7 +226,7 @@ def outcome(number: int) -> str:
         "UBSan: {}": r"runtime error: ([^\n]{0,60})",
         "harness: {}": r"RuntimeError: seed \d+, kernel [^:]+: ([^\n,]{0,60})",
         "refused: {}": r"RuntimeError: lstm_ext: ([^\n]{0,60})",
-        "wrong result: {}": r"AssertionError: ([\w\[\]]+)",
+        "wrong result: {}": r"(?:AssertionError: |Arrays are not equal\n)([\w\[\]]+)",
     }.items():
         if found := re.search(pattern, text):
             return said.format(found[1])
