@@ -113,6 +113,18 @@ def test_what_is_no_commit_is_named(tmp_path: Path) -> None:
     assert run("compare.py", "one.json", "HEAD", cwd=tmp_path)[0] == 2
 
 
+def test_workloads_are_shown_by_their_names(tmp_path: Path) -> None:
+    works = ("voice activity", "amplifier model")
+    arguments = ("--suite", *works, "--threads", "1", "--seconds", "0.01", "--arms", "lstm_ext", "torch", "--targets")
+    status, output, errors = run("run.py", *arguments, "--json", "rows.json", cwd=tmp_path)
+    assert status == 0, errors
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["suite"] for row in rows] == list(works)
+    assert all(word in output for work in works for word in work.split())
+    assert "workloads" in output  # of the targets, and no other that is for the whole grid
+    assert "whole grid" not in output
+
+
 @pytest.mark.parametrize(
     ("option", "size", "least"), [("--hidden", "0", 1), ("--threads", "two", 1), ("--proj", "-1", 0)]
 )
