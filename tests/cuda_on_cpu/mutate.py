@@ -192,6 +192,7 @@ def run_tests() -> None:
         for needs in suite.all_needs:
             suite.test_needs_change_no_gradient(tests.MASKED_CASE, needs, way)
         tests.check(tests.LARGE_BATCH_CASE, "float32", strategy, device=0 if strategy == "grid" else 1)
+        tests.check(tests.Case(20, 3, 4, 5, lengths="ragged", resets=True), "float32", strategy)  # moments found anew
     for case in tests.CELLS:
         tests.check_cell(case, "float32")
     tests.check(tests.Case(2, 1, 3, 1), "float32", "cluster")
