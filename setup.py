@@ -299,6 +299,9 @@ def record(package: Path, version: str, reason: str, cuda_reason: str) -> None:
 
 class BuildPy(build_py):
     def run(self) -> None:
+        if not self.editable_mode:
+            # All that lies there is packed: of an earlier build also modules that the tree no longer has.
+            shutil.rmtree(Path(self.build_lib) / "lstm_ext", ignore_errors=True)
         super().run()
         if MODE == "python":
             announce("building no native module")

@@ -136,13 +136,22 @@ def test_the_simd_levels_that_are_named_are_built(tmp_path: Path, wanted: str, b
     assert [level for level in levels if wanted or level != "amx"] == built.split()  # not all assemblers know AMX
 
 
-def test_auto_drops_the_module_of_an_earlier_build(tmp_path: Path) -> None:
-    suffix = f"lib.linux-x86_64-{sys.implementation.cache_tag}"
-    stale = tmp_path / "build" / suffix / "lstm_ext/_C.cpython-stale.so"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    _, site, _ = Build(tmp_path).unpack()
-    assert not list(site.glob("lstm_ext/_C*.so"))
+@pytest.mark.parametrize(
+    ("mode", "folder"), [("python", "lib"), ("auto", f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")]
+)
+def test_nothing_of_an_earlier_build_is_packed(tmp_path: Path, mode: str, folder: str) -> None:
+    """Neither its compiled module nor modules that the tree no longer has."""
+    package = tmp_path / "build" / folder / "lstm_ext"
+    (package / "engines").mkdir(parents=True)
+    stale = ["_C.cpython-stale.so", "_build_info.json", "gone.py", "engines/gone.py"]
+    for name in stale:
+        (package / name).touch()
+    _, site, info = Build(tmp_path, LSTM_EXT_BUILD=mode).unpack()
+    assert package.exists()  # it is this folder that the build packs
+    packed = {str(path.relative_to(site / "lstm_ext")) for path in site.glob("lstm_ext/**/*")}
+    assert "__init__.py" in packed
+    assert packed.isdisjoint({*stale} - {"_build_info.json"})
+    assert info["mode"] == mode
 
 
 def test_a_forced_cpu_build_names_the_missing_compiler(tmp_path: Path) -> None:
