@@ -177,6 +177,52 @@ def test_a_forced_cuda_build_names_nvcc(tmp_path: Path) -> None:
     assert "LSTM_EXT_BUILD=cuda: nvcc not found" in build.output
 
 
+REQUIRED = "import setuptools.build_meta as b; print(*b.get_requires_for_build_wheel(), sep='\\n')"
+
+
+@pytest.mark.parametrize(("mode", "nvcc"), [("cuda", False), ("cuda", True), ("auto", False)])
+def test_a_forced_cuda_build_asks_for_nvcc_where_there_is_none(tmp_path: Path, mode: str, nvcc: bool) -> None:
+    build = Build(tmp_path, LSTM_EXT_BUILD="python")
+    if nvcc:
+        compiler = tmp_path / "bin/nvcc"
+        compiler.write_text("#!/bin/sh\n")
+        compiler.chmod(0o755)
+    build.environment["LSTM_EXT_BUILD"] = mode
+    done = build.python(REQUIRED, tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {line.partition("==")[0] for line in done.stdout.splitlines() if line.startswith("nvidia-")}
+    packages = {"nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl"}
+    assert names == (packages if mode == "cuda" and not nvcc else set())
+
+
+def test_nvcc_is_found_among_the_packages_of_an_isolated_build(tmp_path: Path) -> None:
+    """In a copy, since that environment is another each time, and with the libraries where such packages have them."""
+    isolated = tmp_path / "isolated"
+    toolkit = isolated / "nvidia/cu13"
+    for name in ("bin/nvcc", "lib/libcudart.so.13", "lib/libcudart_static.a"):
+        (toolkit / name).parent.mkdir(parents=True, exist_ok=True)
+        (toolkit / name).touch(mode=0o755)
+    information = isolated / "nvidia_cuda_nvcc-13.0.88.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-nvcc\nVersion: 13.0.88\n")
+    (toolkit / "bin/nvcc").write_text('#!/bin/sh\necho "$LIBRARY_PATH" >"$0.said"\nexit 1\n')
+    (tmp_path / "tools").mkdir()
+    for tool in ("c++", "as", "ld"):
+        found = shutil.which(tool)
+        if found is None:
+            pytest.skip(f"needs {tool}")
+        (tmp_path / "tools" / tool).symlink_to(found)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    tools = {"PATH": str(tmp_path / "tools"), "PYTHONPATH": str(isolated)}
+    build = Build(sources, LSTM_EXT_BUILD="cuda", LSTM_EXT_CUDA_ARCHS="90a", **tools)
+    assert build.failed
+    copy = sources / "build/cu13-13.0.88"
+    assert f"-DCMAKE_CUDA_COMPILER={copy}/bin/nvcc" in build.output
+    assert f"-DCUDA_CUDART={copy}/lib/libcudart.so.13" in build.output
+    assert (copy / "bin/nvcc.said").read_text().split(os.pathsep)[0].strip() == f"{copy}/lib"
+
+
 def test_an_unknown_mode_is_an_error(tmp_path: Path) -> None:
     build = Build(tmp_path, LSTM_EXT_BUILD="gpu")
     assert build.failed
