@@ -297,6 +297,45 @@ def test_a_simd_level_above_the_machines_is_the_highest_below_it() -> None:
         assert said.count(f"LSTM_EXT_SIMD: this machine has no {level}; lstm_ext uses {used}") == (level != used)
 
 
+LOGGED = """
+import numpy as np, torch, lstm_ext
+x, w_ih, w_hh = (np.full(shape, 0.1, np.float32) for shape in [(8, 3, 4), (20, 4), (20, 5)])
+for steps in (8, 8, 7):  # another number of steps is no other plan, unless it is planned otherwise
+    lstm_ext.lstm(x[:steps], None, w_ih, w_hh)
+lstm = lstm_ext.LSTM(6, 7, proj_size=2)
+lstm(torch.randn(9, 3, 6))[0].sum().backward()
+with lstm_ext.use_backend("numpy"):
+    lstm(torch.randn(9, 3, 6))
+lstm_ext.LSTMCell(6, 7)(torch.randn(3, 6))
+torch.func.jvp(lambda x: lstm(x)[0], (torch.randn(9, 3, 6),), (torch.randn(9, 3, 6),))
+"""
+
+
+@needs_native
+def test_the_log_has_a_line_for_each_new_plan() -> None:
+    done = run_python("-c", LOGGED, LSTM_EXT_LOG="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("lstm_ext: ") for line in done.stderr.splitlines() if line.startswith("lstm_ext: ")]
+    cpu = "cpu, engine="
+    expected = [
+        ("forward T=8 B=3 I=4 H=5 P=0 float32 cpu: ", cpu),
+        ("forward T=9 B=3 I=6 H=7 P=2 float32 cpu: ", cpu),
+        ("backward T=9 B=3 I=6 H=7 P=2 float32 cpu: ", cpu),
+        ("forward T=9 B=3 I=6 H=7 P=2 float32 cpu: ", "numpy (asked for), step by step in NumPy"),
+        ("forward T=1 B=3 I=6 H=7 P=0 float32 cpu cell: ", cpu),
+        ("forward T=9 B=3 I=6 H=7 P=2 float32 cpu: ", "torch's operations, step by step (forward-mode derivatives)"),
+    ]
+    lines = [line for line in lines if not line.startswith("forward T=7")]  # which chunk_steps may tell apart
+    assert [line.startswith(call + way) for line, (call, way) in zip(lines, expected, strict=True)] == [True] * 6, lines
+    assert all("threads=1 (" in line and "chunk_steps=" in line for line in lines if cpu in line)
+    assert "lstm_ext: " not in run_python("-c", LOGGED, LSTM_EXT_LOG="0").stderr
+
+
+def test_the_log_tells_why_there_are_no_kernels() -> None:
+    said = succeed(WITHOUT_TORCH + WITHOUT_NATIVE + NUMPY_PROGRAM, LSTM_EXT_LOG="1")
+    assert "forward T=3 B=2 I=4 H=5 P=0 float32 cpu: numpy (cpu: lstm_ext._C cannot be imported" in said
+
+
 # Threads and processes -----------------------------------------------------------------------------------------------
 
 SHARED_CASE = Case(20, 12, 33, 65)  # large enough for the pool
