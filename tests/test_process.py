@@ -13,15 +13,17 @@ import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import lstm_ext
-from lstm_ext import _native, reference
+from lstm_ext import _native, quick_bench, reference
+from lstm_ext.__main__ import main
 from lstm_ext.call import Save
-from lstm_ext.testing import Case, assert_identical, make_inputs, run_layer
+from lstm_ext.testing import Case, assert_identical, make_inputs, run_layer, run_oracle
 
 from .conftest import needs_native
 
@@ -221,6 +223,59 @@ def test_the_self_check_is_a_program_like_others() -> None:
     done = run_python("-m", "lstm_ext", "--bogus")
     assert done.returncode == 2
     assert "unrecognized arguments: --bogus" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("info", ["lstm_ext 0.", "backend numpy: available"]),
+        ("check", ["pass  numpy, float32", "all checks passed"]),
+        ("plan 512 16 768 --device H100 --dtype bfloat16", ["strategy               grid", "not cluster  "]),
+        ("plan 50 16 64 --num-threads 1", ["engine                 vectors (", "threads                1 ("]),
+        ("bench", ["torch / lstm_ext", "    2    3      5  inference", "    2    3      5  training"]),
+    ],
+)
+@needs_native
+def test_a_command_says_its_part_in_80_columns(
+    command: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quick_bench, "SIZES", ((2, 3, 5),))
+    monkeypatch.setattr(quick_bench, "SECONDS", 1e-4)
+    monkeypatch.setenv("COLUMNS", "80")
+    for stream in (sys.stdout, sys.stderr):  # what is captured is taken for a terminal
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert main(command.split()) == 0
+    said = capsys.readouterr()
+    for text in words:
+        assert text in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert ("all checks passed" in said.out) == (command == "check")
+    assert ("backend numpy" in said.out) == (command == "info")
+    assert (f"\r{'#' * 40} 2/2\r" in said.err) == (command == "bench")
+
+
+@needs_native
+def test_a_bench_gives_no_time_of_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(inputs: Any) -> Any:
+        outputs, gradients = run_oracle(inputs)
+        return outputs, gradients | {"dx": gradients["dx"] * 1.01}
+
+    monkeypatch.setattr(quick_bench, "SIZES", ((2, 3, 5),))
+    monkeypatch.setattr(quick_bench, "run_oracle", too_large)
+    assert main(["bench"]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("WRONG") == 2
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("command", ["bench --device cuda", "plan 0 1 1", "plan 1 1 1 --strategy grid"])
+def test_a_command_that_cannot_be_done_says_so_in_a_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if command.startswith("bench") and lstm_ext.backends()["cuda"].available:
+        pytest.skip("it can be done here")
+    assert main(command.split()) == 1
+    assert capsys.readouterr().err.startswith("lstm_ext: ")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="the system has no such signal")
