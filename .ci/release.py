@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
 VERSION_FILE, CHANGELOG = "lstm_ext/_version.py", "CHANGELOG.md"
-STATED = re.compile(r"""^\s*(?:__version__|version)\s*[:=]\s*["']?(\d+\.\d+[^"'\s,{}]*)["']?\s*$""", re.MULTILINE)
+STATED = re.compile(r"""^\s*(?:__version__|version)\s*[:=]\s*["']?(\d+\.[^"'\s,{}]*)["']?\s*$""", re.MULTILINE)
 
 
 def read_version(text: str) -> str:
@@ -58,7 +58,7 @@ def git(*arguments: str) -> str:
 def find_problems_of_tree(version: str) -> list[str]:
     """Changes that no commit has, and files that state a version of their own."""
     problems = [f"not committed: {line[3:]}" for line in git("status", "--porcelain").splitlines()]
-    for name in git("ls-files", "*.py", "*.toml", "*.cfg", "*.cff", "*.json", "CMakeLists.txt").splitlines():
+    for name in git("ls-files", "*.py", "*.toml", "*.cfg", "*.cff", "CMakeLists.txt").splitlines():
         for stated in STATED.findall((ROOT / name).read_text(encoding="utf-8")):
             # A citation has to name what it cites, and then the same.
             if name != VERSION_FILE and (Path(name).suffix != ".cff" or stated != version):

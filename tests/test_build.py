@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pybind11
 import pytest
@@ -235,3 +237,61 @@ def test_a_bad_cuda_architecture_is_an_error(tmp_path: Path, mode: str, archs: s
     build = Build(tmp_path, LSTM_EXT_BUILD=mode, LSTM_EXT_CUDA_ARCHS=archs)
     assert build.failed
     assert f"LSTM_EXT_CUDA_ARCHS: expected architectures from 75 on, such as '90a;100', got '{bad}'" in build.output
+
+
+# Releases ------------------------------------------------------------------------------------------------------------
+
+CHANGES = "# Changelog\n\n## 1.2.0 — 2030-01-02\n\n- New.\n\n## 1.1.0 — 2029-01-02\n\n- Old.\n"
+
+
+@pytest.fixture(scope="module")
+def release() -> Any:
+    """The script, as a module."""
+    path = ROOT / ".ci/release.py"
+    if not path.exists():
+        pytest.skip(".ci is not beside the tests")
+    spec = importlib.util.spec_from_file_location("release", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "tag", "problem"),
+    [
+        ("1.2.0", CHANGES, "v1.2.0", None),
+        ("1.2.0", CHANGES, None, None),
+        ("1.2.0", CHANGES, "v1.2.1", "the tag is v1.2.1, the version 1.2.0"),
+        ("1.3.0", CHANGES, "v1.3.0", "the newest entry is 1.2.0"),
+        ("1.2.0", CHANGES.replace("2030-01-02", "unreleased"), "v1.2.0", "no date but 'unreleased'"),
+        ("1.2.0", CHANGES.replace("- New.\n", ""), "v1.2.0", "says nothing"),
+    ],
+)
+def test_a_release_says_what_is_missing(
+    release: Any, version: str, changes: str, tag: str | None, problem: str | None
+) -> None:
+    problems = release.find_problems(version, changes, tag)
+    assert len(problems) == (problem is not None)
+    assert problem is None or problem in problems[0]
+
+
+def test_the_changelog_begins_with_this_version(release: Any) -> None:
+    version = release.read_version((ROOT / "lstm_ext/_version.py").read_text())
+    newest, _, changes = release.read_changes((ROOT / "CHANGELOG.md").read_text())
+    assert newest == version
+    assert changes
+    assert release.read_changes(CHANGES)[2] == "- New."
+
+
+def test_a_version_that_is_stated_twice_is_found(release: Any) -> None:
+    for text in ('version = "1.2"\n', "__version__ = '1.2'\n", "\nversion: 1.2\n"):
+        assert release.STATED.findall(text) == ["1.2"], text
+    for text in (
+        "cff-version: 1.2.0\n",
+        'target-version = "py310"\n',
+        "version = {attr = 1}\n",
+        'python_version = "3.10"',
+    ):
+        assert release.STATED.findall(text) == [], text
