@@ -4,7 +4,7 @@ Environment:
     LSTM_EXT_BUILD        auto (default), python (no native module), cpu, or cuda (CPU and CUDA)
     LSTM_EXT_BUILD_LEVELS SIMD levels of the CPU kernels, such as "avx2,avx512" (default: all); baseline is always built
     LSTM_EXT_CUDA_ARCHS   CUDA architectures, such as "90a;100" (default: those of the GPUs present)
-    CXX, CUDACXX          the compilers
+    CXX, CUDACXX          the compilers; LSTM_EXT_BUILD=cuda has nvcc from packages of pip where the machine has none
     CMAKE_ARGS            further arguments for CMake, such as -DLSTM_EXT_SANITIZE=address,undefined
 """
 
@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import zlib
+from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 
@@ -78,14 +79,50 @@ def announce(text: str) -> None:
     print(f"lstm_ext: {text} (LSTM_EXT_BUILD={MODE})", file=sys.stderr, flush=True)
 
 
+def kept_copy(folder: Path, name: str) -> Path:
+    """The copy in build/ of a build requirement.
+
+    An isolated build has it in another folder each time, and all that includes it would be compiled again.
+    """
+    copy = ROOT / "build" / name
+    if not copy.exists():
+        unfinished = copy.with_name(f"{name}-{os.getpid()}")
+        shutil.copytree(folder, unfinished, ignore=shutil.ignore_patterns("__pycache__"))
+        unfinished.rename(copy)
+    return copy
+
+
 # ---- CUDA ------------------------------------------------------------------------------------------------
 
 
 def find_nvcc() -> str | None:
-    """The nvcc of CUDACXX, PATH or CUDA_HOME."""
+    """The nvcc of CUDACXX, PATH, CUDA_HOME, or the package nvidia-cuda-nvcc in this Python."""
     home = os.environ.get("CUDA_HOME")
-    path = os.pathsep.join([os.environ.get("PATH", ""), *([f"{home}/bin"] if home else [])])
-    return shutil.which(os.environ.get("CUDACXX") or "nvcc", path=path)
+    packaged = [str(folder) for each in sys.path for folder in Path(each).glob("nvidia/cu*/bin")]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *([f"{home}/bin"] if home else []), *packaged])
+    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc", path=path)
+    if nvcc is None or str(Path(nvcc).parent) not in packaged or Path(nvcc).is_relative_to(sys.prefix):
+        return nvcc
+    toolkit = Path(nvcc).parents[1]
+    return str(kept_copy(toolkit, f"{toolkit.name}-{metadata.version('nvidia-cuda-nvcc')}") / "bin/nvcc")
+
+
+def build_requirements() -> list[str]:
+    """What a build needs besides pyproject.toml's: nvcc, as in the extra `cuda`, if it is asked for and not here."""
+    if MODE != "cuda" or os.environ.get("CUDACXX") or find_nvcc() is not None:
+        return []
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\ncuda = [\n")[2].partition("]\n")[0]
+    return re.findall(r'"(.*)"', extras)
+
+
+def packaged_libraries(nvcc: str) -> list[str]:
+    """CMake's arguments for an nvcc from packages, whose libraries are not where nvcc and CMake look for them."""
+    folder = Path(nvcc).parents[1] / "lib"
+    shared = sorted(folder.glob("libcudart.so.*"))
+    if not shared or not (folder / "libcudart_static.a").exists() or folder.with_name("lib64").exists():
+        return []
+    os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("LIBRARY_PATH")]))  # for ld
+    return [f"-DCUDA_CUDART={shared[0]}"]
 
 
 def arch_number(arch: str) -> int:
@@ -136,10 +173,10 @@ def plan_cuda() -> tuple[list[str], str]:
     archs = named_archs()
     nvcc = find_nvcc()
     if nvcc is None:
-        reason = "nvcc not found: install the CUDA toolkit and put nvcc on PATH, or set CUDACXX or CUDA_HOME"
+        reason = "nvcc not found: put that of a CUDA toolkit on PATH, or set CUDACXX or CUDA_HOME"
         if MODE == "cuda":
-            raise SystemExit(f"lstm_ext: LSTM_EXT_BUILD=cuda: {reason}")
-        return [], reason
+            raise SystemExit(f"lstm_ext: LSTM_EXT_BUILD=cuda: {reason}, or build with isolation, which fetches one")
+        return [], f"{reason}, or LSTM_EXT_BUILD=cuda, which fetches one"
     archs = archs or present_archs()
     if not archs:
         if MODE == "auto":
@@ -149,6 +186,7 @@ def plan_cuda() -> tuple[list[str], str]:
     return [
         "-DLSTM_EXT_CUDA=ON",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        *packaged_libraries(nvcc),
         f"-DCMAKE_CUDA_ARCHITECTURES={cmake_archs(archs)}",
     ], ""
 
@@ -230,21 +268,13 @@ def run(command: list[str]) -> None:
 
 
 def pybind11_cmake_dir() -> Path:
-    """Where CMake finds pybind11: a copy in build/.
-
-    An isolated build has it in another folder each time, and all that includes it would be compiled again.
-    """
+    """Where CMake finds pybind11."""
     import pybind11
 
     package, found = Path(pybind11.__file__).parent, Path(pybind11.get_cmake_dir())
     if not found.is_relative_to(package):
         return found
-    copy = ROOT / "build" / f"pybind11-{pybind11.__version__}"
-    if not copy.exists():
-        unfinished = copy.with_name(f"{copy.name}-{os.getpid()}")
-        shutil.copytree(package, unfinished, ignore=shutil.ignore_patterns("__pycache__"))
-        unfinished.rename(copy)
-    return copy / found.relative_to(package)
+    return kept_copy(package, f"pybind11-{pybind11.__version__}") / found.relative_to(package)
 
 
 def build_native(target: Path, version: str, cuda: list[str], cuda_reason: str) -> None:
@@ -299,6 +329,9 @@ def record(package: Path, version: str, reason: str, cuda_reason: str) -> None:
 
 class BuildPy(build_py):
     def run(self) -> None:
+        if not self.editable_mode:
+            # All that lies there is packed: of an earlier build also modules that the tree no longer has.
+            shutil.rmtree(Path(self.build_lib) / "lstm_ext", ignore_errors=True)
         super().run()
         if MODE == "python":
             announce("building no native module")
@@ -348,4 +381,5 @@ setup(
     # Optional, as far as setuptools needs to know: with LSTM_EXT_BUILD=auto the file may be missing.
     ext_modules=[] if MODE == "python" else [Extension("lstm_ext._C", sources=[], optional=MODE == "auto")],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+    setup_requires=build_requirements(),
 )

@@ -193,6 +193,12 @@ class LayerCall(NamedTuple):
             return self.x.shape[0] if len(self.x.shape) == 2 else 1
         return self.x.shape[0 if self.batch_first else 1]
 
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """T, B, I, H and P, which is 0 without a projection."""
+        w = self.split()[0]
+        P = 0 if w.w_hr is None else w.w_hr.shape[0]
+        return self.num_steps(), self.batch_size(), w.w_ih.shape[1], w.w_hh.shape[0] // 4, P
+
     def state_sizes(self, batch_size: int) -> tuple[int, ...]:
         """The shape of a state but for its last axis: (D, B), and of a step (B,) or ()."""
         if not self.is_step:

@@ -17,7 +17,7 @@ from ._torch_private import (
     profiler,
 )
 from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds, check_step_state
-from .engines import Engine, backends, choose, choose_under, composed, forced, onnx, stock, warn_once
+from .engines import Engine, backends, choose, choose_under, composed, forced, logged, onnx, stock, warn_once
 from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requires_grad
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -59,7 +59,7 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
         check_step_state(call)
     more = call.masked or save or call.directions == REVERSE or (call.is_step and call.projected)  # than torch has
     if is_tracing() and not more:
-        return stock.forward(call, save)
+        return _stock(call, save)
     if call.is_step and watched and served:
         outputs = Outputs(*run(call.with_time(), save))
         # Subclasses of Tensor have shapes of their own, which do not change in place.
@@ -70,7 +70,7 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     if watched and onnx.is_exporting():
         return onnx.forward(call, save)
     if not served:
-        return _composed(call, save) if more else stock.forward(call, save)
+        return _composed(call, save) if more else _stock(call, save)
     if watched and _in_forward_mode():
         return _composed(call, save)
     if watched:
@@ -137,10 +137,25 @@ def autocast_cell_dtype(call: LayerCall) -> torch.dtype:
 # What they run -------------------------------------------------------------------------------------------------------
 
 
+def _stock(call: LayerCall, save: Save) -> Outputs:
+    outputs = stock.forward(call, save)
+    if logged.ON and not is_compiling():
+        _log(call, "torch's own LSTM")
+    return outputs
+
+
 def _composed(call: LayerCall, save: Save) -> Outputs:
     torch_op.check_watched(call)
     outputs = composed.forward(call, save)
+    if logged.ON and not is_compiling():
+        _log(call, "torch's operations, step by step")
     return outputs if save else outputs._replace(cells=None)
+
+
+def _log(call: LayerCall, name: str) -> None:
+    choice = choose(call.x.device.type, call.x.dtype)
+    why = choice.reason if choice.engine is None else "a trace" if is_tracing() else "forward-mode derivatives"
+    logged.say("forward", call, name, "", why)
 
 
 def _recorded(engine: Engine, call: CallTuple, save: Save) -> OutputsTuple:

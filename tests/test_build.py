@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pybind11
 import pytest
@@ -136,13 +138,22 @@ def test_the_simd_levels_that_are_named_are_built(tmp_path: Path, wanted: str, b
     assert [level for level in levels if wanted or level != "amx"] == built.split()  # not all assemblers know AMX
 
 
-def test_auto_drops_the_module_of_an_earlier_build(tmp_path: Path) -> None:
-    suffix = f"lib.linux-x86_64-{sys.implementation.cache_tag}"
-    stale = tmp_path / "build" / suffix / "lstm_ext/_C.cpython-stale.so"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    _, site, _ = Build(tmp_path).unpack()
-    assert not list(site.glob("lstm_ext/_C*.so"))
+@pytest.mark.parametrize(
+    ("mode", "folder"), [("python", "lib"), ("auto", f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")]
+)
+def test_nothing_of_an_earlier_build_is_packed(tmp_path: Path, mode: str, folder: str) -> None:
+    """Neither its compiled module nor modules that the tree no longer has."""
+    package = tmp_path / "build" / folder / "lstm_ext"
+    (package / "engines").mkdir(parents=True)
+    stale = ["_C.cpython-stale.so", "_build_info.json", "gone.py", "engines/gone.py"]
+    for name in stale:
+        (package / name).touch()
+    _, site, info = Build(tmp_path, LSTM_EXT_BUILD=mode).unpack()
+    assert package.exists()  # it is this folder that the build packs
+    packed = {str(path.relative_to(site / "lstm_ext")) for path in site.glob("lstm_ext/**/*")}
+    assert "__init__.py" in packed
+    assert packed.isdisjoint({*stale} - {"_build_info.json"})
+    assert info["mode"] == mode
 
 
 def test_a_forced_cpu_build_names_the_missing_compiler(tmp_path: Path) -> None:
@@ -168,6 +179,52 @@ def test_a_forced_cuda_build_names_nvcc(tmp_path: Path) -> None:
     assert "LSTM_EXT_BUILD=cuda: nvcc not found" in build.output
 
 
+REQUIRED = "import setuptools.build_meta as b; print(*b.get_requires_for_build_wheel(), sep='\\n')"
+
+
+@pytest.mark.parametrize(("mode", "nvcc"), [("cuda", False), ("cuda", True), ("auto", False)])
+def test_a_forced_cuda_build_asks_for_nvcc_where_there_is_none(tmp_path: Path, mode: str, nvcc: bool) -> None:
+    build = Build(tmp_path, LSTM_EXT_BUILD="python")
+    if nvcc:
+        compiler = tmp_path / "bin/nvcc"
+        compiler.write_text("#!/bin/sh\n")
+        compiler.chmod(0o755)
+    build.environment["LSTM_EXT_BUILD"] = mode
+    done = build.python(REQUIRED, tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {line.partition("==")[0] for line in done.stdout.splitlines() if line.startswith("nvidia-")}
+    packages = {"nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl"}
+    assert names == (packages if mode == "cuda" and not nvcc else set())
+
+
+def test_nvcc_is_found_among_the_packages_of_an_isolated_build(tmp_path: Path) -> None:
+    """In a copy, since that environment is another each time, and with the libraries where such packages have them."""
+    isolated = tmp_path / "isolated"
+    toolkit = isolated / "nvidia/cu13"
+    for name in ("bin/nvcc", "lib/libcudart.so.13", "lib/libcudart_static.a"):
+        (toolkit / name).parent.mkdir(parents=True, exist_ok=True)
+        (toolkit / name).touch(mode=0o755)
+    information = isolated / "nvidia_cuda_nvcc-13.0.88.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-nvcc\nVersion: 13.0.88\n")
+    (toolkit / "bin/nvcc").write_text('#!/bin/sh\necho "$LIBRARY_PATH" >"$0.said"\nexit 1\n')
+    (tmp_path / "tools").mkdir()
+    for tool in ("c++", "as", "ld"):
+        found = shutil.which(tool)
+        if found is None:
+            pytest.skip(f"needs {tool}")
+        (tmp_path / "tools" / tool).symlink_to(found)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    tools = {"PATH": str(tmp_path / "tools"), "PYTHONPATH": str(isolated)}
+    build = Build(sources, LSTM_EXT_BUILD="cuda", LSTM_EXT_CUDA_ARCHS="90a", **tools)
+    assert build.failed
+    copy = sources / "build/cu13-13.0.88"
+    assert f"-DCMAKE_CUDA_COMPILER={copy}/bin/nvcc" in build.output
+    assert f"-DCUDA_CUDART={copy}/lib/libcudart.so.13" in build.output
+    assert (copy / "bin/nvcc.said").read_text().split(os.pathsep)[0].strip() == f"{copy}/lib"
+
+
 def test_an_unknown_mode_is_an_error(tmp_path: Path) -> None:
     build = Build(tmp_path, LSTM_EXT_BUILD="gpu")
     assert build.failed
@@ -180,3 +237,61 @@ def test_a_bad_cuda_architecture_is_an_error(tmp_path: Path, mode: str, archs: s
     build = Build(tmp_path, LSTM_EXT_BUILD=mode, LSTM_EXT_CUDA_ARCHS=archs)
     assert build.failed
     assert f"LSTM_EXT_CUDA_ARCHS: expected architectures from 75 on, such as '90a;100', got '{bad}'" in build.output
+
+
+# Releases ------------------------------------------------------------------------------------------------------------
+
+CHANGES = "# Changelog\n\n## 1.2.0 — 2030-01-02\n\n- New.\n\n## 1.1.0 — 2029-01-02\n\n- Old.\n"
+
+
+@pytest.fixture(scope="module")
+def release() -> Any:
+    """The script, as a module."""
+    path = ROOT / ".ci/release.py"
+    if not path.exists():
+        pytest.skip(".ci is not beside the tests")
+    spec = importlib.util.spec_from_file_location("release", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "tag", "problem"),
+    [
+        ("1.2.0", CHANGES, "v1.2.0", None),
+        ("1.2.0", CHANGES, None, None),
+        ("1.2.0", CHANGES, "v1.2.1", "the tag is v1.2.1, the version 1.2.0"),
+        ("1.3.0", CHANGES, "v1.3.0", "the newest entry is 1.2.0"),
+        ("1.2.0", CHANGES.replace("2030-01-02", "unreleased"), "v1.2.0", "no date but 'unreleased'"),
+        ("1.2.0", CHANGES.replace("- New.\n", ""), "v1.2.0", "says nothing"),
+    ],
+)
+def test_a_release_says_what_is_missing(
+    release: Any, version: str, changes: str, tag: str | None, problem: str | None
+) -> None:
+    problems = release.find_problems(version, changes, tag)
+    assert len(problems) == (problem is not None)
+    assert problem is None or problem in problems[0]
+
+
+def test_the_changelog_begins_with_this_version(release: Any) -> None:
+    version = release.read_version((ROOT / "lstm_ext/_version.py").read_text())
+    newest, _, changes = release.read_changes((ROOT / "CHANGELOG.md").read_text())
+    assert newest == version
+    assert changes
+    assert release.read_changes(CHANGES)[2] == "- New."
+
+
+def test_a_version_that_is_stated_twice_is_found(release: Any) -> None:
+    for text in ('version = "1.2"\n', "__version__ = '1.2'\n", "\nversion: 1.2\n"):
+        assert release.STATED.findall(text) == ["1.2"], text
+    for text in (
+        "cff-version: 1.2.0\n",
+        'target-version = "py310"\n',
+        "version = {attr = 1}\n",
+        'python_version = "3.10"',
+    ):
+        assert release.STATED.findall(text) == [], text

@@ -13,15 +13,17 @@ import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import lstm_ext
-from lstm_ext import _native, reference
+from lstm_ext import _native, quick_bench, reference
+from lstm_ext.__main__ import main
 from lstm_ext.call import Save
-from lstm_ext.testing import Case, assert_identical, make_inputs, run_layer
+from lstm_ext.testing import Case, assert_identical, make_inputs, run_layer, run_oracle
 
 from .conftest import needs_native
 
@@ -223,6 +225,59 @@ def test_the_self_check_is_a_program_like_others() -> None:
     assert "unrecognized arguments: --bogus" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("info", ["lstm_ext 0.", "backend numpy: available"]),
+        ("check", ["pass  numpy, float32", "all checks passed"]),
+        ("plan 512 16 768 --device H100 --dtype bfloat16", ["strategy               grid", "not cluster  "]),
+        ("plan 50 16 64 --num-threads 1", ["engine                 vectors (", "threads                1 ("]),
+        ("bench", ["torch / lstm_ext", "    2    3      5  inference", "    2    3      5  training"]),
+    ],
+)
+@needs_native
+def test_a_command_says_its_part_in_80_columns(
+    command: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quick_bench, "SIZES", ((2, 3, 5),))
+    monkeypatch.setattr(quick_bench, "SECONDS", 1e-4)
+    monkeypatch.setenv("COLUMNS", "80")
+    for stream in (sys.stdout, sys.stderr):  # what is captured is taken for a terminal
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert main(command.split()) == 0
+    said = capsys.readouterr()
+    for text in words:
+        assert text in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert ("all checks passed" in said.out) == (command == "check")
+    assert ("backend numpy" in said.out) == (command == "info")
+    assert (f"\r{'#' * 40} 2/2\r" in said.err) == (command == "bench")
+
+
+@needs_native
+def test_a_bench_gives_no_time_of_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(inputs: Any) -> Any:
+        outputs, gradients = run_oracle(inputs)
+        return outputs, gradients | {"dx": gradients["dx"] * 1.01}
+
+    monkeypatch.setattr(quick_bench, "SIZES", ((2, 3, 5),))
+    monkeypatch.setattr(quick_bench, "run_oracle", too_large)
+    assert main(["bench"]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("WRONG") == 2
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("command", ["bench --device cuda", "plan 0 1 1", "plan 1 1 1 --strategy grid"])
+def test_a_command_that_cannot_be_done_says_so_in_a_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if command.startswith("bench") and lstm_ext.backends()["cuda"].available:
+        pytest.skip("it can be done here")
+    assert main(command.split()) == 1
+    assert capsys.readouterr().err.startswith("lstm_ext: ")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="the system has no such signal")
 def test_the_self_check_ends_quietly_when_nobody_reads_on() -> None:
     read, write = os.pipe()
@@ -295,6 +350,45 @@ def test_a_simd_level_above_the_machines_is_the_highest_below_it() -> None:
         said = succeed(program, LSTM_EXT_SIMD=level)
         assert used in said.splitlines()
         assert said.count(f"LSTM_EXT_SIMD: this machine has no {level}; lstm_ext uses {used}") == (level != used)
+
+
+LOGGED = """
+import numpy as np, torch, lstm_ext
+x, w_ih, w_hh = (np.full(shape, 0.1, np.float32) for shape in [(8, 3, 4), (20, 4), (20, 5)])
+for steps in (8, 8, 7):  # another number of steps is no other plan, unless it is planned otherwise
+    lstm_ext.lstm(x[:steps], None, w_ih, w_hh)
+lstm = lstm_ext.LSTM(6, 7, proj_size=2)
+lstm(torch.randn(9, 3, 6))[0].sum().backward()
+with lstm_ext.use_backend("numpy"):
+    lstm(torch.randn(9, 3, 6))
+lstm_ext.LSTMCell(6, 7)(torch.randn(3, 6))
+torch.func.jvp(lambda x: lstm(x)[0], (torch.randn(9, 3, 6),), (torch.randn(9, 3, 6),))
+"""
+
+
+@needs_native
+def test_the_log_has_a_line_for_each_new_plan() -> None:
+    done = run_python("-c", LOGGED, LSTM_EXT_LOG="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("lstm_ext: ") for line in done.stderr.splitlines() if line.startswith("lstm_ext: ")]
+    cpu = "cpu, engine="
+    expected = [
+        ("forward T=8 B=3 I=4 H=5 P=0 float32 cpu: ", cpu),
+        ("forward T=9 B=3 I=6 H=7 P=2 float32 cpu: ", cpu),
+        ("backward T=9 B=3 I=6 H=7 P=2 float32 cpu: ", cpu),
+        ("forward T=9 B=3 I=6 H=7 P=2 float32 cpu: ", "numpy (asked for), step by step in NumPy"),
+        ("forward T=1 B=3 I=6 H=7 P=0 float32 cpu cell: ", cpu),
+        ("forward T=9 B=3 I=6 H=7 P=2 float32 cpu: ", "torch's operations, step by step (forward-mode derivatives)"),
+    ]
+    lines = [line for line in lines if not line.startswith("forward T=7")]  # which chunk_steps may tell apart
+    assert [line.startswith(call + way) for line, (call, way) in zip(lines, expected, strict=True)] == [True] * 6, lines
+    assert all("threads=1 (" in line and "chunk_steps=" in line for line in lines if cpu in line)
+    assert "lstm_ext: " not in run_python("-c", LOGGED, LSTM_EXT_LOG="0").stderr
+
+
+def test_the_log_tells_why_there_are_no_kernels() -> None:
+    said = succeed(WITHOUT_TORCH + WITHOUT_NATIVE + NUMPY_PROGRAM, LSTM_EXT_LOG="1")
+    assert "forward T=3 B=2 I=4 H=5 P=0 float32 cpu: numpy (cpu: lstm_ext._C cannot be imported" in said
 
 
 # Threads and processes -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from .._version import __version__
 from .._warnings import warn as warn
 from .._warnings import warn_once as warn_once
 from ..call import DTYPES, CallTuple, GradsTuple, LayerCall, Needs, OutputGrads, OutputsTuple, Save, Saved
+from . import logged
 
 NAMES = ("cuda", "cpu", "numpy")
 _refused_dtypes: dict[str, str] = {}  # of the CUDA kernels, and why
@@ -26,7 +27,10 @@ ENVIRONMENT = "LSTM_EXT_BACKEND"
 
 
 class Engine(Protocol):
-    """One backend: a module. Its functions take calls as they are and check them; a wrong one is an error."""
+    """One backend: a module. Its functions take calls as they are and check them; a wrong one is an error.
+
+    For `logged` it has `way(call, backward)` too: how a pass runs, and why so, in words.
+    """
 
     def forward(self, call: CallTuple, save: Save) -> OutputsTuple:
         """The outputs; or NotImplemented, if an array is more than its memory, as a subclass of Tensor is."""
@@ -186,7 +190,11 @@ def choose_under(name: str | None, device: str, dtype: object) -> Choice:
                 _check_simd()
             if name == "numpy" and _native.reason and not _native.missing and str(dtype).startswith("torch."):
                 warn_once(f"lstm_ext computes in NumPy, slowly: the compiled kernels are missing ({_native.reason})")
-            return Choice(name, _engine(name), tuple(refused))
+            choice = Choice(name, _engine(name), tuple(refused))
+            if not logged.ON:
+                return choice
+            others = "; ".join(f"{n}: {why}" for n, why in refused if (n == "cuda") == (device == "cuda"))
+            return replace(choice, engine=logged.Logged(name, choice.engine, "asked for" if required else others))
         refused.append((name, why))
     choice = Choice(None, None, tuple(refused))
     if required and device != "meta":  # there shapes alone are asked for, of whichever backend

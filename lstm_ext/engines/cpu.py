@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .. import _native
+from ..call import LayerCall, is_tensor
 
 if not _native.reason:
     forward, backward = _native.C.layer_forward, _native.C.layer_backward
@@ -22,6 +24,21 @@ def take_tensors(types: tuple[type, ...], num_threads: Callable[[], int], librar
     """
     _native.C.take_tensor_types(types, num_threads)
     _native.C.share_openmp_threads(library)
+
+
+def way(call: LayerCall, backward: bool) -> str:
+    """How a pass runs, and why so, in words."""
+    tensors = is_tensor(call.x)
+    dtype = str(call.x.dtype).removeprefix("torch.") if tensors else call.x.dtype.newbyteorder("=").name
+    threads = sys.modules["torch"].get_num_threads() if tensors else 0
+    layer = (*call.sizes(), call.projected, dtype, call.num_directions, backward)
+    plan = _native.C.cpu_plan(*layer, threads)
+    why, by = plan["why"], "rows" if plan["by_rows"] else "units"
+    threads_said = f"{plan['threads']} by {by}" if plan["threads"] > 1 else "1"
+    return (
+        f"engine={plan['engine']} ({why['engine']}), chunk_steps={plan['chunk_steps']} ({why['chunk_steps']}), "
+        f"threads={threads_said} ({why['threads']}), in_place={plan['in_place']}"
+    )
 
 
 _forced: dict[str, Any] = {}

@@ -212,6 +212,16 @@ def _masked(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Tensor:
     return x.masked_fill(past[..., None], 0)
 
 
+def way(call: LayerCall, backward: bool) -> str:
+    """How the steps of a pass run, and why so, in words."""
+    T, B, _, H, P = call.sizes()
+    dtype = str(call.x.dtype).removeprefix("torch.")
+    layer = (T, B, H, P, call.projected, dtype, tf32_allowed(), call.num_directions, backward)
+    plan = C.cuda_plan(*layer, _strategy, call.x.device.index or 0)
+    refused = "".join(f", not {name} ({why})" for name, why in plan["refused"].items())
+    return f"strategy={plan['strategy']} ({plan['source']}), blocks={plan['blocks']}{refused}"
+
+
 # Where self-checks leave no kernel: this call in torch's operations, later ones of the dtype as is chosen then.
 
 

@@ -75,3 +75,8 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
     dx, dh0, dc0, dweights = reference.layer_backward(_arrays(call), *taken, needs)
     own = None if dweights is None else [_like(call.x, dw) for dw in dweights]
     return _like(call.x, dx), _like(call.x, dh0), _like(call.x, dc0), own
+
+
+def way(_call: LayerCall, _backward: bool) -> str:
+    """How a pass runs, in words."""
+    return "step by step in NumPy"
