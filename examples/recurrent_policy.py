@@ -26,7 +26,8 @@ State = tuple[Tensor, Tensor]
 class Corridors:
     """B corridors of 4 to 12 steps.
 
-    Seen are the cue (-1 or 1, at the first step only), and whether a step is the first or the last. The reward is 1 or -1 at the last step, and 0 before.
+    Seen are the cue (-1 or 1, at the first step only), and whether a step is the first or the last.
+    The reward is 1 or -1 at the last step, and 0 before.
     """
 
     def __init__(self) -> None:
