@@ -23,10 +23,11 @@ struct LayerCall {
   py::handle x, h0, c0, weights, lengths, resets, batch_sizes;  // all but x and weights may be None
   Directions directions;
   bool batch_first;
+  py::handle cell, seed;  // of another cell than the plain one, which is None
 };
 
 struct Saved {
-  py::handle cells, gates;
+  py::handle cells, gates, y;  // y is None where h of each step is had again from the others
 };
 
 struct OutputGrads {
@@ -89,7 +90,7 @@ struct TupleCaster {
 };
 
 template <>
-struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerCall, 9> {
+struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerCall, 11> {
   static constexpr auto name = const_name("LayerCall");
   bool load(handle source, bool convert) {
     type_caster<lstm_ext::ops::Directions> directions;
@@ -97,17 +98,17 @@ struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerC
     const auto at = [&](int n) { return item(source, n); };
     const int batch_first = PyObject_IsTrue(at(8).ptr());
     if (batch_first < 0) throw error_already_set();
-    value = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), directions, batch_first == 1};
+    value = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), directions, batch_first == 1, at(9), at(10)};
     return true;
   }
 };
 
 template <>
-struct type_caster<lstm_ext::ops::Saved> : TupleCaster<lstm_ext::ops::Saved, 2> {
+struct type_caster<lstm_ext::ops::Saved> : TupleCaster<lstm_ext::ops::Saved, 3> {
   static constexpr auto name = const_name("Saved");
   bool load(handle source, bool) {
     if (!fits(source)) return false;
-    value = {item(source, 0), item(source, 1)};
+    value = {item(source, 0), item(source, 1), item(source, 2)};
     return true;
   }
 };

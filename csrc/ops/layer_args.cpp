@@ -23,6 +23,7 @@ bool all_of_kind(Kind kind, std::initializer_list<py::handle> objects) {
 }  // namespace
 
 bool takes(const LayerCall& call) {
+  if (!call.cell.is_none()) return false;
   const Kind kind = kind_of(call.x);
   if (kind != Kind::kTensor && kind != Kind::kNdarray) return false;
   if (!all_of_kind(kind, {call.h0, call.c0, call.lengths, call.resets, call.batch_sizes})) return false;
