@@ -305,7 +305,7 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """What a backward pass takes from the forward one, as `Outputs` has it.
 
-    h of each step is had again from cells and gates; but not where zoneout holds some of it, and then y is kept.
+    The plain LSTM has h of each step again from cells and gates; of other cells y is kept.
     """
 
     cells: Array
@@ -315,7 +315,7 @@ class Saved(NamedTuple):
     @classmethod
     def of(cls, outputs: Outputs, cell: Cell | None) -> Saved:
         """What is kept of the outputs of such a cell."""
-        return cls(outputs.cells, outputs.gates, outputs.y if cell is not None and cell.zoneout_h else None)
+        return cls(outputs.cells, outputs.gates, None if cell is None else outputs.y)
 
 
 class OutputGrads(NamedTuple):
@@ -677,8 +677,8 @@ def check_backward(call: LayerCall, saved: Saved, grads: OutputGrads) -> None:
             check_kind(name, a, call.x)
     if any(a is None for a in saved[:2]):
         raise TypeError("cells, gates: expected what layer_forward left with Save.ALL, got None")
-    if call.cell is not None and call.cell.zoneout_h and saved.y is None:
-        raise TypeError("y: expected that of the forward pass with zoneout of h, got None")
+    if call.cell is not None and saved.y is None:
+        raise TypeError("y: expected what layer_forward returned, got None")
     D, T, B, (H, P) = call.num_directions, call.num_steps(), call.batch_size(), call.widths
     rows = call.x.shape[:1] if call.batch_sizes is not None else (T, B)
     stored = dtype_name(call.x)

@@ -89,7 +89,7 @@ def requires_grad(call: CallTuple) -> bool:
 
 # `torch.library.custom_op` would take 9 µs more a call: it checks each time that no output is an input. Programs that
 # were exported name these two with these arguments: they stay as they are, and new ones have defaults. y of
-# layer_backward is looked at only where the cell needs it; older programs hand one over that none needs.
+# layer_backward is looked at only with a cell; older programs hand one over that none needs.
 _library = torch.library.Library("lstm_ext", "FRAGMENT")
 _library.define(
     "layer_forward"
@@ -151,8 +151,7 @@ def backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrads
     ) = padded(arguments, _BACKWARD_ARGUMENTS)
     masks = lengths, resets, batch_sizes, Directions(directions), batch_first
     call = LayerCall(x, h0, c0, weights, *masks, _cell(cell), seed)
-    keeps_y = call.cell is not None and call.cell.zoneout_h
-    return call, Saved(cells, gates, y if keeps_y else None), OutputGrads(*grads), Needs(needs)
+    return call, Saved(cells, gates, None if call.cell is None else y), OutputGrads(*grads), Needs(needs)
 
 
 def backward_arguments(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> tuple[Any, ...]:
