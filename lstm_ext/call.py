@@ -305,7 +305,7 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """What a backward pass takes from the forward one, as `Outputs` has it.
 
-    The plain LSTM has h of each step again from cells and gates; of other cells y is kept.
+    y is that of a cell with options; of a plain one h of each step is had again from cells and gates.
     """
 
     cells: Array

@@ -92,7 +92,8 @@ struct Problem {
   SequenceShape shape;
   int num_directions;
   bool backward;
-  int num_threads;  // that may be used
+  int num_threads;          // that may be used
+  bool by_columns = false;  // weights are in TensorFlow's layout
 };
 
 // What there is to share out at each step: sequences, and panels of the recurrent weights.
