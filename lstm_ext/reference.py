@@ -251,7 +251,8 @@ def layer_backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Nee
         if call.cell is None:
             dx_d, dh0_d, dc0_d, dw = direction_backward(*given, walk, needs)
         else:
-            y = None if saved.y is None else walk.order(plain(layout.pad(saved.y)[..., columns], dtype))
+            assert saved.y is not None
+            y = walk.order(plain(layout.pad(saved.y)[..., columns], dtype))
             dx_d, dh0_d, dc0_d, dw = reference_cell.direction_backward(*given, y, walk, needs, call.cell, call.seed, d)
         if dx is not None and dx_d is not None:
             dx += walk.order(dx_d)

@@ -252,14 +252,14 @@ def direction_backward(
     w: Weights,
     cells: Array,
     gates: Array,
-    y: Array | None,
+    y: Array,
     walk: Walk,
     needs: Needs,
     cell: Cell,
     seed: Array | None,
     direction: int,
 ) -> tuple[Array | None, Array, Array, Weights | None]:
-    """The gradients of `direction_forward`; y is that of the forward pass where zoneout holds some of h, else None."""
+    """The gradients of `direction_forward`; y is that of the forward pass."""
     functions, (T, B, H), P = Functions(cell), cells.shape, h0.shape[1]
     masks = Masks(cell, seed, direction, walk, (T, B, H, P), x.dtype)
 
@@ -273,8 +273,6 @@ def direction_backward(
     act_c = functions.act(c_new if c_normed is None else _scaled(w, c_normed))
     hidden = o * act_c
     h_raw = hidden if w.w_hr is None else linear(hidden, w.w_hr)
-    if y is None:
-        y = _clip(h_raw, cell.proj_clip)
     h_in = masks.drop_h(walk.mask(walk.forget(slice(None), np.concatenate([h0[None], y[:-1]]))))
     products, x_normed = _input_products(walk.mask(x), w, cell) if cell.norm else (gates, None)
     normed = _sums(products, linear(h_in, w.w_hh), w, cell)[1] if cell.norm else None

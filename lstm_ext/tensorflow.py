@@ -51,6 +51,10 @@ def _make_cells(activation: Any, forget_bias: float, epsilon: float, dropout: fl
     return cell, cell._replace(candidate_dropout=dropout, training=True) if dropout else cell
 
 
+_TRAINING = Cell._fields.index("training")
+_OPTIONS = frozenset({"activation", "forget_bias", "dropout_keep_prob"})
+
+
 class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
     """What the cells here share; `num_units` U, kernel [I + U, 4U], gates in the order i, j, f, o."""
 
@@ -163,19 +167,20 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
         """A state of this form."""
         return LSTMStateTuple(c, h) if self.state_is_tuple else torch.cat([c, h], -1)
 
-    _cells: tuple[Any, Cell | None, Cell | None] = (None, None, None)
+    def _keep_cells(self) -> None:
+        """What it computes in eval and in training, made once: compilers do not see into that."""
+        self._cells = _make_cells(*self._options())
 
-    def _cell(self) -> Cell | None:
-        """What it computes; None if that has a function of the user's."""
-        options = self._options()
-        if self._cells[0] != options:
-            self._cells = (options, *_make_cells(*options))  # kept, as compilers do not see into what makes them
-        return self._cells[2 if self.training else 1]
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An option that is set counts from the next step on."""
+        super().__setattr__(name, value)
+        if name in _OPTIONS and "_cells" in self.__dict__:
+            self._keep_cells()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of the versions that kept no cells too."""
         super().__setstate__(state)
-        self._cell()
+        self._keep_cells()
 
     def _options(self) -> tuple[Any, float, float, float]:
         """The activation, the forget bias, what is added to a variance (0: nothing is normalised), and the dropout."""
@@ -201,7 +206,7 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
 
     def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """See the class for shapes: (h', state)."""
-        cell = self._cell()
+        cell = self._cells[self.training]  # None if it has a function of the user's
         if cell is None or not input.is_cpu or input.dtype not in DTYPES or _get_tracing_state() is not None:
             self._check_step(input, state)
             c, h = self._split(state)
@@ -210,15 +215,15 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
             h, c = self._compose(input, c, h)
             return h, self._join(c, h)
         try:
-            c, h = self._split(state)
+            c, h = state if type(state) is LSTMStateTuple and self.state_is_tuple else self._split(state)
             if input.dim() != 2 or (c is None) != (state is None):
                 raise TypeError("input, state: expected [B, I] and a pair")
-            seed = draw_seed(cell, input) if cell.training else None
+            seed = draw_seed(cell, input) if cell[_TRAINING] else None
             h, _, c, _, _ = run((input, h, c, self._weights(), None, None, None, FORWARD, False, cell, seed))
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
             self._check_step(input, state)
             raise
-        return h, self._join(c, h)
+        return h, LSTMStateTuple(c, h) if self.state_is_tuple else self._join(c, h)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -309,7 +314,7 @@ class BasicLSTMCell(TensorFlowCell):
         self.bias = Parameter(torch.zeros(4 * num_units, **factory))
         if input_size is not None:
             self._materialize(input_size)
-        self._cell()
+        self._keep_cells()
 
     def reset_parameters(self) -> None:
         """Draws the kernel anew and zeroes the bias."""
@@ -318,7 +323,10 @@ class BasicLSTMCell(TensorFlowCell):
 
     def _weights(self) -> list[Any]:
         parameters = self._parameters
-        return [parameters["kernel"], parameters["bias"]]
+        try:
+            return [parameters["kernel"], parameters["bias"]]
+        except KeyError:  # parametrized
+            return [self.kernel, self.bias]
 
     def _compose(self, x: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         activation = self._function()
@@ -396,7 +404,7 @@ class LayerNormBasicLSTMCell(TensorFlowCell):
         self.reset_parameters()
         if input_size is not None:
             self._materialize(input_size)
-        self._cell()
+        self._keep_cells()
 
     def reset_parameters(self) -> None:
         """Draws the kernel anew; all else as it starts."""
@@ -414,6 +422,11 @@ class LayerNormBasicLSTMCell(TensorFlowCell):
     @property
     def _epsilon(self) -> float:
         return 1e-3 if self.kernel.dtype == torch.float16 else 1e-12
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._keep_cells()  # the dtype may be another
+        return result
 
     def _options(self) -> tuple[Any, float, float, float]:
         return self.activation, self.forget_bias, self._epsilon if self.layer_norm else 0.0, 1 - self.dropout_keep_prob
@@ -561,7 +574,7 @@ def dynamic_rnn(
     cell._check_step(first, None)
     cell._check_state("initial_state", initial_state, len(first))
     c, h = cell._split(initial_state)
-    computed = cell._cell()
+    computed = cell._cells[cell.training]
     if computed is None:
         return _loop(cell, inputs, lengths, c, h, time_major)
     seed = draw_seed(computed, inputs) if computed.training else None

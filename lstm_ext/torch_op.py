@@ -89,7 +89,7 @@ def requires_grad(call: CallTuple) -> bool:
 
 # `torch.library.custom_op` would take 9 µs more a call: it checks each time that no output is an input. Programs that
 # were exported name these two with these arguments: they stay as they are, and new ones have defaults. y of
-# layer_backward is looked at only where the cell needs it; older programs hand one over that none needs.
+# layer_backward is looked at only with a cell; older programs hand one over that none needs.
 _library = torch.library.Library("lstm_ext", "FRAGMENT")
 _library.define(
     "layer_forward"
