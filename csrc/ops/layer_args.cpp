@@ -482,8 +482,13 @@ LayerCell LayerLayout::describe_cell(const Array& y) const {
   LayerCell described{*cell, {}, y ? map_of(y) : RowMap{}};
   for (int n = 0; n < D; ++n) {
     const DirectionArrays& of = direction[n];
-    described.direction[n] = {of.peephole.matrix(), of.gamma.matrix(), of.beta.data(),
-                              of.gamma_h.data(),    of.beta_h.data(),  y.column(n * shape.P)};
+    auto& to = described.direction[n];
+    to.peephole = of.peephole.matrix();
+    to.gamma = of.gamma.matrix();
+    to.beta = of.beta.data();
+    to.gamma_h = of.gamma_h.data();
+    to.beta_h = of.beta_h.data();
+    to.y = y.column(n * shape.P);
   }
   return described;
 }
