@@ -86,9 +86,12 @@ struct Cell {
 struct LayerCell {
   Cell options;
   struct {
-    Matrix peephole;   // [3, H] of i, f, o; data is null where there is none
-    const void* y;     // backward: of the forward pass, rows by y_map
-    void* d_peephole;  // backward: contiguous, may be null
+    Matrix peephole;  // [3, H] of i, f, o; data is null where there is none
+    // With Norm::kRows gamma is [2, 4H], of x and of h; with kGates it is [4H], as beta. Gates in the order i f g o.
+    Matrix gamma;
+    const void *beta, *gamma_h, *beta_h;                         // [4H], [H], [H]
+    const void* y;                                               // backward: of the forward pass, rows by y_map
+    void *d_peephole, *d_gamma, *d_beta, *d_gamma_h, *d_beta_h;  // backward: contiguous, may be null
   } direction[2];
   RowMap y_map;
 };

@@ -1,6 +1,7 @@
 // What both passes know of a cell with options (params.h): its steps of one vector of units, on top of cell_math.h.
 #pragma once
 
+#include "product.h"
 #include "vec_math.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
@@ -60,6 +61,8 @@ class CellSteps {
 
   const Matrix& peephole() const { return cell->direction[direction].peephole; }
 
+  Norm norm() const { return cell ? cell->options.norm : Norm::kNone; }
+
   static LSTM_EXT_INLINE Vec<C> clipped(Vec<C> value, double clip) {
     const C most = static_cast<C>(clip);
     return most > 0 ? at_most(at_least(value, -most), most) : value;
@@ -115,5 +118,115 @@ LSTM_EXT_INLINE Vec<C> first_lanes(Vec<C> value, int64_t count) {
   store(some, value);
   return load_some(some, static_cast<int>(count));
 }
+
+// ---- layer normalisation: of whole rows, each by one member of a team -------------------------------------------
+
+// Sum of f(u, elements that there are) over the vectors of a row of `count`
+template <class C, class F>
+LSTM_EXT_INLINE C sum_over(int64_t count, const F& f) {
+  Vec<C> sums{};
+  for (int64_t u = 0; u < count; u += kLanes<C>) sums += first_lanes<C>(f(u), count - u);
+  C sum = 0;
+  for (int lane = 0; lane < kLanes<C>; ++lane) sum += sums[lane];
+  return sum;
+}
+
+// (row - mean) * scale is normalised.
+template <class C>
+struct Moments {
+  C mean, scale;
+
+  LSTM_EXT_INLINE Vec<C> normalised(Vec<C> value) const { return (value - mean) * scale; }
+};
+
+// Of `rows` rows of `count`, each filled up to whole vectors, as one
+template <class C>
+[[gnu::noinline]] Moments<C> moments_of(const C* values, int64_t rows, int64_t count, double epsilon) {
+  const int64_t width = ceil_div(count, kLanes<C>) * kLanes<C>;
+  C sum = 0, squares = 0;
+  for (int64_t n = 0; n < rows; ++n) {
+    sum += sum_over<C>(count, [&](int64_t u) { return load(values + n * width + u); });
+  }
+  const C size = static_cast<C>(rows * count), mean = sum / size;
+  for (int64_t n = 0; n < rows; ++n) {
+    squares += sum_over<C>(count, [&](int64_t u) {
+      const Vec<C> centred = load(values + n * width + u) - mean;
+      return centred * centred;
+    });
+  }
+  return {mean, static_cast<C>(1 / __builtin_sqrt(squares / size + static_cast<C>(epsilon)))};
+}
+
+// The gradient of such rows from that of what they are normalised to, in place
+template <class C>
+[[gnu::noinline]] void moments_backward(const Moments<C>& moments, const C* values, int64_t rows, int64_t count,
+                                        C* grads) {
+  const int64_t width = ceil_div(count, kLanes<C>) * kLanes<C>;
+  C sum = 0, products = 0;
+  for (int64_t n = 0; n < rows; ++n) {
+    const auto grad = [&](int64_t u) { return load(grads + n * width + u); };
+    sum += sum_over<C>(count, grad);
+    products +=
+        sum_over<C>(count, [&](int64_t u) { return grad(u) * moments.normalised(load(values + n * width + u)); });
+  }
+  const C size = static_cast<C>(rows * count);
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t u = 0; u < count; u += kLanes<C>) {
+      C* const grad = grads + n * width + u;
+      const Vec<C> value = moments.normalised(load(values + n * width + u));
+      store(grad, moments.scale * (load(grad) - sum / size - value * (products / size)));
+    }
+  }
+}
+
+// What the output sees of c where that is normalised
+template <class S, class Arrays, class C = Compute<S>>
+LSTM_EXT_INLINE Vec<C> scaled_c(const Arrays& arrays, const Moments<C>& moments, Vec<C> c, int64_t H, int64_t u) {
+  const Vec<C> gamma = load_up_to(static_cast<const S*>(arrays.gamma_h) + u, H - u);
+  return computed(gamma * moments.normalised(c) + load_up_to(static_cast<const S*>(arrays.beta_h) + u, H - u));
+}
+
+// The sums of a row, [4][H filled up] of i f g o, are normalised, scaled and shifted in place.
+template <class S>
+struct NormedGates {
+  using C = Compute<S>;
+  Moments<C> of_x, of_h;  // with Norm::kRows
+  Moments<C> of_gate[4];  // with Norm::kGates
+
+  // gather(rows): what h brought, where that is apart; `rows` are filled with it.
+  template <class Arrays, class Gather>
+  static LSTM_EXT_INLINE NormedGates of(const Cell& cell, const Arrays& arrays, const LayerWeights& weights, int64_t H,
+                                        C* gates, const Gather& gather, C* rows) {
+    constexpr int L = kLanes<C>;
+    const int64_t width = ceil_div(H, L) * L;
+    NormedGates normed;
+    const bool by_rows = cell.norm == Norm::kRows;
+    if (by_rows) {
+      gather(rows);
+      normed.of_x = moments_of(gates, 4, H, cell.norm_epsilon);
+      normed.of_h = moments_of(rows, 4, H, cell.norm_epsilon);
+    }
+    for (int g = 0; g < 4; ++g) {
+      if (!by_rows) normed.of_gate[g] = moments_of(gates + g * width, 1, H, cell.norm_epsilon);
+      for (int64_t u = 0; u < H; u += L) {
+        const auto weight = [&](const void* from, int64_t at) {
+          return from ? load_up_to(static_cast<const S*>(from) + at + u, H - u) : Vec<C>{};
+        };
+        C* const at = gates + g * width + u;
+        const Vec<C> gamma = weight(arrays.gamma.data, g * H), value = load(at);
+        if (by_rows) {
+          const int64_t quarter = cell.tensorflow ? kernel_quarter(g) : g;
+          const Vec<C> bias = weight(weights.b_ih, quarter * H) + weight(weights.b_hh, g * H);
+          const Vec<C> gamma_of_h = weight(arrays.gamma.data, arrays.gamma.row_stride + g * H);
+          store(at, gamma * normed.of_x.normalised(value) +
+                        gamma_of_h * normed.of_h.normalised(load(rows + g * width + u)) + bias);
+        } else {
+          store(at, gamma * normed.of_gate[g].normalised(value) + weight(arrays.beta, g * H));
+        }
+      }
+    }
+    return normed;
+  }
+};
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

@@ -96,6 +96,8 @@ class Forward {
     units_width_ = ceil_div(shape_.P, L) * L;
     if (steps_.recurrent.possible) h_mask_ = arena.get<C>(shape_.B * units_width_);
     if (steps_.zoneout_h.wanted) h_kept_ = arena.get<C>(shape_.B * units_width_);
+    if (cell.norm != Norm::kNone) norm_row_ = arena.get<C>(plan_.threads * kNormVectors * c_width_);
+    if (cell.norm == Norm::kRows) of_h_ = arena.get<C>(panels_ * shape_.B * kPanelWidth<C>);
     if constexpr (Engine::kKind == EngineKind::kVectors) {
       if (!cell.tensorflow) return;
       w_ih_.lie_by_columns();
@@ -128,7 +130,7 @@ class Forward {
   }
 
   void pack_bias(int64_t p) const {
-    if (cell_ && cell_->options.tensorflow) return pack_kernel_bias(p);
+    if (cell_ && (cell_->options.tensorflow || cell_->options.norm == Norm::kRows)) return pack_cell_bias(p);
     const S* b_ih = static_cast<const S*>(dir_.weights.b_ih);
     const S* b_hh = static_cast<const S*>(dir_.weights.b_hh);
     const int width = gates_.width(p);
@@ -139,8 +141,9 @@ class Forward {
     }
   }
 
-  void pack_kernel_bias(int64_t p) const {
-    const S* from = static_cast<const S*>(dir_.weights.b_ih);
+  // Where rows are normalised it is added afterwards.
+  void pack_cell_bias(int64_t p) const {
+    const S* from = cell_->options.norm == Norm::kRows ? nullptr : static_cast<const S*>(dir_.weights.b_ih);
     const int width = gates_.width(p);
     for (int g = 0; g < 4; ++g) {
       const Vec<C> value = from ? load_up_to(from + gates_.first_column(p, g), gates_.count(p, g)) : Vec<C>{};
@@ -209,10 +212,11 @@ class Forward {
       }
     });
     share.sync_rows();
-    const bool one_step = s1 - s0 == 1;  // then a panel's sums go from one product to the other in a first-level cache
+    // Of one step a panel's sums go from one product to the other in a first-level cache.
+    const bool one_step = s1 - s0 == 1 && steps_.norm() == Norm::kNone;
     if (!one_step && kernel_in_place_) project_by_kernel(share, s0, s0, s1);
     if (!one_step && !kernel_in_place_) share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, s1, p); });
-    for (int64_t s = s0; s < s1; ++s) run_step(share, s0, s, one_step);
+    for (int64_t s = s0; s < s1; ++s) norm_row_ ? run_norm_step(share, s0, s) : run_step(share, s0, s, one_step);
   }
 
   void fetch_x(int64_t s, int64_t slot, int64_t row) const {
@@ -319,11 +323,115 @@ class Forward {
     };
     share.for_panels(panels_, run_panel, (s + first_step_) % 2 != 0);
     share.sync_rows();
-    if (!shape_.projected) return;
+    if (shape_.projected) project_step(share, s);
+  }
+
+  void project_step(const Share& share, int64_t s) const {
     share.for_panels(w_hr_.panels(), [&](int64_t p) {
       share.for_tiles(walk_.active(s), [&](int64_t first, int count) { project_output(s, first, count, p); });
     });
     share.sync_rows();
+  }
+
+  // A step with layer normalisation: the products, then each row of the batch as a whole by one member.
+  void run_norm_step(const Share& share, int64_t s0, int64_t s) const {
+    share.for_panels(panels_, [&](int64_t p) {
+      share.for_groups([&](const Share::Group& group) {
+        const int64_t row = chunk_row(group, s0, s) - group.first;
+        share.for_tiles(group, walk_.active(s), [&](int64_t first, int count) { norm_sums(s, row, first, count, p); });
+      });
+    });
+    share.sync_rows();
+    share.for_groups([&](const Share::Group& group) {
+      const int64_t row = chunk_row(group, s0, s) - group.first;
+      share.for_slots(group, walk_.active(s), [&](int64_t slot) { norm_row(share, s, slot, row + slot); });
+    });
+    share.sync_rows();
+    if (shape_.projected) project_step(share, s);
+  }
+
+  // What h brings: to what x has brought, or apart, where each is normalised by itself.
+  void norm_sums(int64_t s, int64_t row, int64_t first, int count, int64_t p) const {
+    const F* a[Engine::kRows];
+    for (int m = 0; m < count; ++m) a[m] = h(s, first + m);
+    C* sums = tile(p, row + first);
+    if (of_h_) {
+      sums = of_h_ + (p * shape_.B + first) * kPanelWidth<C>;
+      __builtin_memset(sums, 0, static_cast<size_t>(count) * kPanelWidth<C> * sizeof(C));
+    }
+    if (!kernel_in_place_) {
+      w_hh_.multiply(count, a, p, 0, shape_.P, sums, kPanelWidth<C>, sums);
+    } else if constexpr (Engine::kKind == EngineKind::kVectors) {
+      w_hh_.kernel().multiply(count, a, p, p + 1, sums, 0);
+    }
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(count, gates_.vectors(p), sums, [&](int m, C* sum) {
+        if (!of_h_) return sum_exactly(s, first + m, p, row + first + m);
+        __builtin_memset(sum, 0, kPanelWidth<C> * sizeof(C));
+        w_hh_.multiply_exactly(a[m], p, sum);
+      });
+    }
+  }
+
+  // The gates of a row from its tiles, one after the other: to [4][c_width]
+  void gather_row(const C* tiles, int64_t panel_stride, C* gates) const {
+    for (int64_t p = 0; p < panels_; ++p) {
+      for (int g = 0; g < 4; ++g) {
+        store(gates + g * c_width_ + p * L,
+              load_up_to(tiles + p * panel_stride + g * gates_.width(p), gates_.count(p, g)));
+      }
+    }
+  }
+
+  [[gnu::noinline]] void norm_row(const Share& share, int64_t s, int64_t slot, int64_t row) const {
+    const Cell& cell = cell_->options;
+    const auto& arrays = cell_->direction[steps_.direction];
+    const int64_t H = shape_.H, vectors = c_width_ / L;
+    C* const i = norm_row_ + share.team.rank * kNormVectors * c_width_;
+    C *const f = i + c_width_, *const g = f + c_width_, *const o = g + c_width_, *const output = o + c_width_;
+    C* const c = c_ + slot * c_width_;
+    gather_row(tile(0, row), chunk_rows_ * kPanelWidth<C>, i);
+    NormedGates<S>::of(
+        cell, arrays, dir_.weights, H, i,
+        [&](C* of_h) { gather_row(of_h_ + slot * kPanelWidth<C>, shape_.B * kPanelWidth<C>, of_h); }, output);
+
+    for (int64_t u = 0; u < H; u += L) {
+      const Peephole<S> peephole(arrays.peephole, H, u);
+      const Vec<C> biased = load(f + u) + static_cast<C>(cell.forget_bias);
+      store(f + u, peephole.there ? biased + peephole.f * load(c + u) : biased);
+      if (peephole.there) store(i + u, load(i + u) + peephole.i * load(c + u));
+    }
+    const int count = static_cast<int>(vectors);
+    if (!cell.coupled) activate_all<C>(cell.recurrent_activation, i, count);
+    activate_all<C>(cell.recurrent_activation, f, count);
+    activate_all<C>(cell.activation, g, count);
+    for (int64_t u = 0; u < H; u += L) {
+      if (cell.coupled) store(i + u, 1 - load(f + u));
+      const Peephole<S> peephole(arrays.peephole, H, u);
+      const Vec<C> masked_g = computed(load(g + u) * steps_.g_mask(place_of(s, slot, u)));
+      const Vec<C> new_c =
+          steps_.clipped(steps_.unclipped_c(load(i + u), load(f + u), masked_g, load(c + u)), cell.cell_clip);
+      store(output + u, new_c);
+      if (peephole.there) store(o + u, load(o + u) + peephole.o * new_c);
+    }
+    activate_all<C>(cell.recurrent_activation, o, count);
+    const Moments<C> moments = moments_of(output, 1, H, cell.norm_epsilon);
+    for (int64_t u = 0; u < H; u += L) {
+      const Vec<C> new_c = load(output + u), normed = scaled_c<S>(arrays, moments, new_c, H, u);
+      const Vec<C> left = cell.norm == Norm::kGates ? normed : new_c;
+      store(output + u, normed);
+      store(c + u, steps_.next(steps_.zoneout_c, load(c + u), left, place_of(s, slot, u)));
+    }
+    activate_all<C>(cell.activation, output, count);
+    for (int64_t u = 0; u < H; u += L) {
+      const Vec<C> h = first_lanes<C>(load(o + u) * load(output + u), H - u);
+      save_cell(s, slot, u, H - u, i + u, c_width_, c + u);
+      if (shape_.projected) {
+        Engine::put_rounded(hidden_ + slot * hidden_width_, u, h, H);
+      } else {
+        finish_cell_h(s, slot, u, h);
+      }
+    }
   }
 
   // Both products of a step as one sum, whose lanes are added up once; of weights in place.
@@ -544,8 +652,11 @@ class Forward {
   const CellSteps<C> steps_;
   bool kernel_in_place_ = false;
   int64_t units_width_ = 0;
-  C* h_mask_ = nullptr;  // [B, units_width], what h is multiplied by before its products
-  C* h_kept_ = nullptr;  // [B, units_width], the same h as h_, without that
+  static constexpr int kNormVectors = 8;
+  C* norm_row_ = nullptr;  // [threads][kNormVectors, c_width]: i f g o, what becomes the output, and what h brought
+  C* of_h_ = nullptr;      // [panels][B][4 * lanes], the sums of h where they are normalised by themselves
+  C* h_mask_ = nullptr;    // [B, units_width], what h is multiplied by before its products
+  C* h_kept_ = nullptr;    // [B, units_width], the same h as h_, without that
 };
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

@@ -118,12 +118,14 @@ Forced forced_now;
 
 // ---- engine -----------------------------------------------------------------------------------------------
 
+constexpr const char* kNormsByVectors = "engine: gradients of layer normalisation are computed by vectors";
 constexpr const char* kKernelByVectors = "engine: weights in TensorFlow's layout are multiplied by vectors";
 
 // null: tiles are faster
 const char* why_vectors(const Problem& problem, const LevelShape& level, const EngineShape& tiles) {
   if (!level.has_tiles) return "this SIMD level has no tile registers";
   if (problem.by_columns) return kKernelByVectors;
+  if (problem.normed && problem.backward) return kNormsByVectors;
   if (problem.dtype == Dtype::kFloat64) return "tiles have no float64 sums";
   const SequenceShape& shape = problem.shape;
   const int planes = tiles.column_planes;
@@ -153,6 +155,7 @@ EngineKind choose_engine(const Problem& problem, const LevelShape& level, const 
       refuse("engine: tiles have no float64 sums");
     }
     if (*forced->engine == EngineKind::kTiles && problem.by_columns) refuse(kKernelByVectors);
+    if (*forced->engine == EngineKind::kTiles && problem.normed && problem.backward) refuse(kNormsByVectors);
     return *forced->engine;
   }
   why = why_vectors(problem, level, engine_shape(level, EngineKind::kTiles, problem.dtype, problem.backward));
@@ -407,17 +410,18 @@ Plan make_plan(const Problem& problem, const LevelShape& level) {
 
 bool is_brief(const SequenceShape& shape) { return flops_of_step(shape) * static_cast<double>(shape.T) < kLeastFlops; }
 
-static bool by_columns(const LayerCell* cell) { return cell && cell->options.tensorflow; }
-
-Plan plan_forward(const LayerForward& layer) {
-  return make_plan({layer.dtype, layer.shape, layer.num_directions, false, layer.num_threads, by_columns(layer.cell)},
-                   kernels().shape);
+template <class Layer>
+static Plan plan_of(const Layer& layer, bool backward) {
+  Problem problem{layer.dtype, layer.shape, layer.num_directions, backward, layer.num_threads};
+  if (layer.cell) {
+    problem.by_columns = layer.cell->options.tensorflow;
+    problem.normed = layer.cell->options.norm != Norm::kNone;
+  }
+  return make_plan(problem, kernels().shape);
 }
 
-Plan plan_backward(const LayerBackward& layer) {
-  return make_plan({layer.dtype, layer.shape, layer.num_directions, true, layer.num_threads, by_columns(layer.cell)},
-                   kernels().shape);
-}
+Plan plan_forward(const LayerForward& layer) { return plan_of(layer, false); }
+Plan plan_backward(const LayerBackward& layer) { return plan_of(layer, true); }
 
 void force(const Forced& forced) {
   const bool tiles = forced.engine == EngineKind::kTiles;

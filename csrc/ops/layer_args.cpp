@@ -71,9 +71,12 @@ bool draws(const Cell& cell) {
   return cell.training && cell.zoneout_h + cell.zoneout_c + cell.recurrent_dropout + cell.candidate_dropout > 0;
 }
 
-// Layer normalisation has no kernel; and where h is mixed it does not tell whether it was cut before.
-bool has_kernel(const Cell& cell) {
-  return cell.norm == Norm::kNone && (cell.training || cell.zoneout_h == 0 || cell.proj_clip == 0);
+// Where h is mixed it does not tell whether it was cut before.
+bool has_kernel(const Cell& cell) { return cell.training || cell.zoneout_h == 0 || cell.proj_clip == 0; }
+
+size_t extra_weights(const Cell& cell) {
+  const size_t of_norm = cell.norm == Norm::kRows ? 3 : cell.norm == Norm::kGates ? 4 : 0;
+  return of_norm + (cell.peephole ? 1 : 0);
 }
 
 }  // namespace
@@ -113,7 +116,7 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
   const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(weights.ptr()));
   const bool tensorflow = cell && cell->tensorflow;
   const size_t first = with_w_ih && !tensorflow ? 1 : 0;
-  const size_t more = cell && cell->peephole ? 1 : 0;  // after those of every layer
+  const size_t more = cell ? extra_weights(*cell) : 0;  // after those of every layer
   const size_t least = first + 1 + more, most = tensorflow ? least + 1 : least + 3;
   const size_t given = count / static_cast<size_t>(D), each = given - more;
   if (given < least || given > most || given * static_cast<size_t>(D) != count) {
@@ -157,8 +160,23 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
         to.w_hr.expect_shape({shape.P, H}, "P, H");
       }
     }
-    if (more) to.peephole = get(each, {"peephole", "peephole_reverse"});
-    if (more) to.peephole.expect_shape({3, shape.H}, "3, H");
+    size_t next = each;
+    const auto get_next = [&](Array& array, const char* const(&names)[2], const Shape& expected, const char* dims) {
+      array = get(next++, names);
+      array.expect_shape(expected, dims);
+    };
+    const int64_t H = shape.H;
+    if (cell && cell->peephole) get_next(to.peephole, {"peephole", "peephole_reverse"}, {3, H}, "3, H");
+    if (cell && cell->norm == Norm::kRows) {
+      get_next(to.gamma, {"gamma", "gamma_reverse"}, {2, 4 * H}, "2, 4*H");
+    } else if (cell && cell->norm == Norm::kGates) {
+      get_next(to.gamma, {"gamma", "gamma_reverse"}, {4 * H}, "4*H");
+      get_next(to.beta, {"beta", "beta_reverse"}, {4 * H}, "4*H");
+    }
+    if (cell && cell->norm != Norm::kNone) {
+      get_next(to.gamma_h, {"gamma_h", "gamma_h_reverse"}, {H}, "H");
+      get_next(to.beta_h, {"beta_h", "beta_h_reverse"}, {H}, "H");
+    }
   }
   const bool any = (step || shape.H > 0) && (!shape.projected || shape.P > 0);
   if (!any) {
@@ -282,7 +300,9 @@ void LayerLayout::settle() {
   c0.settle();
   for (int n = 0; n < D; ++n) {
     DirectionArrays& of = direction[n];
-    for (Array* array : {&of.w_ih, &of.w_hh, &of.b_ih, &of.b_hh, &of.w_hr, &of.peephole}) array->settle();
+    for (Array* array : {&of.w_ih, &of.w_hh, &of.b_ih, &of.b_hh, &of.w_hr}) array->settle();
+    if (!cell) continue;
+    for (Array* array : {&of.peephole, &of.gamma, &of.beta, &of.gamma_h, &of.beta_h}) array->settle();
   }
   if (!resets) return;
   resets.settle();
@@ -461,8 +481,14 @@ LayerWeights LayerLayout::pointers(int n) const {
 LayerCell LayerLayout::describe_cell(const Array& y) const {
   LayerCell described{*cell, {}, y ? map_of(y) : RowMap{}};
   for (int n = 0; n < D; ++n) {
-    described.direction[n].peephole = direction[n].peephole.matrix();
-    described.direction[n].y = y.column(n * shape.P);
+    const DirectionArrays& of = direction[n];
+    auto& to = described.direction[n];
+    to.peephole = of.peephole.matrix();
+    to.gamma = of.gamma.matrix();
+    to.beta = of.beta.data();
+    to.gamma_h = of.gamma_h.data();
+    to.beta_h = of.beta_h.data();
+    to.y = y.column(n * shape.P);
   }
   return described;
 }

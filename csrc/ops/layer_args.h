@@ -10,7 +10,8 @@
 namespace lstm_ext::ops {
 
 struct DirectionArrays {
-  Array w_ih, w_hh, b_ih, b_hh, w_hr, peephole;  // TensorFlow's kernel is w_ih, its bias b_ih
+  Array w_ih, w_hh, b_ih, b_hh, w_hr;            // TensorFlow's kernel is w_ih, its bias b_ih
+  Array peephole, gamma, beta, gamma_h, beta_h;  // of a cell
 };
 
 // The arguments that every pass has, and where the rows of its sequences lie.

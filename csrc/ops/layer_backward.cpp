@@ -8,7 +8,7 @@ namespace lstm_ext::ops {
 namespace {
 
 struct WeightOutputs {
-  Output w_ih, w_hh, b_ih, b_hh, w_hr, peephole;
+  Output w_ih, w_hh, b_ih, b_hh, w_hr, peephole, gamma, beta, gamma_h, beta_h;
 };
 
 }  // namespace
@@ -42,6 +42,10 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
     dw[n].b_hh = grad_of(of.b_hh);
     dw[n].w_hr = grad_of(of.w_hr);
     dw[n].peephole = grad_of(of.peephole);
+    dw[n].gamma = grad_of(of.gamma);
+    dw[n].beta = grad_of(of.beta);
+    dw[n].gamma_h = grad_of(of.gamma_h);
+    dw[n].beta_h = grad_of(of.beta_h);
   }
 
   args.read_contents();
@@ -55,7 +59,11 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
   LayerCell cell;
   if (args.cell) layer.cell = &(cell = args.describe_cell(arrays.y));
   for (int n = 0; n < args.D; ++n) {
-    if (args.cell) cell.direction[n].d_peephole = dw[n].peephole.data;
+    cell.direction[n].d_peephole = dw[n].peephole.data;
+    cell.direction[n].d_gamma = dw[n].gamma.data;
+    cell.direction[n].d_beta = dw[n].beta.data;
+    cell.direction[n].d_gamma_h = dw[n].gamma_h.data;
+    cell.direction[n].d_beta_h = dw[n].beta_h.data;
     const bool tensorflow = args.cell && args.cell->tensorflow;
     layer.direction[n].grads = {has(needs, Needs::kWeights),
                                 dw[n].w_ih.data,
