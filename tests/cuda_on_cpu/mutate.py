@@ -193,6 +193,8 @@ def run_tests() -> None:
             suite.test_needs_change_no_gradient(tests.MASKED_CASE, needs, way)
         tests.check(tests.LARGE_BATCH_CASE, "float32", strategy, device=0 if strategy == "grid" else 1)
         tests.check(tests.Case(20, 3, 4, 5, lengths="ragged", resets=True), "float32", strategy)  # moments found anew
+    for seed in range(2):  # blocks of a cluster that divide k
+        tests.check(tests.Case(2, 3, 3, 128), "float32", "step", seed=seed)
     for case in tests.CELLS:
         tests.check_cell(case, "float32")
     tests.check(tests.Case(2, 1, 3, 1), "float32", "cluster")
