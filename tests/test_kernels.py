@@ -420,7 +420,7 @@ def test_a_cell_without_a_kernel_is_not_taken() -> None:
     [
         ({"seed": None}, TypeError, "seed: expected an array of one number"),
         ({"seed": np.zeros(2, np.int64)}, RuntimeError, r"seed: expected shape \[1\], got \[2\]"),
-        ({"seed": np.zeros(1, np.int32)}, RuntimeError, "seed: expected dtype int64, got int32"),
+        ({"seed": np.zeros(1, np.int32)}, TypeError, "seed: expected dtype int64, got int32"),
         ({"cell": (0.0,) * 18}, TypeError, "cell: expected a tuple of 19 numbers"),
         ({"cell": DRAWN._replace(zoneout_c=1.5)}, ValueError, "cell: expected number 14 from 0"),
         ({"cell": DRAWN._replace(candidate_dropout=float("nan"))}, ValueError, "cell: expected number 16 from 0"),
