@@ -77,13 +77,23 @@ FORWARD, REVERSE, BOTH = Directions
 
 
 class Weights(NamedTuple):
-    """One direction of one layer in torch's layout; beyond w_hr, what another cell than the plain one has."""
+    """One direction of one layer in torch's layout."""
 
     w_ih: Array  # [4H, I]
     w_hh: Array  # [4H, P]
     b_ih: Array | None = None  # [4H]
     b_hh: Array | None = None  # [4H]
     w_hr: Array | None = None  # [P, H]
+
+
+class CellWeights(NamedTuple):
+    """The same of another cell than the plain one, and what that has besides."""
+
+    w_ih: Array
+    w_hh: Array
+    b_ih: Array | None = None
+    b_hh: Array | None = None
+    w_hr: Array | None = None
     peephole: Array | None = None  # [3, H], of i, f and o
     gamma: Array | None = None  # [2, 4H], of x and of h; or with Norm.GATES [4H]
     beta: Array | None = None  # [4H]
@@ -161,9 +171,7 @@ class LayerCall(NamedTuple):
         return self.weights[1].shape[0] // 4, self.weights[1].shape[1]
 
     def split(self) -> list[Weights]:
-        """The weights by direction, those in TensorFlow's layout as copies in torch's."""
-        if self.cell is not None:
-            return [_in_torchs_layout(w) if self.cell.tensorflow else Weights(**w) for w in self.named_weights()]
+        """The weights of a plain cell, by direction."""
         each = len(self.weights) // self.num_directions
 
         def of(w: Sequence[Array]) -> Weights:
@@ -171,6 +179,11 @@ class LayerCall(NamedTuple):
             return Weights(w[0], w[1], b_ih, b_hh, w[-1] if self.projected else None)
 
         return [of(self.weights[n * each : (n + 1) * each]) for n in range(self.num_directions)]
+
+    def split_cell(self) -> list[CellWeights]:
+        """The weights of any cell, by direction, those in TensorFlow's layout as copies in torch's."""
+        tensorflow = self.cell is not None and self.cell.tensorflow
+        return [_in_torchs_layout(w) if tensorflow else CellWeights(**w) for w in self.named_weights()]
 
     def named_weights(self) -> list[dict[str, Array]]:
         """Those that there are, as they are, by direction and name."""
@@ -239,14 +252,14 @@ class LayerCall(NamedTuple):
         return (batch_size,) if len(self.x.shape) == 2 else ()
 
 
-def _in_torchs_layout(w: dict[str, Array]) -> Weights:
+def _in_torchs_layout(w: dict[str, Array]) -> CellWeights:
     """kernel [I + H, 4H] and bias [4H], gates in the order i, j, f, o; j is g."""
     rows, columns = w["kernel"].shape
     H = columns // 4
     both = w["kernel"].T.reshape(4, H, rows)[[0, 2, 1, 3]].reshape(columns, rows)
     bias = w["bias"].reshape(4, H)[[0, 2, 1, 3]].reshape(columns)
     extra = {name: a for name, a in w.items() if name not in ("kernel", "bias")}
-    return Weights(both[:, : rows - H], both[:, rows - H :], bias, **extra)
+    return CellWeights(both[:, : rows - H], both[:, rows - H :], bias, **extra)
 
 
 # The same without names, as it is quicker to make: what the engines take, and what the compiled core returns.
@@ -494,11 +507,10 @@ def _check_first(call: LayerCall) -> None:
     """
     x = call.x
     if call.cell is not None and call.cell.tensorflow:
-        kernel = call.weights[0]
-        if kernel.shape[1] % 4 or kernel.shape[0] != x.shape[-1] + kernel.shape[1] // 4:
-            raise RuntimeError(f"kernel: expected shape [I + H, 4*H] with I = {x.shape[-1]}, got {list(kernel.shape)}")
+        H = call.widths[0]
+        _check_shape("kernel", call.weights[0], "I + H, 4*H", (x.shape[-1] + H, 4 * H))
         return
-    w = call.split()[0]
+    w = call.split_cell()[0]
     rows, columns = w.w_hh.shape
     if w.w_hr is None and rows != 4 * columns:
         H = rows if columns == 4 * rows else w.w_ih.shape[0] // 4

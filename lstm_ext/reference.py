@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import reference_cell
-from .call import Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved, Weights
+from .call import CellWeights, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved, Weights
 from .walk import Walk, linear, outer_sum, sigmoid, split_gates
 
 Array = npt.NDArray[Any]
@@ -158,12 +158,13 @@ def zeros_if_none(a: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any])
     return np.broadcast_to(dtype.type(0), shape) if a is None else plain(a, dtype)
 
 
-def split_weights(call: LayerCall, dtype: np.dtype[Any]) -> list[Weights]:
-    """The weights by direction, in the dtype."""
-    return [Weights(*(None if a is None else plain(a, dtype) for a in w)) for w in call.split()]
+def split_weights(call: LayerCall, dtype: np.dtype[Any]) -> list[Any]:
+    """The weights by direction, in the dtype: Weights or CellWeights."""
+    split: list[Any] = call.split() if call.cell is None else call.split_cell()
+    return [type(w)(*(None if a is None else plain(a, dtype) for a in w)) for w in split]
 
 
-def own_gradients(call: LayerCall, dw: Weights) -> list[Array]:
+def own_gradients(call: LayerCall, dw: Weights | CellWeights) -> list[Array]:
     """Those of one direction as the call has the weights."""
     if call.cell is None or not call.cell.tensorflow:
         return [a for a in dw if a is not None]
@@ -248,6 +249,7 @@ def layer_backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Nee
             walk.order(plain(time_major.pad(saved.cells[d]), dtype)),
             walk.order(plain(time_major.pad(saved.gates[d]), dtype)),
         )
+        dw: Weights | CellWeights | None
         if call.cell is None:
             dx_d, dh0_d, dc0_d, dw = direction_backward(*given, walk, needs)
         else:

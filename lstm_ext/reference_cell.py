@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .call import Needs, Weights
+from .call import CellWeights, Needs
 from .cell import Activation, Cell, Norm
 from .masks import Mask, happens
 from .walk import Walk, linear, outer_sum, sigmoid, split_gates
@@ -178,12 +178,12 @@ def _clip_backward(d: Array, a: Array, limit: float) -> Array:
     return np.where(np.abs(a) <= limit, d, d.dtype.type(0)) if limit else d
 
 
-def _scaled(w: Weights, n: Normed) -> Array:
+def _scaled(w: CellWeights, n: Normed) -> Array:
     """c as the output sees it."""
     return w.gamma_h * n.value + w.beta_h
 
 
-def _input_products(x: Array, w: Weights, cell: Cell) -> tuple[Array, Normed | None]:
+def _input_products(x: Array, w: CellWeights, cell: Cell) -> tuple[Array, Normed | None]:
     """What x brings to the gates' sums [T, B, 4H], with the biases; and x W_ih' normalised."""
     products, normed = linear(x, w.w_ih), None
     if cell.norm == Norm.ROWS and w.gamma is not None:
@@ -195,7 +195,7 @@ def _input_products(x: Array, w: Weights, cell: Cell) -> tuple[Array, Normed | N
     return products, normed
 
 
-def _sums(products: Array, of_h: Array, w: Weights, cell: Cell) -> tuple[Array, Normed | None]:
+def _sums(products: Array, of_h: Array, w: CellWeights, cell: Cell) -> tuple[Array, Normed | None]:
     """The gates' sums [..., 4H] from what x and h bring; what was normalised for them: of h, or of all [..., 4, H]."""
     if cell.norm == Norm.ROWS and w.gamma is not None:
         normed = normalise(of_h, cell.norm_epsilon)
@@ -208,7 +208,7 @@ def _sums(products: Array, of_h: Array, w: Weights, cell: Cell) -> tuple[Array, 
 
 
 def direction_forward(
-    x: Array, h: Array, c: Array, w: Weights, walk: Walk, cell: Cell, seed: Array | None, direction: int
+    x: Array, h: Array, c: Array, w: CellWeights, walk: Walk, cell: Cell, seed: Array | None, direction: int
 ) -> tuple[Array, Array, Array, Array, Array]:
     """y [T, B, P], h_n, c_n, cells [T, B, H] and gates [T, B, 4H], the sequences in step order."""
     functions = Functions(cell)
@@ -249,7 +249,7 @@ def direction_backward(
     x: Array,
     h0: Array,
     c0: Array,
-    w: Weights,
+    w: CellWeights,
     cells: Array,
     gates: Array,
     y: Array,
@@ -258,7 +258,7 @@ def direction_backward(
     cell: Cell,
     seed: Array | None,
     direction: int,
-) -> tuple[Array | None, Array, Array, Weights | None]:
+) -> tuple[Array | None, Array, Array, CellWeights | None]:
     """The gradients of `direction_forward`; y is that of the forward pass."""
     functions, (T, B, H), P = Functions(cell), cells.shape, h0.shape[1]
     masks = Masks(cell, seed, direction, walk, (T, B, H, P), x.dtype)
@@ -348,7 +348,7 @@ def direction_backward(
         dx,
         dh,
         dc,
-        Weights(
+        CellWeights(
             outer_sum(d_of_x, walk.mask(x)),
             outer_sum(d_of_h, h_in),
             None if w.b_ih is None else db,

@@ -281,7 +281,7 @@ def _(*arguments: Any, out_val: Any = None) -> int:
 def _(*arguments: Any, out_val: Any = None) -> int:
     call, _, _, needs = backward_of(arguments)
     rows, total = call.x.shape[:-1].numel(), 0
-    for reverse, w in zip(call.directions.reversals, call.split(), strict=True):
+    for reverse, w in zip(call.directions.reversals, call.split_cell(), strict=True):
         first_rows = 0  # of the first step, whose gradient by h0 nobody asks for
         if not needs & Needs.H0 and call.batch_sizes is None:
             first_rows = call.batch_size()

@@ -119,7 +119,7 @@ def _normalised(x: Tensor, epsilon: float) -> Tensor:
 
 
 class Steps:
-    """The steps of one direction of a call with a cell; `w` is its Weights, with those that the cell has besides."""
+    """The steps of one direction of a call with a cell; `w` is its CellWeights."""
 
     def __init__(self, call: LayerCall, cell: Cell, w: Any, direction: int, x: Tensor):
         self.cell, self.w, self.direction, self.seed = cell, w, direction, call.seed
@@ -231,7 +231,8 @@ def forward(call: LayerCall, save: Save) -> Outputs:
         x = x.masked_fill(~active, 0)
         resets = None if resets is None else resets & active
 
-    split = call._replace(weights=[w.to(dtype) for w in call.weights]).split()
+    wide = call._replace(weights=[w.to(dtype) for w in call.weights])
+    split: list[Any] = wide.split() if call.cell is None else wide.split_cell()
     results = []
     for d, (reverse, w) in enumerate(zip(call.directions.reversals, split, strict=True)):
         h = x.new_zeros(x.shape[1], w.w_hh.shape[1], dtype=dtype) if call.h0 is None else call.h0[d].to(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import assume_constant_result, is_compiling
 
-from ..call import BOTH, FORWARD, REVERSE, LayerCall, Outputs, Save, Weights, check
+from ..call import BOTH, FORWARD, REVERSE, CellWeights, LayerCall, Outputs, Save, check
 from ..cell import PLAIN, Activation, Cell, Norm
 from . import stock
 
@@ -26,7 +26,7 @@ def _refuse(call: LayerCall, save: Save) -> None:
     """An error for what an ONNX LSTM cannot do."""
     for name, given, expected in (
         *_refused_options(call.cell or PLAIN),
-        ("proj_size", call.split()[0].w_hr is not None, "0"),
+        ("proj_size", call.projected, "0"),
         ("resets", call.resets is not None, "None"),
         ("return_cells", save > Save.NOTHING, "False"),
         ("input", call.batch_sizes is not None, "a padded sequence, with lengths, and not a packed one"),
@@ -80,7 +80,7 @@ def _attributes(cell: Cell, num_directions: int) -> dict[str, Any]:
     return found | {"input_forget": 1} if cell.coupled else found
 
 
-def _as_onnx(w: Weights, cell: Cell) -> Weights:
+def _as_onnx(w: CellWeights, cell: Cell) -> CellWeights:
     """With the forget bias in b_ih, and where the gates are coupled i as the one that f follows: 1 - f of ours."""
     if not (cell.forget_bias or cell.coupled or w.peephole is not None):
         return w
@@ -97,7 +97,7 @@ def _as_onnx(w: Weights, cell: Cell) -> Weights:
         return torch.cat([-f, f, *others])
 
     p = w.peephole if w.peephole is None else torch.stack([-w.peephole[1], w.peephole[1], w.peephole[2]])
-    return Weights(turned(w.w_ih), turned(w.w_hh), turned(b_ih), turned(b_hh), peephole=p)
+    return CellWeights(turned(w.w_ih), turned(w.w_hh), turned(b_ih), turned(b_hh), peephole=p)
 
 
 def _stack(weights: Sequence[Any]) -> Tensor:
@@ -120,7 +120,7 @@ def forward(call: LayerCall, save: Save) -> Outputs:
             raise NotImplementedError("lengths, reverse, options: expected torch.onnx.export with dynamo=True")
         return stock.forward(call, save)
     cell = call.cell or PLAIN
-    split = [_as_onnx(w, cell) for w in call.split()]
+    split = [_as_onnx(w, cell) for w in call.split_cell()]
     w_ih, w_hh = _stack([w.w_ih for w in split]), _stack([w.w_hh for w in split])
     bias = None
     # [D, 3H], in the order i, o, f
