@@ -512,9 +512,8 @@ def _check_first(call: LayerCall) -> None:
     """
     x = call.x
     if call.cell is not None and call.cell.tensorflow:
-        kernel = call.weights[0]
-        if kernel.shape[1] % 4 or kernel.shape[0] != x.shape[-1] + kernel.shape[1] // 4:
-            raise RuntimeError(f"kernel: expected shape [I + H, 4*H] with I = {x.shape[-1]}, got {list(kernel.shape)}")
+        H = call.widths[0]
+        _check_shape("kernel", call.weights[0], "I + H, 4*H", (x.shape[-1] + H, 4 * H))
         return
     w = call.split_cell()[0]
     rows, columns = w.w_hh.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,7 +103,7 @@ CELLS = SMOOTH | {
         cell_clip=0.4, proj_clip=0.1, zoneout_h=0.1, zoneout_c=0.2, recurrent_dropout=0.3, peephole=True, training=True
     ),
 }
-CELL_SHAPES = [Case(1, 1, 1, 1), Case(1, 9, 33, 40), MASKED, PROJECTED, PACKED, WIDE]
+CELL_SHAPES = [Case(1, 9, 33, 40), MASKED, PROJECTED]
 
 
 def with_cell(case: Case, cell: Cell) -> list[Case]:
@@ -114,8 +114,8 @@ def with_cell(case: Case, cell: Cell) -> list[Case]:
     return [replace(case, cell=cell._replace(proj_clip=0.0)), kernel]
 
 
-def cell_cases(cells: dict[str, Cell]) -> list[Case]:
-    return [case for cell in cells.values() for shape in CELL_SHAPES for case in with_cell(shape, cell)]
+def cell_cases(cell: Cell, shapes: Sequence[Case] = CELL_SHAPES) -> list[Case]:
+    return [case for shape in shapes for case in with_cell(shape, cell)]
 
 
 def frozen(convert: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
@@ -203,7 +203,7 @@ class TestCellContract(Contract):
     ways = (OnCpu("float64"), OnCpu("bfloat16", "torch"))
     run_ways = bit_ways = (OnCpu("float32"), OnCpu("float64", threads=2))
     layout_ways = (OnCpu("float32"), OnCpu("bfloat16", "torch"))
-    cases = cell_cases({"smooth": SMOOTH["all masks"]})
+    cases = cell_cases(SMOOTH["all masks"], [Case(1, 1, 1, 1), *CELL_SHAPES, PACKED, WIDE])
     run_cases = row_cases = save_cases = needs_cases = missing_cases = (
         CELL_MASKED,
         CELL_KERNEL,
@@ -345,9 +345,7 @@ def test_simd_level_has_h_again_bit_for_bit(P: int, directions: Directions, dtyp
 @pytest.mark.parametrize("name", [*CELLS, *NORMED])
 def test_simd_level_computes_cells(name: str) -> None:
     """Each as the oracle does, with the same bits whoever shares the work."""
-    for case in cell_cases({name: (CELLS | NORMED)[name]}):
-        if case.cell and case.cell.norm and case.H == 1:
-            continue  # a single number is normalised to what its rounding left
+    for case in cell_cases((CELLS | NORMED)[name]):
         for dtype in ("float32", "float64", *(["float16"] if name in SMOOTH else [])):
             inputs = make_inputs(case, dtype, seed=2)
             alone = run_layer(C, inputs, 1)
@@ -420,7 +418,7 @@ def test_a_cell_without_a_kernel_is_not_taken() -> None:
     [
         ({"seed": None}, TypeError, "seed: expected an array of one number"),
         ({"seed": np.zeros(2, np.int64)}, RuntimeError, r"seed: expected shape \[1\], got \[2\]"),
-        ({"seed": np.zeros(1, np.int32)}, RuntimeError, "seed: expected dtype int64, got int32"),
+        ({"seed": np.zeros(1, np.int32)}, TypeError, "seed: expected dtype int64, got int32"),
         ({"cell": (0.0,) * 18}, TypeError, "cell: expected a tuple of 19 numbers"),
         ({"cell": DRAWN._replace(zoneout_c=1.5)}, ValueError, "cell: expected number 14 from 0"),
         ({"cell": DRAWN._replace(candidate_dropout=float("nan"))}, ValueError, "cell: expected number 16 from 0"),

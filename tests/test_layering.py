@@ -15,6 +15,7 @@ import pytest
 
 from lstm_ext import _native
 from lstm_ext.call import Directions, Needs, Save
+from lstm_ext.cell import Activation, Norm
 
 from .conftest import needs_native
 
@@ -23,7 +24,7 @@ CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "lstm_ext"
 
 # The include paths that a folder may name, beside the standard library's headers.
-PLAIN = {"gate_math.h", "params.h"}
+PLAIN = {"gate_math.h", "cell_math.h", "params.h"}
 SYSTEM = {"cpuid.h", "dlfcn.h", "immintrin.h", "pthread.h", "sched.h", "sys/syscall.h", "unistd.h"}
 ALLOWED = {
     "cpu": {
@@ -40,6 +41,7 @@ ALLOWED = {
         "arena.h",
         "walk.h",
         "share.h",
+        "cell.h",
         "forward.h",
         "backward.h",
     },
@@ -78,7 +80,7 @@ def test_kernels_include_only_kernels_and_plain_structs(layer: str) -> None:
 
 def test_gate_math_and_params_stand_alone() -> None:
     for name in PLAIN:
-        assert set(includes(CSRC / name)) <= {"cstdint"}, name
+        assert set(includes(CSRC / name)) <= {"cstdint"} | PLAIN, name
 
 
 def test_no_source_knows_torch() -> None:
@@ -87,9 +89,9 @@ def test_no_source_knows_torch() -> None:
 
 
 def test_gate_mathematics_is_stated_once() -> None:
-    """No kernel spells out a sigmoid: exp comes from the vector math and goes to gate_math.h alone."""
+    """No kernel spells out a sigmoid: exp comes from the vector math and goes to gate_math.h and cell_math.h."""
     for path in sources(CSRC):
-        if path.name not in {"gate_math.h", "vec_math.h", "tile.cuh"}:
+        if path.name not in {"gate_math.h", "cell_math.h", "vec_math.h", "tile.cuh"}:
             assert not re.search(r"\bexp(f|m1|2)?\s*\(", path.read_text(encoding="utf-8")), path.name
 
 
@@ -176,6 +178,15 @@ def test_enums_have_the_numbers_of_the_core(enum: type[IntEnum]) -> None:
     assert body
     numbers = {name.upper(): int(number) for name, number in re.findall(r"k(\w+) = (\d+)", body[1])}
     assert numbers == {name: int(value) for name, value in enum.__members__.items()}
+
+
+@pytest.mark.parametrize("enum", [Activation, Norm])
+def test_cells_have_the_numbers_of_the_core(enum: type[IntEnum]) -> None:
+    header = (CSRC / "params.h").read_text(encoding="utf-8")
+    body = re.search(rf"enum class {enum.__name__} : uint8_t {{(.*?)}};", header, re.DOTALL)
+    assert body
+    names = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper() for name in re.findall(r"k(\w+)", body[1])]
+    assert {name: n for n, name in enumerate(names)} == {name: int(v) for name, v in enum.__members__.items()}
 
 
 def stub_signatures() -> dict[str, list[str]]:

@@ -59,10 +59,10 @@ constexpr int64_t kLeastTransposedFor = 192;
 constexpr int64_t kCostOfSum = 6, kCostOfSumFar = 3, kCostOfCrossing = 14;
 constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsualCache / 4;
 
-// Weights in TensorFlow's layout are read in place for so many rows in all; packing copies vectors, and transposes
-// none.
-//   no tuning yet; EPYC, 2026-11-26
-constexpr int64_t kMostKernelRows = 12;
+// Weights in TensorFlow's layout are read in place for so many rows in all; packing transposes none of them.
+//   a step of BasicLSTMCell against one of LSTMCell, H 128 and 512, B 16 to 64, with `use_plan(in_place=…)`; EPYC,
+//   2026-11-26
+constexpr int64_t kMostKernelRows = 40;
 
 // ---- blocks of K ------------------------------------------------------------------------------------------
 

@@ -362,13 +362,17 @@ struct KernelWeights {
   template <bool full, class Load>
   LSTM_EXT_INLINE auto with_columns(const S* row, int64_t p, int n, const Load& f) const {
     if constexpr (full) return f(row + gates.first_column(p, n));
-    S some[L] = {};
+    S some[L];
+    gather(row, p, n, some);
+    return f(some);
+  }
+
+  [[gnu::noinline]] void gather(const S* row, int64_t p, int n, S (&some)[L]) const {
     const int width = gates.width(p);
     for (int lane = 0; lane < L; ++lane) {
       const int g = (n * L + lane) / width, unit = (n * L + lane) % width;
-      if (unit < gates.count(p, g)) some[lane] = row[gates.first_column(p, g) + unit];
+      some[lane] = unit < gates.count(p, g) ? row[gates.first_column(p, g) + unit] : S{};
     }
-    return f(some);
   }
 };
 
