@@ -25,6 +25,7 @@ A clip passes no gradient where it cut, as TensorFlow's clip_by_value does.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
@@ -227,6 +228,17 @@ def make_cell(
             training=True,
         )
     )
+
+
+def show_options(function: Any, options: Any, **defaults: Any) -> None:
+    """Lists options in the signature of a function that takes them as **options, without which a call is as quick."""
+    signature, kind = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
+    named = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    known = {**(make_cell.__kwdefaults__ or {}), **defaults}
+    for name, annotation in options.__annotations__.items():
+        text = getattr(annotation, "__forward_arg__", annotation)
+        named.append(inspect.Parameter(name, kind, default=known[name], annotation=text))
+    function.__signature__ = signature.replace(parameters=named)
 
 
 def check_cell(cell: Cell) -> Cell:

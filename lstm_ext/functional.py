@@ -22,7 +22,7 @@ from .call import (
     is_tensor,
     kind,
 )
-from .cell import Cell, make_cell
+from .cell import Cell, make_cell, show_options
 from .engines import choose, numpy
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class CellOptions(TypedDict, total=False):
     peephole: Any
     cell_clip: float | None
     proj_clip: float | None
-    layer_norm: Sequence[Any]
+    layer_norm: Sequence[Any] | None
     zoneout: float | Sequence[float]
     recurrent_dropout: float
     candidate_dropout: float
@@ -373,3 +373,7 @@ def lstm_cell(
     run = _run_tensors if tensors else _run_arrays
     y, _, c_n, _, _ = run((x, h0, c0, weights, None, resets, None, FORWARD, False, cell, seed), NOTHING)
     return y, c_n
+
+
+for _function in (lstm, lstm_cell):
+    show_options(_function, CellOptions, peephole=None, layer_norm=None, training=False, seed=None)

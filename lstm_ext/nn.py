@@ -20,6 +20,7 @@ from torch.types import Device
 from . import route
 from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
 from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_kind, check_step_state
+from .cell import show_options
 from .engines import warn, warn_once
 from .options import CellOptions, LayerOptions, Options, read_options
 from .route import draw_seed, run
@@ -711,6 +712,10 @@ class LSTMCell(torch_rnn.LSTMCell):
         """TorchScript compiles torch's own cell, on our weights."""
         _refuse_options(self._options)
         return _for_torch_script(torch_rnn.LSTMCell, self)
+
+
+for _init, _options in ((LSTM.__init__, LayerOptions), (LSTMCell.__init__, CellOptions)):
+    show_options(_init, _options, unit_forget_bias=False, weight_drop=0.0)
 
 
 # What is torch's -----------------------------------------------------------------------------------------------------

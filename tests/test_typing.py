@@ -24,7 +24,7 @@ from typing_extensions import assert_type
 import lstm_ext
 from lstm_ext import LSTM, BasicLSTMCell, LSTMCell, Plan, backends, build_info, lstm, lstm_cell, plan, use_backend
 from lstm_ext import set_sm_margin, tune
-from lstm_ext import LSTMStateTuple, replace_lstm, swap, to_torch
+from lstm_ext import LayerNormBasicLSTMCell, LSTMStateTuple, MultiRNNCell, dynamic_rnn, replace_lstm, swap, to_torch
 
 State = tuple[Tensor, Tensor]
 x, packed = torch.zeros(5, 2, 3), PackedSequence(torch.zeros(5, 3), torch.tensor([3, 2]))
@@ -51,6 +51,13 @@ assert_type(layer(x, (x, x), return_cells=True), tuple[Tensor, State, Tensor])
 assert_type(layer(packed), tuple[PackedSequence, State])
 assert_type(layer.forward(packed, return_cells=True), tuple[PackedSequence, State, PackedSequence])
 assert_type(LSTMCell(3, 4)(x[0]), State)
+
+LSTM(3, 4, proj_size=2, activation=("elu", 0.5), zoneout=(0.1, 0.2), proj_clip=1.0, layer_norm=True, weight_drop=0.1)
+LSTMCell(3, 4, peephole=True, cell_clip=3.0, coupled=True, unit_forget_bias=True)
+lstm(x, None, x, x, peephole=x, layer_norm=(x, x, x), recurrent_dropout=0.1, training=True, seed=1)
+cells = MultiRNNCell([BasicLSTMCell(6, activation="relu"), LayerNormBasicLSTMCell(4, dropout_keep_prob=0.9)])
+outputs, _ = dynamic_rnn(cells, x, sequence_length=lengths, time_major=True)
+assert_type(outputs, Tensor)
 
 model = Model()
 assert_type(replace_lstm(model), Model)
