@@ -141,7 +141,7 @@ def test_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra `docs`")
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "<math" in (tmp_path / "math/index.html").read_text(encoding="utf-8")

@@ -68,7 +68,7 @@ def ours(x: Any, w_ih: Any, w_hh: Any, bias: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs=4, default=[20, 24, 128, 256], metavar=("T", "B", "I", "H"))
+    parser.add_argument("--shape", type=int, nargs=4, default=[20, 24, 64, 128], metavar=("T", "B", "I", "H"))
     parser.add_argument("--rounds", type=int, default=10, help="each step runs so often, in turns; default: 10")
     arguments = parser.parse_args(argv)
     T, B, inputs, H = arguments.shape
