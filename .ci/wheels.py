@@ -97,7 +97,7 @@ def try_out(wheel: Path, python: str, requirements: list[str], beside: str | Non
         packages = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
         if beside is not None:
             (Path(there("-c", packages)) / "beside.pth").write_text(run(beside, "-c", packages))
-        tools = [] if beside is not None else ["pytest", "hypothesis"]
+        tools = ["pytest", "hypothesis"] if any(each.startswith("torch") for each in requirements) else []
         # Packages that lie beside are no reason to install less.
         there("-m", "pip", "install", "--quiet", "--ignore-installed", wheel.resolve(), *requirements, *tools)
         there("-c", "import lstm_ext, sys; assert lstm_ext.__file__.startswith(sys.prefix), lstm_ext.__file__")
