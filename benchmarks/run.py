@@ -16,7 +16,20 @@ import numpy as np
 import torch
 from lstm_bench import ceilings, report, rows
 from lstm_bench.arms import ARMS, STRATEGIES, USUAL, Arm, problem_on_gpu
-from lstm_bench.cases import AXES, DTYPES, GPU_SUITES, MODES, PRESETS, SUITES, Case, custom, on, select, usable_cores
+from lstm_bench.cases import (
+    AXES,
+    DTYPES,
+    GPU_SUITES,
+    MODES,
+    PRESETS,
+    SUITES,
+    WORKLOADS,
+    Case,
+    custom,
+    on,
+    select,
+    usable_cores,
+)
 from lstm_bench.oracle import check, deviations, problem
 from lstm_bench.rows import OURS, Row
 from lstm_bench.timing import kernels, measure, once
@@ -26,6 +39,7 @@ import lstm_ext
 
 SECONDS = {
     "quick": 0.1,
+    "workloads": 0.3,
     "full": 0.3,
     "gpu-quick": 0.1,
     "gpu": 0.2,
@@ -41,6 +55,7 @@ against float64 before it is timed, and written as it is done. An interrupt
 leaves the rows done so far, and exits with 130. Examples:
 
   python benchmarks/run.py                                   # quick: a minute
+  python benchmarks/run.py --preset workloads                # what people run
   python benchmarks/run.py --preset full --json result.json  # half an hour
   python benchmarks/run.py --preset full --suite training cell --threads 1
   python benchmarks/run.py --batch 1 8 --hidden 64 65 --mode training
@@ -80,9 +95,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         nargs="+",
-        choices=[*SUITES, *GPU_SUITES],
+        choices=[*SUITES, *GPU_SUITES, *WORKLOADS],
         metavar="SUITE",
-        help=f"parts of the preset: {', '.join([*SUITES, *GPU_SUITES])}",
+        help=f"parts of the preset: {', '.join([*SUITES, *GPU_SUITES])}; or the name of a workload",
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cpu, but cuda for the presets whose names begin with gpu"
@@ -123,7 +138,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.suite and not options.preset:
-        options.preset = "gpu" if options.suite[0] in GPU_SUITES else "full"
+        options.preset = (
+            "gpu" if options.suite[0] in GPU_SUITES else "workloads" if options.suite[0] in WORKLOADS else "full"
+        )
     options.device = options.device or ("cuda" if (options.preset or "").startswith("gpu") else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")

@@ -46,6 +46,58 @@ struct LayerWeights {
   Matrix w_hr;              // [P, H], data may be null
 };
 
+// ---- what a cell computes where it is no plain LSTM: `Cell` in lstm_ext/cell.py, with the same numbers ----
+
+enum class Activation : uint8_t {
+  kTanh,
+  kSigmoid,
+  kHardSigmoid,
+  kRelu,
+  kLeakyRelu,
+  kElu,
+  kSoftsign,
+  kSoftplus,
+  kLinear
+};
+enum class Norm : uint8_t { kNone, kRows, kGates };
+
+struct ActivationSpec {
+  Activation kind;
+  double alpha, beta;
+};
+
+struct Cell {
+  ActivationSpec activation, recurrent_activation;  // of g and the output; of i, f, o
+  double forget_bias;
+  bool coupled;                 // i = 1 - f
+  double cell_clip, proj_clip;  // 0: none
+  bool peephole;
+  Norm norm;
+  double norm_epsilon;
+  double zoneout_h, zoneout_c, recurrent_dropout, candidate_dropout;
+  bool training;
+  // w_ih is [I, 4H] and w_hh [H, 4H], rows of one matrix, their gradients too; gates are in the order i, g, f, o; b_hh
+  // is null.
+  bool tensorflow;
+  uint64_t seed;
+};
+
+// With what a direction has for it, beside what every layer has.
+struct LayerCell {
+  Cell options;
+  struct {
+    Matrix peephole;  // [3, H] of i, f, o; data is null where there is none
+    // With Norm::kRows gamma is [2, 4H], of x and of h; with kGates it is [4H], as beta. Gates in the order i f g o.
+    Matrix gamma;
+    const void *beta, *gamma_h, *beta_h;                         // [4H], [H], [H]
+    const void* y;                                               // backward: of the forward pass, rows by y_map
+    void *d_peephole, *d_gamma, *d_beta, *d_gamma_h, *d_beta_h;  // backward: contiguous, may be null
+  } direction[2];
+  RowMap y_map;
+};
+
+// ---- a layer ----------------------------------------------------------------------------------------------
+
 struct InitialState {
   Matrix h0, c0;  // [B, P], [B, H]; data may be null
 };
@@ -70,6 +122,7 @@ struct LayerForward {
   int num_directions;
   ForwardDirection direction[2];
   int num_threads;
+  const LayerCell* cell;  // null: the plain LSTM
 };
 
 struct WeightGrads {  // contiguous
@@ -100,6 +153,7 @@ struct LayerBackward {
   int num_directions;
   BackwardDirection direction[2];
   int num_threads;
+  const LayerCell* cell;  // null: the plain LSTM
 };
 
 }  // namespace lstm_ext

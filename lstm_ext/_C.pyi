@@ -34,7 +34,7 @@ class CpuPlan(TypedDict):
     by_rows: bool
     why: dict[str, str]
 
-_Saved = tuple[Array, Array]
+_Saved = tuple[Array, Array, Array | None]
 _OutputGrads = tuple[Array | None, Array | None, Array | None, Array | None]
 
 def layer_forward(call: CallTuple, save: Save, num_threads: int = 0) -> OutputsTuple: ...

@@ -4,7 +4,8 @@ The functions work on NumPy arrays, torch tensors and, by DLPack, on the arrays 
 modules need torch, imported at their first use.
 
     LSTM, LSTMCell             in the place of torch's, with lengths, resets and cells        torch
-    BasicLSTMCell              TensorFlow 1's cell                                            torch
+    BasicLSTMCell, dynamic_rnn TensorFlow 1's cell, and its loop over one                     torch
+    LayerNormBasicLSTMCell     its cell with layer normalisation; MultiRNNCell stacks cells   torch
     replace_lstm, to_torch     put our modules into a model, and torch's back                 torch
     lstm, lstm_cell            the functions underneath: one layer, one step
     convert                    weights from and to TensorFlow, Keras, Flax, ONNX and others
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
     from . import onnx as onnx
     from . import ops as ops
     from . import testing as testing
-    from .nn import LSTM, BasicLSTMCell, LSTMCell, LSTMStateTuple
+    from .nn import LSTM, LSTMCell
     from .swap import replace_lstm, to_torch
+    from .tensorflow import BasicLSTMCell, LayerNormBasicLSTMCell, LSTMStateTuple, MultiRNNCell, dynamic_rnn
     from .tuning import tune
 
 __all__ = [
@@ -51,9 +53,12 @@ __all__ = [
     "BasicLSTMCell",
     "LSTMCell",
     "LSTMStateTuple",
+    "LayerNormBasicLSTMCell",
+    "MultiRNNCell",
     "Plan",
     "backends",
     "build_info",
+    "dynamic_rnn",
     "lstm",
     "lstm_cell",
     "plan",
@@ -67,7 +72,10 @@ __all__ = [
 # Imported once somebody names them.
 _MODULES = frozenset({"convert", "onnx", "ops", "testing"})
 _PLACES = {
-    **dict.fromkeys(("LSTM", "BasicLSTMCell", "LSTMCell", "LSTMStateTuple"), "nn"),
+    **dict.fromkeys(("LSTM", "LSTMCell"), "nn"),
+    **dict.fromkeys(
+        ("BasicLSTMCell", "LayerNormBasicLSTMCell", "LSTMStateTuple", "MultiRNNCell", "dynamic_rnn"), "tensorflow"
+    ),
     **dict.fromkeys(("replace_lstm", "to_torch"), "swap"),
     "tune": "tuning",
 }

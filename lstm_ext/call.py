@@ -14,12 +14,15 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from . import dlpack
+from .cell import Cell, Norm, check_cell
 
 Array = Any
 Arrays = Sequence[tuple[str, Array]]  # by name, None where one is absent
 
 DTYPES = frozenset({"float32", "float64", "bfloat16", "float16"})
-WEIGHTS = frozenset(name + suffix for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr") for suffix in ("", "_reverse"))
+WEIGHTS = frozenset(
+    name + suffix for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "kernel", "bias") for suffix in ("", "_reverse")
+)
 MOST_NUMBERS = 2**52  # in an array of a layer: csrc/sizes.h
 MOST_NAMED = 100  # in a message
 
@@ -83,6 +86,21 @@ class Weights(NamedTuple):
     w_hr: Array | None = None  # [P, H]
 
 
+class CellWeights(NamedTuple):
+    """The same of another cell than the plain one, and what that has besides."""
+
+    w_ih: Array
+    w_hh: Array
+    b_ih: Array | None = None
+    b_hh: Array | None = None
+    w_hr: Array | None = None
+    peephole: Array | None = None  # [3, H], of i, f and o
+    gamma: Array | None = None  # [2, 4H], of x and of h; or with Norm.GATES [4H]
+    beta: Array | None = None  # [4H]
+    gamma_h: Array | None = None  # [H]
+    beta_h: Array | None = None  # [H]
+
+
 class TooLargeError(RuntimeError):
     """Sizes that no memory stands for: what claims them is asked nothing more."""
 
@@ -97,12 +115,15 @@ class LayerCall(NamedTuple):
         h0: initial h [D, B, P]; None is zeros.
         c0: initial c [D, B, H]; None is zeros.
         weights: per direction w_ih [4H, I], w_hh [4H, P], then both or neither of b_ih, b_hh [4H], then perhaps
-            w_hr [P, H]; gates in the order i, f, g, o. `split` takes them apart.
+            w_hr [P, H]; gates in the order i, f, g, o. `split` takes them apart. With a cell of TensorFlow's layout
+            instead kernel [I + H, 4H] and bias [4H]. Then those that the cell has besides: `cell.extra_weights`.
         lengths: the valid steps of each row [B], or None. What x holds past them does not matter.
         resets: bool, laid out as x, without I: where True, the state is zero before that step; or None.
         batch_sizes: the rows of each time [T], from a PackedSequence, or None.
         directions: forward, reverse or both.
         batch_first: whether B comes before T in x, resets and y.
+        cell: what a cell computes; None is the plain LSTM.
+        seed: int64 [1], of the masks that the cell draws; None if it draws none.
     """
 
     x: Array
@@ -114,6 +135,8 @@ class LayerCall(NamedTuple):
     batch_sizes: Array | None
     directions: Directions
     batch_first: bool
+    cell: Cell | None = None
+    seed: Array | None = None
 
     @property
     def num_directions(self) -> int:
@@ -128,15 +151,27 @@ class LayerCall(NamedTuple):
     @property
     def projected(self) -> bool:
         """Whether there are w_hr."""
-        return len(self.weights) // self.num_directions % 2 == 1
+        each = len(self.weights) // self.num_directions
+        if self.cell is not None:
+            each -= len(self.cell.extra_weights)
+            return each % 2 == 1 and not self.cell.tensorflow
+        return each % 2 == 1
 
     @property
     def is_step(self) -> bool:
         """Whether x has no time axis: [B, I] or [I]."""
         return self.batch_sizes is None and len(self.x.shape) < 3
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(H, P)."""
+        if self.cell is not None and self.cell.tensorflow:
+            H = self.weights[0].shape[1] // 4
+            return H, H
+        return self.weights[1].shape[0] // 4, self.weights[1].shape[1]
+
     def split(self) -> list[Weights]:
-        """The weights by direction."""
+        """The weights of a plain cell, by direction."""
         each = len(self.weights) // self.num_directions
 
         def of(w: Sequence[Array]) -> Weights:
@@ -145,12 +180,30 @@ class LayerCall(NamedTuple):
 
         return [of(self.weights[n * each : (n + 1) * each]) for n in range(self.num_directions)]
 
+    def split_cell(self) -> list[CellWeights]:
+        """The weights of any cell, by direction, those in TensorFlow's layout as copies in torch's."""
+        tensorflow = self.cell is not None and self.cell.tensorflow
+        return [_in_torchs_layout(w) if tensorflow else CellWeights(**w) for w in self.named_weights()]
+
+    def named_weights(self) -> list[dict[str, Array]]:
+        """Those that there are, as they are, by direction and name."""
+        each = len(self.weights) // self.num_directions
+        extra = () if self.cell is None else self.cell.extra_weights
+        names: tuple[str, ...] = ("kernel", "bias")
+        if self.cell is None or not self.cell.tensorflow:
+            biases = ("b_ih", "b_hh") if each - len(extra) >= 4 else ()
+            names = ("w_ih", "w_hh", *biases, *(("w_hr",) if self.projected else ()))
+        names += extra
+        return [
+            dict(zip(names, self.weights[n * each : (n + 1) * each], strict=False)) for n in range(self.num_directions)
+        ]
+
     def map(self, f: Callable[[Array], Array]) -> LayerCall:
         """Puts f(a) for each array."""
         x, h0, c0 = (None if a is None else f(a) for a in self[:3])
         lengths, resets, batch_sizes = (None if a is None else f(a) for a in self[4:7])
-        weights = [f(w) for w in self.weights]
-        return LayerCall(x, h0, c0, weights, lengths, resets, batch_sizes, self.directions, self.batch_first)
+        weights, seed = [f(w) for w in self.weights], None if self.seed is None else f(self.seed)
+        return LayerCall(x, h0, c0, weights, lengths, resets, batch_sizes, *self[7:10], seed)
 
     def cast(self, dtype: Any) -> LayerCall:
         """As autocast casts tensors: floating-point ones to the dtype, but float64 stays as it is."""
@@ -172,11 +225,10 @@ class LayerCall(NamedTuple):
         """The arrays by name, the weights of a second direction with the suffix "_reverse"."""
         weights = [
             (name + suffix, a)
-            for suffix, w in zip(("", "_reverse"), self.split(), strict=False)
-            for name, a in w._asdict().items()
-            if a is not None
+            for suffix, w in zip(("", "_reverse"), self.named_weights(), strict=False)
+            for name, a in w.items()
         ]
-        names = ("h0", "c0", "lengths", "resets", "batch_sizes")
+        names = ("h0", "c0", "lengths", "resets", "batch_sizes", "seed")
         return [("x", self.x), *weights, *((name, getattr(self, name)) for name in names)]
 
     def num_steps(self) -> int:
@@ -195,9 +247,8 @@ class LayerCall(NamedTuple):
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         """T, B, I, H and P, which is 0 without a projection."""
-        w = self.split()[0]
-        P = 0 if w.w_hr is None else w.w_hr.shape[0]
-        return self.num_steps(), self.batch_size(), w.w_ih.shape[1], w.w_hh.shape[0] // 4, P
+        H, P = self.widths
+        return self.num_steps(), self.batch_size(), self.x.shape[-1], H, P if self.projected else 0
 
     def state_sizes(self, batch_size: int) -> tuple[int, ...]:
         """The shape of a state but for its last axis: (D, B), and of a step (B,) or ()."""
@@ -206,9 +257,29 @@ class LayerCall(NamedTuple):
         return (batch_size,) if len(self.x.shape) == 2 else ()
 
 
+def _in_torchs_layout(w: dict[str, Array]) -> CellWeights:
+    """kernel [I + H, 4H] and bias [4H], gates in the order i, j, f, o; j is g."""
+    rows, columns = w["kernel"].shape
+    H = columns // 4
+    both = w["kernel"].T.reshape(4, H, rows)[[0, 2, 1, 3]].reshape(columns, rows)
+    bias = w["bias"].reshape(4, H)[[0, 2, 1, 3]].reshape(columns)
+    extra = {name: a for name, a in w.items() if name not in ("kernel", "bias")}
+    return CellWeights(both[:, : rows - H], both[:, rows - H :], bias, **extra)
+
+
 # The same without names, as it is quicker to make: what the engines take, and what the compiled core returns.
 CallTuple = tuple[
-    Array, Array | None, Array | None, list[Array], Array | None, Array | None, Array | None, Directions, bool
+    Array,
+    Array | None,
+    Array | None,
+    list[Array],
+    Array | None,
+    Array | None,
+    Array | None,
+    Directions,
+    bool,
+    Cell | None,
+    Array | None,
 ]
 OutputsTuple = tuple[Array, Array, Array, Array | None, Array | None]
 GradsTuple = tuple[Array | None, Array | None, Array | None, list[Array] | None]
@@ -250,10 +321,19 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward pass takes from the forward one, as `Outputs` has it: h of each step is had again from it."""
+    """What a backward pass takes from the forward one, as `Outputs` has it.
+
+    y is that of a cell with options; of a plain one h of each step is had again from cells and gates.
+    """
 
     cells: Array
     gates: Array
+    y: Array | None = None
+
+    @classmethod
+    def of(cls, outputs: Outputs, cell: Cell | None) -> Saved:
+        """What is kept of the outputs of such a cell."""
+        return cls(outputs.cells, outputs.gates, None if cell is None else outputs.y)
 
 
 class OutputGrads(NamedTuple):
@@ -347,7 +427,10 @@ def _check_dtypes(arrays: Arrays, x: Array) -> None:
         if a is None:
             continue
         got = dtype_name(a)
-        if name == "resets":
+        if name == "seed":
+            if got != "int64":
+                raise TypeError(f"seed: expected dtype int64, got {got}")
+        elif name == "resets":
             if got != "bool":
                 use = "resets.astype(bool)" if isinstance(a, np.ndarray) else "resets.bool()"
                 raise TypeError(f"resets: expected dtype bool, got {got}: use {use}")
@@ -356,7 +439,11 @@ def _check_dtypes(arrays: Arrays, x: Array) -> None:
                 use = f"{name}.astype(int)" if isinstance(a, np.ndarray) else f"{name}.long()"
                 raise TypeError(f"{name}: expected an integer dtype, got {got}: use {use}")
         elif got != expected:
-            if name == "w_ih" and got in DTYPES and all(dtype_name(w) == got for n, w in arrays if n in WEIGHTS):
+            if (
+                name in ("w_ih", "kernel")
+                and got in DTYPES
+                and all(dtype_name(w) == got for n, w in arrays if n in WEIGHTS)
+            ):
                 raise RuntimeError(f"x: expected dtype {got} as the weights have, got {expected}")
             raise RuntimeError(f"{name}: expected dtype {expected} as x has, got {got}")
 
@@ -385,9 +472,25 @@ def _check_options(call: LayerCall) -> None:
         raise ValueError("lengths, resets: expected None with batch_sizes, got an array")
     if call.is_step and (call.lengths is not None or call.directions == BOTH):
         raise ValueError("directions, lengths: expected one direction and no lengths without a time axis")
-    count, D = len(call.weights), call.num_directions
-    if count % D or not 2 <= count // D <= 5:
-        raise RuntimeError(f"weights: expected 2 to 5 arrays for each direction, got {count} for {D}")
+    count, D, fewest, most = len(call.weights), call.num_directions, 2, 5
+    if call.cell is not None:
+        _check_cell(call)
+        extra = len(call.cell.extra_weights)
+        fewest, most = fewest + extra, (2 if call.cell.tensorflow else most) + extra
+    if count % D or not fewest <= count // D <= most:
+        number = f"{fewest} to {most}" if fewest < most else f"{most}"
+        raise RuntimeError(f"weights: expected {number} arrays for each direction, got {count} for {D}")
+
+
+def _check_cell(call: LayerCall) -> None:
+    """Its numbers, and what they ask of the call."""
+    cell = call.cell
+    assert cell is not None
+    check_cell(cell)
+    if cell.proj_clip and not call.projected:
+        raise ValueError(f"proj_clip: expected 0 without w_hr, got {cell.proj_clip}")
+    if cell.draws and call.seed is None:
+        raise ValueError("seed: expected int64 [1] where masks are drawn, got None")
 
 
 def _refuse_shape(name: str, got: Sequence[int], dims: str, sizes: Sequence[int], hint: str = "") -> NoReturn:
@@ -407,7 +510,13 @@ def _check_first(call: LayerCall) -> None:
 
     Where w_ih agrees with w_hh it is x.
     """
-    w, x = call.split()[0], call.x
+    x = call.x
+    if call.cell is not None and call.cell.tensorflow:
+        kernel = call.weights[0]
+        if kernel.shape[1] % 4 or kernel.shape[0] != x.shape[-1] + kernel.shape[1] // 4:
+            raise RuntimeError(f"kernel: expected shape [I + H, 4*H] with I = {x.shape[-1]}, got {list(kernel.shape)}")
+        return
+    w = call.split_cell()[0]
     rows, columns = w.w_hh.shape
     if w.w_hr is None and rows != 4 * columns:
         H = rows if columns == 4 * rows else w.w_ih.shape[0] // 4
@@ -471,25 +580,36 @@ def check_ranks(call: LayerCall) -> None:
         _check_rank("batch_sizes", call.batch_sizes, 1)
     elif not call.is_step:
         _check_rank("x", call.x, 3)
-    for w in call.split():
-        _check_rank("w_ih", w.w_ih, 2)
-        _check_rank("w_hh", w.w_hh, 2)
+    for w in call.named_weights():
+        for name in ("w_ih", "w_hh", "kernel"):
+            if name in w:
+                _check_rank(name, w[name], 2)
 
 
 def check_shapes(call: LayerCall, T: int, B: int) -> None:
     """The sizes of all arrays, whose ranks and dtypes count as checked."""
     _check_first(call)
-    first = call.split()[0]
-    H, P = first.w_hh.shape[0] // 4, first.w_hh.shape[1]
+    H, P = call.widths
     expected = {
         "w_ih": ("4*H, I", (4 * H, call.x.shape[-1])),
-        "w_hh": ("4*H, H", (4 * H, H)) if first.w_hr is None else ("4*H, P", (4 * H, P)),
+        "w_hh": ("4*H, P", (4 * H, P)) if call.projected else ("4*H, H", (4 * H, H)),
         "b_ih": ("4*H", (4 * H,)),
         "b_hh": ("4*H", (4 * H,)),
         "w_hr": ("P, H", (P, H)),
     }
+    if call.cell is not None:
+        expected |= {
+            "kernel": ("I + H, 4*H", (call.x.shape[-1] + H, 4 * H)),
+            "bias": ("4*H", (4 * H,)),
+            "peephole": ("3, H", (3, H)),
+            "gamma": ("4*H", (4 * H,)) if call.cell.norm == Norm.GATES else ("2, 4*H", (2, 4 * H)),
+            "beta": ("4*H", (4 * H,)),
+            "gamma_h": ("H", (H,)),
+            "beta_h": ("H", (H,)),
+            "seed": ("1", (1,)),
+        }
     for name, a in call.named():
-        if name.removesuffix("_reverse") in expected:
+        if a is not None and name.removesuffix("_reverse") in expected:
             _check_shape(name, a, *expected[name.removesuffix("_reverse")])
     _check_masks(call, T, B)
     _check_states(call, H, P, T, B)
@@ -497,13 +617,12 @@ def check_shapes(call: LayerCall, T: int, B: int) -> None:
 
 def _check_sizes(call: LayerCall, T: int, B: int) -> None:
     """There are units, and so few numbers that products of sizes do not overflow: expanded arrays state any size."""
-    I, w_hh = call.x.shape[-1], call.weights[1]  # noqa: E741
-    H, P = w_hh.shape[0] // 4, w_hh.shape[1]
+    I, (H, P) = call.x.shape[-1], call.widths  # noqa: E741
     rows = call.x.shape[0] if call.batch_sizes is not None else max(T * B, T if call.batch_first else 0)
     if not all(type(size) is int for size in (T, B, I, H, P, rows)):
         return  # symbols of a compiler, which would guard what is seen here
-    projected = call.split()[0].w_hr is not None
-    if (H == 0 and not call.is_step) or (P == 0 and projected):
+    if (H == 0 and not call.is_step) or (P == 0 and call.projected):
+        w_hh = call.weights[0 if call.cell is not None and call.cell.tensorflow else 1]
         raise RuntimeError(f"w_hh: expected at least one hidden unit, got shape {list(w_hh.shape)}")
     if max(rows * max(I, 4 * H, P, 1), 4 * H * max(I, P, 1)) > MOST_NUMBERS:
         got = f"{min(rows, 2**63 - 1)} rows, I = {I}, H = {H}, P = {P}"
@@ -574,10 +693,11 @@ def check_backward(call: LayerCall, saved: Saved, grads: OutputGrads) -> None:
     for name, a in arrays:
         if a is not None:
             check_kind(name, a, call.x)
-    if any(a is None for a in saved):
+    if any(a is None for a in saved[:2]):
         raise TypeError("cells, gates: expected what layer_forward left with Save.ALL, got None")
-    w, D, T, B = call.split()[0], call.num_directions, call.num_steps(), call.batch_size()
-    H, P = w.w_hh.shape[0] // 4, w.w_hh.shape[1]
+    if call.cell is not None and saved.y is None:
+        raise TypeError("y: expected what layer_forward returned, got None")
+    D, T, B, (H, P) = call.num_directions, call.num_steps(), call.batch_size(), call.widths
     rows = call.x.shape[:1] if call.batch_sizes is not None else (T, B)
     stored = dtype_name(call.x)
     wide = "float32" if stored in ("bfloat16", "float16") else stored
@@ -589,6 +709,7 @@ def check_backward(call: LayerCall, saved: Saved, grads: OutputGrads) -> None:
         "dcells": (wide, (D, *rows, H)),
         "cells": (wide, (D, *rows, H)),
         "gates": (stored, (D, *rows, 4 * H)),
+        "y": (stored, sequence),
     }
     _check_devices_and_layouts(arrays, call.x)
     for name, a in arrays:

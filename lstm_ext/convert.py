@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .call import Weights
-from .reference import Array, split_gates
+from .walk import Array, split_gates
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
 
@@ -22,7 +22,11 @@ from .call import (
     is_tensor,
     kind,
 )
-from .engines import choose
+from .cell import Cell, make_cell
+from .engines import choose, numpy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NOTHING, CELLS = Save.NOTHING, Save.CELLS
 
@@ -51,9 +55,12 @@ def _run_arrays(call: CallTuple, save: Save) -> OutputsTuple:
     engine = choose("cpu", asked.x.dtype.newbyteorder("=")).engine
     assert engine is not None  # NumPy serves all of them
     outputs = engine.forward(call, save)
-    if outputs is NotImplemented:  # not all are plain arrays
+    if outputs is NotImplemented:  # not all are plain arrays, or the engine takes no such cell
         check(asked)
-        outputs = engine.forward(asked.map(np.asarray), save)
+        asked = asked.map(np.asarray)
+        outputs = engine.forward(asked, save)
+    if outputs is NotImplemented:
+        outputs = numpy.forward(asked, save)
     return outputs
 
 
@@ -89,6 +96,60 @@ def _with_direction(name: str, a: Array | None, x: Array) -> Array | None:
     return a[None]
 
 
+class CellOptions(TypedDict, total=False):
+    """What `lstm` and `lstm_cell` take besides: see there."""
+
+    activation: str | tuple[Any, ...]
+    recurrent_activation: str | tuple[Any, ...]
+    forget_bias: float
+    peephole: Any
+    cell_clip: float | None
+    proj_clip: float | None
+    layer_norm: Sequence[Any]
+    zoneout: float | Sequence[float]
+    recurrent_dropout: float
+    candidate_dropout: float
+    coupled: bool
+    training: bool
+    seed: Any
+
+
+_OPTIONS = tuple(CellOptions.__annotations__)
+_NORM_ARRAYS = ("gamma", "gamma_h", "beta_h")
+
+
+def _read_options(who: str, options: dict[str, Any], x: Array, projected: bool) -> tuple[Cell | None, list[Array], Any]:
+    """The cell, its additional weights, and the seed of its masks."""
+    if unknown := [name for name in options if name not in _OPTIONS]:
+        raise TypeError(f"{who}: expected the options {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
+    peephole, norms = options.pop("peephole", None), options.pop("layer_norm", None)
+    training, seed = options.pop("training", False), options.pop("seed", None)
+    extra = []
+    if peephole is not None:
+        check_kind("peephole", peephole, x)
+        extra.append(peephole)
+    if norms is not None:
+        if not isinstance(norms, (tuple, list)) or len(norms) != len(_NORM_ARRAYS):
+            raise TypeError(f"layer_norm: expected the arrays ({', '.join(_NORM_ARRAYS)}), got {kind(norms)}")
+        for name, a in zip(_NORM_ARRAYS, norms, strict=True):
+            check_kind(f"layer_norm, {name}", a, x)
+        extra += norms
+    made = make_cell(**options, peephole=peephole is not None, layer_norm=norms is not None, projected=projected)
+    cell = made._replace(training=bool(training)).simplified()
+    return cell, extra, None if cell is None or not cell.draws else _seed(cell, seed, x)
+
+
+def _seed(cell: Cell, seed: Any, x: Array) -> Array:
+    """As the engines take it: int64 [1]; drawn by torch's generator, or NumPy's for arrays, if it is None."""
+    if is_tensor(x):
+        from .route import draw_seed, seed_from
+
+        return draw_seed(cell, x) if seed is None else seed_from(seed, x)
+    if seed is None:
+        return np.random.randint(2**63 - 1, size=1)  # noqa: NPY002 (np.random.seed repeats it)
+    return np.asarray(seed, np.int64).reshape(1)
+
+
 def _expect_rank(name: str, a: Array, rank: int, x: Array, hint: str = "") -> None:
     if type(a) is not type(x):
         check_kind(name, a, x)
@@ -97,15 +158,19 @@ def _expect_rank(name: str, a: Array, rank: int, x: Array, hint: str = "") -> No
 
 
 def _through_dlpack(
-    function: Callable[..., Any], state: Any, arrays: Mapping[str, Any], **options: bool
+    function: Callable[..., Any], state: Any, arrays: Mapping[str, Any], **options: Any
 ) -> tuple[Any, ...]:
     """`function` on arrays of the library of x; the results are arrays of that library too."""
     x = arrays["x"]
     state = dict(zip(("h0", "c0"), _split_state(state), strict=True))
-    given = {name: a for name, a in {**arrays, **state}.items() if a is not None}
+    norms = {f"layer_norm[{n}]": a for n, a in enumerate(options.pop("layer_norm", ()))}
+    peephole = {"peephole": options.pop("peephole", None)}
+    given = {name: a for name, a in {**arrays, **state, **peephole, **norms}.items() if a is not None}
     for name, a in given.items():
         check_kind(name, a, x)
     views = dlpack.take(given)
+    if norms:
+        options["layer_norm"] = tuple(views.pop(name) for name in norms)
     result = function(state=tuple(views.pop(name, None) for name in state), **views, **options)
     return dlpack.give(result, x)
 
@@ -124,6 +189,7 @@ def lstm(
     lengths: Any = None,
     resets: Any = None,
     return_cells: Literal[False] = False,
+    **options: Unpack[CellOptions],
 ) -> tuple[A, tuple[A, A]]: ...
 @overload
 def lstm(
@@ -139,6 +205,7 @@ def lstm(
     lengths: Any = None,
     resets: Any = None,
     return_cells: Literal[True],
+    **options: Unpack[CellOptions],
 ) -> tuple[A, tuple[A, A], A]: ...
 @overload
 def lstm(
@@ -154,6 +221,7 @@ def lstm(
     lengths: Any = None,
     resets: Any = None,
     return_cells: bool = False,
+    **options: Unpack[CellOptions],
 ) -> tuple[Any, ...]: ...
 def lstm(
     x: Array,
@@ -168,6 +236,7 @@ def lstm(
     lengths: Array | None = None,
     resets: Array | None = None,
     return_cells: bool = False,
+    **options: Unpack[CellOptions],
 ) -> tuple[Array, ...]:
     """One LSTM layer in one direction over a whole sequence; differentiable for torch tensors.
 
@@ -187,6 +256,12 @@ def lstm(
         lengths: valid steps of each row [B], integer, 0 to T. What x holds past them does not matter.
         resets: bool [T, B]; where True, the state is zero before that step.
         return_cells: whether to return c of every step too.
+        options: what another cell than the plain one computes, as docs/options.md tells: activation ("tanh"),
+            recurrent_activation ("sigmoid"), forget_bias (0.0), peephole [3, H] (of i, f, o), cell_clip and proj_clip
+            (None), layer_norm (arrays gamma [2, 4H], gamma_h [H], beta_h [H]), zoneout (0.0, or a pair of h and c),
+            recurrent_dropout, candidate_dropout (0.0), coupled (False); training (False), whether units are dropped
+            and held; seed (None), an integer or int64 [1] from which these are drawn, by default from torch's
+            generator, or for other arrays from `np.random`.
 
     Returns:
         y [T, B, P], zero past a row's length, and (h_n [B, P], c_n [B, H]), those of the last valid step; with
@@ -210,17 +285,22 @@ def lstm(
         if dlpack.library_of(x) is not None:
             arrays = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr}
             masks = {"lengths": lengths, "resets": resets}
-            return _through_dlpack(lstm, state, arrays | masks, reverse=reverse, return_cells=return_cells)
+            return _through_dlpack(lstm, state, arrays | masks, reverse=reverse, return_cells=return_cells, **options)
         check_kind("x", x)
     h0, c0 = _split_state(state)
     weights = [w_ih, w_hh, *_both_or_none(b_ih, b_hh)]
     if w_hr is not None:
         weights.append(w_hr)
     _expect_rank("x", x, 3, x, "; lstm takes a sequence [T, B, I], lstm_cell one step [B, I]")
+    cell: Cell | None = None
+    seed: Array | None = None
+    if options:
+        cell, extra, seed = _read_options("lstm", {**options}, x, w_hr is not None)
+        weights += extra
     state_of = (_with_direction("h0", h0, x), _with_direction("c0", c0, x))
     run = _run_tensors if tensors else _run_arrays
     y, h_n, c_n, cells, _ = run(
-        (x, *state_of, weights, lengths, resets, None, REVERSE if reverse else FORWARD, False),
+        (x, *state_of, weights, lengths, resets, None, REVERSE if reverse else FORWARD, False, cell, seed),
         CELLS if return_cells else NOTHING,
     )
     if cells is None:
@@ -241,6 +321,7 @@ def lstm_cell(
     w_hr: A | None = None,
     *,
     resets: Any = None,
+    **options: Unpack[CellOptions],
 ) -> tuple[A, A]:
     """One LSTM step; differentiable for torch tensors.
 
@@ -252,6 +333,7 @@ def lstm_cell(
         b_ih, b_hh: [4H]; either or both may be None.
         w_hr: projection [P, H] of h, or None; without it P is H.
         resets: bool [B]; where True, the state is zero before the step.
+        options: those of `lstm`; masks are drawn anew at each call.
 
     Returns:
         (h' [B, P], c' [B, H]).
@@ -271,7 +353,7 @@ def lstm_cell(
     tensors = is_tensor(x)
     if not tensors and dlpack.library_of(x) is not None:
         arrays = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr, "resets": resets}
-        h, c = _through_dlpack(lstm_cell, state, arrays)
+        h, c = _through_dlpack(lstm_cell, state, arrays, **options)
         return h, c
     h0, c0 = _split_state(state)
     if not tensors:
@@ -283,6 +365,11 @@ def lstm_cell(
     weights = [w_ih, w_hh, *_both_or_none(b_ih, b_hh)]
     if w_hr is not None:
         weights.append(w_hr)
+    cell: Cell | None = None
+    seed: Array | None = None
+    if options:
+        cell, extra, seed = _read_options("lstm_cell", {**options}, x, w_hr is not None)
+        weights += extra
     run = _run_tensors if tensors else _run_arrays
-    y, _, c_n, _, _ = run((x, h0, c0, weights, None, resets, None, FORWARD, False), NOTHING)
+    y, _, c_n, _, _ = run((x, h0, c0, weights, None, resets, None, FORWARD, False, cell, seed), NOTHING)
     return y, c_n

@@ -1,13 +1,12 @@
-"""The modules: drop-ins for `torch.nn.LSTM` and `torch.nn.LSTMCell`, TensorFlow's `BasicLSTMCell`, and the swap."""
+"""The modules: drop-ins for `torch.nn.LSTM` and `torch.nn.LSTMCell`; TensorFlow's are in `lstm_ext.tensorflow`."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from itertools import repeat
 from operator import is_
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor, fx
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules import rnn as torch_rnn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import Parameter, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
@@ -24,7 +21,13 @@ from . import route
 from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
 from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_kind, check_step_state
 from .engines import warn, warn_once
-from .route import run
+from .options import CellOptions, LayerOptions, Options, read_options
+from .route import draw_seed, run
+from .tensorflow import BasicLSTMCell as BasicLSTMCell  # where older pickles have it
+from .tensorflow import LSTMStateTuple as LSTMStateTuple
+
+if TYPE_CHECKING:
+    from .options import Unpack
 
 # Inputs that torch gives to oneDNN's LSTM.
 _ONE_DNN_DTYPES: frozenset[torch.dtype] = frozenset()
@@ -76,6 +79,22 @@ class LSTM(torch_rnn.RNNBase):
         proj_size: P, the width of a projection of h; 0 is none.
         device, dtype: of the parameters.
 
+    Options, all by keyword; with none of them all is as in torch. They combine; docs/options.md tells more.
+        activation: of the candidate g, and of c before the output: "tanh", "sigmoid", "hard_sigmoid", "relu",
+            "leaky_relu", "elu", "softsign", "softplus", "linear", or a tuple (name, alpha, beta).
+        recurrent_activation: of the gates i, f and o.
+        forget_bias: added to f at each step.
+        unit_forget_bias: whether the bias of f starts at 1.
+        peephole: whether the gates see c, by the weights `peephole_l*` [3, H] of i, f and o.
+        cell_clip, proj_clip: c, and h after a projection, are cut to ± these.
+        layer_norm: whether x W_ih', h W_hh' and c are normalised, with the weights `gamma_l*` [2, 4H], `gamma_h_l*` [H]
+            and `beta_h_l*` [H].
+        zoneout: probability of a unit to stay as it was; one for h and c, or a pair.
+        recurrent_dropout: of an element of h to be zeroed before the recurrent product, at all steps.
+        candidate_dropout: of an element of g to be zeroed, at each step.
+        weight_drop: of an element of `weight_hh_l*` to be zeroed, once a call.
+        coupled: whether i = 1 - f.
+
     Shape:
         - input: [T, B, I]; [B, T, I] if batch_first; [T, I]; or a PackedSequence.
         - hx: None (zeros) or (h_0 [L*D, B, P], c_0 [L*D, B, H]); without B if the input is.
@@ -109,6 +128,7 @@ class LSTM(torch_rnn.RNNBase):
         proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ) -> None:
         torch_rnn.RNNBase.__init__(  # not super(): a class may be torch's LSTM as well
             self,
@@ -124,6 +144,43 @@ class LSTM(torch_rnn.RNNBase):
             device,
             dtype,
         )
+        if options and (read := read_options({**options}, "LSTM", bias, proj_size > 0)):
+            self._take_options(read)
+
+    _options: Options | None = None  # None is torch's LSTM
+
+    def _take_options(self, options: Options) -> None:
+        """Adds their weights, those of each direction after its others."""
+        self._options, names = options, self._all_weights
+        self._customised = bool(options.changing)  # most calls are of modules without, which look at this anyway
+        self._all_weights = []
+        for own in names:
+            suffix = own[0].removeprefix("weight_ih")
+            extra = options.make_extra(self.hidden_size, self._flat_weights[0])
+            for name, weight in extra.items():
+                self.register_parameter(name + suffix, weight)
+            self._all_weights.append([*own, *(name + suffix for name in extra)])
+        self._flat_weights_names = [name for own in self._all_weights for name in own]
+        ordered = {name: self._parameters[name] for name in self._flat_weights_names}
+        self._parameters.clear()
+        self._parameters.update(ordered)
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew."""
+        super().reset_parameters()
+        if self._options is not None:
+            self._options.reset(self._parameters)
+
+    def flatten_parameters(self) -> None:
+        """As torch's; it has no place for the weights of options."""
+        if self._options is None or not self._options.extra_weights:
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        return super().extra_repr() + str(self._options or "")
 
     # torch's forward asks these, so code that was copied from there or overrides them works here as well.
     check_forward_args = _TorchLSTM.check_forward_args
@@ -155,7 +212,7 @@ class LSTM(torch_rnn.RNNBase):
         The list is out of date once one of the weights it was made from is another object, as under parametrizations
         and functional calls; then the weights are those that the module has now.
         """
-        if self._customised:
+        if self._customised and self._options is None:
             self._update_flat_weights()
             return self._flat_weights
         flat, parameters = self._flat_weights, self._parameters
@@ -169,7 +226,7 @@ class LSTM(torch_rnn.RNNBase):
     def _checked(self, x: Tensor, hx: State | None, batch_sizes: Tensor | None, order: Tensor | None) -> State | None:
         """The state in the order of the rows, after torch's own checks; for whoever overrides these, zeros for None."""
         if hx is None:
-            if not self._customised:
+            if not self._customised or self._options is not None:
                 return None
             sizes = self.get_expected_hidden_size(x, batch_sizes), self.get_expected_cell_size(x, batch_sizes)
             hx = x.new_zeros(sizes[0]), x.new_zeros(sizes[1])
@@ -264,14 +321,21 @@ class LSTM(torch_rnn.RNNBase):
             if (
                 num_layers == 1
                 and input.is_cpu
-                and not (return_cells or _is_any_autocast_enabled() or _get_tracing_state())
+                and not (
+                    return_cells
+                    or _is_any_autocast_enabled()
+                    or _get_tracing_state()
+                    or (customised and self._options is not None)
+                )
             ):
                 # One call is all: small layers are called often.
                 directions = BOTH if self.bidirectional else FORWARD
-                y, h_n, c_n, _, _ = run((input, h0, c0, weights, lengths, resets, None, directions, self.batch_first))
+                y, h_n, c_n, _, _ = run(
+                    (input, h0, c0, weights, lengths, resets, None, directions, self.batch_first, None, None)
+                )
                 if not customised:
                     return y, (h_n, c_n)
-            elif lengths is None and resets is None and not return_cells and _is_left_to_torch(input):
+            elif lengths is None and resets is None and not return_cells and self._is_left_to_torch(input):
                 return _TorchLSTM.forward(self, input, hx)
             else:
                 y, h_n, c_n, cells = self._layers(input, hx, weights, lengths, resets, None, return_cells)
@@ -282,7 +346,7 @@ class LSTM(torch_rnn.RNNBase):
             if _became_torchs(self):
                 given = _given(lengths=lengths, resets=resets, return_cells=return_cells or None)
                 return _TorchLSTM.forward(self, input, hx, **given)
-            new = lengths is not None or resets is not None or return_cells
+            new = lengths is not None or resets is not None or return_cells or self._options is not None
             if new or _is_transformed() or not self._are_wrong(input, hx):
                 raise
             why = str(error)
@@ -290,6 +354,12 @@ class LSTM(torch_rnn.RNNBase):
 
     if TYPE_CHECKING:
         __call__ = forward  # Module's says no more than Callable[..., Any]
+
+    def _is_left_to_torch(self, x: Tensor) -> bool:
+        """Whether torch's own module runs a call that asks for nothing new: in a trace, or where there is no kernel."""
+        if self._options is not None and self._options.changing:
+            return False
+        return _get_tracing_state() is not None or not (x.is_cpu or route.has_kernel(x))
 
     def _are_wrong(self, input: Any, hx: Any) -> bool:
         """Whether an error was about arguments, which torch checks if it is asked, and not about a failed kernel."""
@@ -374,7 +444,7 @@ class LSTM(torch_rnn.RNNBase):
         if lengths is not None or resets is not None:
             raise ValueError("lengths, resets: expected a padded input beside them, got a PackedSequence")
         x, batch_sizes, sorted_indices, unsorted_indices = packed
-        if not return_cells and _is_left_to_torch(x):
+        if not return_cells and self._is_left_to_torch(x):
             return _TorchLSTM.forward(self, packed, hx)
         weights, hx = self._weights(), self._checked(x, hx, batch_sizes, sorted_indices)
         y, h_n, c_n, cells = self._layers(x, hx, weights, None, None, batch_sizes, return_cells)
@@ -398,12 +468,16 @@ class LSTM(torch_rnn.RNNBase):
         """All layers, one fused call each: (y, h_n, c_n, the last layer's cells in the layout of y)."""
         if _is_any_autocast_enabled() and x.is_cpu and torch.is_autocast_enabled("cpu"):
             return self._layers_under_autocast(x, hx, weights, lengths, resets, batch_sizes, return_cells)
-        L, directions = self.num_layers, BOTH if self.bidirectional else FORWARD
+        L, directions, options = self.num_layers, BOTH if self.bidirectional else FORWARD, self._options
         batch_first = self.batch_first and batch_sizes is None
         masks = (lengths, resets, batch_sizes, directions, batch_first)
+        cell = None if options is None else options.cells[self.training]
         h0, c0 = (None, None) if hx is None else hx
+        if options is not None and self.training:
+            weights = options.drop(weights, len(self._all_weights))
         if L == 1:
-            y, h_n, c_n, cells, _ = run((x, h0, c0, weights, *masks), CELLS if return_cells else NOTHING)
+            seed = None if cell is None else draw_seed(cell, x)
+            y, h_n, c_n, cells, _ = run((x, h0, c0, weights, *masks, cell, seed), CELLS if return_cells else NOTHING)
         else:
             h_ns, c_ns = [], []
             D, per_layer = 2 if self.bidirectional else 1, len(weights) // L
@@ -414,7 +488,8 @@ class LSTM(torch_rnn.RNNBase):
                     h0, c0 = hx[0][n * D : (n + 1) * D], hx[1][n * D : (n + 1) * D]
                 own = weights[n * per_layer : (n + 1) * per_layer]
                 save = CELLS if return_cells and n == L - 1 else NOTHING
-                x, h_n, c_n, cells, _ = run((x, h0, c0, own, *masks), save)
+                seed = None if cell is None else draw_seed(cell, x)
+                x, h_n, c_n, cells, _ = run((x, h0, c0, own, *masks, cell, seed), save)
                 h_ns.append(h_n)
                 c_ns.append(c_n)
                 if n < L - 1 and self.dropout and self.training:
@@ -428,7 +503,7 @@ class LSTM(torch_rnn.RNNBase):
         """The dtypes of torch's autocast on the CPU: its own where oneDNN's LSTM runs, else those of torch's cell."""
         dtype, batch_sizes = torch.get_autocast_dtype("cpu"), masks[2]
         even = batch_sizes is None or (not is_compiling() and bool((batch_sizes == batch_sizes[:1]).all()))
-        one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and even and not self.proj_size
+        one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and even and not self.proj_size and not self._options
         h0, c0 = hx or (None, None)
         call = LayerCall(x, h0, c0, weights, None, None, None, FORWARD, False)
         call = call.cast(dtype if one_dnn else route.autocast_cell_dtype(call))
@@ -447,6 +522,7 @@ class LSTM(torch_rnn.RNNBase):
 
     def __prepare_scriptable__(self) -> torch_rnn.LSTM:
         """TorchScript compiles torch's own LSTM, on our weights."""
+        _refuse_options(self._options)
         return _for_torch_script(torch_rnn.LSTM, self)
 
 
@@ -490,6 +566,8 @@ class LSTMCell(torch_rnn.LSTMCell):
         hidden_size: H, the number of units.
         bias: whether there are `bias_ih` and `bias_hh`.
         device, dtype: of the parameters.
+        options: those of `LSTM` but for proj_clip. The weights are `peephole`, `gamma`, `gamma_h` and `beta_h`, and
+            masks are drawn anew at each call.
 
     Shape:
         - input: [B, I] or [I].
@@ -515,10 +593,27 @@ class LSTMCell(torch_rnn.LSTMCell):
         bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[CellOptions],
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
+        if options and (read := read_options({**options}, "LSTMCell", bias, False)):
+            self._options, self._customised = read, bool(read.changing)
+            for name, weight in read.make_extra(hidden_size, self.weight_hh).items():
+                self.register_parameter(name, weight)
+            self.reset_parameters()
 
-    _customised = False  # whether a subclass computes its attributes
+    _customised = False  # whether a subclass computes its attributes, or there are options
+    _options: Options | None = None  # None is torch's cell
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew."""
+        super().reset_parameters()
+        if self._options is not None:
+            self._options.reset(self._parameters)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        return super().extra_repr() + str(self._options or "")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -584,12 +679,14 @@ class LSTMCell(torch_rnn.LSTMCell):
                 weights = [None] * 4
             if weights[2] is None or weights[3] is None or self._customised:
                 weights = self._weights()
-            y, _, c_n, _, _ = run((input, h, c, weights, None, resets, None, FORWARD, False))
+                if self._options is not None:
+                    return self._step(input, h, c, weights, resets, self._options)
+            y, _, c_n, _, _ = run((input, h, c, weights, None, resets, None, FORWARD, False, None, None))
             return y, c_n
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
                 return _TorchLSTMCell.forward(self, input, hx, **_given(resets=resets))
-            if _is_transformed() or not self._are_wrong(input, hx):
+            if self._options is not None or _is_transformed() or not self._are_wrong(input, hx):
                 raise
             why = str(error)
         if resets is not None and hx is not None:
@@ -599,199 +696,24 @@ class LSTMCell(torch_rnn.LSTMCell):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _step(
+        self, x: Tensor, h: Any, c: Any, weights: list[Any], resets: Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        """A step of a cell with options."""
+        cell = options.cells[self.training]
+        weights = [*weights, *(getattr(self, name) for name in options.extra_weights)]
+        weights = options.drop(weights, 1) if self.training else weights
+        seed = None if cell is None else draw_seed(cell, x)
+        y, _, c_n, _, _ = run((x, h, c, weights, None, resets, None, FORWARD, False, cell, seed))
+        return y, c_n
+
     def __prepare_scriptable__(self) -> torch_rnn.LSTMCell:
         """TorchScript compiles torch's own cell, on our weights."""
+        _refuse_options(self._options)
         return _for_torch_script(torch_rnn.LSTMCell, self)
 
 
-class LSTMStateTuple(NamedTuple):
-    """The state of a `BasicLSTMCell`: c [B, U] and h [B, U], c first.
-
-    Example:
-        >>> c, h = lstm_ext.BasicLSTMCell(64).zero_state(16)
-        >>> c.shape, h.shape
-        (torch.Size([16, 64]), torch.Size([16, 64]))
-    """
-
-    c: Any
-    h: Any
-
-
-class BasicLSTMCell(LazyModuleMixin, torch.nn.Module):
-    """TensorFlow 1's `BasicLSTMCell`: its arithmetic, gate order and weight layout, for torch tensors.
-
-    `num_units` is the width U of the vectors h and c: how many memory cells, each with its four gates, work side by
-    side at every step (PyTorch calls it hidden_size). It is not the number of time steps, nor of layers. The weights
-    grow with its square: 4 * U * (input width + U + 1).
-
-        i, j, f, o = [x, h] @ kernel + bias
-        c' = c * sigmoid(f + forget_bias) + sigmoid(i) * activation(j)
-        h' = activation(c') * sigmoid(o)
-
-    Args:
-        num_units: U.
-        forget_bias: added to f at every step; it is no part of `bias`.
-        state_is_tuple: whether a state is an `LSTMStateTuple` (c, h), c first, or one tensor [B, 2U] of both.
-        activation: a callable, or the name of one in torch; None is tanh.
-        input_size: the width I of x; None takes it from the first input.
-        device, dtype: of the parameters.
-        name: kept as an attribute and shown; in TensorFlow it names the variables.
-
-    Shape:
-        - input: [B, I]; state: (c, h), each [B, U], or [B, 2U], or None for zeros.
-        - output: (h' [B, U], state), the state of the same form.
-
-    Attributes:
-        kernel: [I + U, 4U], uniform as Glorot and Bengio initialise (2010).
-        bias: [4U], zeros.
-        state_size: the widths of a state, `LSTMStateTuple(U, U)` or 2U.
-        output_size: U.
-
-    Raises:
-        ValueError: an input that is not [B, I], a state of another form, another dtype than that of `kernel`.
-
-    Example:
-        >>> cell, state = lstm_ext.BasicLSTMCell(64), None
-        >>> for x in torch.randn(50, 16, 28):
-        ...     output, state = cell(x, state)
-        >>> output.shape, state.c.shape, cell.kernel.shape
-        (torch.Size([16, 64]), torch.Size([16, 64]), torch.Size([92, 256]))
-    """
-
-    cls_to_become = None
-    kernel: UninitializedParameter
-
-    def __init__(
-        self,
-        num_units: int,
-        forget_bias: float = 1.0,
-        state_is_tuple: bool = True,
-        activation: Callable[[Tensor], Tensor] | str | None = None,
-        input_size: int | None = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        name: str | None = None,
-    ) -> None:
-        if num_units <= 0:
-            raise ValueError(f"num_units: expected a positive number, got {num_units}")
-        if input_size is None:
-            with warnings.catch_warnings():  # torch calls its lazy modules a new feature
-                warnings.simplefilter("ignore", UserWarning)
-                super().__init__()
-        else:
-            torch.nn.Module.__init__(self)
-        self.num_units = num_units
-        self.forget_bias = forget_bias
-        self.state_is_tuple = state_is_tuple
-        if activation is None:
-            activation = "tanh"
-        if not callable(getattr(torch, activation, None) if isinstance(activation, str) else activation):
-            raise ValueError(f"activation: expected a callable or the name of one in torch, got {activation!r}")
-        self.activation = activation
-        self.name = name
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.kernel = UninitializedParameter(**factory)
-        self.bias = Parameter(torch.zeros(4 * num_units, **factory))
-        if input_size is not None:
-            self._materialize(input_size)
-
-    def _materialize(self, input_size: int) -> None:
-        self.kernel.materialize((input_size + self.num_units, 4 * self.num_units))
-        self.reset_parameters()
-
-    def initialize_parameters(self, input: Tensor, state: Any = None) -> None:
-        """Takes the input width from the first input."""
-        if self.has_uninitialized_params():
-            if input.dim() != 2:
-                raise ValueError(f"input: expected shape [B, I], got {list(input.shape)}")
-            with torch.no_grad():
-                self._materialize(input.shape[1])
-
-    def reset_parameters(self) -> None:
-        """Draws the kernel anew and zeroes the bias."""
-        if not self.has_uninitialized_params():
-            torch.nn.init.xavier_uniform_(self.kernel)
-        torch.nn.init.zeros_(self.bias)
-
-    @property
-    def state_size(self) -> LSTMStateTuple | int:
-        """The widths of a state."""
-        return LSTMStateTuple(self.num_units, self.num_units) if self.state_is_tuple else 2 * self.num_units
-
-    @property
-    def output_size(self) -> int:
-        """The width of an output."""
-        return self.num_units
-
-    def zero_state(self, batch_size: int, dtype: torch.dtype | None = None) -> LSTMStateTuple | Tensor:
-        """A state of zeros for `batch_size` rows, where the parameters are; the dtype is theirs if None."""
-        c, h = self.bias.new_zeros(2, batch_size, self.num_units, dtype=dtype)
-        return LSTMStateTuple(c, h) if self.state_is_tuple else torch.cat([c, h], 1)
-
-    def _check(self, name: str, a: Any, axes: str, *shape: int) -> None:
-        """The parameters decide the dtype, except under autocast."""
-        if not isinstance(a, Tensor) or tuple(a.shape) != shape:
-            got = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
-            raise ValueError(f"{name}: expected shape {axes}, got {got}")
-        if a.dtype != self.kernel.dtype and not torch.is_autocast_enabled(a.device.type):
-            raise ValueError(f"{name}: expected dtype {self.kernel.dtype} as the kernel has, got {a.dtype}")
-
-    def _split(self, x: Tensor, state: Any) -> State:
-        """(c, h) of a state of either form."""
-        B, U = x.shape[0], self.num_units
-        if state is None:
-            zeros = x.new_zeros(B, U)
-            return zeros, zeros
-        if not self.state_is_tuple:
-            self._check("state", state, f"[B, 2*num_units] = {[B, 2 * U]}", B, 2 * U)
-            return state[:, :U], state[:, U:]
-        if not isinstance(state, (tuple, list)) or len(state) != 2:
-            raise ValueError(f"state: expected the pair (c, h), got {type(state).__name__}")
-        for name, a in zip(("state.c", "state.h"), state, strict=True):
-            self._check(name, a, f"[B, num_units] = {[B, U]}", B, U)
-        return state[0], state[1]
-
-    def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """See the class for shapes: (h', state)."""
-        width = self.kernel.shape[0] - self.num_units
-        self._check("input", input, f"[B, I] with I = {width}", input.shape[0] if input.dim() else 0, width)
-        activation = getattr(torch, self.activation) if isinstance(self.activation, str) else self.activation
-        c, h = self._split(input, state)
-        i, j, f, o = torch.addmm(self.bias, torch.cat([input, h], 1), self.kernel).chunk(4, 1)
-        c = c * torch.sigmoid(f + self.forget_bias) + torch.sigmoid(i) * activation(j)
-        h = activation(c) * torch.sigmoid(o)
-        return h, LSTMStateTuple(c, h) if self.state_is_tuple else torch.cat([c, h], 1)
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-    def __prepare_scriptable__(self) -> None:
-        """TorchScript knows neither lazy parameters nor callables as attributes."""
-        raise NotImplementedError(
-            "BasicLSTMCell: TorchScript cannot compile it; expected torch.jit.trace, torch.compile or torch.export"
-        )
-
-    def extra_repr(self) -> str:
-        """The arguments that differ from their defaults."""
-        width = None if self.has_uninitialized_params() else self.kernel.shape[0] - self.num_units
-        activation = "tanh" if isinstance(self.activation, torch.nn.Module) else self.activation  # Module shows its own
-        options = {
-            "forget_bias": (self.forget_bias, 1.0),
-            "state_is_tuple": (self.state_is_tuple, True),
-            "activation": (getattr(activation, "__name__", activation), "tanh"),
-            "input_size": (width, None),
-            "name": (self.name, None),
-        }
-        shown = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
-        return ", ".join([str(self.num_units), *shown])
-
-
 # What is torch's -----------------------------------------------------------------------------------------------------
-
-
-def _is_left_to_torch(x: Tensor) -> bool:
-    """Whether torch's own module runs a call that asks for nothing new: in a trace, or where there is no kernel."""
-    return _get_tracing_state() is not None or not (x.is_cpu or route.has_kernel(x))
 
 
 def _became_torchs(module: Any) -> bool:
@@ -833,6 +755,13 @@ def _as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> An
     """The call as one node of a graph that torch.fx records, as it is for the modules of torch."""
     args = (input,) if hx is None else (input, hx)
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, _given(**options))
+
+
+def _refuse_options(options: Options | None) -> None:
+    """An error where torch's own module would have to run ours."""
+    if options is not None and options.changing:
+        names = ", ".join(options.changing)
+        raise NotImplementedError(f"{names}: expected none of them, since TorchScript compiles torch's own module")
 
 
 def _for_torch_script(cls: type[M], module: torch.nn.Module) -> M:

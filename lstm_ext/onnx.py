@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .call import Directions, LayerCall, Save
+from .call import Save
 from .engines import onnx
+from .torch_op import forward_of, layer_forward
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -19,11 +19,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     it by `program.run_decompositions(lstm_ext.onnx.decompositions())`.
     """
 
-    def layer_forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *arrays, directions, batch_first, save = arguments
-        call = LayerCall._make((*arrays, Directions(directions), batch_first))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        call, save = forward_of(arguments)
         outputs = onnx.forward(call, Save.CELLS if save else Save.NOTHING)
-        empty = arguments[0].new_empty(0)
+        empty = call.x.new_empty(0)
         return outputs.y, outputs.h_n, outputs.c_n, empty, empty
 
-    return {torch.ops.lstm_ext.layer_forward.default: layer_forward}
+    return {layer_forward: forward}

@@ -40,7 +40,9 @@ def _wide(call: LayerCall) -> LayerCall:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call, save = forward_of(arguments)
     x = call.x
-    if not call.masked and not save:
+    if call.cell is not None:  # `_backward` looks at nothing that is saved
+        y, h_n, c_n, cells, gates = composed.forward(call, Save.CELLS)
+    elif not call.masked and not save:
         y, h_n, c_n, cells, gates = _stock_forward(call)
     else:
         y, h_n, c_n, cells, gates = composed.forward(_wide(call), Save.CELLS)
@@ -91,6 +93,9 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     call, saved, grads, needs = backward_of(arguments)
     x, wide = call.x, _wide(call)
     dtype = wide.x.dtype
+    if call.cell is not None:
+        dx, dh0, dc0, dweights = composed.first(call, grads, needs)
+        return or_empty(dx, x), or_empty(dh0, x), or_empty(dc0, x), dweights or []
     wide_grads = OutputGrads(*(None if g is None else g.to(dtype) for g in grads))
     dx, dh0, dc0, dweights = derivatives.first(wide, wide_grads, saved.cells, saved.gates.to(dtype), needs)
     dx, dh0, dc0 = (or_empty(None if d is None else d.to(x.dtype), x) for d in (dx, dh0, dc0))

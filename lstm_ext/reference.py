@@ -6,6 +6,7 @@ One step, from the gates' weighted sums and the cell c before it (i, f, o squash
     c' = f c + i g
     h' = o tanh(c')        (h' W_hr' with a projection)
 
+What other cells compute is in `lstm_ext.cell`, and their NumPy in `lstm_ext.reference_cell`.
 The arguments and results of a layer are described in `lstm_ext.call`. Half types compute in float32. Arguments are
 taken as checked; they are never written to.
 """
@@ -17,27 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .call import Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved, Weights
+from . import reference_cell
+from .call import CellWeights, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved, Weights
+from .walk import Walk, linear, outer_sum, sigmoid, split_gates
 
 Array = npt.NDArray[Any]
 
 
 # One step ------------------------------------------------------------------------------------------------------------
-
-
-def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), exact at both infinities."""
-    result: Array = -x  # a new array: NumPy 2.4 negates a float32 column in place wrongly
-    with np.errstate(over="ignore", under="ignore"):  # where exp(-x) is inf or 0, the sigmoid is 0 or 1
-        np.exp(result, out=result)
-    result += 1
-    return np.divide(1, result, out=result)
-
-
-def split_gates(gates: Array) -> tuple[Array, Array, Array, Array]:
-    """The views i, f, g, o [..., H] of gates [..., 4H]."""
-    H = gates.shape[-1] // 4
-    return gates[..., :H], gates[..., H : 2 * H], gates[..., 2 * H : 3 * H], gates[..., 3 * H :]
 
 
 def cell_step(gates: Array, c_prev: Array) -> tuple[Array, Array]:
@@ -64,54 +52,6 @@ def cell_step_backward(gates: Array, c_prev: Array, tanh_c: Array, dh: Array, dc
 
 
 # One direction of a layer --------------------------------------------------------------------------------------------
-
-
-class Walk:
-    """The order in which one direction visits its rows.
-
-    Step s of a row of length n stands at time s, or at time n - 1 - s in reverse; past its length a row rests.
-    """
-
-    def __init__(self, num_steps: int, lengths: Array | None, resets: Array | None, reverse: bool):
-        self.lengths = lengths
-        self.reverse = reverse
-        self.active = None if lengths is None else (np.arange(num_steps)[:, None] < lengths)[..., None]  # [T, B, 1]
-        self.resets = None if resets is None else self.mask(self.order(resets)[..., None])  # [T, B, 1]
-
-    def order(self, a: Array) -> Array:
-        """From time order to step order, and back: a [T, B, ...]."""
-        if not self.reverse:
-            return a
-        if self.lengths is None:
-            return a[::-1]
-        step, row = np.ogrid[: a.shape[0], : a.shape[1]]
-        return a[np.where(step < self.lengths, self.lengths - 1 - step, step), row]
-
-    def mask(self, a: Array) -> Array:
-        """The sequence a [T, B, ...] with zeros past each length, whatever stood there."""
-        return a if self.active is None else np.where(self.active, a, a.dtype.type(0))
-
-    def forget(self, s: int | slice, state: Array) -> Array:
-        """The state before step s, with zeros where a reset stands at the step."""
-        return state if self.resets is None else np.where(self.resets[s], state.dtype.type(0), state)
-
-    def advance(self, s: int, after: Array, before: Array) -> Array:
-        """`after` in the rows that take step s, `before` in those that rest."""
-        return after if self.active is None else np.where(self.active[s], after, before)
-
-
-def linear(x: Array, weight: Array) -> Array:
-    """The product x [T, B, K] @ weight [N, K].T, taken at once."""
-    T, B, K = x.shape
-    product: Array = x.reshape(T * B, K) @ weight.T
-    return product.reshape(T, B, weight.shape[0])
-
-
-def outer_sum(a: Array, b: Array) -> Array:
-    """The sum over time and batch of the outer products of a [T, B, M] and b [T, B, N]."""
-    rows = a.shape[0] * a.shape[1]
-    total: Array = a.reshape(rows, a.shape[2]).T @ b.reshape(rows, b.shape[2])
-    return total
 
 
 def direction_forward(x: Array, h: Array, c: Array, w: Weights, walk: Walk) -> tuple[Array, Array, Array, Array, Array]:
@@ -218,9 +158,21 @@ def zeros_if_none(a: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any])
     return np.broadcast_to(dtype.type(0), shape) if a is None else plain(a, dtype)
 
 
-def split_weights(call: LayerCall, dtype: np.dtype[Any]) -> list[Weights]:
-    """The weights by direction, in the dtype."""
-    return [Weights(*(None if a is None else plain(a, dtype) for a in w)) for w in call.split()]
+def split_weights(call: LayerCall, dtype: np.dtype[Any]) -> list[Any]:
+    """The weights by direction, in the dtype: Weights or CellWeights."""
+    split: list[Any] = call.split() if call.cell is None else call.split_cell()
+    return [type(w)(*(None if a is None else plain(a, dtype) for a in w)) for w in split]
+
+
+def own_gradients(call: LayerCall, dw: Weights | CellWeights) -> list[Array]:
+    """Those of one direction as the call has the weights."""
+    if call.cell is None or not call.cell.tensorflow:
+        return [a for a in dw if a is not None]
+    H = call.widths[0]
+    both = np.concatenate([dw.w_ih, dw.w_hh], axis=1)
+    own: list[Any] = [both, dw.b_ih]
+    kernel, bias = (np.reshape(a, (4, H, -1))[[0, 2, 1, 3]].reshape(4 * H, -1).T for a in own)
+    return [kernel, bias[0], *(a for a in dw[5:] if a is not None)]
 
 
 def make_walks(call: LayerCall, layout: Layout, num_steps: int) -> list[Walk]:
@@ -245,7 +197,11 @@ def layer_forward(call: LayerCall, save: Save) -> Outputs:
 
     ys, h_ns, c_ns, cells, gates = [], [], [], [], []
     for d, (walk, w) in enumerate(zip(walks, per_direction, strict=True)):
-        y, h_n, c_n, cells_d, gates_d = direction_forward(walk.order(x), h0[d], c0[d], w, walk)
+        given = (walk.order(x), h0[d], c0[d], w, walk)
+        if call.cell is None:
+            y, h_n, c_n, cells_d, gates_d = direction_forward(*given)
+        else:
+            y, h_n, c_n, cells_d, gates_d = reference_cell.direction_forward(*given, call.cell, call.seed, d)
         ys.append(walk.order(y))
         h_ns.append(h_n)
         c_ns.append(c_n)
@@ -281,7 +237,7 @@ def layer_backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Nee
     for d, (walk, w) in enumerate(zip(walks, per_direction, strict=True)):
         columns = slice(d * P, (d + 1) * P)
         dcells = None if grads.dcells is None else time_major.pad(grads.dcells[d])
-        dx_d, dh0_d, dc0_d, dw = direction_backward(
+        given = (
             walk.order(dy[..., columns]),
             dh_n[d],
             dc_n[d],
@@ -292,14 +248,20 @@ def layer_backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Nee
             w,
             walk.order(plain(time_major.pad(saved.cells[d]), dtype)),
             walk.order(plain(time_major.pad(saved.gates[d]), dtype)),
-            walk,
-            needs,
         )
+        dw: Weights | CellWeights | None
+        if call.cell is None:
+            dx_d, dh0_d, dc0_d, dw = direction_backward(*given, walk, needs)
+        else:
+            assert saved.y is not None
+            y = walk.order(plain(layout.pad(saved.y)[..., columns], dtype))
+            dx_d, dh0_d, dc0_d, dw = reference_cell.direction_backward(*given, y, walk, needs, call.cell, call.seed, d)
         if dx is not None and dx_d is not None:
             dx += walk.order(dx_d)
         dh0.append(dh0_d)
         dc0.append(dc0_d)
-        dweights += [a.astype(result) for a in dw or () if a is not None]
+        if dw is not None:
+            dweights += [a.astype(result) for a in own_gradients(call, dw)]
     return Grads(
         None if dx is None else plain(layout.unpad(dx), result),
         np.stack(dh0).astype(result, copy=False) if needs & Needs.H0 else None,

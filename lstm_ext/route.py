@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import assume_constant_result, is_compiling
@@ -17,6 +19,7 @@ from ._torch_private import (
     profiler,
 )
 from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds, check_step_state
+from .cell import Cell
 from .engines import Engine, backends, choose, choose_under, composed, forced, logged, onnx, stock, warn_once
 from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requires_grad
 
@@ -53,11 +56,15 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
             return run(call.cast(autocast_cell_dtype(call) if call.is_step else torch.get_autocast_dtype(device)), save)
     watched = not (is_eager() and _are_plain(call))
     served = has_kernel(call.x, "LSTM cell" if call.is_step else "LSTM")
+    if call.cell is not None and served:
+        served = _has_cell_kernel(call.x)
     if watched and not is_compiling():
         check_kinds(call)
     if call.is_step:
         check_step_state(call)
-    more = call.masked or save or call.directions == REVERSE or (call.is_step and call.projected)  # than torch has
+    more = (  # than torch has
+        call.masked or save or call.directions == REVERSE or (call.is_step and call.projected) or call.cell is not None
+    )
     if is_tracing() and not more:
         return _stock(call, save)
     if call.is_step and watched and served:
@@ -75,9 +82,22 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
         return _composed(call, save)
     if watched:
         return torch_op.forward(call, save)
-    if _is_grad_enabled() and requires_grad(call):
+    asks = _is_grad_enabled() and requires_grad(call)
+    if call.cell is not None:
+        return _with_cell(engine_of(call.x), call, save, asks)
+    if asks:
         return differentiable(engine_of(call.x), call, save)
     return _recorded(engine_of(call.x), call, save)
+
+
+def draw_seed(cell: Cell, x: Tensor) -> Tensor | None:
+    """A number of torch's generator from which the masks of a layer are drawn; None if the cell draws none."""
+    return torch.randint(2**63 - 1, (1,), device=x.device) if cell.draws else None
+
+
+def seed_from(seed: Any, x: Tensor) -> Tensor:
+    """A number, or what is one, as a seed beside x."""
+    return torch.as_tensor(seed, dtype=torch.int64, device=x.device).reshape(1)
 
 
 # What the rows ask ---------------------------------------------------------------------------------------------------
@@ -121,6 +141,15 @@ def has_kernel(x: Tensor, what: str = "LSTM") -> bool:
     return choice.name is not None
 
 
+def _has_cell_kernel(x: Tensor) -> bool:
+    """Whether a kernel runs for other cells than the plain one; if not, a warning says that torch's operations do."""
+    if not x.is_cuda:
+        return True
+    if not is_compiling():
+        warn_once("lstm_ext runs LSTMs with options in torch's operations on cuda tensors: the CUDA kernels have none")
+    return False
+
+
 def autocast_cell_dtype(call: LayerCall) -> torch.dtype:
     """The dtype of the c that torch's cell returns under autocast.
 
@@ -154,7 +183,8 @@ def _composed(call: LayerCall, save: Save) -> Outputs:
 
 def _log(call: LayerCall, name: str) -> None:
     choice = choose(call.x.device.type, call.x.dtype)
-    why = choice.reason if choice.engine is None else "a trace" if is_tracing() else "forward-mode derivatives"
+    why = "a cell with options" if call.cell is not None and call.x.is_cuda else "forward-mode derivatives"
+    why = choice.reason if choice.engine is None else "a trace" if is_tracing() else why
     logged.say("forward", call, name, "", why)
 
 
@@ -162,6 +192,17 @@ def _recorded(engine: Engine, call: CallTuple, save: Save) -> OutputsTuple:
     """An engine, seen by torch's profilers under the name of the op."""
     with _RecordFunctionFast("lstm_ext::layer_forward"):
         return engine.forward(call, save)
+
+
+def _with_cell(engine: Engine, call: LayerCall, save: Save, asks: bool) -> OutputsTuple:
+    """An engine, with its backward pass if a gradient is asked for; torch's operations if it takes no such cell."""
+    outputs = _recorded(engine, call, ALL if asks else save)
+    if outputs is NotImplemented:
+        return _composed(call, save)
+    if not asks:
+        return outputs
+    y, h_n, c_n, cells, _ = torch_op.apply(LayerFunction, lambda *_: outputs, ALL, *torch_op.flat(call))
+    return y, h_n, c_n, cells if save else None, None
 
 
 def differentiable(engine: Engine, call: LayerCall, save: Save) -> OutputsTuple:

@@ -186,18 +186,20 @@ def check(device: int, kernel: str, dtype: str, tf32: bool, forced: str, project
         return None
     way = Way(dtype, tf32, forced, projected, backward)
     try:
-        finding = _kept_or_run(device, kernel, way)
+        wrong = _kept_or_run(device, kernel, way).wrong
     except torch.OutOfMemoryError:
         return None
-    except RuntimeError as error:
+    except _Failed as error:
         wrong = f"its self-check failed: {error}"
-    else:
-        wrong = finding.wrong
     if wrong:
         warn_once(
             f"lstm_ext leaves out the CUDA kernel {kernel} ({way}): {wrong}. python -m lstm_ext checks all of them"
         )
     return wrong
+
+
+class _Failed(Exception):
+    """The kernel raised an error, rather than computing something."""
 
 
 def _kept_or_run(device: int, kernel: str, way: Way) -> Finding:
@@ -209,11 +211,24 @@ def _kept_or_run(device: int, kernel: str, way: Way) -> Finding:
             found = Finding(float(known["error"]), float(known["allowed"]), str(known["array"]))
             if found.allowed > 0:
                 return found
-        finding = run(way, device)
+        _wait(_device(device))  # what fails here is earlier work, not this kernel: the user hears of it as of torch
+        try:
+            finding = run(way, device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _Failed(error) from error
         with suppress(OSError):  # another process has to find out by itself
             kernels = _kernels(path, about) | {kernel: finding._asdict()}
             gpu_files.write(path, {"about": about, "kernels": kernels})
     return finding
+
+
+def _wait(device: torch.device) -> None:
+    """For what the current stream has been given so far."""
+    if device.type == "cuda":
+        with _waiting_allowed(device):
+            torch.cuda.current_stream(device).synchronize()
 
 
 def _kernels(path: Path, about: dict[str, Any]) -> dict[str, Any]:

@@ -30,12 +30,14 @@ def _batch_axes(batch_first: bool) -> dict[str, int]:
 
 def _run(op: Any, arguments: Sequence[Any]) -> list[Any]:
     """The operator on DTensors; plain tensors beside them count as replicated where torch allows it."""
-    named: dict[str, Any] = {a.name: value for a, value in zip(op._schema.arguments, arguments, strict=True)}
+    # torch leaves out those at the end that are None by default.
+    named: dict[str, Any] = {a.name: None for a in op._schema.arguments}
+    named |= zip(named, arguments, strict=False)
     axes = _batch_axes(named["batch_first"])
     given = [a for value in named.values() for a in (value if isinstance(value, list) else [value])]
     mesh = next(a.device_mesh for a in given if isinstance(a, DTensor))
     sharded = [False] * mesh.ndim  # whether by the batch, for each dimension of the mesh
-    if named["batch_sizes"] is None:
+    if named["batch_sizes"] is None and named["seed"] is None:  # masks are drawn by the number of a row
         for name, axis in axes.items():
             if isinstance(a := named.get(name), DTensor):
                 sharded = [s or p.is_shard(axis) for s, p in zip(sharded, a.placements, strict=True)]

@@ -12,6 +12,7 @@ from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils import parametrize
 
 from . import nn
+from .tensorflow import TensorFlowCell
 
 M = TypeVar("M", bound=Module)
 
@@ -89,7 +90,7 @@ def to_torch(module: Module) -> Module:
     """
 
     def why_not(each: Module) -> str:
-        return "torch has no BasicLSTMCell" if isinstance(each, nn.BasicLSTMCell) else ""
+        return f"torch has no {type(each).__name__}" if isinstance(each, TensorFlowCell) else ""
 
     return _swap("to_torch", module, _TORCHS, why_not)
 
@@ -120,6 +121,8 @@ def _obstacle(module: Module, classes: Mapping[type[Module], type[Module]]) -> s
     if cls not in classes:
         base = next((base for base in classes if issubclass(cls, base)), None)
         return f"{cls.__name__} is a subclass of {_full_name(base)}" if base else ""
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)) and module._options and module._options.changing:
+        return f"torch has no {', '.join(module._options.changing)}"
     return "its forward method was replaced" if "forward" in vars(module) else ""
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from . import reference
 from .call import BOTH, FORWARD, REVERSE, Directions, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved
+from .cell import PLAIN, Cell, Norm
 
 Array = npt.NDArray[Any]
 Named = Mapping[str, Any]  # arrays by name
@@ -47,6 +48,7 @@ class Case:
     resets: bool = False
     packed: bool = False
     state: bool = True
+    cell: Cell | None = None
 
     @property
     def num_directions(self) -> int:
@@ -61,9 +63,16 @@ class Case:
     @property
     def weight_shapes(self) -> list[tuple[int, ...]]:
         """Those of the weights of all directions, as a call lists them."""
-        shapes: list[tuple[int, ...]] = [(4 * self.H, self.I), (4 * self.H, self.width)]
-        shapes += [(4 * self.H,)] * 2 if self.bias else []
-        shapes += [(self.P, self.H)] if self.P else []
+        H = self.H
+        shapes: list[tuple[int, ...]] = [(4 * H, self.I), (4 * H, self.width)]
+        shapes += [(4 * H,)] * 2 if self.bias else []
+        shapes += [(self.P, H)] if self.P else []
+        if self.cell is not None:
+            if self.cell.tensorflow:
+                shapes = [(self.I + H, 4 * H), (4 * H,)]
+            gamma = (4 * H,) if self.cell.norm == Norm.GATES else (2, 4 * H)
+            extra = {"peephole": (3, H), "gamma": gamma, "beta": (4 * H,), "gamma_h": (H,), "beta_h": (H,)}
+            shapes += [extra[name] for name in self.cell.extra_weights]
         return shapes * self.num_directions
 
     @property
@@ -87,9 +96,16 @@ class Case:
             "resets": self.resets,
             "packed": self.packed,
             "nostate": not self.state,
+            _name(self.cell): self.cell,
         }
         shape = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
         return "-".join([shape, *(name for name, present in options.items() if present)])
+
+
+def _name(cell: Cell | None) -> str:
+    """What differs in it from the plain one."""
+    fields = () if cell is None else zip(Cell._fields, cell, PLAIN, strict=True)
+    return "-".join(f"{name}={value:g}" for name, value, plain in fields if value != plain)
 
 
 # Sizes are 1, odd, prime, and on either side of the multiples of vector widths and tiles.
@@ -156,12 +172,14 @@ class Inputs:
     dh_n: Any
     dc_n: Any
     dcells: Any
+    seed: Any = None
 
     @property
     def call(self) -> LayerCall:
         """What a forward pass is asked."""
         masks = self.lengths, self.resets, self.batch_sizes
-        return LayerCall(self.x, self.h0, self.c0, self.weights, *masks, self.case.directions, self.case.batch_first)
+        options = self.case.directions, self.case.batch_first
+        return LayerCall(self.x, self.h0, self.c0, self.weights, *masks, *options, self.case.cell, self.seed)
 
     @property
     def grads(self) -> OutputGrads:
@@ -186,8 +204,8 @@ class Inputs:
         return replace(self, **changed, weights=[f(w) for w in self.weights])
 
     def map_masks(self, f: Callable[[Any], Any]) -> Inputs:
-        """Puts f(a) for lengths, resets and batch_sizes."""
-        names = ("lengths", "resets", "batch_sizes")
+        """Puts f(a) for lengths, resets, batch_sizes and seed."""
+        names = ("lengths", "resets", "batch_sizes", "seed")
         return replace(self, **{name: f(getattr(self, name)) for name in names if getattr(self, name) is not None})
 
     def to_torch(self, dtype: str) -> Inputs:
@@ -262,6 +280,7 @@ def make_inputs(case: Case, dtype: str = "float64", seed: int = 0) -> Inputs:
         normal(*h),
         normal(*c),
         dcells,
+        np.array([seed + 1]) if case.cell is not None and case.cell.draws else None,
     )
 
 
@@ -280,7 +299,7 @@ def run_layer(engine: Any, inputs: Inputs, *num_threads: int) -> tuple[dict[str,
     own = hasattr(engine, "layer_forward")
     forward, backward = (getattr(engine, f"layer_{name}" if own else name) for name in ("forward", "backward"))
     outputs = Outputs(*forward(inputs.call, Save.ALL, *num_threads))
-    saved = Saved(outputs.cells, outputs.gates)
+    saved = Saved.of(outputs, inputs.case.cell)
     grads = Grads(*backward(inputs.call, saved, inputs.grads, Needs.ALL, *num_threads))
     gradients = {"dx": grads.dx, "dh0": grads.dh0, "dc0": grads.dc0}
     gradients |= {f"dweights[{n}]": dw for n, dw in enumerate(grads.dweights or [])}

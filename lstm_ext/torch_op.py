@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import assume_constant_result, is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
@@ -52,7 +52,8 @@ from .call import (
     check,
     check_values,
 )
-from .engines import Engine, choose, composed, cpu, derivatives
+from .cell import Cell, cell_of
+from .engines import Engine, choose, composed, cpu, derivatives, numpy
 
 if not _native.reason:
     cpu.take_tensors((Tensor, Parameter), torch.get_num_threads, "libtorch_cpu.so")
@@ -87,42 +88,90 @@ def requires_grad(call: CallTuple) -> bool:
 
 
 # `torch.library.custom_op` would take 9 µs more a call: it checks each time that no output is an input. Programs that
-# were exported name these two with these arguments: they stay as they are, and so does y of layer_backward, which was
-# needed once. It is None now, and whatever else comes is not looked at.
+# were exported name these two with these arguments: they stay as they are, and new ones have defaults. y of
+# layer_backward is looked at only with a cell; older programs hand one over that none needs.
 _library = torch.library.Library("lstm_ext", "FRAGMENT")
 _library.define(
     "layer_forward"
     "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
-    "int directions, bool batch_first, int save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int directions, bool batch_first, int save, float[]? cell=None, Tensor? seed=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "layer_backward"
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0, "
     "Tensor[] weights, Tensor? y, Tensor cells, Tensor gates, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, "
-    "int directions, bool batch_first, int needs) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "int directions, bool batch_first, int needs, float[]? cell=None, Tensor? seed=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 layer_forward = torch.ops.lstm_ext.layer_forward.default
 layer_backward = torch.ops.lstm_ext.layer_backward.default
 
 
+_FORWARD_ARGUMENTS, _BACKWARD_ARGUMENTS = (len(op._schema.arguments) for op in (layer_forward, layer_backward))
+
+
+def padded(arguments: Sequence[Any], count: int) -> Sequence[Any]:
+    """With those at the end that torch leaves out, since they are None by default."""
+    return (*arguments, *[None] * (count - len(arguments)))
+
+
 def forward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Save]:
     """The arguments of `layer_forward` by name."""
-    *arrays, directions, batch_first, save = arguments
-    return LayerCall._make((*arrays, Directions(directions), batch_first)), Save(save)
+    *arrays, directions, batch_first, save, cell, seed = padded(arguments, _FORWARD_ARGUMENTS)
+    return LayerCall._make((*arrays, Directions(directions), batch_first, _cell(cell), seed)), Save(save)
+
+
+def forward_arguments(call: LayerCall, save: Save) -> tuple[Any, ...]:
+    """The way back from `forward_of`."""
+    return *call[:9], save, *_cell_arguments(call)
 
 
 def backward_of(arguments: Sequence[Any]) -> tuple[LayerCall, Saved, OutputGrads, Needs]:
     """The arguments of `layer_backward` by name."""
-    dy, dh_n, dc_n, dcells, x, h0, c0, weights, _, cells, gates, *masks, directions, batch_first, needs = arguments
-    call = LayerCall._make((x, h0, c0, weights, *masks, Directions(directions), batch_first))
-    return call, Saved(cells, gates), OutputGrads(dy, dh_n, dc_n, dcells), Needs(needs)
+    (
+        *grads,
+        x,
+        h0,
+        c0,
+        weights,
+        y,
+        cells,
+        gates,
+        lengths,
+        resets,
+        batch_sizes,
+        directions,
+        batch_first,
+        needs,
+        cell,
+        seed,
+    ) = padded(arguments, _BACKWARD_ARGUMENTS)
+    masks = lengths, resets, batch_sizes, Directions(directions), batch_first
+    call = LayerCall(x, h0, c0, weights, *masks, _cell(cell), seed)
+    return call, Saved(cells, gates, None if call.cell is None else y), OutputGrads(*grads), Needs(needs)
 
 
-def _backward_arguments(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> tuple[Any, ...]:
+def backward_arguments(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> tuple[Any, ...]:
     """The way back from `backward_of`."""
-    return *grads, *call[:4], None, *saved, *call[4:], needs
+    return *grads, *call[:4], saved.y, saved.cells, saved.gates, *call[4:9], needs, *_cell_arguments(call)
+
+
+def _cell(numbers: Sequence[float] | None) -> Cell | None:
+    return None if numbers is None else cell_of(tuple(numbers))
+
+
+@assume_constant_result
+def _numbers(cell: Cell) -> list[float]:
+    """As the ops take them; compilers do not see into enums."""
+    return [float(number) for number in cell]
+
+
+def _cell_arguments(call: LayerCall) -> tuple[Any, ...]:
+    """The last two of both ops; nothing for a plain cell, whose calls are recorded as they always were."""
+    return () if call.cell is None else (_numbers(call.cell), call.seed)
 
 
 def _plain(a: Any) -> Any:
@@ -155,7 +204,10 @@ def or_empty(a: Tensor | None, like: Tensor) -> Tensor:
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     """What is not saved is an empty tensor."""
     call, save = forward_of([_plain(a) for a in arguments])
-    y, h_n, c_n, cells, gates = engine_of(call.x).forward(call, save)
+    outputs = engine_of(call.x).forward(call, save)
+    if outputs is NotImplemented:  # such a cell
+        outputs = numpy.forward(call, save)
+    y, h_n, c_n, cells, gates = outputs
     return y, h_n, c_n, or_empty(cells, y), or_empty(gates, y)
 
 
@@ -163,7 +215,10 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """What is not needed is an empty tensor or list."""
     call, saved, grads, needs = backward_of([_plain(a) for a in arguments])
-    dx, dh0, dc0, dweights = engine_of(call.x).backward(call, saved, grads, needs)
+    derivatives = engine_of(call.x).backward(call, saved, grads, needs)
+    if derivatives is NotImplemented:
+        derivatives = numpy.backward(call, saved, grads, needs)
+    dx, dh0, dc0, dweights = derivatives
     return or_empty(dx, call.x), or_empty(dh0, call.x), or_empty(dc0, call.x), dweights or []
 
 
@@ -182,8 +237,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     call, save = forward_of(arguments)
     B = _batch_size(call)
     check(call, values=False)
-    x, w, D = call.x, call.split()[0], call.num_directions
-    H, P = w.w_hh.shape[0] // 4, w.w_hh.shape[1] if w.w_hr is None else w.w_hr.shape[0]
+    x, D, (H, P) = call.x, call.num_directions, call.widths
     rows = (x.shape[0],) if call.batch_sizes is not None else (call.num_steps(), B)
     return (
         x.new_empty(*x.shape[:-1], D * P),
@@ -202,7 +256,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     B = _batch_size(call, grads.dh_n, grads.dc_n) if needs & (Needs.H0 | Needs.C0) else 0
     return (
         x.new_empty(x.shape) if needs & Needs.X else x.new_empty(0),
-        x.new_empty(D, B, call.split()[0].w_hh.shape[1]) if needs & Needs.H0 else x.new_empty(0),
+        x.new_empty(D, B, call.widths[1]) if needs & Needs.H0 else x.new_empty(0),
         x.new_empty(D, B, H) if needs & Needs.C0 else x.new_empty(0),
         [w.new_empty(w.shape) for w in call.weights] if needs & Needs.WEIGHTS else [],
     )
@@ -213,17 +267,21 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
 # It counts two for each multiply-add of a matrix product: those of torch's own LSTM where that is made of such.
 
 
+_MATRICES = frozenset({"w_ih", "w_hh", "w_hr", "kernel"})
+
+
 @register_flop_formula(torch.ops.lstm_ext.layer_forward, get_raw=True)
 def _(*arguments: Any, out_val: Any = None) -> int:
     call, _ = forward_of(arguments)
-    return 2 * call.x.shape[:-1].numel() * sum(w.numel() for w in call.weights if w.dim() == 2)
+    matrices = [w for named in call.named_weights() for name, w in named.items() if name in _MATRICES]
+    return 2 * call.x.shape[:-1].numel() * sum(w.numel() for w in matrices)
 
 
 @register_flop_formula(torch.ops.lstm_ext.layer_backward, get_raw=True)
 def _(*arguments: Any, out_val: Any = None) -> int:
     call, _, _, needs = backward_of(arguments)
     rows, total = call.x.shape[:-1].numel(), 0
-    for reverse, w in zip(call.directions.reversals, call.split(), strict=True):
+    for reverse, w in zip(call.directions.reversals, call.split_cell(), strict=True):
         first_rows = 0  # of the first step, whose gradient by h0 nobody asks for
         if not needs & Needs.H0 and call.batch_sizes is None:
             first_rows = call.batch_size()
@@ -275,8 +333,10 @@ class LayerFunction(_SingleLevelFunction):
         call = unflat(arguments)
         outputs = Outputs(*below(call, save))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(outputs.cells, outputs.gates, *(a for a in arguments if not isinstance(a, int)))
-        ctx.options = call.directions, call.batch_first
+        saved = Saved.of(outputs, call.cell)
+        y = None if saved.y is None else saved.y.clone()  # the caller may change his own
+        ctx.save_for_backward(saved.cells, saved.gates, y, *_tensors(arguments))
+        ctx.options = call[7:10]
         unsaved = outputs.cells is not None and outputs.cells.dim() == 1
         ctx.mark_non_differentiable(*(a for a in (outputs.gates, outputs.cells if unsaved else None) if a is not None))
         return tuple(outputs)
@@ -286,8 +346,8 @@ class LayerFunction(_SingleLevelFunction):
         """`gradients` are those of the outputs, None for zeros."""
         if all(g is None for g in gradients):  # a second derivative comes by, which has none for what was saved
             return (None,) * len(ctx.needs_input_grad)
-        cells, gates, *tensors = ctx.saved_tensors
-        saved, call = Saved(cells, gates), _restored(tensors, ctx.options)
+        cells, gates, y, *tensors = ctx.saved_tensors
+        saved, call = Saved(cells, gates, y), _restored(tensors, ctx.options)
         needed = unflat(ctx.needs_input_grad[2:])
         needs = Needs.of(bool(needed.x), bool(needed.h0), bool(needed.c0), any(needed.weights))
         dx, dh0, dc0, dweights = _first_derivative(call, saved, OutputGrads(*gradients[:4]), needs)
@@ -299,7 +359,7 @@ def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: 
     if any([g is not None and is_legacy_batchedtensor(g) for g in grads]):  # noqa: C419
         return _composed_derivative(call, grads, needs)  # an older vmap than the one that the ops have rules for
     if saved.gates.dim() == 1:  # the forward was not asked to save
-        saved = Saved(*layer_forward(*call, Save.ALL)[3:])
+        saved = Saved.of(Outputs(*layer_forward(*forward_arguments(call, Save.ALL))), call.cell)
     engine = choose(call.x.device.type, call.x.dtype).engine
     if engine is not None and not _is_grad_enabled() and is_eager():
         derivatives = engine.backward(call, saved, grads, needs)
@@ -308,7 +368,7 @@ def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: 
     if call.is_step:
         timed = _first_derivative(call.with_time(), saved, grads.with_time(call), needs)
         return Grads(*timed).without_time(call)
-    dx, dh0, dc0, dweights = layer_backward(*_backward_arguments(call, saved, grads, needs))
+    dx, dh0, dc0, dweights = layer_backward(*backward_arguments(call, saved, grads, needs))
     return (
         dx if needs & Needs.X else None,
         dh0 if needs & Needs.H0 else None,
@@ -353,11 +413,11 @@ class LayerGradFunction(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, below: Callable[..., Any], needs: Needs, *arguments: Any) -> Any:
         """`arguments` are the gradients of the outputs, what was saved, and a flat call."""
-        grads, saved, call = OutputGrads(*arguments[:4]), Saved(*arguments[4:6]), unflat(arguments[6:])
+        grads, saved, call = OutputGrads(*arguments[:4]), Saved(*arguments[4:7]), unflat(arguments[7:])
         dx, dh0, dc0, dweights = below(call, saved, grads, needs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads, saved.cells, saved.gates, *(a for a in arguments[6:] if not isinstance(a, int)))
-        ctx.options = call.directions, call.batch_first
+        ctx.save_for_backward(*grads, saved.cells, saved.gates, *_tensors(arguments[7:]))
+        ctx.options = call[7:10]
         given = ((dx, Needs.X), (dh0, Needs.H0), (dc0, Needs.C0))
         ctx.mark_non_differentiable(*(a for a, bit in given if not needs & bit))
         return dx, dh0, dc0, *dweights
@@ -369,13 +429,13 @@ class LayerGradFunction(_SingleLevelFunction):
             return (None,) * len(ctx.needs_input_grad)
         dy, dh_n, dc_n, dcells, cells, gates, *kept = ctx.saved_tensors
         grads, call, asked = OutputGrads(dy, dh_n, dc_n, dcells), _restored(kept, ctx.options), ctx.needs_input_grad
-        asked_of = unflat(asked[8:])
+        asked_of = unflat(asked[9:])
         needs = Needs.of(bool(asked_of.x), bool(asked_of.h0), bool(asked_of.c0), any(asked_of.weights))
         by_grads, by_call = _second_derivative(call, grads, wanted, cells, gates, any(asked[2:6]), needs)
         of_grads = [None if g is None else s for g, s in zip(grads, by_grads, strict=True)]
         dx, dh0, dc0, dweights = by_call
         nothing = [None] * (_NUM_FIELDS - 3)
-        return None, None, *of_grads, *[None] * 2, dx, dh0, dc0, *nothing, *(dweights or [None] * len(call.weights))
+        return None, None, *of_grads, *[None] * 3, dx, dh0, dc0, *nothing, *(dweights or [None] * len(call.weights))
 
 
 def _second_derivative(
@@ -388,6 +448,8 @@ def _second_derivative(
     needs: Needs,
 ) -> tuple[OutputGrads, Grads]:
     """See `derivatives.second`; `wanted` is flat, and as long as what was needed."""
+    if call.cell is not None:
+        return composed.second(call, grads, wanted, of_grads, needs)
     wide = composed.compute_dtype(call.x.dtype)
     y: Tensor | None = None
     recorded = _is_grad_enabled()
@@ -396,7 +458,7 @@ def _second_derivative(
     with torch.autocast(call.x.device.type, enabled=False):
         floats = call.cast(wide)
         if recorded or wide != call.x.dtype:  # a further derivative looks through it; gates of half types are rounded
-            y, _, _, cells, gates = layer_forward(*floats, Save.ALL)
+            y, _, _, cells, gates = layer_forward(*forward_arguments(floats, Save.ALL))
         return derivatives.second(
             floats,
             OutputGrads(*(None if g is None else g.to(wide) for g in grads)),
@@ -409,9 +471,17 @@ def _second_derivative(
         )
 
 
-def _restored(tensors: Sequence[Any], options: tuple[Directions, bool]) -> LayerCall:
+_OPTIONS = slice(6, 9)  # of a flat call: directions, batch_first and cell; all else are tensors or None
+
+
+def _tensors(flat: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """What a flat call can save."""
+    return *flat[: _OPTIONS.start], *flat[_OPTIONS.stop :]
+
+
+def _restored(tensors: Sequence[Any], options: tuple[Directions, bool, Cell | None]) -> LayerCall:
     """A flat call whose tensors alone were saved."""
-    return unflat((*tensors[: _NUM_FIELDS - 2], *options, *tensors[_NUM_FIELDS - 2 :]))
+    return unflat((*tensors[: _OPTIONS.start], *options, *tensors[_OPTIONS.start :]))
 
 
 def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
@@ -441,14 +511,14 @@ def _register_autograd(op: Any, rule: Callable[..., Any]) -> None:
 
 def _differentiable_forward(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     call, save = forward_of(arguments)
-    return apply(LayerFunction, lambda call, save: below(*call, save), save, *flat(call))
+    return apply(LayerFunction, lambda call, save: below(*forward_arguments(call, save)), save, *flat(call))
 
 
 def _differentiable_backward(below: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     call, saved, grads, needs = backward_of(arguments)
 
     def run(*named: Any) -> Any:
-        return below(*_backward_arguments(*named))
+        return below(*backward_arguments(*named))
 
     dx, dh0, dc0, *dweights = apply(LayerGradFunction, run, needs, *grads, *saved, *flat(call))
     return dx, dh0, dc0, dweights
@@ -543,19 +613,19 @@ class _Batch:
         return [a for a, _ in unfolded], [dim for _, dim in unfolded]
 
 
-def _foldable(size: int, dims: LayerCall) -> bool:
-    """Mapped rows with shared weights are one larger batch."""
+def _foldable(size: int, call: LayerCall, dims: LayerCall) -> bool:
+    """Mapped rows with shared weights are one larger batch; but masks are drawn by the number of a row."""
     weights = dims.weights if isinstance(dims.weights, (list, tuple)) else [dims.weights]
-    return size > 0 and dims.batch_sizes is None and all(dim is None for dim in weights)
+    return size > 0 and dims.batch_sizes is None and all(dim is None for dim in weights) and call.seed is None
 
 
 @torch.library.register_vmap("lstm_ext::layer_forward")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    (call, save), dims, size = forward_of(arguments), LayerCall(*in_dims[:-1]), info.batch_size
-    if not _foldable(size, dims):
+    (call, save), dims, size = forward_of(arguments), LayerCall(*in_dims[:9]), info.batch_size
+    if not _foldable(size, call, dims):
         return _one_by_one(layer_forward, size, in_dims, arguments)
     batch = _Batch(call, size)
-    outputs = layer_forward(*batch.fold_call(dims), save)
+    outputs = layer_forward(*forward_arguments(batch.fold_call(dims), save))
     unfolded, out_dims = batch.unfold(outputs, (batch.axis, 1, 1, batch.saved_axis, batch.saved_axis))
     return tuple(unfolded), tuple(out_dims)
 
@@ -564,18 +634,18 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     call, saved, grads, needs = backward_of(arguments)
     size = info.batch_size
-    g, (x, h0, c0, weights), s, masks = in_dims[:4], in_dims[4:8], in_dims[9:11], in_dims[11:-1]
+    g, (x, h0, c0, weights), (y, cells, gates), masks = in_dims[:4], in_dims[4:8], in_dims[8:11], in_dims[11:16]
     dims = LayerCall(x, h0, c0, weights, *masks)
-    if needs & Needs.WEIGHTS or not _foldable(size, dims):  # the kernel adds up over the batch
+    if needs & Needs.WEIGHTS or not _foldable(size, call, dims):  # the kernel adds up over the batch
         return _one_by_one(layer_backward, size, in_dims, arguments)
     batch = _Batch(call, size)
     axis, saved_axis = batch.axis, batch.saved_axis
     folded = (
         batch.fold_call(dims),
-        Saved(*map(batch.fold, saved, s, (saved_axis, saved_axis))),
+        Saved(*map(batch.fold, saved, (cells, gates, y), (saved_axis, saved_axis, axis))),
         OutputGrads(*map(batch.fold, grads, g, (axis, 1, 1, saved_axis))),
     )
-    *outputs, _ = layer_backward(*_backward_arguments(*folded, needs))
+    *outputs, _ = layer_backward(*backward_arguments(*folded, needs))
     unfolded, out_dims = batch.unfold(outputs, (axis, 1, 1))
     return (*unfolded, []), (*out_dims, [])
 
@@ -603,5 +673,5 @@ def forward(call: LayerCall, save: Save) -> Outputs:
     # forward pass again. vmap hides whether what it maps asks for gradients.
     recorded = is_exporting() if is_compiling() else _get_tracing_state() is not None
     asked = _is_grad_enabled() and (get_dynamic_layer_stack_depth() > 0 or requires_grad(call))
-    y, h_n, c_n, cells, _ = layer_forward(*call, Save.ALL if asked and not recorded else save)
+    y, h_n, c_n, cells, _ = layer_forward(*forward_arguments(call, Save.ALL if asked and not recorded else save))
     return Outputs(y, h_n, c_n, cells if save else None, None)

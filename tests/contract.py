@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from lstm_ext.call import BOTH, REVERSE, Needs, Save, Saved
+from lstm_ext.call import BOTH, REVERSE, Needs, Outputs, Save, Saved
 from lstm_ext.testing import (
     CASES,
     Case,
@@ -272,7 +272,7 @@ class Contract:
     def test_needs_change_no_gradient(self, case: Case, needs: Needs, way: Way) -> None:
         inputs = way.own(way.draw(case))
         with way.engine(case) as engine:
-            saved = Saved(*engine.forward(inputs.call, Save.ALL)[3:])
+            saved = Saved.of(Outputs(*engine.forward(inputs.call, Save.ALL)), case.cell)
             full, some = (engine.backward(inputs.call, saved, inputs.grads, n) for n in (Needs.ALL, needs))
         asked = [bool(needs & bit) for bit in (Needs.X, Needs.H0, Needs.C0, Needs.WEIGHTS)]
         assert [a is not None for a in some] == asked

@@ -73,6 +73,58 @@ def test_compare_tells_slower_from_noise(tmp_path: Path) -> None:
     assert run("compare.py", before, unsteady, cwd=tmp_path)[0] == 0
 
 
+# A package that takes so many seconds for a call, and may be wrong.
+BUILD = """
+import time, torch
+from torch.nn import LSTMCell
+class LSTM(torch.nn.LSTM):
+    def forward(self, x, state=None):
+        time.sleep({seconds})
+        y, state = super().forward(x, state)
+        return y + {wrong}, state
+"""
+
+
+def test_commits_are_timed_in_turn(tmp_path: Path) -> None:
+    turns, cases = module("lstm_bench.turns"), module("lstm_bench.cases")
+    packages = [tmp_path / name for name in ("fast", "slow", "wrong")]
+    for package, seconds, wrong in zip(packages, (0.001, 0.004, 0), (0, 0, 1), strict=True):
+        (package / "lstm_ext").mkdir(parents=True)
+        (package / "lstm_ext" / "__init__.py").write_text(BUILD.format(seconds=seconds, wrong=wrong))
+    case = cases.Case("custom", "inference", T=2, B=1, I=3, H=4)
+    with turns.workers(packages, "baseline") as workers:
+        row = turns.measure(case, dict(zip(("fast", "slow", "wrong"), workers, strict=True)), 0.05)
+        training = turns.measure(cases.Case("custom", "compiled", T=2, B=1, I=3, H=4), {"fast": workers[0]}, 0.05)
+    assert set(row.us) == {"fast", "slow"}
+    assert row.us["fast"] > 1000
+    assert row.us["slow"] > 4000
+    assert "not close" in row.errors["wrong"]
+    assert training.errors == {"fast": "ValueError: not timed in turn: compiled"}
+
+
+def test_what_is_no_commit_is_named(tmp_path: Path) -> None:
+    turns = module("lstm_bench.turns")
+    if not (turns.ROOT / ".git").exists():
+        pytest.skip("no repository is around the tests")
+    assert len(turns.commit_of("HEAD")) == 40
+    status, output, errors = run("compare.py", "no-such-commit", ".", cwd=tmp_path)
+    assert (status, output) == (2, "")
+    assert errors.startswith("compare.py: ")
+    assert run("compare.py", "one.json", "HEAD", cwd=tmp_path)[0] == 2
+
+
+def test_workloads_are_shown_by_their_names(tmp_path: Path) -> None:
+    works = ("voice activity", "amplifier model")
+    arguments = ("--suite", *works, "--threads", "1", "--seconds", "0.01", "--arms", "lstm_ext", "torch", "--targets")
+    status, output, errors = run("run.py", *arguments, "--json", "rows.json", cwd=tmp_path)
+    assert status == 0, errors
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["suite"] for row in rows] == list(works)
+    assert all(word in output for work in works for word in work.split())
+    assert "workloads" in output  # of the targets, and no other that is for the whole grid
+    assert "whole grid" not in output
+
+
 @pytest.mark.parametrize(
     ("option", "size", "least"), [("--hidden", "0", 1), ("--threads", "two", 1), ("--proj", "-1", 0)]
 )

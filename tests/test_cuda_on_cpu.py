@@ -21,7 +21,9 @@ from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradien
 from .test_process import succeed
 
 harness: Any = pytest.importorskip(
-    "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ModuleNotFoundError
+    "lstm_ext_cuda_on_cpu",
+    reason="the harness is not built: see tests/cuda_on_cpu/README.md",
+    exc_type=ModuleNotFoundError,
 )
 torch: Any = pytest.importorskip("torch")
 

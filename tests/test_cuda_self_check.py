@@ -16,7 +16,9 @@ from lstm_ext.call import Save
 from lstm_ext.testing import Case, assert_all_close, make_inputs, run_layer, run_oracle
 
 harness: Any = pytest.importorskip(
-    "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ModuleNotFoundError
+    "lstm_ext_cuda_on_cpu",
+    reason="the harness is not built: see tests/cuda_on_cpu/README.md",
+    exc_type=ModuleNotFoundError,
 )
 
 from .test_cuda_on_cpu import Core, cuda, input_products, torch  # noqa: E402
@@ -171,6 +173,22 @@ def test_a_cell_runs_by_another_kernel(core: WholeCore) -> None:
     assert "step" in plan_of(core)["refused"]
     assert "step" in plan_of(core, backward=True)["refused"]
     assert engines._refused_dtypes == {}
+
+
+def test_what_failed_before_is_not_the_kernels_fault(
+    core: WholeCore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def hear_of_it(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access of somebody else's")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(self_check, "_wait", hear_of_it)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="somebody else's"):
+                run_case()
+    assert not (tmp_path / "kept").exists()
+    run_case()
+    assert not [why for why in plan_of(core)["refused"].values() if "self-check" in why]
 
 
 def test_nothing_is_checked_in_a_capture(core: WholeCore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

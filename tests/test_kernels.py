@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from lstm_ext import _native, reference
 from lstm_ext.call import BOTH, FORWARD, REVERSE, Directions, Save
+from lstm_ext.cell import Activation, Cell, Norm
 from lstm_ext.engines.cpu import use_plan
 from lstm_ext.testing import (
     CASES,
@@ -34,7 +35,7 @@ from lstm_ext.testing import (
 )
 
 from .conftest import needs_native
-from .contract import COMPACT, SEVERAL_ROWS, Contract, Way
+from .contract import COMPACT, MASKED, PACKED, PROJECTED, SEVERAL_ROWS, WIDE, Contract, Way
 
 try:
     import torch
@@ -53,6 +54,68 @@ TILE_CASES = [
     Case(3, 9, 200, 190, directions=REVERSE),
 ]
 COMPACT_CASES = [*COMPACT, Case(2, 3, 129, 257), *TILE_CASES]
+
+
+# Cells with options. Those in SMOOTH have neither corners nor clips, where rounding to a half type would decide.
+SMOOTH = {
+    "forget bias, peephole": Cell(forget_bias=1.0, peephole=True),
+    "coupled, softsign": Cell(
+        Activation.SOFTSIGN, recurrent_activation=Activation.SIGMOID, coupled=True, peephole=True
+    ),
+    "mean of zoneout": Cell(zoneout_h=0.3, zoneout_c=0.2),
+    "all masks": Cell(
+        zoneout_h=0.3, zoneout_c=0.2, recurrent_dropout=0.4, candidate_dropout=0.25, peephole=True, training=True
+    ),
+}
+NORMED = {
+    "normed rows": Cell(norm=Norm.ROWS, norm_epsilon=1e-3),
+    "normed gates": Cell(
+        Activation.SOFTSIGN,
+        norm=Norm.GATES,
+        norm_epsilon=1e-3,
+        forget_bias=1.0,
+        peephole=True,
+        coupled=True,
+        zoneout_h=0.2,
+        zoneout_c=0.3,
+    ),
+    "normed rows, masks": Cell(
+        norm=Norm.ROWS,
+        norm_epsilon=1e-3,
+        cell_clip=0.8,
+        peephole=True,
+        zoneout_h=0.2,
+        zoneout_c=0.3,
+        recurrent_dropout=0.25,
+        candidate_dropout=0.2,
+        training=True,
+    ),
+}
+CELLS = SMOOTH | {
+    "elu, hard sigmoid": Cell(
+        Activation.ELU, 1.5, recurrent_activation=Activation.HARD_SIGMOID, recurrent_alpha=0.2, recurrent_beta=0.5
+    ),
+    "leaky relu, tanh": Cell(Activation.LEAKY_RELU, 0.3, recurrent_activation=Activation.TANH),
+    "relu, clips": Cell(Activation.RELU, cell_clip=0.3, proj_clip=0.1),
+    "softplus, linear": Cell(Activation.SOFTPLUS, recurrent_activation=Activation.LINEAR, cell_clip=1.0),
+    "everything is dropped": Cell(zoneout_c=1.0, recurrent_dropout=1.0, candidate_dropout=1.0, training=True),
+    "clips, masks": Cell(
+        cell_clip=0.4, proj_clip=0.1, zoneout_h=0.1, zoneout_c=0.2, recurrent_dropout=0.3, peephole=True, training=True
+    ),
+}
+CELL_SHAPES = [Case(1, 1, 1, 1), Case(1, 9, 33, 40), MASKED, PROJECTED, PACKED, WIDE]
+
+
+def with_cell(case: Case, cell: Cell) -> list[Case]:
+    """Such a layer, with weights in torch's layout and, where it may have it, in TensorFlow's."""
+    if case.P:
+        return [replace(case, cell=cell)]
+    kernel = replace(case, bias=True, cell=cell._replace(proj_clip=0.0, tensorflow=True))
+    return [replace(case, cell=cell._replace(proj_clip=0.0)), kernel]
+
+
+def cell_cases(cells: dict[str, Cell]) -> list[Case]:
+    return [case for cell in cells.values() for shape in CELL_SHAPES for case in with_cell(shape, cell)]
 
 
 def frozen(convert: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
@@ -127,6 +190,33 @@ class TestContract(Contract):
     save_cases = COMPACT_CASES
     row_cases = (*SEVERAL_ROWS, Case(3, 31, 63, 127), TILE_CASES[0])
     step_sizes = (*Contract.step_sizes, (1, 32, 32), (33, 7, 129))
+
+
+KERNEL = SMOOTH["forget bias, peephole"]._replace(tensorflow=True)
+DRAWN = CELLS["clips, masks"]
+CELL_MASKED, CELL_KERNEL = replace(MASKED, cell=DRAWN._replace(proj_clip=0.0)), replace(MASKED, cell=KERNEL)
+
+
+class TestCellContract(Contract):
+    """The same of cells with options. Masks follow a row's number, so that rows that move are of cells without."""
+
+    ways = (OnCpu("float64"), OnCpu("bfloat16", "torch"))
+    run_ways = bit_ways = (OnCpu("float32"), OnCpu("float64", threads=2))
+    layout_ways = (OnCpu("float32"), OnCpu("bfloat16", "torch"))
+    cases = cell_cases({"smooth": SMOOTH["all masks"]})
+    run_cases = row_cases = save_cases = needs_cases = missing_cases = (
+        CELL_MASKED,
+        CELL_KERNEL,
+        replace(PROJECTED, cell=DRAWN),
+        replace(WIDE, cell=KERNEL),
+        replace(MASKED, cell=NORMED["normed rows, masks"]),
+    )
+    layout_cases = (CELL_KERNEL, replace(PACKED, cell=SMOOTH["all masks"]))
+    step_sizes = ((1, 5, 13),)  # but of the plain cell
+
+    def test_rows_move_with_their_results(self, *_: Any) -> None:
+        for case in (CELL_KERNEL, replace(PROJECTED, cell=CELLS["relu, clips"])):
+            super().test_rows_move_with_their_results(case, OnCpu("float32"))
 
 
 @pytest.mark.parametrize("directions", [FORWARD, REVERSE])
@@ -252,6 +342,38 @@ def test_simd_level_has_h_again_bit_for_bit(P: int, directions: Directions, dtyp
     assert np.count_nonzero(dw_hh) == dw_hh.size
 
 
+@pytest.mark.parametrize("name", [*CELLS, *NORMED])
+def test_simd_level_computes_cells(name: str) -> None:
+    """Each as the oracle does, with the same bits whoever shares the work."""
+    for case in cell_cases({name: (CELLS | NORMED)[name]}):
+        if case.cell and case.cell.norm and case.H == 1:
+            continue  # a single number is normalised to what its rounding left
+        for dtype in ("float32", "float64", *(["float16"] if name in SMOOTH else [])):
+            inputs = make_inputs(case, dtype, seed=2)
+            alone = run_layer(C, inputs, 1)
+            assert_all_close(alone, run_oracle(inputs), case, dtype, gradient_magnitude=3.0)
+            for ours, same in zip(run_layer(C, inputs, 3), alone, strict=True):
+                assert_identical(ours, same)
+
+
+@pytest.mark.parametrize("way", [{"in_place": True}, {"in_place": False}, {"in_place": False, "depth": 32}], ids=str)
+def test_simd_level_multiplies_by_a_kernel(way: dict[str, Any]) -> None:
+    """One chain of additions, whether packed or where it lies."""
+    for sizes in ((3, 13, 21, 67), (1, 5, 40, 64), (4, 1, 7, 3), (2, 8, 5, 200)):
+        for dtype in ("float32", "float64", "float16"):
+            case = Case(*sizes, cell=KERNEL)
+            inputs = make_inputs(case, dtype)
+            with use_plan(engine="vectors", **way):
+                actual = run_layer(C, inputs, 1)
+                one_by_one = [run_layer(C, inputs, threads) for threads in (2, 3)]
+            assert_all_close(actual, run_oracle(inputs), case, dtype, gradient_magnitude=3.0)
+            for other in one_by_one:
+                for ours, same in zip(other, actual, strict=True):
+                    assert_identical(ours, same)
+            with use_plan(engine="vectors", chunk_steps=1, **way):
+                assert_identical(run_layer(C, inputs, 1)[0], actual[0])
+
+
 @pytest.mark.skipif(FORCED_LEVEL is not None, reason="this is the run of one level")
 @pytest.mark.parametrize("level", C.build_info()["simd_available"] if C else [])
 def test_every_simd_level(level: str) -> None:
@@ -260,7 +382,7 @@ def test_every_simd_level(level: str) -> None:
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    expected = 1 + 3 * len(COMPACT_CASES) + 8
+    expected = 1 + 3 * len(COMPACT_CASES) + 8 + len(CELLS) + len(NORMED) + 3
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{expected} passed" in done.stdout, done.stdout
 
@@ -282,3 +404,58 @@ def test_teams_keep_to_their_rows_across_chunks(case: Case) -> None:
     for num_threads in [2, 3, 4] * 4:
         for actual, same in zip(run_layer(C, inputs, num_threads), expected, strict=True):
             assert_identical(actual, same)
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_without_a_kernel_is_not_taken() -> None:
+    case = Case(2, 3, 4, 5, P=3, cell=Cell(zoneout_h=0.1, proj_clip=1.0))
+    inputs = make_inputs(case, "float32")
+    assert C.layer_forward(inputs.call, Save.ALL) is NotImplemented
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"seed": None}, TypeError, "seed: expected an array of one number"),
+        ({"seed": np.zeros(2, np.int64)}, RuntimeError, r"seed: expected shape \[1\], got \[2\]"),
+        ({"seed": np.zeros(1, np.int32)}, RuntimeError, "seed: expected dtype int64, got int32"),
+        ({"cell": (0.0,) * 18}, TypeError, "cell: expected a tuple of 19 numbers"),
+        ({"cell": DRAWN._replace(zoneout_c=1.5)}, ValueError, "cell: expected number 14 from 0"),
+        ({"cell": DRAWN._replace(candidate_dropout=float("nan"))}, ValueError, "cell: expected number 16 from 0"),
+        ({"cell": DRAWN._replace(cell_clip=-1.0)}, ValueError, "cell: expected number 8 from 0"),
+        ({"cell": DRAWN._replace(activation=9)}, ValueError, "cell: expected number 0 from 0"),  # type: ignore[arg-type]
+        ({"cell": DRAWN._replace(peephole=False)}, RuntimeError, "weights: expected 2 to 5 arrays for each direction"),
+        ({"cell": DRAWN._replace(tensorflow=True)}, RuntimeError, "weights: expected 2 to 3 arrays"),
+    ],
+    ids=str,
+)
+def test_a_wrong_cell_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    call = make_inputs(Case(2, 3, 4, 5, P=3, cell=DRAWN), "float32").call._replace(**changed)
+    with pytest.raises(error, match=message):
+        C.layer_forward(tuple(call), Save.ALL)
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (0, (9, 24), r"kernel: expected shape \[I \+ H, 4\*H\] = \[10, 24\], got \[9, 24\]"),
+        (0, (10, 25), r"kernel: expected shape \[I \+ H, 4\*H\] = \[10, 24\], got \[10, 25\]"),
+        (1, (23,), r"bias: expected shape \[4\*H\] = \[24\], got \[23\]"),
+        (2, (2, 6), r"peephole: expected shape \[3, H\] = \[3, 6\], got \[2, 6\]"),
+    ],
+    ids=str,
+)
+def test_a_wrong_kernel_is_named(index: int, shape: tuple[int, ...], message: str) -> None:
+    call = make_inputs(Case(2, 3, 4, 6, cell=KERNEL), "float32").call
+    call.weights[index] = np.zeros(shape, np.float32)
+    with pytest.raises(RuntimeError, match=message):
+        C.layer_forward(call, Save.ALL)
+
+
+def test_a_backward_pass_of_a_cell_reads_y() -> None:
+    inputs = make_inputs(Case(2, 3, 4, 6, cell=KERNEL), "float32")
+    cells, gates = C.layer_forward(inputs.call, Save.ALL)[3:]
+    with pytest.raises(TypeError, match="y: expected what layer_forward returned, got None"):
+        C.layer_backward(inputs.call, (cells, gates, None), inputs.grads, 15)

@@ -108,6 +108,63 @@ def test_one_node_a_layer(name: str, given: str, tmp_path: Path) -> None:
         assert_runs_as(model, path, *inputs(T, B))
 
 
+CELLS: dict[str, dict[str, Any]] = {
+    "activations": {"activation": ("elu", 0.7), "recurrent_activation": ("hard_sigmoid", 0.25), "bidirectional": True},
+    "more of them": {"activation": ("leaky_relu", 0.1), "recurrent_activation": "softsign", "bias": False},
+    "lines": {"activation": "linear", "recurrent_activation": "softplus"},
+    "peephole": {"peephole": True, "forget_bias": 0.5, "bidirectional": True},
+    "coupled": {"coupled": True, "peephole": True, "forget_bias": 1.0, "bias": False},
+    "coupled, hard": {"coupled": True, "recurrent_activation": "hard_sigmoid", "activation": "relu", "num_layers": 2},
+    "forget bias": {"forget_bias": 1.0, "recurrent_dropout": 0.2, "weight_drop": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_options_are_attributes(name: str, tmp_path: Path) -> None:
+    options, path = CELLS[name], tmp_path / "lstm.onnx"
+    model, x = lstm_ext.LSTM(I, H, **options).eval(), torch.randn(6, 3, I)
+    loaded = exported(model, (x,), None, path)
+    node = next(node for node in loaded.graph.node if node.op_type == "LSTM")
+    found = attributes(node)
+    assert found.get("input_forget", 0) == options.get("coupled", False)
+    assert (len(node.input) == 8) == ("peephole" in options)
+    assert_runs_as(model, path, x)
+
+
+REFUSED_OPTIONS: dict[str, dict[str, Any]] = {
+    "cell_clip": {"cell_clip": 1.0},
+    "layer_norm": {"layer_norm": True},
+    "zoneout": {"zoneout": (0.1, 0.0)},
+    "coupled, recurrent_activation": {"coupled": True, "recurrent_activation": "softsign"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIONS)
+def test_options_that_onnx_lacks_are_named(name: str) -> None:
+    module, x = lstm_ext.LSTM(I, H, **REFUSED_OPTIONS[name]).eval(), torch.randn(6, 3, I)
+    program = torch.export.export(module, (x,))
+    with pytest.raises(NotImplementedError, match=f"{name}: expected .* since the LSTM of ONNX has nothing like it"):
+        program.run_decompositions(lstm_ext.onnx.decompositions())
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensorflows_cell_is_a_node(sequence: bool, tmp_path: Path) -> None:
+    cell, path = lstm_ext.BasicLSTMCell(H, input_size=I, activation="relu"), tmp_path / "cell.onnx"
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, x: Any) -> Any:
+            return lstm_ext.dynamic_rnn(self.cell, x)
+
+    model, x = Sequence() if sequence else cell, torch.randn(*((2, 6) if sequence else (2,)), I)
+    loaded = exported(model, (x,), None, path)
+    assert nodes(loaded)["LSTM"] == 1
+    assert_runs_as(model, path, x)
+
+
 def test_weights_are_constants(tmp_path: Path) -> None:
     """Small ones at once; large ones by the optimizer without its limits, as a runtime does when it loads the model."""
     from onnxscript import optimizer
@@ -148,7 +205,7 @@ def test_a_model_with_all_of_our_modules(tmp_path: Path) -> None:
     inputs = torch.randint(11, (3, 6)), torch.tensor([6, 1, 4])
     loaded = exported(model, inputs, ({0: DYNAMIC, 1: DYNAMIC}, {0: DYNAMIC}), path)
     directions = [attributes(node)["direction"] for node in loaded.graph.node if node.op_type == "LSTM"]
-    assert directions == [b"bidirectional", b"forward", b"reverse"]
+    assert directions == [b"bidirectional", b"forward", b"reverse", b"forward"]
     assert_runs_as(model, path, *inputs)
     assert_runs_as(model, path, torch.randint(11, (5, 9)), torch.tensor([9, 2, 0, 1, 3]))
 

@@ -74,6 +74,11 @@ class Case:
         recurrent = self.layers * (8 * self.H * self.width + 2 * self.H * self.P)
         return self.B * self.directions * (8 * self.H * sum(self.layer_inputs) + recurrent)
 
+    @property
+    def work(self) -> str:
+        """What people do with it, in the preset workloads."""
+        return self.suite if self.suite in WORKLOADS else ""
+
     def __str__(self) -> str:
         text = f"{self.mode} T{self.T} B{self.B} I{self.I} H{self.H}"
         options = {f"P{self.P}": self.P, f"layers{self.layers}": self.layers > 1, "both": self.directions == 2}
@@ -115,6 +120,34 @@ SUITES: dict[str, list[Case]] = {
     "busy": grid("busy", "inference", T=50, B=[1, 16], H=[64, 256], busy=[0, 1]),
     "cliff": grid("cliff", "inference", T=20, B=[1, 16], I=64, H=CLIFFS),
     "compiled": grid("compiled", "compiled", T=20, B=[1, 16], H=128),
+}
+
+# What people run, in the sizes of well-known models and tasks; one line, one block or one batch of it.
+WORKLOADS: dict[str, list[Case]] = {
+    work: grid(work, mode, **axes)
+    for work, mode, axes in (
+        ("text line recogniser", "inference", {"T": 150, "B": 1, "I": 480, "H": 200, "layers": 3, "directions": 2}),
+        ("scene text", "inference", {"T": 26, "B": 8, "I": 512, "H": 256, "layers": 2, "directions": 2}),
+        ("speech separation", "inference", {"T": 160, "B": 32, "I": 64, "H": 128, "directions": 2}),
+        ("music separation", "inference", {"T": 255, "B": 1, "I": 512, "H": 256, "layers": 3, "directions": 2}),
+        ("tagger", "packed", {"T": 40, "B": 32, "I": 100, "H": 256, "directions": 2}),
+        ("tagger, training", "training", {"T": 40, "B": 32, "I": 100, "H": 256, "directions": 2}),
+        ("character model", "inference", {"T": 100, "B": 1, "I": 128, "H": 1024}),
+        ("word model, training", "training", {"T": 35, "B": 20, "I": 650, "H": 650, "layers": 2}),
+        ("forecaster", "inference", {"T": 168, "B": 64, "I": 8, "H": 40, "layers": 2}),
+        ("forecaster, training", "training", {"T": 168, "B": 64, "I": 8, "H": 40, "layers": 2}),
+        ("voice activity", "inference", {"T": 1, "B": 1, "I": 128, "H": 128}),
+        ("RNN-T predictor", "inference", {"T": 1, "B": 1, "I": 640, "H": 640}),
+        ("speech enhancer", "inference", {"T": 100, "B": 1, "I": 257, "H": 384, "layers": 2}),
+        ("keyword spotter", "inference", {"T": 100, "B": 1, "I": 40, "H": 512, "P": 128}),
+        ("amplifier model", "inference", {"T": 64, "B": 1, "I": 1, "H": 16}),
+        ("RL policy, a step", "cell", {"T": 1, "B": 16, "I": 64, "H": 256}),
+        ("RL policy, update", "training", {"T": 64, "B": 16, "I": 64, "H": 256}),
+        ("hydrology", "inference", {"T": 365, "B": 16, "I": 30, "H": 128}),
+        ("hydrology, training", "training", {"T": 365, "B": 64, "I": 30, "H": 128}),
+        ("digits", "inference", {"T": 28, "B": 64, "I": 28, "H": 128}),
+        ("digits, training", "training", {"T": 28, "B": 64, "I": 28, "H": 128}),
+    )
 }
 
 QUICK = [
@@ -197,6 +230,7 @@ GPU_QUICK = [
 
 PRESETS = {
     "quick": QUICK,
+    "workloads": [case for work in WORKLOADS.values() for case in work],
     "full": [case for suite in SUITES.values() for case in suite],
     "gpu-quick": GPU_QUICK,
     "gpu": [case for suite in GPU_SUITES.values() for case in suite],

@@ -17,7 +17,7 @@ from .targets import evaluate
 
 LONG_TEXTS = ("work", "at its least", "kernels")
 TEXTS = ("device", "dtype", "mode", "arm", "verdict", *LONG_TEXTS)
-CASE_COLUMNS = ("device", "dtype", "mode", "T", "B", "I", "H", "P", "layers", "directions", "busy", "threads")
+CASE_COLUMNS = ("work", "device", "dtype", "mode", "T", "B", "I", "H", "P", "layers", "directions", "busy", "threads")
 HEADINGS = {"layers": "L", "directions": "D", "threads": "thr"}
 WIDTH = 80
 
@@ -64,7 +64,7 @@ def case_columns(rows: Sequence[Row]) -> tuple[str, list[str]]:
     """What all rows have in common, as text, and the names of the axes on which they differ."""
     values = {name: {getattr(row.case, name) for row in rows} for name in CASE_COLUMNS}
     shown = [name for name in CASE_COLUMNS if len(values[name]) > 1]
-    unremarkable = {"P": {0}, "busy": {0}, "layers": {1}, "directions": {1}}
+    unremarkable = {"work": {""}, "P": {0}, "busy": {0}, "layers": {1}, "directions": {1}}
     constant = [
         f"{name} {next(iter(values[name]))}"
         for name in CASE_COLUMNS

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cases import Case
+from .cases import WORKLOADS, Case
 from .rows import OURS, Row, geomean
 
 Times = dict[Case, dict[str, float]]  # by case, its suite left blank
@@ -60,12 +60,13 @@ def _next_width(row: Row, times: Times) -> float | None:
 
 
 def _whole_grid(row: Row, times: Times) -> float | None:
-    return None if row.case.busy else row.ratio
+    return None if row.case.busy or row.case.work else row.ratio
 
 
 def _best_peer(row: Row, times: Times) -> float | None:
     peers = [us for arm, us in row.us.items() if arm != OURS]
-    wanted = row.case.mode in ("cell", "inference") and not row.case.busy and row.case.dtype == "float32"
+    wanted = row.case.mode in ("cell", "inference") and not (row.case.busy or row.case.work)
+    wanted = wanted and row.case.dtype == "float32"
     return min(peers) / row.us[OURS] if wanted and OURS in row.us and len(peers) > 1 else None
 
 
@@ -95,6 +96,7 @@ TARGETS = [
     ),
     Target("bfloat16 over torch's", suite("bfloat16"), 1.2, stretch=2),
     Target("bfloat16 over our float32, B = 1, H ≥ 512", _over_float32, 1.4, stretch=2),
+    Target("workloads", suite(*WORKLOADS), 1.0, mean=2.6),
     Target("whole grid", _whole_grid, 1.0, mean=2, stretch=3),
     Target("over the best peer, inference", _best_peer, 0.95, mean=1.25, stretch=1.45),
     Target("speed kept with a busy neighbour", _undisturbed, 1 / 2.5, stretch=1 / 2.1),

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "../gate_math.h"
+#include "cell.h"
 #include "product.h"
 #include "share.h"
 #include "tiles.h"
@@ -46,7 +47,9 @@ class Forward {
         shape_(layer.shape),
         first_step_(first_step),
         gates_{layer.shape.H},
-        units_{layer.shape.P} {
+        units_{layer.shape.P},
+        cell_(layer.cell),
+        steps_(layer.cell, direction) {
     const auto [T, B, I, H, P, projected] = shape_;
     panels_ = gates_.panels();
     w_ih_ = weights_in(dir_.weights.w_ih, gates_, I, kInput, arena);
@@ -68,6 +71,7 @@ class Forward {
       hidden_width_ = Engine::row_size(H);
       hidden_ = arena.get<F>(B * hidden_width_);
     }
+    if (cell_) prepare_cell(arena);
   }
 
   void run(const Team& team) const {
@@ -85,6 +89,21 @@ class Forward {
     using W = Weights<Rows>;
     return W(matrix.data, matrix.row_stride, rows, K,
              plan_.in_place[weight] ? nullptr : arena.get<typename W::Packed>(W::packed_size(rows, K)));
+  }
+
+  void prepare_cell(Arena& arena) {
+    const Cell& cell = cell_->options;
+    units_width_ = ceil_div(shape_.P, L) * L;
+    if (steps_.recurrent.possible) h_mask_ = arena.get<C>(shape_.B * units_width_);
+    if (steps_.zoneout_h.wanted) h_kept_ = arena.get<C>(shape_.B * units_width_);
+    if (cell.norm != Norm::kNone) norm_row_ = arena.get<C>(plan_.threads * kNormVectors * c_width_);
+    if (cell.norm == Norm::kRows) of_h_ = arena.get<C>(panels_ * shape_.B * kPanelWidth<C>);
+    if constexpr (Engine::kKind == EngineKind::kVectors) {
+      if (!cell.tensorflow) return;
+      w_ih_.lie_by_columns();
+      w_hh_.lie_by_columns();
+      kernel_in_place_ = plan_.in_place[kRecurrent];
+    }
   }
 
   // f(k0, k1) for the blocks of 0 .. K, at least once
@@ -111,6 +130,7 @@ class Forward {
   }
 
   void pack_bias(int64_t p) const {
+    if (cell_ && (cell_->options.tensorflow || cell_->options.norm == Norm::kRows)) return pack_cell_bias(p);
     const S* b_ih = static_cast<const S*>(dir_.weights.b_ih);
     const S* b_hh = static_cast<const S*>(dir_.weights.b_hh);
     const int width = gates_.width(p);
@@ -121,14 +141,39 @@ class Forward {
     }
   }
 
+  // Where rows are normalised it is added afterwards.
+  void pack_cell_bias(int64_t p) const {
+    const S* from = cell_->options.norm == Norm::kRows ? nullptr : static_cast<const S*>(dir_.weights.b_ih);
+    const int width = gates_.width(p);
+    for (int g = 0; g < 4; ++g) {
+      const Vec<C> value = from ? load_up_to(from + gates_.first_column(p, g), gates_.count(p, g)) : Vec<C>{};
+      store_up_to(bias(p) + g * width, value, width);
+    }
+  }
+
   void start_row(int64_t slot) const {
+    if (h_mask_) draw_h_mask(slot);
     const int64_t b = walk_.row(slot);
     const bool keep = !walk_.resets_before(0, slot, dir_.reverse);
     const bool empty = walk_.length(slot) == 0;
-    start_state(dir_.state.h0, b, keep, shape_.P, empty ? dir_.h_n : nullptr,
-                [&](int64_t n, Vec<C> value) { Engine::put(h_ + slot * h_width_, n, value, shape_.P); });
+    start_state(dir_.state.h0, b, keep, shape_.P, empty ? dir_.h_n : nullptr, [&](int64_t n, Vec<C> value) {
+      if (cell_) value = keep_h(slot, n, value);
+      Engine::put(h_ + slot * h_width_, n, value, shape_.P);
+    });
     start_state(dir_.state.c0, b, keep, shape_.H, empty ? dir_.c_n : nullptr,
                 [&](int64_t n, Vec<C> value) { store(c_ + slot * c_width_ + n, value); });
+  }
+
+  void draw_h_mask(int64_t slot) const {
+    for (int64_t n = 0; n < shape_.P; n += L) {
+      store(h_mask_ + slot * units_width_ + n, steps_.h_mask({0, walk_.row(slot), n}));
+    }
+  }
+
+  // Of the h that a step starts from: what it keeps is remembered, what it multiplies returned.
+  LSTM_EXT_INLINE Vec<C> keep_h(int64_t slot, int64_t n, Vec<C> h) const {
+    if (h_kept_) store(h_kept_ + slot * units_width_ + n, h);
+    return h_mask_ ? h * load(h_mask_ + slot * units_width_ + n) : h;
   }
 
   template <class Put>
@@ -167,9 +212,11 @@ class Forward {
       }
     });
     share.sync_rows();
-    const bool one_step = s1 - s0 == 1;  // then a panel's sums go from one product to the other in a first-level cache
-    if (!one_step) share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, s1, p); });
-    for (int64_t s = s0; s < s1; ++s) run_step(share, s0, s, one_step);
+    // Of one step a panel's sums go from one product to the other in a first-level cache.
+    const bool one_step = s1 - s0 == 1 && steps_.norm() == Norm::kNone;
+    if (!one_step && kernel_in_place_) project_by_kernel(share, s0, s0, s1);
+    if (!one_step && !kernel_in_place_) share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, s1, p); });
+    for (int64_t s = s0; s < s1; ++s) norm_row_ ? run_norm_step(share, s0, s) : run_step(share, s0, s, one_step);
   }
 
   void fetch_x(int64_t s, int64_t slot, int64_t row) const {
@@ -203,6 +250,43 @@ class Forward {
                });
   }
 
+  // The same of all panels of mine with TensorFlow's kernel in place: rows s .. s1 - 1 of a chunk that begins at s0
+  void project_by_kernel(const Share& share, int64_t s0, int64_t s, int64_t s1) const {
+    if constexpr (Engine::kKind == EngineKind::kVectors) {
+      share.for_groups([&](const Share::Group& group) {
+        const int64_t end = chunk_row(group, s0, s1);
+        for (int64_t row = chunk_row(group, s0, s); row < end; row += Engine::kRows) {
+          const int count = static_cast<int>(end - row < Engine::kRows ? end - row : Engine::kRows);
+          share.for_panels(panels_, [&](int64_t p) {
+            for (int m = 0; m < count; ++m) {
+              __builtin_memcpy(tile(p, row + m), bias(p), kPanelWidth<C> * sizeof(C));
+            }
+          });
+          multiply_by_kernel(share, w_ih_, count, x_rows_ + row, row);
+        }
+      });
+    }
+  }
+
+  void recur_by_kernel(const Share& share, int64_t s0, int64_t s) const {
+    if constexpr (Engine::kKind == EngineKind::kVectors) {
+      share.for_groups([&](const Share::Group& group) {
+        const int64_t row = chunk_row(group, s0, s) - group.first;
+        share.for_tiles(group, walk_.active(s), [&](int64_t first, int count) {
+          const F* a[Engine::kRows];
+          for (int m = 0; m < count; ++m) a[m] = h(s, first + m);
+          multiply_by_kernel(share, w_hh_, count, a, row + first);
+        });
+      });
+    }
+  }
+
+  void multiply_by_kernel(const Share& share, const Weights<GateRows<C>>& weights, int count, const F* const* a,
+                          int64_t row) const {
+    const auto [first, last] = share.panels_of_mine(panels_);
+    if (first < last) weights.kernel().multiply(count, a, first, last, tile(first, row), chunk_rows_ * kPanelWidth<C>);
+  }
+
   // ---- one step --------------------------------------------------------------------------------
 
   F* h(int64_t s, int64_t slot) const { return h_ + ((s % 2) * shape_.B + slot) * h_width_; }
@@ -211,8 +295,12 @@ class Forward {
   // one step is what the next one begins with.
   void run_step(const Share& share, int64_t s0, int64_t s, bool projects) const {
     const bool together = projects && plan_.one_sum;
+    if (kernel_in_place_) {
+      if (projects) project_by_kernel(share, s0, s, s + 1);
+      recur_by_kernel(share, s0, s);
+    }
     const auto run_panel = [&](int64_t p) {
-      if (projects && !together) project_input(share, s, s + 1, p);
+      if (projects && !together && !kernel_in_place_) project_input(share, s, s + 1, p);
       const int64_t depth = together ? shape_.P : plan_.depth[kRecurrent];
       for_blocks(shape_.P, depth, [&](int64_t k0, int64_t k1) {
         share.for_groups([&](const Share::Group& group) {
@@ -223,22 +311,127 @@ class Forward {
             C* pre = tile(p, row + first);
             if (together) {
               multiply_together(count, x_rows_ + row + first, a, p, pre);
-            } else {
+            } else if (!kernel_in_place_) {
               w_hh_.multiply(count, a, p, k0, k1, pre, kPanelWidth<C>, pre);
             }
             if (k1 < shape_.P) return;
-            pointwise_forward(s, first, count, p, row + first);
+            cell_ ? pointwise_cell(s, first, count, p, row + first)
+                  : pointwise_forward(s, first, count, p, row + first);
           });
         });
       });
     };
     share.for_panels(panels_, run_panel, (s + first_step_) % 2 != 0);
     share.sync_rows();
-    if (!shape_.projected) return;
+    if (shape_.projected) project_step(share, s);
+  }
+
+  void project_step(const Share& share, int64_t s) const {
     share.for_panels(w_hr_.panels(), [&](int64_t p) {
       share.for_tiles(walk_.active(s), [&](int64_t first, int count) { project_output(s, first, count, p); });
     });
     share.sync_rows();
+  }
+
+  // A step with layer normalisation: the products, then each row of the batch as a whole by one member.
+  void run_norm_step(const Share& share, int64_t s0, int64_t s) const {
+    share.for_panels(panels_, [&](int64_t p) {
+      share.for_groups([&](const Share::Group& group) {
+        const int64_t row = chunk_row(group, s0, s) - group.first;
+        share.for_tiles(group, walk_.active(s), [&](int64_t first, int count) { norm_sums(s, row, first, count, p); });
+      });
+    });
+    share.sync_rows();
+    share.for_groups([&](const Share::Group& group) {
+      const int64_t row = chunk_row(group, s0, s) - group.first;
+      share.for_slots(group, walk_.active(s), [&](int64_t slot) { norm_row(share, s, slot, row + slot); });
+    });
+    share.sync_rows();
+    if (shape_.projected) project_step(share, s);
+  }
+
+  // What h brings: to what x has brought, or apart, where each is normalised by itself.
+  void norm_sums(int64_t s, int64_t row, int64_t first, int count, int64_t p) const {
+    const F* a[Engine::kRows];
+    for (int m = 0; m < count; ++m) a[m] = h(s, first + m);
+    C* sums = tile(p, row + first);
+    if (of_h_) {
+      sums = of_h_ + (p * shape_.B + first) * kPanelWidth<C>;
+      __builtin_memset(sums, 0, static_cast<size_t>(count) * kPanelWidth<C> * sizeof(C));
+    }
+    if (!kernel_in_place_) {
+      w_hh_.multiply(count, a, p, 0, shape_.P, sums, kPanelWidth<C>, sums);
+    } else if constexpr (Engine::kKind == EngineKind::kVectors) {
+      w_hh_.kernel().multiply(count, a, p, p + 1, sums, 0);
+    }
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(count, gates_.vectors(p), sums, [&](int m, C* sum) {
+        if (!of_h_) return sum_exactly(s, first + m, p, row + first + m);
+        __builtin_memset(sum, 0, kPanelWidth<C> * sizeof(C));
+        w_hh_.multiply_exactly(a[m], p, sum);
+      });
+    }
+  }
+
+  // The gates of a row from its tiles, one after the other: to [4][c_width]
+  void gather_row(const C* tiles, int64_t panel_stride, C* gates) const {
+    for (int64_t p = 0; p < panels_; ++p) {
+      for (int g = 0; g < 4; ++g) {
+        store(gates + g * c_width_ + p * L,
+              load_up_to(tiles + p * panel_stride + g * gates_.width(p), gates_.count(p, g)));
+      }
+    }
+  }
+
+  [[gnu::noinline]] void norm_row(const Share& share, int64_t s, int64_t slot, int64_t row) const {
+    const Cell& cell = cell_->options;
+    const auto& arrays = cell_->direction[steps_.direction];
+    const int64_t H = shape_.H, vectors = c_width_ / L;
+    C* const i = norm_row_ + share.team.rank * kNormVectors * c_width_;
+    C *const f = i + c_width_, *const g = f + c_width_, *const o = g + c_width_, *const output = o + c_width_;
+    C* const c = c_ + slot * c_width_;
+    gather_row(tile(0, row), chunk_rows_ * kPanelWidth<C>, i);
+    NormedGates<S>::of(
+        cell, arrays, dir_.weights, H, i,
+        [&](C* of_h) { gather_row(of_h_ + slot * kPanelWidth<C>, shape_.B * kPanelWidth<C>, of_h); }, output);
+
+    for (int64_t u = 0; u < H; u += L) {
+      const Peephole<S> peephole(arrays.peephole, H, u);
+      const Vec<C> biased = load(f + u) + static_cast<C>(cell.forget_bias);
+      store(f + u, peephole.there ? biased + peephole.f * load(c + u) : biased);
+      if (peephole.there) store(i + u, load(i + u) + peephole.i * load(c + u));
+    }
+    const int count = static_cast<int>(vectors);
+    if (!cell.coupled) activate_all<C>(cell.recurrent_activation, i, count);
+    activate_all<C>(cell.recurrent_activation, f, count);
+    activate_all<C>(cell.activation, g, count);
+    for (int64_t u = 0; u < H; u += L) {
+      if (cell.coupled) store(i + u, 1 - load(f + u));
+      const Peephole<S> peephole(arrays.peephole, H, u);
+      const Vec<C> masked_g = computed(load(g + u) * steps_.g_mask(place_of(s, slot, u)));
+      const Vec<C> new_c =
+          steps_.clipped(steps_.unclipped_c(load(i + u), load(f + u), masked_g, load(c + u)), cell.cell_clip);
+      store(output + u, new_c);
+      if (peephole.there) store(o + u, load(o + u) + peephole.o * new_c);
+    }
+    activate_all<C>(cell.recurrent_activation, o, count);
+    const Moments<C> moments = moments_of(output, 1, H, cell.norm_epsilon);
+    for (int64_t u = 0; u < H; u += L) {
+      const Vec<C> new_c = load(output + u), normed = scaled_c<S>(arrays, moments, new_c, H, u);
+      const Vec<C> left = cell.norm == Norm::kGates ? normed : new_c;
+      store(output + u, normed);
+      store(c + u, steps_.next(steps_.zoneout_c, load(c + u), left, place_of(s, slot, u)));
+    }
+    activate_all<C>(cell.activation, output, count);
+    for (int64_t u = 0; u < H; u += L) {
+      const Vec<C> h = first_lanes<C>(load(o + u) * load(output + u), H - u);
+      save_cell(s, slot, u, H - u, i + u, c_width_, c + u);
+      if (shape_.projected) {
+        Engine::put_rounded(hidden_ + slot * hidden_width_, u, h, H);
+      } else {
+        finish_cell_h(s, slot, u, h);
+      }
+    }
   }
 
   // Both products of a step as one sum, whose lanes are added up once; of weights in place.
@@ -277,6 +470,76 @@ class Forward {
         finish_h(s, first + m, u, h[m]);
       }
     }
+  }
+
+  // The same of a cell with options, by cell_math.h. Each activation is chosen once for all rows; what passes between
+  // the loops lies in `values`: i, f, g, o and what becomes the output, so many vectors of each as there are rows.
+  [[gnu::noinline]] void pointwise_cell(int64_t s, int64_t first, int count, int64_t p, int64_t first_row) const {
+    const Cell& cell = cell_->options;
+    const int64_t u = p * L, units = gates_.count(p, 0), width = gates_.width(p);
+    C* const sums = tile(p, first_row);
+    C* const c = c_ + first * c_width_ + u;
+    if constexpr (!Engine::kKeepsInfinity) {
+      Engine::repair(count, gates_.vectors(p), sums, [&](int m, C*) { sum_exactly(s, first + m, p, first_row + m); });
+    }
+    alignas(64) C values[5 * Engine::kRows * L];
+    const int64_t apart = count * L;
+    C *const i = values, *const f = i + apart, *const g = f + apart, *const o = g + apart, *const output = o + apart;
+    const Peephole<S> peephole(steps_.peephole(), shape_.H, u);
+
+    for (int m = 0; m < count; ++m) {
+      const auto sum = [&](int gate) { return load_up_to(sums + m * kPanelWidth<C> + gate * width, units); };
+      const Vec<C> c_prev = load(c + m * c_width_);
+      const Vec<C> biased = sum(1) + static_cast<C>(cell.forget_bias);
+      store(i + m * L, peephole.there ? sum(0) + peephole.i * c_prev : sum(0));
+      store(f + m * L, peephole.there ? biased + peephole.f * c_prev : biased);
+      store(g + m * L, sum(2));
+    }
+    if (!cell.coupled) activate_all<C>(cell.recurrent_activation, i, count);
+    activate_all<C>(cell.recurrent_activation, f, count);
+    activate_all<C>(cell.activation, g, count);
+    for (int m = 0; m < count; ++m) {
+      if (cell.coupled) store(i + m * L, 1 - load(f + m * L));
+      const Place place = place_of(s, first + m, u);
+      const Vec<C> c_prev = load(c + m * c_width_), masked_g = computed(load(g + m * L) * steps_.g_mask(place));
+      const Vec<C> new_c =
+          steps_.clipped(steps_.unclipped_c(load(i + m * L), load(f + m * L), masked_g, c_prev), cell.cell_clip);
+      const Vec<C> sum = load_up_to(sums + m * kPanelWidth<C> + 3 * width, units);
+      store(output + m * L, new_c);
+      store(o + m * L, peephole.there ? sum + peephole.o * new_c : sum);
+      store(c + m * c_width_, steps_.next(steps_.zoneout_c, c_prev, new_c, place));
+    }
+    activate_all<C>(cell.recurrent_activation, o, count);
+    activate_all<C>(cell.activation, output, count);
+    for (int m = 0; m < count; ++m) {
+      const Vec<C> h = first_lanes<C>(load(o + m * L) * load(output + m * L), units);
+      if (dir_.gates || dir_.cells || !walk_.uniform() || s + 1 == shape_.T) {
+        save_cell(s, first + m, u, units, values + m * L, apart, c + m * c_width_);
+      }
+      if (shape_.projected) {
+        Engine::put_rounded(hidden_ + (first + m) * hidden_width_, u, h, shape_.H);
+      } else {
+        finish_cell_h(s, first + m, u, h);
+      }
+    }
+  }
+
+  Place place_of(int64_t s, int64_t slot, int64_t unit) const {
+    return {walk_.time(s, slot, dir_.reverse), walk_.row(slot), unit};
+  }
+
+  // As finish_h
+  [[gnu::noinline]] void finish_cell_h(int64_t s, int64_t slot, int64_t n, Vec<C> value) const {
+    const Place place = place_of(s, slot, n);
+    const int64_t count = shape_.P - n;
+    if (shape_.projected) value = steps_.clipped(value, cell_->options.proj_clip);
+    if (h_kept_) value = steps_.next(steps_.zoneout_h, load(h_kept_ + slot * units_width_ + n), value, place);
+    store_up_to(static_cast<S*>(dir_.y) + layer_.y_map.at(place.t, place.b) + n, value, count);
+    if (dir_.h_n && s == walk_.length(slot) - 1) {
+      store_up_to(static_cast<S*>(dir_.h_n) + place.b * shape_.P + n, value, count);
+    }
+    const bool forget = walk_.resets_before(s + 1, slot, dir_.reverse);
+    Engine::put_rounded(h(s + 1, slot), n, keep_h(slot, n, forget ? Vec<C>{} : rounded_to<S>(value)), shape_.P);
   }
 
   // The sums become the gates.
@@ -331,7 +594,9 @@ class Forward {
     for (int m = 0; m < rows; ++m) {
       for (int g = 0; g < 4; ++g) {
         const int64_t n = p * kPanelWidth<C> + g * L;
-        if (n < shape_.P) finish_h(s, first + m, n, load(sums + (m * 4 + g) * L));
+        if (n >= shape_.P) break;
+        const Vec<C> value = load(sums + (m * 4 + g) * L);
+        cell_ ? finish_cell_h(s, first + m, n, value) : finish_h(s, first + m, n, value);
       }
     }
   }
@@ -382,6 +647,16 @@ class Forward {
   F* h_;                 // [2][B, h_width]
   C* c_;                 // [B, c_width]
   F* hidden_ = nullptr;  // [B, hidden_width], h before its projection
+  // Of a cell with options:
+  const LayerCell* const cell_;
+  const CellSteps<C> steps_;
+  bool kernel_in_place_ = false;
+  int64_t units_width_ = 0;
+  static constexpr int kNormVectors = 8;
+  C* norm_row_ = nullptr;  // [threads][kNormVectors, c_width]: i f g o, what becomes the output, and what h brought
+  C* of_h_ = nullptr;      // [panels][B][4 * lanes], the sums of h where they are normalised by themselves
+  C* h_mask_ = nullptr;    // [B, units_width], what h is multiplied by before its products
+  C* h_kept_ = nullptr;    // [B, units_width], the same h as h_, without that
 };
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

@@ -59,6 +59,11 @@ constexpr int64_t kLeastTransposedFor = 192;
 constexpr int64_t kCostOfSum = 6, kCostOfSumFar = 3, kCostOfCrossing = 14;
 constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsualCache / 4;
 
+// Weights in TensorFlow's layout are read in place for so many rows in all; packing copies vectors, and transposes
+// none.
+//   no tuning yet; EPYC, 2026-11-26
+constexpr int64_t kMostKernelRows = 12;
+
 // ---- blocks of K ------------------------------------------------------------------------------------------
 
 // Of a packed panel, what a first-level cache of 32 KB holds beside the rows; and in place, where each block costs a
@@ -113,9 +118,14 @@ Forced forced_now;
 
 // ---- engine -----------------------------------------------------------------------------------------------
 
+constexpr const char* kNormsByVectors = "engine: gradients of layer normalisation are computed by vectors";
+constexpr const char* kKernelByVectors = "engine: weights in TensorFlow's layout are multiplied by vectors";
+
 // null: tiles are faster
 const char* why_vectors(const Problem& problem, const LevelShape& level, const EngineShape& tiles) {
   if (!level.has_tiles) return "this SIMD level has no tile registers";
+  if (problem.by_columns) return kKernelByVectors;
+  if (problem.normed && problem.backward) return kNormsByVectors;
   if (problem.dtype == Dtype::kFloat64) return "tiles have no float64 sums";
   const SequenceShape& shape = problem.shape;
   const int planes = tiles.column_planes;
@@ -144,6 +154,8 @@ EngineKind choose_engine(const Problem& problem, const LevelShape& level, const 
     if (*forced->engine == EngineKind::kTiles && problem.dtype == Dtype::kFloat64) {
       refuse("engine: tiles have no float64 sums");
     }
+    if (*forced->engine == EngineKind::kTiles && problem.by_columns) refuse(kKernelByVectors);
+    if (*forced->engine == EngineKind::kTiles && problem.normed && problem.backward) refuse(kNormsByVectors);
     return *forced->engine;
   }
   why = why_vectors(problem, level, engine_shape(level, EngineKind::kTiles, problem.dtype, problem.backward));
@@ -172,9 +184,19 @@ bool in_place_pays(int64_t K, int64_t bytes, int64_t rows, int64_t passes, const
   return sums + loads < K;
 }
 
-void choose_in_place(Plan& plan, const SequenceShape& shape, const EngineShape& engine, const int64_t (&bytes)[3],
+// Both products of TensorFlow's kernel, which is one matrix
+bool kernel_in_place(const SequenceShape& shape, const Forced* forced) {
+  if (forced && forced->in_place[kRecurrent]) return *forced->in_place[kRecurrent];
+  return shape.T * shape.B <= kMostKernelRows;
+}
+
+void choose_in_place(Plan& plan, const Problem& problem, const EngineShape& engine, const int64_t (&bytes)[3],
                      const Forced* forced) {
-  const auto [T, B, I, H, P, projected] = shape;
+  const auto [T, B, I, H, P, projected] = problem.shape;
+  if (problem.by_columns) {
+    plan.in_place[kInput] = plan.in_place[kRecurrent] = kernel_in_place(problem.shape, forced);
+    return;
+  }
   const bool vectors = engine.kind == EngineKind::kVectors;
   if (vectors) {
     const int64_t rows = T * B, step_passes = T * row_tiles(B, engine);
@@ -234,13 +256,13 @@ void check_depth(int64_t depth, const EngineShape& engine) {
   if (depth % engine.per_lane) refuse("depth: expected an even number, as bfloat16 is multiplied in pairs");
 }
 
-void choose_depth(Plan& plan, const SequenceShape& shape, const EngineShape& engine, const Forced* forced) {
-  const auto [T, B, I, H, P, projected] = shape;
+void choose_depth(Plan& plan, const Problem& problem, const EngineShape& engine, const Forced* forced) {
+  const auto [T, B, I, H, P, projected] = problem.shape;
   plan.depth[kInput] = block_depth(plan, kInput, I, plan.chunk_steps * B, engine);
   plan.depth[kRecurrent] = block_depth(plan, kRecurrent, P, B, engine);
   const bool short_rows = I <= kInPlaceDepth && P <= kInPlaceDepth;  // not worth several blocks
   const bool both_in_place = plan.in_place[kInput] && plan.in_place[kRecurrent];
-  plan.one_sum = both_in_place && (short_rows || B <= engine.tile_rows);
+  plan.one_sum = both_in_place && !problem.by_columns && (short_rows || B <= engine.tile_rows);
   if (!forced) return;
   if (forced->depth) {
     check_depth(*forced->depth, engine);
@@ -249,24 +271,38 @@ void choose_depth(Plan& plan, const SequenceShape& shape, const EngineShape& eng
   }
   if (forced->one_sum) {
     if (*forced->one_sum && !both_in_place) refuse("one_sum: w_ih and w_hh must both be in place");
+    if (*forced->one_sum && problem.by_columns) refuse("one_sum: expected weights that are no TensorFlow kernel");
     plan.one_sum = *forced->one_sum;
   }
 }
 
-void plan_forward(Plan& plan, const SequenceShape& shape, const EngineShape& engine, const Forced* forced) {
+void plan_forward(Plan& plan, const Problem& problem, const EngineShape& engine, const Forced* forced) {
+  const SequenceShape& shape = problem.shape;
   const int64_t panels = engine.unit_panels(shape.H);
   const int64_t bytes[3] = {panels * engine.panel_bytes(shape.I), panels * engine.panel_bytes(shape.P),
                             shape.projected ? engine.column_panels(shape.P) * engine.panel_bytes(shape.H) : 0};
-  choose_in_place(plan, shape, engine, bytes, forced);
+  choose_in_place(plan, problem, engine, bytes, forced);
   choose_forward_chunk(plan, shape, engine, bytes, forced);
-  choose_depth(plan, shape, engine, forced);
+  choose_depth(plan, problem, engine, forced);
   plan.load = load_of(shape.B, panels, bytes[kRecurrent], engine);
 }
 
 // ---- a backward pass --------------------------------------------------------------------------------------
 
-void plan_backward(Plan& plan, const SequenceShape& shape, const EngineShape& engine, const Forced* forced) {
-  const auto [T, B, I, H, P, projected] = shape;
+// Of TensorFlow's kernel, whose rows a backward pass sums over: they need not be transposed into panels.
+void choose_kernel_in_place(Plan& plan, const SequenceShape& shape, const EngineShape& engine, const Forced* forced) {
+  const int64_t K = 4 * shape.H, rows = shape.T * shape.B, widths[] = {shape.I, shape.P};
+  const int64_t passes[] = {row_tiles(rows, engine), shape.T * row_tiles(shape.B, engine)};
+  for (const Weight weight : {kInput, kRecurrent}) {
+    const int64_t bytes = engine.column_panels(widths[weight]) * engine.panel_bytes(K);
+    plan.in_place[weight] = in_place_pays(K, bytes, rows, passes[weight], engine);
+    if (forced && forced->in_place[weight]) plan.in_place[weight] = *forced->in_place[weight];
+  }
+}
+
+void plan_backward(Plan& plan, const Problem& problem, const EngineShape& engine, const Forced* forced) {
+  const auto [T, B, I, H, P, projected] = problem.shape;
+  if (problem.by_columns) choose_kernel_in_place(plan, problem.shape, engine, forced);
   const int64_t row_bytes = 4 * H * engine.sum_bytes;
   int64_t rows = row_bytes > 0 ? kBackwardChunkBytes / row_bytes : 0;
   plan.why.chunk_steps = "as many as half a cache holds the gradients of";
@@ -354,7 +390,7 @@ Plan make_plan(const Problem& problem, const LevelShape& level, const Forced* fo
   Plan plan{};
   plan.engine = choose_engine(problem, level, forced, plan.why.engine);
   const EngineShape engine = engine_shape(level, plan.engine, problem.dtype, problem.backward);
-  (problem.backward ? plan_backward : plan_forward)(plan, problem.shape, engine, forced);
+  (problem.backward ? plan_backward : plan_forward)(plan, problem, engine, forced);
   choose_team(plan, problem, engine, forced);
   return plan;
 }
@@ -374,13 +410,18 @@ Plan make_plan(const Problem& problem, const LevelShape& level) {
 
 bool is_brief(const SequenceShape& shape) { return flops_of_step(shape) * static_cast<double>(shape.T) < kLeastFlops; }
 
-Plan plan_forward(const LayerForward& layer) {
-  return make_plan({layer.dtype, layer.shape, layer.num_directions, false, layer.num_threads}, kernels().shape);
+template <class Layer>
+static Plan plan_of(const Layer& layer, bool backward) {
+  Problem problem{layer.dtype, layer.shape, layer.num_directions, backward, layer.num_threads};
+  if (layer.cell) {
+    problem.by_columns = layer.cell->options.tensorflow;
+    problem.normed = layer.cell->options.norm != Norm::kNone;
+  }
+  return make_plan(problem, kernels().shape);
 }
 
-Plan plan_backward(const LayerBackward& layer) {
-  return make_plan({layer.dtype, layer.shape, layer.num_directions, true, layer.num_threads}, kernels().shape);
-}
+Plan plan_forward(const LayerForward& layer) { return plan_of(layer, false); }
+Plan plan_backward(const LayerBackward& layer) { return plan_of(layer, true); }
 
 void force(const Forced& forced) {
   const bool tiles = forced.engine == EngineKind::kTiles;

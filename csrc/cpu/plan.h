@@ -92,7 +92,9 @@ struct Problem {
   SequenceShape shape;
   int num_directions;
   bool backward;
-  int num_threads;  // that may be used
+  int num_threads;          // that may be used
+  bool by_columns = false;  // weights are in TensorFlow's layout
+  bool normed = false;      // there is layer normalisation
 };
 
 // What there is to share out at each step: sequences, and panels of the recurrent weights.

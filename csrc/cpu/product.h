@@ -94,6 +94,9 @@ int panel_vectors(int64_t N, int64_t p) {
   return left < 4 ? static_cast<int>(left) : 4;
 }
 
+// Where each of the gates i f g o stands in TensorFlow's order, i g f o.
+constexpr int kernel_quarter(int gate) { return gate == 1 ? 2 : gate == 2 ? 1 : gate; }
+
 // Which rows of a [rows, K] matrix make up the vectors of panel p: in *groups* of neighbouring rows, one after the
 // other. Group g is rows first .. first + count, and takes `width` lanes.
 template <class C>
@@ -111,6 +114,8 @@ struct GateRows {  // of a gate matrix [4H, K]: a group for each gate of up to a
     return 4 * units <= kLanes<C> ? kLanes<C> / 4 : 2 * units <= kLanes<C> ? kLanes<C> / 2 : kLanes<C>;
   }
   int vectors(int64_t p) const { return 4 * width(p) / kLanes<C>; }
+  // Where a group begins among the columns of a matrix [K, 4H] in TensorFlow's order of gates.
+  int64_t first_column(int64_t p, int g) const { return kernel_quarter(g) * H + p * kLanes<C>; }
 };
 
 template <class C>
@@ -270,6 +275,103 @@ struct InPlaceProduct {
   }
 };
 
+// Weights stored as [K, 4H], in TensorFlow's order of gates: their columns are columns of the product, so that a panel
+// is packed, or multiplied by where it lies, row after row.
+template <class S>
+struct KernelWeights {
+  using C = Compute<S>;
+  using F = Factor<S>;
+  static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
+  static constexpr int kDepth = 8;  // rows of weights that are read side by side in place, in lanes
+
+  const S* data;
+  int64_t row_stride, K;
+  GateRows<C> gates;
+
+  void pack(int64_t p, C* to) const {
+    const int vectors = gates.vectors(p);
+    const bool full = gates.count(p, 0) == L;
+    for (int64_t k = 0; k < K; k += kPer) {
+      for (int n = 0; n < vectors; ++n, to += L) store(to, full ? lanes<true>(k, p, n) : lanes<false>(k, p, n));
+    }
+  }
+
+  // tile[m] of each panel first .. last - 1 += a[m] times rows k = 0 .. K of it; the tiles of a panel's rows lie at
+  // `tiles`, those of the next one `panel_stride` further. Each sum is one chain in the order of k, as if packed.
+  template <int most = kTileRows>
+  void multiply(int rows, const F* const* a, int64_t first, int64_t last, C* tiles, int64_t panel_stride) const {
+    if constexpr (most > 1) {
+      if (rows < most) return multiply<most - 1>(rows, a, first, last, tiles, panel_stride);
+    }
+    int64_t k = 0;
+    for (; k + kDepth * kPer <= K; k += kDepth * kPer) add<most, kDepth>(a, k, first, last, tiles, panel_stride);
+    for (; k < K; k += kPer) add<most, 1>(a, k, first, last, tiles, panel_stride);
+  }
+
+ private:
+  template <int rows, int depth>
+  void add(const F* const* a, int64_t k, int64_t first, int64_t last, C* tiles, int64_t panel_stride) const {
+    const F* row[rows];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) row[m] = a[m] + k;
+    const int64_t full = gates.H / L < last ? gates.H / L : last;
+    for (const int n : {0, 2, 1, 3}) {  // the gates as they follow each other in memory
+      C* tile = tiles + n * L;
+      for (int64_t p = first; p < full; ++p, tile += panel_stride) add_vector<true, rows, depth>(row, k, p, n, tile);
+    }
+    if (full == last) return;
+    C* const tile = tiles + (full - first) * panel_stride;
+    for (int n = 0; n < gates.vectors(full); ++n) add_vector<false, rows, depth>(row, k, full, n, tile + n * L);
+  }
+
+  template <bool full, int rows, int depth>
+  LSTM_EXT_INLINE void add_vector(const F* const (&row)[rows], int64_t k, int64_t p, int n, C* tile) const {
+    Vec<C> sum[rows];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) sum[m] = load(tile + m * kPanelWidth<C>);
+#pragma GCC unroll 8
+    for (int d = 0; d < depth; ++d) {
+      const Vec<C> weights = lanes<full>(k + d * kPer, p, n);
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; ++m) sum[m] = multiply_add(sum[m], broadcast_lane(row[m] + d * kPer), weights, F{});
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) store(tile + m * kPanelWidth<C>, sum[m]);
+  }
+
+  // Vector n of panel p: row k, or as many rows from there on as a lane holds
+  template <bool full>
+  LSTM_EXT_INLINE Vec<C> lanes(int64_t k, int64_t p, int n) const {
+    const S* row = data + k * row_stride;
+    if constexpr (kPer == 1) {
+      return with_columns<full>(row, p, n, [](const S* from) { return load(from); });
+    } else {
+      const auto load_raw = [](const S* from) {
+        U16::Type bits;
+        __builtin_memcpy(&bits, from, sizeof(bits));
+        return to_32_bits(bits);
+      };
+      const U32 low = with_columns<full>(row, p, n, load_raw);
+      const U32 high = k + 1 < K ? with_columns<full>(row + row_stride, p, n, load_raw) : U32{};
+      return bit_cast<Vec<C>>(low | high << 16);
+    }
+  }
+
+  // f(the elements of a row that are the lanes of vector n of panel p): where they lie, or, of a panel that is not
+  // full, brought together; lanes without a unit are zero.
+  template <bool full, class Load>
+  LSTM_EXT_INLINE auto with_columns(const S* row, int64_t p, int n, const Load& f) const {
+    if constexpr (full) return f(row + gates.first_column(p, n));
+    S some[L] = {};
+    const int width = gates.width(p);
+    for (int lane = 0; lane < L; ++lane) {
+      const int g = (n * L + lane) / width, unit = (n * L + lane) % width;
+      if (unit < gates.count(p, g)) some[lane] = row[gates.first_column(p, g) + unit];
+    }
+    return f(some);
+  }
+};
+
 // A weight matrix [rows, K] whose rows become columns of the product: packed into panels, or read where it
 // lies when there are too few rows to multiply for packing to pay.
 template <class S, class Rows>
@@ -288,8 +390,15 @@ class Weights {
 
   int64_t panels() const { return rows_.panels(); }
 
+  // From now on `data` is [K, rows]. Such a matrix in place is multiplied by its own `multiply`.
+  void lie_by_columns() { by_columns_ = true; }
+  KernelWeights<S> kernel() const { return {data_, row_stride_, K_, rows_}; }
+
   void pack(int64_t p) const {
     if (!panels_) return;
+    if constexpr (std::is_same_v<Rows, GateRows<C>>) {
+      if (by_columns_) return kernel().pack(p, panel(p));
+    }
     const int vectors = rows_.vectors(p);
     for (int n = 0; n < vectors; ++n) {
       const S* lanes[L];
@@ -333,6 +442,7 @@ class Weights {
   Rows rows_ = {};
   int64_t K_ = 0;
   C* panels_ = nullptr;
+  bool by_columns_ = false;
 };
 
 // A matrix [K, N] whose columns stay columns, packed into panels. Row k is rows[k], null for zeros.
@@ -344,6 +454,26 @@ void pack_columns(const S* const* rows, int64_t K, int64_t N, int64_t p, C* pane
     for (int g = 0; g < vectors; ++g, panel += L) {
       const int64_t column = p * kPanelWidth<C> + g * L;
       store(panel, rows[k] ? load_up_to(rows[k] + column, N - column) : Vec<C>{});
+    }
+  }
+}
+
+// A matrix [N, K] whose rows become columns, packed into the same panels.
+template <class S, class C = Compute<S>>
+void pack_rows_as_columns(const Matrix& matrix, int64_t K, int64_t N, int64_t p, C* panel) {
+  constexpr int L = kLanes<C>;
+  const int vectors = panel_vectors<C>(N, p);
+  for (int n = 0; n < vectors; ++n) {
+    const int64_t first = p * kPanelWidth<C> + n * L;
+    const S* rows = static_cast<const S*>(matrix.data) + first * matrix.row_stride;
+    for (int64_t k = 0; k < K; k += L) {
+      Vec<C> block[L];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < L; ++lane) {
+        block[lane] = first + lane < N ? load_up_to(rows + lane * matrix.row_stride + k, K - k) : Vec<C>{};
+      }
+      transpose<C>(block);
+      for (int j = 0; j < L && k + j < K; ++j) store(panel + ((k + j) * vectors + n) * L, block[j]);
     }
   }
 }

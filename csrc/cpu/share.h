@@ -62,11 +62,18 @@ class Share {
     for_groups([&](const Group& group) { for_tiles(group, active, f); });
   }
 
+  struct Panels {
+    int64_t first, last;
+  };
+  Panels panels_of_mine(int64_t panels) const {
+    if (by_rows) return {0, panels};
+    return {panels * team.rank / team.size, panels * (team.rank + 1) / team.size};
+  }
+
   // f(panel) for the panels of mine, the last one first if `backwards`
   template <class F>
   void for_panels(int64_t panels, const F& f, bool backwards = false) const {
-    const int64_t first = by_rows ? 0 : panels * team.rank / team.size;
-    const int64_t last = by_rows ? panels : panels * (team.rank + 1) / team.size;
+    const auto [first, last] = panels_of_mine(panels);
     for (int64_t n = first; n < last; ++n) f(backwards ? first + last - 1 - n : n);
   }
 

@@ -1,10 +1,12 @@
-// exp and tanh of a SIMD vector, for sigmoids and tanh good to 3 ulp where those are normal numbers; NaN and infinities
-// give what they should.
+// exp, tanh and their kin of a SIMD vector, for sigmoids and tanh good to 3 ulp where those are normal numbers; NaN and
+// infinities give what they should. And the random events of a vector of units.
 //
 //     exp(x)  = 2^n exp(r)          with x = n ln 2 + r, |r| <= ln 2 / 2, and exp(r) by its series
 //     tanh(x) = -m / (2 + m)        with m = exp(-2 |x|) - 1, and the sign of x
+//     log(1 + u) = 2 artanh(u / (2 + u))     for u of 0 .. 1, by its series
 #pragma once
 
+#include "../cell_math.h"
 #include "simd.h"
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
@@ -21,6 +23,7 @@ struct ExpConstants<float> {
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kLowest = -104.f, kHighest = 89.f;  // exp is 0 below, infinite above
   static constexpr float kTanhLowest = -40.f;                // exp of it is nothing beside 1
+  static constexpr int kArtanhTerms = 8;                     // remainder below 2^-26 at 1/3
 };
 
 template <>
@@ -32,10 +35,12 @@ struct ExpConstants<double> {
   static constexpr double kLn2High = 0x1.62e42fefa3800p-1, kLn2Low = 0x1.ef35793c76730p-45;
   static constexpr double kLowest = -746., kHighest = 710.;
   static constexpr double kTanhLowest = -80.;
+  static constexpr int kArtanhTerms = 17;
 };
 
 template <class C>
 struct VecMath {
+  using Number = C;
   using Value = Vec<C>;
   using K = ExpConstants<C>;
   using Int = Vec<typename K::Int>;
@@ -67,10 +72,24 @@ struct VecMath {
   static LSTM_EXT_INLINE Value tanh(Value x) {
     const Int sign = bit_cast<Int>(x) & bit_cast<Int>(broadcast(C(-0.)));
     const Value twice = -2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign);
-    const Reduced reduced = reduce(at_least(twice, K::kTanhLowest));
-    const Value power = scale(broadcast(C(1)), reduced.n);
-    const Value m = power * reduced.m1 + (power - 1);
+    const Value m = expm1(twice);
     return bit_cast<Value>(bit_cast<Int>((0 - m) / (2 + m)) | sign);
+  }
+
+  // of x <= 0
+  static LSTM_EXT_INLINE Value expm1(Value x) {
+    const Reduced reduced = reduce(at_least(x, K::kTanhLowest));
+    const Value power = scale(broadcast(C(1)), reduced.n);
+    return power * reduced.m1 + (power - 1);
+  }
+
+  // of u from 0 to 1
+  static LSTM_EXT_INLINE Value log1p(Value u) {
+    const Value s = u / (2 + u), square = s * s;
+    Value series = broadcast(C(1) / (2 * K::kArtanhTerms + 1));
+#pragma GCC unroll 16
+    for (int n = K::kArtanhTerms - 1; n >= 0; --n) series = series * square + C(1) / (2 * n + 1);
+    return 2 * s * series;
   }
 
  private:
@@ -100,5 +119,27 @@ struct VecMath {
   }
 #endif
 };
+
+template <class Drawn, int... lane>
+LSTM_EXT_INLINE Vec<int64_t> widen_mask(Drawn drawn, std::integer_sequence<int, lane...>) {
+  return __builtin_convertvector(__builtin_shufflevector(drawn, drawn, lane...), Vec<int64_t>);
+}
+
+// An event of some units of one row: where it happens `happens`, else `otherwise`.
+template <class C>
+LSTM_EXT_INLINE Vec<C> where_drawn(Chance chance, uint64_t key, int64_t unit, Vec<C> happens, Vec<C> otherwise) {
+  if (!chance.possible) return otherwise;
+  U32 units;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kVecBytes / 4; ++lane) units[lane] = static_cast<uint32_t>(lane);
+  const U32 bits = draw_bits(key, units + static_cast<uint32_t>(unit));
+  const auto drawn = bits <= chance.last;
+  if constexpr (sizeof(C) == 4) {
+    return drawn ? happens : otherwise;
+  } else {  // of the lanes, half as many
+    constexpr std::make_integer_sequence<int, kLanes<C>> kFirst;
+    return widen_mask(drawn, kFirst) ? happens : otherwise;
+  }
+}
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

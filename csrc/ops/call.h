@@ -2,8 +2,11 @@
 // they have there.
 //
 // A layer is one or both directions of one LSTM layer; `weights` is a flat list, for each direction
-// w_ih [4H, I], w_hh [4H, P], then b_ih, b_hh [4H] if there is a bias, then w_hr [P, H] if h is projected.
+// w_ih [4H, I], w_hh [4H, P], then b_ih, b_hh [4H] if there is a bias, then w_hr [P, H] if h is projected. Of a cell in
+// TensorFlow's layout it is kernel [I + H, 4H], then bias [4H] if there is one. peephole [3, H] comes last.
 #pragma once
+
+#include <optional>
 
 #include "../array.h"
 
@@ -23,18 +26,23 @@ struct LayerCall {
   py::handle x, h0, c0, weights, lengths, resets, batch_sizes;  // all but x and weights may be None
   Directions directions;
   bool batch_first;
+  std::optional<Cell> cell;  // none: the plain LSTM; its seed is not read yet
+  py::handle seed;           // [1], may be None
 };
 
 struct Saved {
-  py::handle cells, gates;
+  py::handle cells, gates, y;
 };
+
+// From the numbers of a Cell of lstm_ext/cell.py. Throws ValueError for what no cell may have.
+std::optional<Cell> cell_of(py::handle numbers);
 
 struct OutputGrads {
   py::handle dy, dh_n, dc_n, dcells;  // each may be None
 };
 
-// Whether all are None or arrays that this module reads itself, of one kind. If not, an operation returns
-// NotImplemented: its caller has to see what they are.
+// Whether all are None or arrays that this module reads itself, of one kind, and the cell is one that its kernels
+// compute. If not, an operation returns NotImplemented: its caller has to see what they are.
 bool takes(const LayerCall& call);
 bool takes(const LayerCall& call, const Saved& saved, const OutputGrads& grads);
 py::object not_implemented();
@@ -89,7 +97,7 @@ struct TupleCaster {
 };
 
 template <>
-struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerCall, 9> {
+struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerCall, 11> {
   static constexpr auto name = const_name("LayerCall");
   bool load(handle source, bool convert) {
     type_caster<lstm_ext::ops::Directions> directions;
@@ -97,17 +105,18 @@ struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerC
     const auto at = [&](int n) { return item(source, n); };
     const int batch_first = PyObject_IsTrue(at(8).ptr());
     if (batch_first < 0) throw error_already_set();
-    value = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), directions, batch_first == 1};
+    value = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), directions, batch_first == 1, {}, at(10)};
+    if (!at(9).is_none()) value.cell = lstm_ext::ops::cell_of(at(9));
     return true;
   }
 };
 
 template <>
-struct type_caster<lstm_ext::ops::Saved> : TupleCaster<lstm_ext::ops::Saved, 2> {
+struct type_caster<lstm_ext::ops::Saved> : TupleCaster<lstm_ext::ops::Saved, 3> {
   static constexpr auto name = const_name("Saved");
   bool load(handle source, bool) {
     if (!fits(source)) return false;
-    value = {item(source, 0), item(source, 1)};
+    value = {item(source, 0), item(source, 1), item(source, 2)};
     return true;
   }
 };

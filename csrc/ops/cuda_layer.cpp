@@ -74,7 +74,7 @@ Output workspace_of(const Allocator& allocator, int64_t bytes) {
 }  // namespace
 
 py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, const std::string& strategy) {
-  if (!takes(steps)) return not_implemented();
+  if (!takes(steps) || steps.cell) return not_implemented();
   Array xw(steps.x, "xw", dlpack::kCuda);
   xw.settle();
   const auto weights = py::reinterpret_borrow<py::sequence>(steps.weights);
@@ -115,7 +115,7 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
 
 py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
                                bool tf32, const std::string& strategy) {
-  if (!takes(steps, saved, grads)) return not_implemented();
+  if (!takes(steps, saved, grads) || steps.cell) return not_implemented();
   Array gates(steps.x, "gates", dlpack::kCuda);
   gates.settle();
   const StepsArgs args(steps, gates, gates.float_dtype());
@@ -159,7 +159,7 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
 }
 
 py::object cuda_step_forward(const LayerCall& call, bool tf32) {
-  if (!takes(call)) return not_implemented();
+  if (!takes(call) || call.cell) return not_implemented();
   const Array x(call.x, "x", dlpack::kCuda);
   if (x.ndim() > 2 || !call.batch_sizes.is_none()) {
     throw std::runtime_error("x: expected no time axis, got shape " + text_of(x.shape()));

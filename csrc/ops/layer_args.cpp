@@ -1,6 +1,7 @@
 #include "layer_args.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -22,8 +23,67 @@ bool all_of_kind(Kind kind, std::initializer_list<py::handle> objects) {
 
 }  // namespace
 
+std::optional<Cell> cell_of(py::handle numbers) {
+  constexpr Py_ssize_t kNumbers = 19;
+  if (!PyTuple_Check(numbers.ptr()) || PyTuple_GET_SIZE(numbers.ptr()) != kNumbers) {
+    throw py::type_error("cell: expected a tuple of " + std::to_string(kNumbers) + " numbers or None");
+  }
+  Py_ssize_t next = 0;
+  const auto number = [&] {
+    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), next++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  };
+  const auto within = [&](double least, double most) {
+    const double value = number();
+    if (value >= least && value <= most) return value;
+    throw py::value_error("cell: expected number " + std::to_string(next - 1) + " from " + std::to_string(least) +
+                          " to " + std::to_string(most) + ", got " + std::to_string(value));
+  };
+  const auto activation = [&] {
+    const auto kind = static_cast<Activation>(static_cast<uint8_t>(within(0, 8)));
+    const double alpha = number();
+    return ActivationSpec{kind, alpha, number()};
+  };
+  constexpr double kAny = std::numeric_limits<double>::infinity();
+  Cell cell{};
+  cell.activation = activation();
+  cell.recurrent_activation = activation();
+  cell.forget_bias = number();
+  cell.coupled = number() != 0;
+  cell.cell_clip = within(0, kAny);
+  cell.proj_clip = within(0, kAny);
+  cell.peephole = number() != 0;
+  cell.norm = static_cast<Norm>(static_cast<uint8_t>(within(0, 2)));
+  cell.norm_epsilon = number();
+  cell.zoneout_h = within(0, 1);
+  cell.zoneout_c = within(0, 1);
+  cell.recurrent_dropout = within(0, 1);
+  cell.candidate_dropout = within(0, 1);
+  cell.training = number() != 0;
+  cell.tensorflow = number() != 0;
+  return cell;
+}
+
+namespace {
+
+bool draws(const Cell& cell) {
+  return cell.training && cell.zoneout_h + cell.zoneout_c + cell.recurrent_dropout + cell.candidate_dropout > 0;
+}
+
+// Where h is mixed it does not tell whether it was cut before.
+bool has_kernel(const Cell& cell) { return cell.training || cell.zoneout_h == 0 || cell.proj_clip == 0; }
+
+size_t extra_weights(const Cell& cell) {
+  const size_t of_norm = cell.norm == Norm::kRows ? 3 : cell.norm == Norm::kGates ? 4 : 0;
+  return of_norm + (cell.peephole ? 1 : 0);
+}
+
+}  // namespace
+
 bool takes(const LayerCall& call) {
   const Kind kind = kind_of(call.x);
+  if (call.cell && (!has_kernel(*call.cell) || !all_of_kind(kind, {call.seed}))) return false;
   if (kind != Kind::kTensor && kind != Kind::kNdarray) return false;
   if (!all_of_kind(kind, {call.h0, call.c0, call.lengths, call.resets, call.batch_sizes})) return false;
   PyObject* const weights = call.weights.ptr();
@@ -35,15 +95,11 @@ bool takes(const LayerCall& call) {
 }
 
 bool takes(const LayerCall& call, const Saved& saved, const OutputGrads& grads) {
-  return takes(call) &&
-         all_of_kind(kind_of(call.x), {saved.cells, saved.gates, grads.dy, grads.dh_n, grads.dc_n, grads.dcells});
+  return takes(call) && all_of_kind(kind_of(call.x), {saved.cells, saved.gates, saved.y, grads.dy, grads.dh_n,
+                                                      grads.dc_n, grads.dcells});
 }
 
 py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
-
-LayerWeights DirectionArrays::pointers() const {
-  return {w_ih.matrix(), w_hh.matrix(), b_ih.data(), b_hh.data(), w_hr.matrix()};
-}
 
 // ---- Arguments of every pass -------------------------------------------------------------------
 
@@ -53,52 +109,97 @@ LayerLayout::LayerLayout(const LayerCall& call, Dtype dtype_)
       directions(call.directions),
       batch_first(call.batch_first),
       packed(!call.batch_sizes.is_none()),
-      D(directions == Directions::kBoth ? 2 : 1) {}
+      D(directions == Directions::kBoth ? 2 : 1),
+      cell(call.cell) {}
 
 void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_w_ih) {
   const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(weights.ptr()));
-  const size_t first = with_w_ih ? 1 : 0;
-  const size_t each = count / static_cast<size_t>(D);
-  if (each < first + 1 || each > first + 4 || each * static_cast<size_t>(D) != count) {
-    throw std::runtime_error("weights: expected " + std::to_string(first + 1) + " to " + std::to_string(first + 4) +
+  const bool tensorflow = cell && cell->tensorflow;
+  const size_t first = with_w_ih && !tensorflow ? 1 : 0;
+  const size_t more = cell ? extra_weights(*cell) : 0;  // after those of every layer
+  const size_t least = first + 1 + more, most = tensorflow ? least + 1 : least + 3;
+  const size_t given = count / static_cast<size_t>(D), each = given - more;
+  if (given < least || given > most || given * static_cast<size_t>(D) != count) {
+    throw std::runtime_error("weights: expected " + std::to_string(least) + " to " + std::to_string(most) +
                              " arrays for each direction, got " + std::to_string(count) + " for " + std::to_string(D));
   }
-  shape.projected = (each - first) % 2 == 0;
+  shape.projected = !tensorflow && (each - first) % 2 == 0;
   for (size_t n = 0; n < static_cast<size_t>(D); ++n) {
     const auto get = [&](size_t index, const char* const(&names)[2]) {
-      Array array(PySequence_Fast_GET_ITEM(weights.ptr(), n * each + index), names[n], like);
+      Array array(PySequence_Fast_GET_ITEM(weights.ptr(), n * given + index), names[n], like);
       if (!array.has_dtype(dtype)) refuse_dtype(array, like, weights);
       return array;
     };
     DirectionArrays& to = direction[n];
-    if (with_w_ih) to.w_ih = get(0, {"w_ih", "w_ih_reverse"});
-    to.w_hh = get(first, {"w_hh", "w_hh_reverse"});
-    if (with_w_ih) to.w_ih.expect_dims(2);
-    to.w_hh.expect_dims(2);
-    if (n == 0) {
-      if (with_w_ih) check_first(like, to);
-      if (with_w_ih) shape.H = to.w_hh.size(0) / 4;
-      shape.P = to.w_hh.size(1);
+    if (tensorflow) {
+      to.w_ih = get(0, {"kernel", "kernel_reverse"});
+      check_kernel(to.w_ih);
+      if (each > 1) to.b_ih = get(1, {"bias", "bias_reverse"});
+      if (each > 1) to.b_ih.expect_shape({4 * shape.H}, "4*H");
+    } else {
+      if (with_w_ih) to.w_ih = get(0, {"w_ih", "w_ih_reverse"});
+      to.w_hh = get(first, {"w_hh", "w_hh_reverse"});
+      if (with_w_ih) to.w_ih.expect_dims(2);
+      to.w_hh.expect_dims(2);
+      if (n == 0) {
+        if (with_w_ih) check_first(like, to);
+        if (with_w_ih) shape.H = to.w_hh.size(0) / 4;
+        shape.P = to.w_hh.size(1);
+      }
+      const int64_t H = shape.H;
+      if (with_w_ih) to.w_ih.expect_shape({4 * H, shape.I}, "4*H, I");
+      to.w_hh.expect_shape({4 * H, shape.projected ? shape.P : H}, shape.projected ? "4*H, P" : "4*H, H");
+      if (each >= first + 3) {
+        to.b_ih = get(first + 1, {"b_ih", "b_ih_reverse"});
+        to.b_hh = get(first + 2, {"b_hh", "b_hh_reverse"});
+        to.b_ih.expect_shape({4 * H}, "4*H");
+        to.b_hh.expect_shape({4 * H}, "4*H");
+      }
+      if (shape.projected) {
+        to.w_hr = get(each - 1, {"w_hr", "w_hr_reverse"});
+        to.w_hr.expect_shape({shape.P, H}, "P, H");
+      }
     }
+    size_t next = each;
+    const auto get_next = [&](Array& array, const char* const(&names)[2], const Shape& expected, const char* dims) {
+      array = get(next++, names);
+      array.expect_shape(expected, dims);
+    };
     const int64_t H = shape.H;
-    if (with_w_ih) to.w_ih.expect_shape({4 * H, shape.I}, "4*H, I");
-    to.w_hh.expect_shape({4 * H, shape.projected ? shape.P : H}, shape.projected ? "4*H, P" : "4*H, H");
-    if (each >= first + 3) {
-      to.b_ih = get(first + 1, {"b_ih", "b_ih_reverse"});
-      to.b_hh = get(first + 2, {"b_hh", "b_hh_reverse"});
-      to.b_ih.expect_shape({4 * H}, "4*H");
-      to.b_hh.expect_shape({4 * H}, "4*H");
+    if (cell && cell->peephole) get_next(to.peephole, {"peephole", "peephole_reverse"}, {3, H}, "3, H");
+    if (cell && cell->norm == Norm::kRows) {
+      get_next(to.gamma, {"gamma", "gamma_reverse"}, {2, 4 * H}, "2, 4*H");
+    } else if (cell && cell->norm == Norm::kGates) {
+      get_next(to.gamma, {"gamma", "gamma_reverse"}, {4 * H}, "4*H");
+      get_next(to.beta, {"beta", "beta_reverse"}, {4 * H}, "4*H");
     }
-    if (shape.projected) {
-      to.w_hr = get(each - 1, {"w_hr", "w_hr_reverse"});
-      to.w_hr.expect_shape({shape.P, H}, "P, H");
+    if (cell && cell->norm != Norm::kNone) {
+      get_next(to.gamma_h, {"gamma_h", "gamma_h_reverse"}, {H}, "H");
+      get_next(to.beta_h, {"beta_h", "beta_h_reverse"}, {H}, "H");
     }
   }
   const bool any = (step || shape.H > 0) && (!shape.projected || shape.P > 0);
   if (!any) {
-    throw std::runtime_error("w_hh: expected at least one hidden unit, got shape " +
-                             text_of(direction[0].w_hh.shape()));
+    throw std::runtime_error(std::string(tensorflow ? "kernel" : "w_hh") +
+                             ": expected at least one hidden unit, got shape " +
+                             text_of((tensorflow ? direction[0].w_ih : direction[0].w_hh).shape()));
   }
+}
+
+// H is read from that of the first direction.
+void LayerLayout::check_kernel(const Array& kernel) {
+  kernel.expect_dims(2);
+  if (shape.H == 0) shape.H = shape.P = kernel.size(1) / 4;
+  const int64_t rows = shape.I < INT64_MAX - shape.H ? shape.I + shape.H : INT64_MAX;
+  kernel.expect_shape({rows, 4 * shape.H}, "I + H, 4*H");
+}
+
+void LayerArgs::read_seed(py::handle handle) {
+  seed = Array(handle, "seed", x);
+  if (!draws(*cell)) return;
+  if (!seed) throw py::type_error("seed: expected an array of one number, as the cell draws in training, got None");
+  seed.expect_int64();
+  seed.expect_shape({1});
 }
 
 void expect_countable(const SequenceShape& shape, int64_t rows) {
@@ -200,6 +301,8 @@ void LayerLayout::settle() {
   for (int n = 0; n < D; ++n) {
     DirectionArrays& of = direction[n];
     for (Array* array : {&of.w_ih, &of.w_hh, &of.b_ih, &of.b_hh, &of.w_hr}) array->settle();
+    if (!cell) continue;
+    for (Array* array : {&of.peephole, &of.gamma, &of.beta, &of.gamma_h, &of.beta_h}) array->settle();
   }
   if (!resets) return;
   resets.settle();
@@ -274,11 +377,16 @@ LayerArgs::LayerArgs(const LayerCall& call, Array x_)
   }
   check_resets();
   check_state();
+  if (cell) read_seed(call.seed);
 }
 
 void LayerArgs::read_contents() {
   x.settle();
   settle();
+  if (cell && draws(*cell)) {
+    seed.settle();
+    cell->seed = static_cast<uint64_t>(seed.integer(0));
+  }
   lengths.settle();
   batch_sizes.settle();
   packed ? read_packing() : read_lengths();
@@ -363,6 +471,28 @@ void LayerArgs::read_packing() {
 
 // ---- What a kernel is told ---------------------------------------------------------------------
 
+LayerWeights LayerLayout::pointers(int n) const {
+  const DirectionArrays& of = direction[n];
+  const Matrix w_ih = of.w_ih.matrix();
+  if (!cell || !cell->tensorflow) return {w_ih, of.w_hh.matrix(), of.b_ih.data(), of.b_hh.data(), of.w_hr.matrix()};
+  return {w_ih, {of.w_ih.at(shape.I), w_ih.row_stride}, of.b_ih.data(), nullptr, {}};
+}
+
+LayerCell LayerLayout::describe_cell(const Array& y) const {
+  LayerCell described{*cell, {}, y ? map_of(y) : RowMap{}};
+  for (int n = 0; n < D; ++n) {
+    const DirectionArrays& of = direction[n];
+    auto& to = described.direction[n];
+    to.peephole = of.peephole.matrix();
+    to.gamma = of.gamma.matrix();
+    to.beta = of.beta.data();
+    to.gamma_h = of.gamma_h.data();
+    to.beta_h = of.beta_h.data();
+    to.y = y.column(n * shape.P);
+  }
+  return described;
+}
+
 LayerForward describe_forward(const LayerLayout& args, const Output& y, const Output& h_n, const Output& c_n,
                               const Output& cells, const Output& gates) {
   const auto [T, B, I, H, P, projected] = args.shape;
@@ -378,7 +508,7 @@ LayerForward describe_forward(const LayerLayout& args, const Output& y, const Ou
   layer.num_directions = args.D;
   for (int n = 0; n < args.D; ++n) {
     layer.direction[n] = {args.reverse(n),
-                          args.direction[n].pointers(),
+                          args.pointers(n),
                           args.state(n),
                           y.at(n * P),
                           h_n.at(n * B * P),
@@ -405,10 +535,13 @@ BackwardArrays::BackwardArrays(const LayerLayout& args, const Array& like, const
   cells = get(saved.cells, "cells", args.compute_dtype, args.saved_shape(H));
   gates = get(saved.gates, "gates", args.dtype, args.saved_shape(4 * H));
   if (!cells || !gates) throw py::type_error("cells, gates: expected what layer_forward left with Save.ALL, got None");
+  if (!args.cell) return;
+  y = get(saved.y, "y", args.dtype, args.sequence_shape(args.D * P));
+  if (!y) throw py::type_error("y: expected what layer_forward returned, got None");
 }
 
 void BackwardArrays::settle() {
-  for (Array* array : {&dy, &dh_n, &dc_n, &dcells, &cells, &gates}) array->settle();
+  for (Array* array : {&dy, &dh_n, &dc_n, &dcells, &cells, &gates, &y}) array->settle();
 }
 
 LayerBackward BackwardArrays::describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const {
@@ -426,7 +559,7 @@ LayerBackward BackwardArrays::describe(const LayerLayout& args, const Output& dh
   for (int n = 0; n < args.D; ++n) {
     BackwardDirection& to = layer.direction[n];
     to.reverse = args.reverse(n);
-    to.weights = args.direction[n].pointers();
+    to.weights = args.pointers(n);
     to.state = args.state(n);
     to.cells = cells.at(n);
     to.gates = gates.at(n);

@@ -2,6 +2,7 @@
 // them to a kernel.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "call.h"
@@ -9,8 +10,8 @@
 namespace lstm_ext::ops {
 
 struct DirectionArrays {
-  Array w_ih, w_hh, b_ih, b_hh, w_hr;
-  LayerWeights pointers() const;
+  Array w_ih, w_hh, b_ih, b_hh, w_hr;            // TensorFlow's kernel is w_ih, its bias b_ih
+  Array peephole, gamma, beta, gamma_h, beta_h;  // of a cell
 };
 
 // The arguments that every pass has, and where the rows of its sequences lie.
@@ -18,6 +19,7 @@ struct LayerLayout {
   LayerLayout(const LayerCall& call, Dtype dtype);
 
   bool reverse(int n) const { return directions == Directions::kReverse || n == 1; }
+  LayerWeights pointers(int n) const;
   InitialState state(int n) const;
 
   // Of a step, a call without a time axis, all of these but what is saved lack their first axis, or first two.
@@ -42,10 +44,15 @@ struct LayerLayout {
   Masks masks{};
   int64_t rows = 0;                        // T * B, or the number of packed rows
   const int64_t* packed_offset = nullptr;  // [T], null: padded
+  std::optional<Cell> cell;                // none: the plain LSTM
+
+  // For a kernel, of a layer that has a cell. `y` is that of a backward pass, or not there.
+  LayerCell describe_cell(const Array& y = {}) const;
 
  protected:
   // The flat list, without the w_ih if `with_w_ih` is false: then shape.H is known before.
   void read_weights(const Array& like, py::handle weights, bool with_w_ih);
+  void check_kernel(const Array& kernel);
   void check_state() const;
   void check_state(const Array& state, const char* letter, int64_t width, const Array& other,
                    int64_t other_width) const;
@@ -71,7 +78,7 @@ struct LayerArgs : LayerLayout {
   // Makes the arrays readable and reads the masks. Throws ValueError (range) and RuntimeError (no packed sequence).
   void read_contents();
 
-  Array x, lengths, batch_sizes;
+  Array x, lengths, batch_sizes, seed;
 
  private:
   LayerArgs(const LayerCall& call, Array x);
@@ -79,6 +86,7 @@ struct LayerArgs : LayerLayout {
   void read_batch_size();
   void read_packing();
   void read_lengths();
+  void read_seed(py::handle handle);
   [[noreturn]] void refuse_packing() const;
 
   std::vector<int64_t> lengths_, packed_offset_;
@@ -95,7 +103,7 @@ struct BackwardArrays {
   // All of the layer but x, dx and the gradients of the weights.
   LayerBackward describe(const LayerLayout& args, const Output& dh0, const Output& dc0) const;
 
-  Array dy, dh_n, dc_n, dcells, cells, gates;
+  Array dy, dh_n, dc_n, dcells, cells, gates, y;
 };
 
 // All of a forward pass but x; outputs that are not allocated are not wanted.

@@ -8,7 +8,7 @@ namespace lstm_ext::ops {
 namespace {
 
 struct WeightOutputs {
-  Output w_ih, w_hh, b_ih, b_hh, w_hr;
+  Output w_ih, w_hh, b_ih, b_hh, w_hr, peephole, gamma, beta, gamma_h, beta_h;
 };
 
 }  // namespace
@@ -41,6 +41,11 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
     dw[n].b_ih = grad_of(of.b_ih);
     dw[n].b_hh = grad_of(of.b_hh);
     dw[n].w_hr = grad_of(of.w_hr);
+    dw[n].peephole = grad_of(of.peephole);
+    dw[n].gamma = grad_of(of.gamma);
+    dw[n].beta = grad_of(of.beta);
+    dw[n].gamma_h = grad_of(of.gamma_h);
+    dw[n].beta_h = grad_of(of.beta_h);
   }
 
   args.read_contents();
@@ -51,10 +56,18 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
   layer.x_map = args.map_of(args.x);
   layer.dx_map = args.contiguous_map(I);
   layer.num_threads = threads_for(args, num_threads);
+  LayerCell cell;
+  if (args.cell) layer.cell = &(cell = args.describe_cell(arrays.y));
   for (int n = 0; n < args.D; ++n) {
+    cell.direction[n].d_peephole = dw[n].peephole.data;
+    cell.direction[n].d_gamma = dw[n].gamma.data;
+    cell.direction[n].d_beta = dw[n].beta.data;
+    cell.direction[n].d_gamma_h = dw[n].gamma_h.data;
+    cell.direction[n].d_beta_h = dw[n].beta_h.data;
+    const bool tensorflow = args.cell && args.cell->tensorflow;
     layer.direction[n].grads = {has(needs, Needs::kWeights),
                                 dw[n].w_ih.data,
-                                dw[n].w_hh.data,
+                                tensorflow ? dw[n].w_ih.at(I * 4 * H) : dw[n].w_hh.data,
                                 dw[n].b_ih.data,
                                 dw[n].b_hh.data,
                                 dw[n].w_hr.data};

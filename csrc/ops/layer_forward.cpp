@@ -23,6 +23,8 @@ py::object layer_forward(const LayerCall& call, Save save, int num_threads) {
   layer.x = args.x.data();
   layer.x_map = args.map_of(args.x);
   layer.num_threads = threads_for(args, num_threads);
+  LayerCell cell;
+  if (args.cell) layer.cell = &(cell = args.describe_cell());
 
   const cpu::Plan plan = cpu::plan_forward(layer);
   {

@@ -28,6 +28,8 @@ def take_tensors(types: tuple[type, ...], num_threads: Callable[[], int], librar
 
 def way(call: LayerCall, backward: bool) -> str:
     """How a pass runs, and why so, in words."""
+    if call.cell is not None and call.cell.tensorflow:
+        return "weights as TensorFlow lays them out"
     tensors = is_tensor(call.x)
     dtype = str(call.x.dtype).removeprefix("torch.") if tensors else call.x.dtype.newbyteorder("=").name
     threads = sys.modules["torch"].get_num_threads() if tensors else 0

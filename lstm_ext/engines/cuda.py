@@ -123,6 +123,8 @@ def _explain(error: RuntimeError) -> None:
 def forward(call: CallTuple, save: Save) -> OutputsTuple:
     """See `Engine`."""
     asked = LayerCall(*call)
+    if asked.cell is not None:
+        return NotImplemented
     if not all(isinstance(a, Tensor) for a in (*call[:3], *call[3], *call[4:7]) if a is not None):
         return NotImplemented
     if asked.is_step:
@@ -147,6 +149,8 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
 
 def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
     """See `Engine`."""
+    if call.cell is not None:
+        return NotImplemented
     if call.is_step:
         return Grads(*backward(call.with_time(), saved, grads.with_time(call), needs)).without_time(call)
     steps = steps_of(call)._replace(x=saved.gates)

@@ -47,6 +47,7 @@ def say(direction: str, call: LayerCall, name: str, way: str, why: str) -> None:
     sizes = " ".join(f"{letter}={size}" for letter, size in zip("BIHP", others, strict=True))
     dtype, device = str(call.x.dtype).removeprefix("torch."), getattr(call.x, "device", "cpu")
     what = f"{dtype} {device}{f' {call.directions.name}' if call.directions else ''}{' cell' if call.is_step else ''}"
+    what += "" if call.cell is None else " with options"
     key = f"{direction} {sizes} {what} {name} {way}"
     if key not in _said:
         _said.add(key)

@@ -25,7 +25,7 @@ from ..call import (
 
 def _takes(call: CallTuple, *others: Any) -> bool:
     """Whether all are exactly tensors or exactly ndarrays: a subclass means more than its memory."""
-    types = {type(a) for a in (*call[:3], *call[3], *call[4:7], *others) if a is not None}
+    types = {type(a) for a in (*call[:3], *call[3], *call[4:7], call[10], *others) if a is not None}
     torch = sys.modules.get("torch")
     return types == {np.ndarray} or (torch is not None and types <= {torch.Tensor, torch.nn.Parameter})
 

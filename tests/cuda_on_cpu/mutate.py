@@ -25,6 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+KERNELS = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cuh") if path.name != "kernels.cuh")  # a table
 TIMEOUT = 120  # seconds for one mutant
 
 # Of mutants that no test catches: why they change nothing, or what is not tested.
@@ -65,9 +66,6 @@ CALLS = re.compile(
 )
 WHILES = re.compile(r"\bwhile \(")
 IFS = re.compile(r"\bif \(")
-TERNARY = re.compile(
-    r"(?:= |return |\()(?P<condition>[^=?;{}]*?(?:[<>]|!=|==|&&|\|\||active|forgets|empty|sent)[^=?;{}]*?) \? "
-)
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,18 @@ def closing(text: str, opening: int) -> int:
         if depth == 0:
             return place + 1
     raise ValueError(f"unbalanced parentheses at {text[opening : opening + 60]!r}")
+
+
+def condition_start(text: str, end: int) -> int:
+    """The place where the condition begins that ends at `end`, before its question mark."""
+    depth = 0
+    for place in range(end - 1, -1, -1):
+        depth += {")": 1, "]": 1, "(": -1, "[": -1}.get(text[place], 0)
+        before = text[:place]
+        ends_before = text[place] in "{};," or (text[place] == " " and re.search(r"(?:return| =|\W:|\w:)$", before))
+        if depth < 0 or (depth == 0 and ends_before):
+            return place + 1
+    raise ValueError("a question mark at the start of a file")
 
 
 def code_of(text: str) -> str:
@@ -118,12 +128,12 @@ def mutations_of(path: Path) -> Iterator[Mutation]:
         what, before = ("never", "!mutant(%d) && (") if leaves else ("always", "mutant(%d) || (")
         if "constexpr" not in text[match.start() - 12 : match.end()] and "kM" not in condition:
             yield at(match.end(), end - 1, f"{what} `if ({condition})`", before, ")")
-    for match in TERNARY.finditer(text):
-        start, end = match.span("condition")
-        while text[start:end].count("(") > text[start:end].count(")") and "(" in text[start:end]:
-            start = text.index("(", start) + 1  # the condition begins inside the call
+    for match in re.finditer(r" \? ", text):
+        end = match.start()
+        start = condition_start(text, end)
         condition = " ".join(text[start:end].split())
-        if "sizeof" in condition or "::kM" in condition:
+        constant = all(re.fullmatch(r"k[A-Z]\w*|\d+|[<>=!&|]+", word.split("::")[-1]) for word in condition.split())
+        if constant or "sizeof" in condition:
             continue  # of types
         for what, before in (("true", "mutant(%d) || ("), ("false", "!mutant(%d) && (")):
             yield at(start, end, f"`{condition} ?` always {what}", before, ")")
@@ -182,10 +192,11 @@ def run_tests() -> None:
         for needs in suite.all_needs:
             suite.test_needs_change_no_gradient(tests.MASKED_CASE, needs, way)
         tests.check(tests.LARGE_BATCH_CASE, "float32", strategy, device=0 if strategy == "grid" else 1)
+        tests.check(tests.Case(20, 3, 4, 5, lengths="ragged", resets=True), "float32", strategy)  # moments found anew
     for case in tests.CELLS:
         tests.check_cell(case, "float32")
     tests.check(tests.Case(2, 1, 3, 1), "float32", "cluster")
-    tests.check(tests.Case(3, 31, 63, 127), "float32", "block", seed=1)
+    tests.check(tests.Case(3, 31, 63, 103), "float32", "block", seed=1)
 
 
 def outcome(number: int) -> str:
@@ -216,7 +227,7 @@ def outcome(number: int) -> str:
         "UBSan: {}": r"runtime error: ([^\n]{0,60})",
         "harness: {}": r"RuntimeError: seed \d+, kernel [^:]+: ([^\n,]{0,60})",
         "refused: {}": r"RuntimeError: lstm_ext: ([^\n]{0,60})",
-        "wrong result: {}": r"AssertionError: ([\w\[\]]+)",
+        "wrong result: {}": r"(?:AssertionError: |Arrays are not equal\n)([\w\[\]]+)",
     }.items():
         if found := re.search(pattern, text):
             return said.format(found[1])
@@ -244,7 +255,7 @@ def write_table(rows: list[tuple[Mutation, str]]) -> None:
 def prepare(folder: Path) -> None:
     """Writes and builds the mutants; those that were caught before, in the same sources, stay so."""
     csrc, record = folder / "csrc", folder / "mutations.pickle"
-    mutations = [mutation for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")) for mutation in mutations_of(path)]
+    mutations = [mutation for path in KERNELS for mutation in mutations_of(path)]
     if record.exists() and pickle.loads(record.read_bytes())[0] == mutations:
         return
     shutil.rmtree(csrc, ignore_errors=True)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 harness = pytest.importorskip(
-    "lstm_ext_cuda_on_cpu", reason="the harness is not built: see tests/cuda_on_cpu/README.md", exc_type=ModuleNotFoundError
+    "lstm_ext_cuda_on_cpu",
+    reason="the harness is not built: see tests/cuda_on_cpu/README.md",
+    exc_type=ModuleNotFoundError,
 )
 
 SEEDS = range(12)

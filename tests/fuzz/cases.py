@@ -106,7 +106,7 @@ def core(rng: Random, tensors: bool) -> Target:
     fields = given.call._asdict()
     saved = C.layer_forward(given.call, Save.ALL)
     named = {name: a for name, a in fields.items() if name != "weights"} | numbered(fields["weights"])
-    named |= given.grads._asdict() | dict(zip(Saved._fields, saved[3:], strict=True))
+    named |= given.grads._asdict() | dict(zip(Saved._fields, (*saved[3:], None), strict=True))
     named |= {"save": Save.ALL, "needs": Needs.ALL, "num_threads": rng.choice((0, 1, 2, 3))}
 
     def call(named: Named) -> tuple[Named, Named]:

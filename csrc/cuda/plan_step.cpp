@@ -1,0 +1,158 @@
+// A launch for each step, or two with a projection: how the product of a launch is cut, and by COST_MODEL.md its time.
+#include <algorithm>
+#include <cmath>
+
+#include "plan_search.h"
+
+namespace lstm_ext::cuda {
+namespace {
+
+constexpr double kLaunchMicroseconds = 2.5, kGapMicroseconds = 1.2, kOverlapMicroseconds = 0.6;  // between launches
+constexpr double kStepStartClocks = 1000, kStageClocks = 300, kClusterSyncClocks = 350;
+constexpr double kEpilogueClocks = 700, kEpilogueItemClocks = 90;
+constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
+
+// Places in a launch are ints: the most units, or blocks, that a launch of a step counts.
+constexpr int64_t kMostUnits = 1 << 28, kMostBlocks = INT32_MAX;
+
+// How a launch for each step is cut: what the search for the best tries.
+struct StepTile {
+  int batch_tiles, warps_m_log2, warps_n_log2, k_blocks_log2;
+
+  int sequences() const { return batch_tiles * kBatchColumns << warps_n_log2; }
+};
+
+// One product with a launch of its own.
+StepPart step_part(const Problem& problem, Product product, const StepTile& tile) {
+  const int64_t H = problem.shape.H;
+  const bool gates = product == Product::kRecurrent && !problem.backward;
+  const bool hidden = product == Product::kProjection && problem.backward;
+  const int64_t units = gates || hidden ? H : problem.shape.P;
+  StepPart part{};
+  part.product = product;
+  part.warps_m_log2 = tile.warps_m_log2;
+  part.warps_n_log2 = tile.warps_n_log2;
+  part.k_blocks_log2 = tile.k_blocks_log2;
+  const int groups = gates ? 4 : 1, width = part.block_rows() / groups;
+  while (1 << part.width_log2 < width) ++part.width_log2;
+  part.rows = {width, groups, static_cast<int>(units), H};
+  part.row_blocks = static_cast<int>(ceil_div(units, width));
+  return part;
+}
+
+// The columns of its product.
+int64_t step_columns(const Problem& problem, Product product) {
+  const auto [T, B, I, H, P, projected] = problem.shape;
+  if (product == Product::kProjection) return problem.backward ? P : H;
+  return problem.backward ? 4 * H : P;
+}
+
+// Microseconds of one launch: COST_MODEL.md says how.
+double step_launch_time(const Problem& problem, const StepPart& part, const StepTile& tile) {
+  const TileSizes& sizes = tile_sizes(problem.arithmetic);
+  const double rows = part.block_rows(), sequences = tile.sequences();
+  const double stages = ceil_div(step_columns(problem, part.product) * sizes.number_bytes, kStageBytes);
+  const double own_stages = std::ceil(stages / part.k_blocks());
+  const double tiles = double(part.row_blocks) * ceil_div(problem.shape.B, tile.sequences()) * problem.directions;
+  const double blocks_of_sm = std::ceil(tiles * part.k_blocks() / problem.device.sms);
+  const double stage_bytes = (rows + sequences) * kStageBytes;
+  const double fma = rows * sequences * (kStageBytes / sizes.number_bytes) / fma_per_clock(problem.arithmetic);
+  // A warp reads its rows and its sequences: each row is read warps_n times, each sequence warps_m times.
+  const double shared =
+      (stage_bytes + kStageBytes * (rows * part.warps_n() + sequences * part.block_rows() / kStepRows)) /
+      kSharedBytesPerClock;
+  const double stage = std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
+  const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, kStageClocks / blocks_of_sm),
+                                    tiles * stages * stage_bytes / kL2BytesPerClock);
+  const double units = rows / part.rows.groups * sequences / part.k_blocks();
+  const double epilogue = kEpilogueClocks + blocks_of_sm * std::ceil(units / kThreads) * kEpilogueItemClocks +
+                          (part.k_blocks() > 1 ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences *
+                                                                              sizes.sum_bytes / kClusterBytesPerClock
+                                               : 0);
+  const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
+  const double clocks = kStepStartClocks + streaming + epilogue;
+  return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
+}
+
+// All ways to cut a launch that the device can run.
+//
+//   sequences of a warp 8 .. 64   x   warps along the rows 1 .. 8   x   along the batch   x   blocks along k
+//
+// Larger tiles read weights and operand less often; more blocks leave fewer multiprocessors idle.
+template <class Body>
+void for_step_tiles(const Problem& problem, const Body& body) {
+  const TileSizes& sizes = tile_sizes(problem.arithmetic);
+  const int most_k_blocks_log2 = problem.device.compute_capability >= 90 ? kMostClusterBlocksLog2 : 0;
+  for (StepTile tile{1, 0, 0, 0}; tile.batch_tiles <= sizes.most_step_tiles; tile.batch_tiles *= 2)
+    for (tile.warps_m_log2 = sizes.number_bytes == 2 ? 1 : 0; tile.warps_m_log2 <= 3; ++tile.warps_m_log2)
+      for (tile.warps_n_log2 = tile.warps_m_log2 == 0 ? 1 : 0; tile.warps_m_log2 + tile.warps_n_log2 <= 3;
+           ++tile.warps_n_log2)
+        for (tile.k_blocks_log2 = 0; tile.k_blocks_log2 <= most_k_blocks_log2; ++tile.k_blocks_log2)
+          if (tile.sequences() <= kMostStepSequences) body(tile);
+}
+
+}  // namespace
+
+// All launches have the same batch tiles, as they are of one kernel.
+Found find_step_plan(const Problem& problem, const Forced& forced) {
+  const SequenceShape& shape = problem.shape;
+  if (std::max(shape.H, shape.P) > kMostUnits) {
+    throw std::runtime_error("weights: expected at most 2**28 units on a GPU, got H = " + std::to_string(shape.H) +
+                             ", P = " + std::to_string(shape.P));
+  }
+  const TileSizes& sizes = tile_sizes(problem.arithmetic);
+  Plan plan = new_plan(problem, Strategy::kStep);
+  plan.num_parts = shape.projected ? 2 : 1;
+  struct Best {
+    double time = INFINITY;
+    StepPart part;
+    LaunchConfig config;
+  };
+  plan.microseconds = INFINITY;
+  Found found;
+  for (int batch_tiles = 1; batch_tiles <= sizes.most_step_tiles; batch_tiles *= 2) {
+    if (forced.batch_tiles && batch_tiles != forced.batch_tiles) continue;
+    if (std::string why = refusal(problem, forced, Strategy::kStep, batch_tiles); !why.empty()) {
+      found.why = std::move(why);
+      continue;
+    }
+    Best best[2];
+    for_step_tiles(problem, [&](const StepTile& tile) {
+      if (tile.batch_tiles != batch_tiles) return;
+      for (int n = 0; n < plan.num_parts; ++n) {
+        const StepPart part = step_part(problem, static_cast<Product>(n), tile);
+        const int64_t shared = step_shared_bytes(tile.sequences(), part, sizes.sum_bytes);
+        const int64_t blocks =
+            part.row_blocks * std::max<int64_t>(1, ceil_div(shape.B, tile.sequences())) * part.k_blocks();
+        if (shared > problem.device.shared_per_block || blocks > kMostBlocks) continue;
+        const double time = step_launch_time(problem, part, tile);
+        if (time >= best[n].time) continue;
+        best[n] = {time, part, plan.config[n]};
+        best[n].config.grid_x = static_cast<int>(blocks);
+        best[n].config.shared_bytes = shared;
+        best[n].config.cluster = part.k_blocks();
+        best[n].config.overlaps = problem.device.compute_capability >= 90;
+      }
+    });
+    double time = 0;
+    for (int n = 0; n < plan.num_parts; ++n) time += best[n].time;
+    if (time >= plan.microseconds) continue;
+    plan.microseconds = time;
+    plan.batch_tiles = batch_tiles;
+    for (int n = 0; n < plan.num_parts; ++n) {
+      plan.part[n] = best[n].part;
+      plan.config[n] = best[n].config;
+    }
+  }
+  if (!plan.batch_tiles && found.why.empty()) throw std::runtime_error("x: expected a smaller batch for a launch");
+  found.was_refused = !plan.batch_tiles;
+  if (found.was_refused) return found;
+  const int64_t state = problem.directions * shape.B * shape.H;  // numbers of c, and of h before a projection
+  plan.hidden_offset = round_up(state * sizes.sum_bytes, 16);
+  plan.workspace_bytes = plan.hidden_offset + (shape.projected ? state * sizes.number_bytes : 0);
+  found.plan = plan;
+  found.time = plan.microseconds * shape.T;
+  return found;
+}
+
+}  // namespace lstm_ext::cuda

@@ -1,0 +1,230 @@
+"""TensorFlow 1's cells and `dynamic_rnn`: its recorded numbers, its source in torch's operations, and bad input."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lstm_ext
+from lstm_ext import nn
+from lstm_ext.cell import ACTIVATIONS
+
+T, B, I, U = 5, 4, 3, 6  # noqa: E741
+DOUBLE: dict[str, Any] = {"dtype": torch.float64, "input_size": I}
+
+CELLS: dict[str, Callable[..., Any]] = {
+    "basic": lambda **options: lstm_ext.BasicLSTMCell(U, **DOUBLE, **options),
+    "forget bias": lambda **options: lstm_ext.BasicLSTMCell(U, forget_bias=0.3, **DOUBLE, **options),
+    "layer norm": lambda **options: lstm_ext.LayerNormBasicLSTMCell(U, norm_gain=0.9, **DOUBLE, **options),
+    "no norm": lambda **options: lstm_ext.LayerNormBasicLSTMCell(U, layer_norm=False, **DOUBLE, **options),
+}
+
+
+def filled(cell: Any) -> Any:
+    """With parameters that are no constants."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in cell.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return cell
+
+
+def sequence(rows: int = B) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(rows, T, I, dtype=torch.float64)
+
+
+def walked(cell: Any, x: torch.Tensor, state: Any, lengths: list[int] | None = None) -> tuple[torch.Tensor, list[Any]]:
+    """Each row [T, I] alone, as long as it is: the outputs [B, T, U] and the states."""
+    rows, states = [], []
+    for b, row in enumerate(x):
+        own = None if state is None else [a[b : b + 1] for a in state]
+        outputs = []
+        for step in row[: None if lengths is None else lengths[b]]:
+            h, own = cell(step[None], own)
+            outputs.append(h[0])
+        zeros = [x.new_zeros(U)] * (T - len(outputs))
+        rows.append(torch.stack([*outputs, *zeros]))
+        states.append(own)
+    return torch.stack(rows), states
+
+
+@pytest.mark.parametrize("given", ["nothing", "lengths", "state", "time major"])
+@pytest.mark.parametrize("name", CELLS)
+def test_dynamic_rnn_is_the_loop_over_steps(name: str, given: str) -> None:
+    cell, x = filled(CELLS[name]()), sequence()
+    lengths = [5, 1, 3, 2] if given == "lengths" else None
+    state = tuple(torch.randn(2, B, U, dtype=torch.float64)) if given in ("state", "time major") else None
+    major = given == "time major"
+    outputs, (c, h) = lstm_ext.dynamic_rnn(cell, x.transpose(0, 1) if major else x, lengths, state, major)
+    expected, states = walked(cell, x, state, lengths)
+    torch.testing.assert_close(outputs.transpose(0, 1) if major else outputs, expected)
+    torch.testing.assert_close((c, h), tuple(torch.cat(a) for a in zip(*states, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"), [*(("basic", each) for each in ACTIVATIONS), *((name, None) for name in CELLS)]
+)
+def test_kernels_compute_what_torchs_operations_do(name: str, activation: str | None) -> None:
+    """With a callable, the steps run in torch's operations, as TensorFlow's source has them."""
+    cell, x = filled(CELLS[name](activation=activation)), sequence()
+    functions = {"linear": lambda a: a, "hard_sigmoid": F.hardsigmoid, "leaky_relu": F.leaky_relu, "elu": F.elu}
+    functions |= {"softsign": F.softsign, "softplus": F.softplus}
+    function: Any = functions.get(activation or "tanh") or getattr(torch, activation or "tanh")
+    same = CELLS[name](activation=lambda a: function(a))
+    same.load_state_dict(cell.state_dict())
+    results = []
+    for each in (cell, same):
+        outputs, state = lstm_ext.dynamic_rnn(each, x, [5, 0, 3, 2])
+        h, (c, _) = each(x[:, 0], state)
+        loss = outputs.square().sum() + (h * c).sum()
+        results.append((outputs, h, c, *torch.autograd.grad(loss, list(each.parameters()))))
+    torch.testing.assert_close(*results)
+
+
+def test_numbers_that_tensorflow_recorded() -> None:
+    """Of its rnn_cell_test.py: two layers, all that is drawn being 0.5; and one layer of another input width."""
+
+    def cell(layer_norm: bool, width: int) -> Any:
+        made = lstm_ext.LayerNormBasicLSTMCell(2, layer_norm=layer_norm, input_size=width)
+        torch.nn.init.constant_(made.kernel, 0.5)
+        if not layer_norm:
+            torch.nn.init.constant_(made.bias, 0.5)
+        return made
+
+    state = tuple((torch.tensor([[n, n + 1.0]]) / 10, torch.tensor([[n + 2.0, n + 3.0]]) / 10) for n in (0, 4))
+    h, states = lstm_ext.MultiRNNCell([cell(True, 2), cell(True, 2)])(torch.ones(1, 2), state)
+    for a, expected in ((h, 0.38079708), (states[0].c, 1.0), (states[0].h, 0.38079708), (states[1].c, 1.0)):
+        torch.testing.assert_close(a, torch.tensor([[-expected, expected]]), rtol=1e-5, atol=1e-5)
+    h, states = lstm_ext.MultiRNNCell([cell(False, 2), cell(False, 2)])(torch.ones(1, 2), state)
+    found = [h, states[0].c, states[0].h, states[1].c, states[1].h]
+    expected = [
+        [[0.70230919, 0.72581059]],
+        [[0.8020075, 0.89599884]],
+        [[0.56668288, 0.60858738]],
+        [[1.17500675, 1.26892978]],
+        [[0.70230919, 0.72581059]],
+    ]
+    torch.testing.assert_close([a.tolist() for a in found], expected, rtol=1e-5, atol=1e-5)
+    h, (c, _) = cell(False, 3)(torch.ones(1, 3), state[0])
+    torch.testing.assert_close(h.tolist(), [[0.64121795, 0.68166804]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(c.tolist(), [[0.88477188, 0.98103917]], rtol=1e-5, atol=1e-5)
+
+
+def test_cells_are_stacked() -> None:
+    below = filled(lstm_ext.BasicLSTMCell(4, **DOUBLE))
+    above = filled(lstm_ext.LayerNormBasicLSTMCell(U, input_size=4, dtype=torch.float64))
+    cells, x, lengths = lstm_ext.MultiRNNCell([below, above]), sequence(), [5, 0, 3, 2]
+    outputs, states = lstm_ext.dynamic_rnn(cells, x, lengths)
+    assert cells.output_size == U
+    assert cells.state_size == ((4, 4), (U, U))
+    same, same_states = lstm_ext.dynamic_rnn([below, above], x, lengths, cells.zero_state(B))
+    torch.testing.assert_close((same, same_states), (outputs, states))
+    middle, first = lstm_ext.dynamic_rnn(below, x, lengths)
+    torch.testing.assert_close(
+        (outputs, states), ((top := lstm_ext.dynamic_rnn(above, middle, lengths))[0], (first, top[1]))
+    )
+    h, after = cells(x[:, 0], states)
+    h_below, after_below = below(x[:, 0], states[0])
+    torch.testing.assert_close((h, after[0]), (above(h_below, states[1])[0], after_below))
+
+
+def test_dropout_leaves_a_share_in_training() -> None:
+    cell, x = filled(CELLS["no norm"](dropout_keep_prob=0.6)), sequence(500)[:, :1]
+    outputs = [lstm_ext.dynamic_rnn(cell, x)[0] for _ in range(2)]
+    assert not torch.equal(*outputs)
+    kept = (outputs[0] != 0).double().mean()
+    assert abs(kept - 0.6) < 0.03
+    torch.manual_seed(3)
+    first = cell(x[:, 0])[0]
+    torch.manual_seed(3)
+    assert torch.equal(cell(x[:, 0])[0], first)
+    cell.eval()
+    assert (lstm_ext.dynamic_rnn(cell, x)[0] != 0).all()
+    same = CELLS["no norm"](dropout_keep_prob=0.6, activation=torch.tanh).train()
+    same.load_state_dict(cell.state_dict())
+    assert abs((same(x[:, 0])[0] != 0).double().mean() - 0.6) < 0.03
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_transforms_compilers_and_pickles(name: str) -> None:
+    cell, x = filled(CELLS[name]()), sequence()
+    expected, (c, h) = lstm_ext.dynamic_rnn(cell, x)
+    mapped = torch.vmap(lambda row: lstm_ext.dynamic_rnn(cell, row[None])[0][0])(x)
+    torch.testing.assert_close(mapped, expected)
+    c, h = c.detach(), h.detach()
+    (gradient,) = torch.autograd.grad(expected.sum(), cell.kernel)
+    by_func = torch.func.grad(
+        lambda kernel: torch.func.functional_call(cell, {"kernel": kernel}, (x[:, 0], (c, h)))[0].sum()
+    )(cell.kernel)
+    torch.testing.assert_close(by_func, torch.autograd.grad(cell(x[:, 0], (c, h))[0].sum(), cell.kernel)[0])
+    compiled = torch.compile(lambda x: lstm_ext.dynamic_rnn(cell, x)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), cell.kernel)[0], gradient)
+    program = torch.export.export(cell, (x[:, 0],)).module()
+    torch.testing.assert_close(program(x[:, 0])[0], cell(x[:, 0])[0])
+    restored = pickle.loads(pickle.dumps(cell))
+    torch.testing.assert_close(restored(x[:, 0]), cell(x[:, 0]))
+    cell.forget_bias = 2.5  # counts from the next step on
+    assert not torch.allclose(restored(x[:, 0], (c, h))[0], cell(x[:, 0], (c, h))[0])
+
+
+def test_the_first_input_tells_the_width() -> None:
+    cell = lstm_ext.LayerNormBasicLSTMCell(U)
+    outputs, _ = lstm_ext.dynamic_rnn(cell, torch.randn(B, T, I))
+    assert outputs.shape == (B, T, U)
+    assert cell.kernel.shape == (I + U, 4 * U)
+    assert str(cell) == f"LayerNormBasicLSTMCell({U}, input_size={I})"
+    assert nn.BasicLSTMCell is lstm_ext.BasicLSTMCell  # where pickles of older versions have it
+
+
+BAD: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
+    "rank": (lambda c, x: lstm_ext.dynamic_rnn(c, x[0]), ValueError, r"inputs: expected shape \[B, T, I\]"),
+    "no step": (lambda c, x: lstm_ext.dynamic_rnn(c, x[:, :0]), ValueError, "inputs: .* with at least one step"),
+    "width": (
+        lambda c, x: lstm_ext.dynamic_rnn(c, x[..., :2]),
+        ValueError,
+        r"input: expected shape \[B, I\] with I = 3",
+    ),
+    "dtype": (lambda c, x: lstm_ext.dynamic_rnn(c, x.float()), ValueError, "input: expected dtype torch.float64"),
+    "lengths": (
+        lambda c, x: lstm_ext.dynamic_rnn(c, x, [6, 1, 1, 1]),
+        ValueError,
+        "sequence_length: .* from 0 to T = 5",
+    ),
+    "count": (
+        lambda c, x: lstm_ext.dynamic_rnn(c, x, [1]),
+        ValueError,
+        r"sequence_length: .*\[B\] = \[4\], got .*\[1\]",
+    ),
+    "floats": (lambda c, x: lstm_ext.dynamic_rnn(c, x, [1.0] * 4), ValueError, "sequence_length: expected integers"),
+    "state": (lambda c, x: lstm_ext.dynamic_rnn(c, x, None, (x,) * 3), ValueError, "initial_state: expected the pair"),
+    "sizes": (
+        lambda c, x: lstm_ext.dynamic_rnn(c, x, None, (x[:, 0], x[:, 0])),
+        ValueError,
+        r"initial_state\.c: expected shape \[B, num_units\] = \[4, 6\], got \[4, 3\]",
+    ),
+    "cell": (lambda c, x: lstm_ext.dynamic_rnn(torch.nn.LSTMCell(3, 6), x), TypeError, "cell: .*, got LSTMCell"),
+    "none": (lambda c, x: lstm_ext.dynamic_rnn([], x), ValueError, "cells: expected at least one cell"),
+    "states": (
+        lambda c, x: lstm_ext.dynamic_rnn([c], x, None, ()),
+        ValueError,
+        "initial_state: .* 1 cells, got 0 items",
+    ),
+    "keep": (
+        lambda c, x: lstm_ext.LayerNormBasicLSTMCell(U, dropout_keep_prob=1.2),
+        ValueError,
+        "dropout_keep_prob: expected a probability from 0 to 1, got 1.2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_named(name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call(CELLS["basic"](), sequence())
