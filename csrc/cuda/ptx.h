@@ -101,13 +101,12 @@ __device__ __forceinline__ void cp_async_wait() {
 #else
 template <class Whole>
 __device__ __forceinline__ void copy_now(void* shared, const void* global, int bytes) {
-  Whole whole{};
   if (bytes == sizeof(Whole)) {
-    whole = *static_cast<const Whole*>(global);
+    *static_cast<Whole*>(shared) = *static_cast<const Whole*>(global);
   } else {
-    for (int n = 0; n < bytes; ++n) reinterpret_cast<char*>(&whole)[n] = static_cast<const char*>(global)[n];
+    for (int n = 0; n < static_cast<int>(sizeof(Whole)); ++n)
+      static_cast<char*>(shared)[n] = n < bytes ? static_cast<const char*>(global)[n] : char{0};
   }
-  *static_cast<Whole*>(shared) = whole;
 }
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes) {
   copy_now<uint32_t>(shared, global, bytes);
