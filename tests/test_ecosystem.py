@@ -301,8 +301,8 @@ def test_what_libraries_ask_of_a_module() -> None:
     for name, value in vars(stock).items():  # such as hidden_size, which wrappers read
         if isinstance(value, (int, float, str)):
             assert getattr(lstm, name) == value
-    arguments = list(inspect.signature(lstm_ext.LSTM).parameters)  # skorch's module__hidden_size=7, LightningCLI
-    assert arguments == [
+    arguments = inspect.signature(lstm_ext.LSTM).parameters.values()  # skorch's module__hidden_size=7, LightningCLI
+    assert [each.name for each in arguments if each.kind is not each.KEYWORD_ONLY] == [
         *("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"),
         *("device", "dtype"),
     ]
