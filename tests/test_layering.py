@@ -43,7 +43,10 @@ ALLOWED = {
         "share.h",
         "cell.h",
         "forward.h",
+        "forward_cell.h",
         "backward.h",
+        "backward_grads.h",
+        "backward_cell.h",
     },
     "cuda": {
         *("layout.h", "kernel_params.h", "device.h", "launch.h", "check.h", "plan.h", "kernels.h", "layer.h", "ptx.h"),

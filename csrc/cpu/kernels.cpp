@@ -4,8 +4,9 @@
 #include <new>
 #include <type_traits>
 
-#include "backward.h"
-#include "forward.h"
+#include "backward_cell.h"
+#include "backward_grads.h"
+#include "forward_cell.h"
 #include "levels.h"
 
 namespace lstm_ext::cpu {
