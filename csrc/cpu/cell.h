@@ -121,16 +121,6 @@ LSTM_EXT_INLINE Vec<C> first_lanes(Vec<C> value, int64_t count) {
 
 // ---- layer normalisation: of whole rows, each by one member of a team -------------------------------------------
 
-// Sum of f(u, elements that there are) over the vectors of a row of `count`
-template <class C, class F>
-LSTM_EXT_INLINE C sum_over(int64_t count, const F& f) {
-  Vec<C> sums{};
-  for (int64_t u = 0; u < count; u += kLanes<C>) sums += first_lanes<C>(f(u), count - u);
-  C sum = 0;
-  for (int lane = 0; lane < kLanes<C>; ++lane) sum += sums[lane];
-  return sum;
-}
-
 // (row - mean) * scale is normalised.
 template <class C>
 struct Moments {
@@ -139,44 +129,46 @@ struct Moments {
   LSTM_EXT_INLINE Vec<C> normalised(Vec<C> value) const { return (value - mean) * scale; }
 };
 
-// Of `rows` rows of `count`, each filled up to whole vectors, as one
+// f(where the vector lies, elements of it that there are) for `rows` rows of `count`, each filled up to whole vectors
+template <class C, class F>
+LSTM_EXT_INLINE void for_row_vectors(int64_t rows, int64_t count, const F& f) {
+  const int64_t width = ceil_div(count, kLanes<C>) * kLanes<C>;
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t u = 0; u < count; u += kLanes<C>) f(n * width + u, count - u);
+  }
+}
+
+// Of such rows as one
 template <class C>
 [[gnu::noinline]] Moments<C> moments_of(const C* values, int64_t rows, int64_t count, double epsilon) {
-  const int64_t width = ceil_div(count, kLanes<C>) * kLanes<C>;
-  C sum = 0, squares = 0;
-  for (int64_t n = 0; n < rows; ++n) {
-    sum += sum_over<C>(count, [&](int64_t u) { return load(values + n * width + u); });
-  }
-  const C size = static_cast<C>(rows * count), mean = sum / size;
-  for (int64_t n = 0; n < rows; ++n) {
-    squares += sum_over<C>(count, [&](int64_t u) {
-      const Vec<C> centred = load(values + n * width + u) - mean;
-      return centred * centred;
-    });
-  }
-  return {mean, static_cast<C>(1 / __builtin_sqrt(squares / size + static_cast<C>(epsilon)))};
+  const C size = static_cast<C>(rows * count);
+  Vec<C> sums{}, squares{};
+  for_row_vectors<C>(rows, count, [&](int64_t at, int64_t left) { sums += first_lanes<C>(load(values + at), left); });
+  const C mean = sum_of_lanes<C>(sums) / size;
+  for_row_vectors<C>(rows, count, [&](int64_t at, int64_t left) {
+    const Vec<C> centred = load(values + at) - mean;
+    squares += first_lanes<C>(centred * centred, left);
+  });
+  const C variance = sum_of_lanes<C>(squares) / size;
+  return {mean, static_cast<C>(1 / __builtin_sqrt(variance + static_cast<C>(epsilon)))};
 }
 
 // The gradient of such rows from that of what they are normalised to, in place
 template <class C>
 [[gnu::noinline]] void moments_backward(const Moments<C>& moments, const C* values, int64_t rows, int64_t count,
                                         C* grads) {
-  const int64_t width = ceil_div(count, kLanes<C>) * kLanes<C>;
-  C sum = 0, products = 0;
-  for (int64_t n = 0; n < rows; ++n) {
-    const auto grad = [&](int64_t u) { return load(grads + n * width + u); };
-    sum += sum_over<C>(count, grad);
-    products +=
-        sum_over<C>(count, [&](int64_t u) { return grad(u) * moments.normalised(load(values + n * width + u)); });
-  }
   const C size = static_cast<C>(rows * count);
-  for (int64_t n = 0; n < rows; ++n) {
-    for (int64_t u = 0; u < count; u += kLanes<C>) {
-      C* const grad = grads + n * width + u;
-      const Vec<C> value = moments.normalised(load(values + n * width + u));
-      store(grad, moments.scale * (load(grad) - sum / size - value * (products / size)));
-    }
-  }
+  Vec<C> sums{}, products{};
+  for_row_vectors<C>(rows, count, [&](int64_t at, int64_t left) {
+    const Vec<C> grad = load(grads + at);
+    sums += first_lanes<C>(grad, left);
+    products += first_lanes<C>(grad * moments.normalised(load(values + at)), left);
+  });
+  const C sum = sum_of_lanes<C>(sums) / size, product = sum_of_lanes<C>(products) / size;
+  for_row_vectors<C>(rows, count, [&](int64_t at, int64_t) {
+    const Vec<C> value = moments.normalised(load(values + at));
+    store(grads + at, moments.scale * (load(grads + at) - sum - value * product));
+  });
 }
 
 // What the output sees of c where that is normalised

@@ -371,6 +371,14 @@ LSTM_EXT_INLINE V sum_lanes(V (&row)[rows]) {
 }
 
 template <class C>
+LSTM_EXT_INLINE C sum_of_lanes(Vec<C> value) {
+  constexpr std::make_integer_sequence<int, kLanes<C>> kAll;
+#pragma GCC unroll 8
+  for (int n = 1; n < kLanes<C>; n *= 2) value = even_lanes(value, value, kAll) + odd_lanes(value, value, kAll);
+  return value[0];
+}
+
+template <class C>
 LSTM_EXT_INLINE void transpose(Vec<C> (&rows)[kLanes<C>]) {
   constexpr int kHalf = kLanes<C> / 2;
   constexpr std::make_integer_sequence<int, kLanes<C>> kAll;
