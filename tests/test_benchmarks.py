@@ -200,6 +200,22 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     assert "error" in cells["cluster"]
 
 
+def test_the_floor_counts_tiles_where_they_can_pay() -> None:
+    ceilings, cases = module("lstm_bench.ceilings"), module("lstm_bench.cases")
+
+    def floor(T: int, B: int, tiles: float, read_gbs: float = 100.0) -> float:
+        peaks = {"float32": 100.0, "float64": 50.0, "tiles": tiles}
+        levels = [{"name": "memory", "bytes": None, "read_gbs": read_gbs}]
+        machine = {"1": {"fma_gflops": peaks, "barrier_us": 0.5, "levels": levels}}
+        return ceilings.floor_us(cases.Case("custom", "inference", T, B, 512, 512), machine)
+
+    assert floor(1, 4, tiles=1e4) == floor(1, 4, tiles=0)  # packing for one step takes longer than vectors do
+    assert floor(50, 1, tiles=1e4) > 0.7 * floor(50, 1, tiles=0)  # a step reads the weights for one row
+    assert floor(50, 64, tiles=1e4) < 0.2 * floor(50, 64, tiles=0)
+    another_tile = floor(1000, 17, tiles=1e4, read_gbs=1e4) / floor(1000, 16, tiles=1e4, read_gbs=1e4)
+    assert another_tile > 1.3
+
+
 def test_an_interrupt_leaves_the_rows_done_so_far(tmp_path: Path) -> None:
     few = ["--batch", "1", "2", "3", "--hidden", "8", "--steps", "2", "--threads", "1", "--arms", "lstm_ext"]
     process = start("run.py", *few, "--seconds", "60", "--json", "r.json", cwd=tmp_path)

@@ -12,10 +12,12 @@ every thread its own) or the rows of the batch (each reads all weights, no barri
 the backward pass: the recurrent term and the barrier again (dh), gate math again, and at peak the products dR, dW, dx.
 
 Peak is the fused multiply-adds of the row's dtype in vector registers (bfloat16: its dot product where the machine has
-one; otherwise half types compute in float32), or, where that is more, those of its bfloat16 tile registers (AMX) over
-how many of them a product of that dtype takes; gates are computed in vectors. Left out: reading x, writing y and what
-the backward pass keeps, and all that happens once a call. Weights that are larger than a cache are read from it as far
-as it holds them, and the rest from the next one: a kernel that walks them forth and back finds that much there.
+one; otherwise half types compute in float32). Where the machine has bfloat16 tile registers (AMX) the floor is the
+lower of that and of theirs: over how many of their products one of that dtype takes, and as far as the rows of the
+product fill tiles of 16; and a call then has to pack the weights, which tiles cannot read as they lie. Vectors can, so
+theirs is not counted. Gates are computed in vectors. Left out: reading x, writing y and what the backward pass keeps,
+and all that happens once a call. Weights that are larger than a cache are read from it as far as it holds them, and the
+rest from the next one: a kernel that walks them forth and back finds that much there.
 
 A ceiling is the best that was measured before the rows, now and then between them, and after them: another process, or
 a clock that has not sped up yet, makes one measurement too low, and a time could come out below the floor.
@@ -42,11 +44,10 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # 3 sigmoids and 2 tanhs a unit, each about 11 multiply-adds for the exponential and a division worth 10.
 GATE_FLOPS = 2 * 5 * 21
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-TILE_PRODUCTS = {
-    "float32": 6,
-    "bfloat16": 1,
-    "float16": 4,
-}  # of bfloat16, for one product of the dtype (csrc/cpu/tiles.h)
+TILE_ROWS = 16
+# (csrc/cpu/tiles.h) bfloat16 numbers that one of the dtype is, and their products for one product of the dtype
+TILE_PLANES = {"float32": 3, "bfloat16": 1, "float16": 2}
+TILE_PRODUCTS = {"float32": 6, "bfloat16": 1, "float16": 4}
 
 
 def cpu_list_length(text: str) -> int:
@@ -133,33 +134,46 @@ def read_us(ceilings: Ceilings, weights: float, volume: float) -> float:
     return us * volume / weights if weights else 0.0
 
 
+def vector_gflops(ceilings: Ceilings, dtype: str) -> float:
+    """Of products in vector registers, by all threads together."""
+    peaks = ceilings["fma_gflops"]
+    return float(peaks.get(dtype, peaks["float32"]))
+
+
+def tile_gflops(ceilings: Ceilings, dtype: str) -> float:
+    """Of products in tile registers that are full, by all threads together; 0 without them."""
+    products = TILE_PRODUCTS.get(dtype)
+    return ceilings["fma_gflops"].get("tiles", 0) / products if products else 0.0
+
+
 def product_gflops(ceilings: Ceilings, dtype: str) -> float:
     """Of matrix products, at most, by all threads together."""
-    peaks = ceilings["fma_gflops"]
-    by_vectors: float = peaks.get(dtype, peaks["float32"])
-    by_tiles: float = peaks.get("tiles", 0) / TILE_PRODUCTS[dtype] if dtype in TILE_PRODUCTS else 0
-    return max(by_vectors, by_tiles)
+    return max(vector_gflops(ceilings, dtype), tile_gflops(ceilings, dtype))
 
 
-def layer_step_us(case: Case, width: int, threads: int, ceilings: Ceilings, active: float) -> float:
+def layer_step_us(case: Case, width: int, threads: int, ceilings: Ceilings, active: float, tiles: bool) -> float:
     """The floor of a step of one layer with inputs `width` wide, for so many threads."""
     training, rows, D, item = case.mode == "training", active * case.B, case.directions, ITEM_BYTES[case.stored]
-    peaks = ceilings["fma_gflops"]
-    peak = 1e3 * product_gflops(ceilings, case.dtype)  # flops per µs
-    gate_peak = 1e3 * (peaks["float64"] if case.dtype == "float64" else peaks["float32"])
+    peak_of = tile_gflops if tiles else vector_gflops
+    peak = 1e3 * peak_of(ceilings, case.dtype)  # flops per µs
+    step_peak = peak * case.B / (TILE_ROWS * -(-case.B // TILE_ROWS)) if tiles else peak
+    gate_peak = 1e3 * vector_gflops(ceilings, "float64" if case.dtype == "float64" else "float32")
     recurrent_weights, input_weights = D * (4 * case.H * case.width + case.P * case.H), D * 4 * case.H * width
     recurrent_flops, input_flops = 2 * rows * recurrent_weights, 2 * rows * input_weights
 
     def products(parts: int, barrier: float) -> float:
         """Where each thread reads one of so many parts of the weights."""
         held, volume = item * recurrent_weights / parts, item * input_weights / case.T / parts
-        recurrent: float = max(read_us(ceilings, held, held), recurrent_flops / peak) + barrier
+        recurrent: float = max(read_us(ceilings, held, held), recurrent_flops / step_peak) + barrier
         return (1 + training) * recurrent + max(read_us(ceilings, held, volume), input_flops / peak)
 
     apart = D * case.layers >= threads
     step = products(threads, 0.0 if apart else ceilings["barrier_us"])
     if threads <= case.B:
         step = min(step, products(1, 0.0))
+    if tiles:  # read and written once a call, each part by one thread
+        weights = (recurrent_weights + input_weights) / threads
+        step += read_us(ceilings, item * weights, (item + 2 * TILE_PLANES[case.dtype]) * weights) / case.T
     gate_flops = (1 + training) * GATE_FLOPS * rows * D * case.H
     return step + training * (recurrent_flops + 2 * input_flops) / peak + gate_flops / gate_peak
 
@@ -173,6 +187,8 @@ def floor_us(case: Case, ceilings: Ceilings, active: float = 1.0) -> float | Non
     if case.device != "cpu" or not all(str(count) in ceilings for count in counts):
         return None
     return case.T * min(
-        sum(layer_step_us(case, width, count, ceilings[str(count)], active) for width in case.layer_inputs)
+        sum(layer_step_us(case, width, count, ceilings[str(count)], active, tiles) for width in case.layer_inputs)
         for count in counts
+        for tiles in (False, True)
+        if not tiles or tile_gflops(ceilings[str(count)], case.dtype)
     )
