@@ -79,11 +79,10 @@ class Frozen(Module):
 
     def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
         """`to`, `half`, `cuda` and so on: only what changes nothing."""
-        for a in self._tensors:  # type: ignore[union-attr]
-            probe = a.new_empty(1)
-            moved = fn(probe)
-            if moved.dtype != probe.dtype or moved.device != probe.device:
-                self._refuse(f"{moved.dtype} on {moved.device} was asked for")  # type: ignore[operator]
+        probe = self._tensors[0].new_empty(1, dtype=self.dtype)  # type: ignore[index, arg-type]
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            self._refuse(f"{moved.dtype} on {moved.device} was asked for")  # type: ignore[operator]
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -397,7 +396,7 @@ class Stream:
         return self._call_otherwise(x, out, lengths, resets)
 
     def _is_unbatched(self, x: Any) -> bool:
-        return x.ndim == 2 and not self._is_cell
+        return not self._is_cell and getattr(x, "ndim", 0) == 2
 
     def _call_otherwise(self, x: Any, out: Any, lengths: Any, resets: Any) -> Any:
         """Steps [T, I]; masks in other forms; a module that is not packed."""
@@ -575,6 +574,7 @@ def _weights_of(module: Any) -> list[list[Tensor]]:
     if isinstance(module, TensorFlowCell):
         call = LayerCall(None, None, None, module._weights(), None, None, None, FORWARD, False, module._cells[0])
         w = call.split_cell()[0]
+        w = w._replace(b_hh=torch.zeros_like(w.b_ih))  # torch has two
         return [[a for a in w if a is not None]]
     if isinstance(module, torch_rnn.LSTMCell):
         own = nn.LSTMCell._weights(module)  # type: ignore[arg-type]

@@ -109,8 +109,8 @@ class Forward {
   };
 
   template <class Rows>
-  Weights<Rows> weights_in(const Matrix& matrix, [[maybe_unused]] const float* scales, Rows rows, int64_t K, Weight weight,
-                           WeightSpace& space) const {
+  Weights<Rows> weights_in(const Matrix& matrix, [[maybe_unused]] const float* scales, Rows rows, int64_t K,
+                           Weight weight, WeightSpace& space) const {
     using W = Weights<Rows>;
     auto* const panels =
         plan_.in_place[weight] ? nullptr : space.template get<typename W::Packed>(W::packed_size(rows, K));
@@ -183,7 +183,8 @@ class Forward {
   void scale_rows(int64_t slot, bool keep) const {
     const S* h0 = static_cast<const S*>(dir_.state.h0.data);
     C largest = dir_.h_bound;
-    if (h0 && keep) largest = Engine::larger(largest, Engine::largest(h0 + walk_.row(slot) * dir_.state.h0.row_stride, shape_.P));
+    if (h0 && keep)
+      largest = Engine::larger(largest, Engine::largest(h0 + walk_.row(slot) * dir_.state.h0.row_stride, shape_.P));
     for (int64_t s = 0; s < 2; ++s) Engine::scale_row(h(s, slot), largest, shape_.P);
     if (shape_.projected) Engine::scale_row(hidden_ + slot * hidden_width_, C(1), shape_.H);
   }

@@ -1,7 +1,8 @@
 // Products with weights that are narrower than the floats they are multiplied by: of frozen layers, where each step
 // waits for weights from a cache. As in product.h otherwise; nothing is read in place.
 //
-//     bfloat16    two vectors of a panel lie in one: a lane is 16 bits of the first and 16 of the second. Either becomes
+//     bfloat16    two vectors of a panel lie in one: a lane is 16 bits of the first and 16 of the second. Either
+//     becomes
 //                 floats by one instruction.
 //
 //                     k = 0  | 0 1 | 2 3 |       vectors 0 .. 3
@@ -113,9 +114,8 @@ class HalfWeights {
     const int vectors = rows_.vectors(p);
     start_tile(rows, vectors, start, start_stride, tile);
     with_count<kTileRows>(rows, [&](auto count) {
-      with_count<2>((vectors + 1) / 2, [&](auto pairs) {
-        multiply_pairs<count, pairs>(a, k1 - k0, panel(p) + k0 * pairs * 2 * L, tile);
-      });
+      with_count<2>((vectors + 1) / 2,
+                    [&](auto pairs) { multiply_pairs<count, pairs>(a, k1 - k0, panel(p) + k0 * pairs * 2 * L, tile); });
     });
   }
 
@@ -157,8 +157,7 @@ LSTM_EXT_INLINE I32 widen_pairs(const int8_t* from) {
 // sum + the products of both halves of each lane, as integers
 LSTM_EXT_INLINE I32 add_pairs(I32 sum, I32 a, I32 b) {
 #if defined(__AVX512VNNI__)
-  return bit_cast<I32>(
-      _mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  return bit_cast<I32>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #elif defined(__AVX512F__)
   return sum + bit_cast<I32>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #elif defined(__AVX2__)
@@ -204,7 +203,8 @@ void multiply_integers(const int16_t* const* a, int64_t K, const int8_t* panel, 
     __builtin_memcpy(&scale, a[m], sizeof(scale));
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
-      const Vec<float> product = computed(load(scales + n * L) * scale) * __builtin_convertvector(sum[m][n], Vec<float>);
+      const Vec<float> product =
+          computed(load(scales + n * L) * scale) * __builtin_convertvector(sum[m][n], Vec<float>);
       store(tile + (m * 4 + n) * L, load(start + m * start_stride + n * L) + product);
     }
   }

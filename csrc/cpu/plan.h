@@ -52,7 +52,7 @@ struct EngineShape {
   int tile_rows;                  // the most that are multiplied together
   int row_planes, column_planes;  // bfloat16 numbers that one factor is made of; 1 for vectors
   int lane_bytes;                 // of vectors: of the weights that one lane multiplies
-  bool scaled;                    // factors and weights are integers; a vector of scales stands before each row and panel
+  bool scaled;  // factors and weights are integers; a vector of scales stands before each row and panel
 
   // Bytes of a row of K factors; of tiles an odd number of cache lines.
   LSTM_EXT_PLAN_INLINE int64_t row_bytes(int64_t K) const {
@@ -95,8 +95,8 @@ LSTM_EXT_PLAN_INLINE int64_t packed_bytes(const EngineShape& engine, const Seque
   const auto lines = [](int64_t bytes) { return (bytes + 63) & ~int64_t{63}; };
   const int64_t panels = engine.unit_panels(shape.H);
   const int64_t projection = shape.projected ? engine.column_panels(shape.P) * engine.panel_bytes(shape.H) : 0;
-  return lines(panels * engine.panel_bytes(shape.I)) + lines(panels * engine.panel_bytes(shape.P)) +
-         lines(projection) + lines(panels * 4 * engine.lanes * engine.sum_bytes);
+  return lines(panels * engine.panel_bytes(shape.I)) + lines(panels * engine.panel_bytes(shape.P)) + lines(projection) +
+         lines(panels * 4 * engine.lanes * engine.sum_bytes);
 }
 
 // ---- the plan ---------------------------------------------------------------------------------------------

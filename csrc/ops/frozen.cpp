@@ -240,8 +240,15 @@ py::object Frozen::run(const LayerCall& call, int num_threads) const {
 
   args.read_contents();
   const Effort effort(args, layers_.size(), num_threads);
-  const Io io{args.x.data(), args.map_of(args.x), y.data, args.contiguous_map(args.D * args.shape.P), h_n.data, c_n.data,
-              &args, {}, effort.num_threads};
+  const Io io{args.x.data(),
+              args.map_of(args.x),
+              y.data,
+              args.contiguous_map(args.D * args.shape.P),
+              h_n.data,
+              c_n.data,
+              &args,
+              {},
+              effort.num_threads};
   {
     const GilRelease release(!effort.brief);
     Memory between;
@@ -337,8 +344,14 @@ py::object Stream::step(const py::object& x, bool batch_first, const py::object&
   args.read_contents();
   const Effort effort(args, frozen_->layers_.size(), num_threads);
   const int next = 1 - current_;
-  const Frozen::Io io{args.x.data(), args.map_of(args.x), y.data, y_map, const_cast<void*>(h_[next].data()),
-                      const_cast<void*>(c_[next].data()), nullptr, {h_[current_].matrix(), c_[current_].matrix()},
+  const Frozen::Io io{args.x.data(),
+                      args.map_of(args.x),
+                      y.data,
+                      y_map,
+                      const_cast<void*>(h_[next].data()),
+                      const_cast<void*>(c_[next].data()),
+                      nullptr,
+                      {h_[current_].matrix(), c_[current_].matrix()},
                       effort.num_threads};
   {
     const GilRelease release(!effort.brief);
