@@ -79,7 +79,8 @@ class Frozen(Module):
 
     def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
         """`to`, `half`, `cuda` and so on: only what changes nothing."""
-        probe = self._tensors[0].new_empty(1, dtype=self.dtype)  # type: ignore[index, arg-type]
+        device, dtype = self._tensors[0].device, self.dtype  # type: ignore[index]
+        probe = torch.empty(1, device=device, dtype=dtype)  # type: ignore[call-overload]
         moved = fn(probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             self._refuse(f"{moved.dtype} on {moved.device} was asked for")  # type: ignore[operator]
@@ -574,7 +575,7 @@ def _weights_of(module: Any) -> list[list[Tensor]]:
     if isinstance(module, TensorFlowCell):
         call = LayerCall(None, None, None, module._weights(), None, None, None, FORWARD, False, module._cells[0])
         w = call.split_cell()[0]
-        w = w._replace(b_hh=torch.zeros_like(w.b_ih))  # torch has two
+        w = w._replace(b_hh=w.w_ih.new_zeros(len(w.w_ih)))  # torch has two biases
         return [[a for a in w if a is not None]]
     if isinstance(module, torch_rnn.LSTMCell):
         own = nn.LSTMCell._weights(module)  # type: ignore[arg-type]
