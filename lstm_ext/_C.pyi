@@ -28,6 +28,7 @@ class CpuPlan(TypedDict):
     engine: Literal["vectors", "tiles"]
     in_place: tuple[bool, bool, bool]
     one_sum: bool
+    alone: bool
     chunk_steps: int
     depth: tuple[int, int]
     borrow_x: bool

@@ -35,6 +35,7 @@ class Frozen(Module):
     """What frozen modules share: weights that nothing can change, in a portable layout and packed for this machine."""
 
     _frozen = False  # whether `__init__` is done
+    hidden_size: int
 
     def __init__(self, spec: Spec, tensors: Sequence[Tensor], error: float | None = None, **more: Any):
         super().__init__()

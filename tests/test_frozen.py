@@ -290,6 +290,48 @@ def test_plans_change_little(weights: str | None) -> None:
             assert_same(frozen(x), expected)
 
 
+@needs_native
+@pytest.mark.parametrize("H", [1, 4, 5, 8, 9, 16, 17, 24, 33, 64, 96])
+@pytest.mark.parametrize("I", [1, 4, 5])
+def test_one_sequence_of_a_narrow_layer(I: int, H: int) -> None:  # noqa: E741
+    """Steps with several sums for each gate: as the module has them, and the same bits in whatever blocks they come."""
+    module = draw_module(
+        np.random.default_rng(H),
+        input_size=I,
+        hidden_size=H,
+        num_layers=2,
+        proj_size=0,
+        batch_first=False,
+        bidirectional=False,
+    )
+    frozen, x = lstm_ext.freeze(module), torch.randn(50, 1, I)
+    assert all(each.alone for each in lstm_ext.plan(50, 1, frozen))
+    with torch.no_grad():
+        x[3] *= 100  # gates far from 0
+        assert_close(frozen(x), module(x))
+    stream = frozen.stream()
+    assert torch.equal(torch.cat([stream(piece) for piece in x.split([1, 7, 42])]), frozen(x)[0])
+    with lstm_ext.engines.cpu.use_plan(threads=3, by_rows=False, chunk_steps=4):
+        assert_same(frozen(x), (frozen(x)[0], stream.state))
+    both = draw_module(
+        np.random.default_rng(H), input_size=I, hidden_size=H, bidirectional=True, proj_size=0, batch_first=False
+    )
+    with torch.no_grad():
+        assert_close(lstm_ext.freeze(both)(x), both(x))
+    spoilt = x.clone()
+    spoilt[20] = float("nan")
+    assert frozen(spoilt)[0][20:].isnan().all()
+
+
+def test_the_plan_of_a_frozen_module() -> None:
+    frozen = lstm_ext.freeze(lstm_ext.LSTM(20, 300, 2))
+    plans = lstm_ext.plan(100, 4, frozen, num_threads=1)
+    assert [each.in_place for each in plans] == [(False,) * 3] * 2
+    assert not any(each.alone for each in plans)
+    with pytest.raises(RuntimeError, match="plan: FrozenLSTM is not packed: int8 needs activations with a bound"):
+        lstm_ext.plan(1, 1, lstm_ext.freeze(lstm_ext.LSTM(3, 4, activation="relu"), "int8"))
+
+
 # Streams -------------------------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ ALLOWED = {
         "forward.h",
         "forward_cell.h",
         "narrow.h",
+        "forward_alone.h",
         "backward.h",
         "backward_grads.h",
         "backward_cell.h",

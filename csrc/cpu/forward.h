@@ -226,6 +226,7 @@ class Forward {
 
   void run_chunk(const Share& share, int64_t s0) const {
     const int64_t s1 = s0 + plan_.chunk_steps < shape_.T ? s0 + plan_.chunk_steps : shape_.T;
+    if (plan_.alone && has_few_inputs()) return steps_alone(share, s0, s1);
     share.for_groups([&](const Share::Group& group) {
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t row = chunk_row(group, s0, s) - group.first;
@@ -234,10 +235,18 @@ class Forward {
     });
     share.sync_rows();
     // Of one step a panel's sums go from one product to the other in a first-level cache.
-    const bool one_step = s1 - s0 == 1 && steps_.norm() == Norm::kNone;
+    const bool one_step = s1 - s0 == 1 && steps_.norm() == Norm::kNone && !plan_.alone;
     if (!one_step && kernel_in_place_) project_by_kernel(share, s0, s0, s1);
     if (!one_step && !kernel_in_place_) share.for_panels(panels_, [&](int64_t p) { project_input(share, s0, s1, p); });
+    if (plan_.alone) return steps_alone(share, s0, s1);
     for (int64_t s = s0; s < s1; ++s) norm_row_ ? run_norm_step(share, s0, s) : run_step(share, s0, s, one_step);
+  }
+
+  // One member computes them all.
+  void steps_alone(const Share& share, int64_t s0, int64_t s1) const {
+    share.team.sync();
+    if (share.team.rank == 0) run_alone(s0, s1);
+    share.team.sync();
   }
 
   void fetch_x(int64_t s, int64_t slot, int64_t row) const {
@@ -318,6 +327,16 @@ class Forward {
     share.sync_rows();
     if (shape_.projected) project_step(share, s);
   }
+
+  // Of a sequence by itself (forward_alone.h)
+  static constexpr bool kMayBeAlone = Engine::kReadsInPlace && sizeof(S) == sizeof(C);
+  void run_alone(int64_t s0, int64_t s1) const;
+  bool has_few_inputs() const { return shape_.I <= 4; }
+  template <int vectors>
+  void start_alone(int64_t row, const S* x, int64_t p, Vec<C>* sum) const;
+  Vec<C> step_alone(int64_t s, int64_t row, const S* x, int64_t p) const;
+  Vec<C> step_few_alone(int64_t s, int64_t row, const S* x, int64_t p) const;
+  Vec<C> finish_alone(const GateValues<Vec<C>>& sums, int64_t p) const;
 
   void project_step(const Share& share, int64_t s) const {
     share.for_panels(w_hr_.panels(), [&](int64_t p) {

@@ -6,6 +6,7 @@
 
 #include "backward_cell.h"
 #include "backward_grads.h"
+#include "forward_alone.h"
 #include "forward_cell.h"
 #include "levels.h"
 

@@ -65,6 +65,12 @@ constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsua
 //   2026-11-26
 constexpr int64_t kMostKernelRows = 40;
 
+// ---- one sequence by itself -------------------------------------------------------------------------------
+
+// Units up to which a step of a frozen layer is waiting more than work.
+//   freeze(…).stream() with a block of 4096 steps, I 1, against benchmarks/compare.py's base; EPYC, 2026-11-26
+constexpr int64_t kMostUnitsAlone = 96;
+
 // ---- blocks of K ------------------------------------------------------------------------------------------
 
 // Of a packed panel, what a first-level cache of 32 KB holds beside the rows; and in place, where each block costs a
@@ -287,6 +293,9 @@ void plan_forward(Plan& plan, const Problem& problem, const EngineShape& engine,
   const int64_t bytes[3] = {panels * engine.panel_bytes(shape.I), panels * engine.panel_bytes(shape.P),
                             shape.projected ? engine.column_panels(shape.P) * engine.panel_bytes(shape.H) : 0};
   choose_in_place(plan, problem, engine, bytes, forced);
+  plan.alone = problem.packed && problem.simple && problem.storage == Storage::kPlain && shape.B == 1 &&
+               shape.H <= kMostUnitsAlone && engine.kind == EngineKind::kVectors && engine.borrows_rows &&
+               engine.per_lane == 1;
   choose_forward_chunk(plan, shape, engine, bytes, forced);
   choose_depth(plan, problem, engine, forced);
   plan.load = load_of(shape.B, panels, bytes[kRecurrent], engine);
@@ -358,6 +367,8 @@ int choose_threads(const Problem& problem, const EngineShape& engine, const Plan
   }
   why = "too little work for a second one";
   if (step * static_cast<double>(shape.T) < kLeastFlops) return 1;
+  why = "one for each direction: a step has too little work for more";
+  if (plan.alone) return threads < directions ? threads : directions;
   why = "all: one for each direction";
   if (threads <= directions) return threads;
   const int each = threads / directions;
@@ -424,6 +435,8 @@ static Plan plan_of(const Layer& layer, bool backward) {
   }
   if constexpr (std::is_same_v<Layer, LayerForward>) {
     problem.packed = layer.direction[0].packed != nullptr;
+    problem.simple = !layer.cell && !layer.shape.projected && !layer.masks.lengths && !layer.masks.resets &&
+                     !layer.direction[0].cells && !layer.direction[0].gates;
     problem.storage = layer.storage;
   }
   return make_plan(problem, kernels().shape);

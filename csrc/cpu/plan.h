@@ -110,6 +110,7 @@ struct Problem {
   bool by_columns = false;  // weights are in TensorFlow's layout
   bool normed = false;      // there is layer normalisation
   bool packed = false;      // weights are frozen: packed for vectors
+  bool simple = false;      // the plain LSTM without a projection, of which nothing is saved, and no row is masked
   Storage storage = Storage::kPlain;
 };
 
@@ -128,6 +129,7 @@ struct Plan {
   bool in_place[3];     // forward: weights are read where they lie, not packed
   bool one_sum;         // forward: a chunk of a single step adds both of its products up at once (both in place)
   int64_t chunk_steps;  // steps whose products with the inputs are done together
+  bool alone;           // forward: one sequence of a narrow frozen layer, step by step with as little waiting as can be
   int64_t depth[2];     // how much of K goes by before the next block of it: x·w_ih and h·w_hh; backward: of rows in dW
 
   // These do not.

@@ -437,8 +437,9 @@ class Weights {
     InPlaceProduct<S>::multiply(rows, factors, PanelGroups(rows_, p), tile);
   }
 
- private:
   C* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
+
+ private:
   static int64_t panel_size(int64_t K) { return ceil_div(K, kPer) * kPanelWidth<C>; }
 
   const S* data_ = nullptr;

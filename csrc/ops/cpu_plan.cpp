@@ -66,6 +66,7 @@ py::dict described_plan(const cpu::Problem& problem) {
   result["engine"] = plan.engine == cpu::EngineKind::kTiles ? "tiles" : "vectors";
   result["in_place"] = py::make_tuple(plan.in_place[0], plan.in_place[1], plan.in_place[2]);
   result["one_sum"] = plan.one_sum;
+  result["alone"] = plan.alone;
   result["chunk_steps"] = plan.chunk_steps;
   result["depth"] = py::make_tuple(plan.depth[0], plan.depth[1]);
   result["borrow_x"] = plan.borrow_x;

@@ -266,6 +266,7 @@ py::list Frozen::plans(int64_t T, int64_t B, int num_threads) const {
     problem.shape.B = B;
     problem.normed = own->cell && own->cell->norm != Norm::kNone;
     problem.packed = true;
+    problem.simple = !own->cell && !own->shape.projected;
     problem.storage = own->storage;
     plans.append(described_plan(problem));
   }
