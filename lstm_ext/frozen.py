@@ -37,10 +37,9 @@ class Frozen(Module):
     _frozen = False  # whether `__init__` is done
     hidden_size: int
 
-    def __init__(self, spec: Spec, tensors: Sequence[Tensor], error: float | None = None, **more: Any):
+    def __init__(self, spec: Spec, tensors: Sequence[Tensor], error: float | None = None):
         super().__init__()
         self.eval()
-        self.__dict__.update(more)
         self._prepare(spec, tensors, error)
 
     def _prepare(self, spec: Spec, tensors: Sequence[Tensor], error: float | None) -> None:
@@ -302,7 +301,13 @@ class FrozenLSTM(Frozen):
 
 
 class FrozenLSTMCell(Frozen):
-    """What `freeze` makes of an `LSTMCell`; as `FrozenLSTM` else."""
+    """What `freeze` makes of an `LSTMCell`; as `FrozenLSTM` else.
+
+    Example:
+        >>> h, c = lstm_ext.freeze(lstm_ext.LSTMCell(28, 64))(torch.randn(16, 28))
+        >>> h.shape
+        torch.Size([16, 64])
+    """
 
     def forward(self, input: Any, hx: Any = None, *, resets: Any = None) -> tuple[Any, Any]:
         """(h_1, c_1) of a step [B, I] or [I]; hx is (h_0, c_0), None for zeros; resets is bool [B] or []."""
@@ -321,9 +326,15 @@ class FrozenLSTMCell(Frozen):
 
 
 class FrozenTensorFlowCell(FrozenLSTMCell):
-    """What `freeze` makes of a `BasicLSTMCell` or `LayerNormBasicLSTMCell`: the weights are kept in torch's layout."""
+    """What `freeze` makes of a `BasicLSTMCell` or `LayerNormBasicLSTMCell`: the weights are kept in torch's layout.
 
-    state_is_tuple: bool
+    Example:
+        >>> output, state = lstm_ext.freeze(lstm_ext.BasicLSTMCell(64, input_size=28))(torch.randn(16, 28))
+        >>> state.h.shape
+        torch.Size([16, 64])
+    """
+
+    state_is_tuple = True
 
     def forward(self, input: Any, state: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
         """(h', state), the state as the cell has it: (c, h), or both joined."""
@@ -624,8 +635,9 @@ def _freeze_one(module: Any, weights: str | None) -> Frozen:
     flat = [a for w in wide for a in w]
     tensors = _stored(spec, flat)
     classes = {"LSTM": FrozenLSTM, "LSTMCell": FrozenLSTMCell, "TensorFlowCell": FrozenTensorFlowCell}
-    more = {"state_is_tuple": module.state_is_tuple} if tensorflow else {}
-    frozen = classes[spec.kind](spec, tensors, _error_of(spec, tensors, flat), **more)
+    frozen = classes[spec.kind](spec, tensors, _error_of(spec, tensors, flat))
+    if tensorflow:
+        frozen.state_is_tuple = module.state_is_tuple
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         getattr(frozen, name).update(getattr(module, name))
     return frozen

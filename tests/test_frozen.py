@@ -643,6 +643,47 @@ def test_parametrized_and_replaced_modules() -> None:
 # Accuracy and bad input ----------------------------------------------------------------------------------------------
 
 
+@needs_native
+@pytest.mark.filterwarnings("ignore")  # torch means to move quantize_dynamic elsewhere
+def test_int8_is_no_less_accurate_than_torchs() -> None:
+    """Of a small character model that has learned its text."""
+    text = ("the state of a cell goes on from step to step and the gates say what is kept of it. " * 4)[:256]
+    ids = torch.tensor([ord(letter) % 32 for letter in text]).reshape(8, 32).T  # [T, B]
+    x = torch.nn.functional.one_hot(ids, 32).float()
+    torch.manual_seed(0)
+    lstm, head = lstm_ext.LSTM(32, 48, 2), torch.nn.Linear(48, 32)
+    optimizer = torch.optim.Adam([*lstm.parameters(), *head.parameters()], 0.02)
+    for _ in range(100):
+        loss = torch.nn.functional.cross_entropy(head(lstm(x[:-1])[0]).flatten(0, 1), ids[1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1
+    with torch.no_grad():
+        exact = copy.deepcopy(lstm).double()(x.double())[0]
+        stock = lstm_ext.to_torch(copy.deepcopy(lstm))
+        theirs = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(stock), {torch.nn.LSTM})(x)[0]
+        frozen = lstm_ext.freeze(lstm, "int8")
+        ours = frozen(x)[0]
+        same = (head(ours).argmax(-1) == head(exact.float()).argmax(-1)).float().mean()
+    error, torchs = (ours - exact).abs(), (theirs - exact).abs()
+    assert error.max() <= torchs.max()
+    assert error.mean() <= torchs.mean()
+    assert same > 0.99
+
+
+def test_programs_without_lstm_ext() -> None:
+    """The op in torch's own operations, and as a node of ONNX's LSTM."""
+    for weights in (None, "int8"):
+        frozen, x = lstm_ext.freeze(lstm_ext.LSTM(5, 9, 2), weights), torch.randn(4, 2, 5)
+        program = torch.export.export(frozen, (x,))
+        taken_apart = program.run_decompositions(lstm_ext.ops.decompositions())
+        taken_apart = taken_apart.run_decompositions(lstm_ext.ops.decompositions())
+        assert "lstm_ext" not in str(taken_apart.graph)
+        tolerance = TOLERANCES["float32"] if weights is None else {"rtol": 1e-3, "atol": 1e-3}
+        assert_close(taken_apart.module()(x), frozen(x), **tolerance)
+
+
 def test_quantized_weights() -> None:
     weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-3, 0.0, 3e-4]])
     integers, scale = quantized("w", weight)
