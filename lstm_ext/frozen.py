@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 import numpy as np
 import torch
@@ -510,6 +510,14 @@ class _Held:
 _CLASSES: tuple[Any, ...] = (torch_rnn.LSTM, torch_rnn.LSTMCell, nn.LSTM, nn.LSTMCell, TensorFlowCell)
 
 
+@overload
+def freeze(module: torch_rnn.LSTM | nn.LSTM, weights: str | None = None) -> FrozenLSTM: ...
+@overload
+def freeze(module: torch_rnn.LSTMCell, weights: str | None = None) -> FrozenLSTMCell: ...
+@overload
+def freeze(module: TensorFlowCell, weights: str | None = None) -> FrozenTensorFlowCell: ...
+@overload
+def freeze(module: M, weights: str | None = None) -> M: ...
 def freeze(module: Module, weights: str | None = None) -> Any:
     """For inference: the same computation with its weights packed once, for the CPU.
 
