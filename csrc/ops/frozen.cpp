@@ -294,7 +294,8 @@ Stream::Stream(std::shared_ptr<const Frozen> frozen, const py::tuple& states) : 
     state.expect_shape({layers, batch_size_, n % 2 ? first.shape.H : first.shape.P}, n % 2 ? "L, B, H" : "L, B, P");
     if (!state.contiguous()) throw py::value_error("states: expected contiguous arrays");
     state.expect_writable();
-    (n % 2 ? c_ : h_)[n / 2] = state;
+    Array* const of = n % 2 ? c_ : h_;
+    of[n / 2] = state;
   }
 }
 
