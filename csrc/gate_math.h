@@ -57,6 +57,26 @@ LSTM_EXT_HOST_DEVICE V cell_output(V o, V c) {
   return o * Math::tanh(c);
 }
 
+template <class V>
+struct CellStep {
+  V c, h;
+};
+
+// Both with two divisions instead of five, for whom they are the time that a step takes:
+//
+//     c = c_prev / F + G / (I D)     for f = 1 / F, i = 1 / I and tanh g = G / D;     h the same of o and tanh c
+//
+// `Math` has exp(-x) no larger than what products of two of them and a number leave finite, and tanh as a fraction.
+template <class Math, class V = typename Math::Value>
+LSTM_EXT_HOST_DEVICE CellStep<V> joint_cell(const GateValues<V>& pre, V c_prev) {
+  const V i = 1 + Math::bounded_exp(-pre.i), f = 1 + Math::bounded_exp(-pre.f), o = 1 + Math::exp(-pre.o);
+  const auto g = Math::tanh_fraction(pre.g);
+  const V ig = i * g.under;
+  const V c = (c_prev * ig + g.over * f) / (f * ig);
+  const auto tanh_c = Math::tanh_fraction(c);
+  return {c, tanh_c.over / (o * tanh_c.under)};
+}
+
 // d_c is what later steps and a caller of c want; what arrives through h is added here.
 template <class V>
 LSTM_EXT_HOST_DEVICE CellStepGrad<V> cell_backward(const GateValues<V>& gates, V c_prev, V tanh_c, V d_h, V d_c) {

@@ -12,9 +12,10 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from ._torch_private import tree_map
 from .call import FORWARD, REVERSE, LayerCall, OutputGrads, Outputs, Save
 from .engines import composed, derivatives
+from .frozen_stack import Spec, dequantized, frozen_forward, run_layers
 from .torch_op import backward_of, forward_of, layer_backward, layer_forward, or_empty
 
-__all__ = ["decompositions", "layer_backward", "layer_forward"]
+__all__ = ["decompositions", "frozen_forward", "layer_backward", "layer_forward"]
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -30,7 +31,16 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     Returns:
         A function for each operator.
     """
-    return {layer_forward: _forward, layer_backward: _backward}
+    return {layer_forward: _forward, layer_backward: _backward, frozen_forward: _frozen}
+
+
+def _frozen(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A call of `layer_forward` for each layer, with weights of the dtype of x."""
+    x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, text = arguments
+    spec = Spec.from_text(text)
+    call = LayerCall(x, h0, c0, [], lengths, resets, batch_sizes, FORWARD, batch_first)
+    y, h_n, c_n = run_layers(call, dequantized(weights, spec), spec)
+    return y, or_empty(h_n, y), c_n
 
 
 def _wide(call: LayerCall) -> LayerCall:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 from . import _native, gpus, measured
 from .engines import backends
@@ -47,6 +47,15 @@ class Plan:
     refused: dict[str, str]
 
 
+class Frozen(Protocol):
+    """A module that `freeze` has made."""
+
+    hidden_size: int
+
+    def plans(self, num_steps: int, batch_size: int, num_threads: int) -> list[dict[str, Any]]:
+        """How each layer would run."""
+
+
 @dataclass(frozen=True)
 class CpuPlan:
     """The way in which one pass of a layer runs on the CPU; csrc/cpu/plan.cpp decides it, and says what each number is.
@@ -55,6 +64,8 @@ class CpuPlan:
         engine: "vectors", or "tiles" where the processor has tile registers (AMX).
         in_place: whether w_ih, w_hh and w_hr are multiplied as they lie; if not, they are packed into panels first.
         one_sum: whether x W_ih' and h W_hh' of a step are one sum.
+        alone: whether it is one sequence of a narrow frozen layer, whose steps are computed one by one with several
+            sums for each gate.
         borrow_x: whether x is multiplied where it lies; if not, its rows are copied.
         chunk_steps: steps whose inputs are multiplied at once.
         depth: of a block of each product, x W_ih' and h W_hh', in elements of a row.
@@ -66,6 +77,7 @@ class CpuPlan:
     engine: str
     in_place: tuple[bool, bool, bool]
     one_sum: bool
+    alone: bool
     borrow_x: bool
     chunk_steps: int
     depth: tuple[int, int]
@@ -89,6 +101,8 @@ def plan(  # type: ignore[overload-overlap]
     device: Literal["cpu"],
 ) -> CpuPlan: ...
 @overload
+def plan(num_steps: int, batch_size: int, hidden_size: Frozen, *, num_threads: int = 0) -> list[CpuPlan]: ...
+@overload
 def plan(
     num_steps: int,
     batch_size: int,
@@ -106,7 +120,7 @@ def plan(
 def plan(
     num_steps: int,
     batch_size: int,
-    hidden_size: int,
+    hidden_size: int | Frozen,
     *,
     input_size: int | None = None,
     proj_size: int = 0,
@@ -117,13 +131,13 @@ def plan(
     strategy: str | None = None,
     num_threads: int = 0,
     device: int | str = 0,
-) -> Plan | CpuPlan:
+) -> Plan | CpuPlan | list[CpuPlan]:
     """How one pass over a layer runs on a device.
 
     Args:
         num_steps: T.
         batch_size: B.
-        hidden_size: H.
+        hidden_size: H; or a module that `freeze` has made, of which nothing but `num_threads` need be told more.
         input_size: I; None is H. On a GPU x W_ih' is no part of the plan.
         proj_size: P, the width of h with a projection; 0 is none.
         dtype: of torch or NumPy, or its name.
@@ -137,7 +151,7 @@ def plan(
             there, such as "H100", "A100" or "RTX 4090".
 
     Returns:
-        `CpuPlan` for device="cpu", else `Plan`.
+        `CpuPlan` for device="cpu", else `Plan`. Of a frozen module a list, for each of its layers.
 
     Raises:
         RuntimeError: the backend is not available, the strategy cannot run this, or sizes are beyond any computer.
@@ -150,13 +164,17 @@ def plan(
         >>> lstm_ext.plan(1, 16, 768, dtype="bfloat16", device="H100").strategy
         'step'
     """
-    sizes = {"num_steps": num_steps, "batch_size": batch_size, "hidden_size": hidden_size}
+    frozen = None if isinstance(hidden_size, int) else hidden_size
+    units = hidden_size if isinstance(hidden_size, int) else hidden_size.hidden_size
+    sizes = {"num_steps": num_steps, "batch_size": batch_size, "hidden_size": units}
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
     for name, size in {"proj_size": proj_size, "input_size": input_size or 0, "num_threads": num_threads}.items():
         if size < 0:
             raise ValueError(f"{name}: expected at least 0, got {size}")
+    if frozen is not None:
+        return [CpuPlan(**each) for each in frozen.plans(num_steps, batch_size, num_threads or _torchs_threads())]
     kind, _, number = str(device).partition(":")
     named = None if isinstance(device, int) else gpus.named(str(device))
     if not isinstance(device, int) and not named and (kind not in ("cpu", "cuda") or not (number or "0").isdigit()):
@@ -173,18 +191,22 @@ def plan(
         raise RuntimeError(f"plan: {what}: {backend.reason}{hint}")
     projected, dtype_name, D = proj_size > 0, str(dtype).removeprefix("torch."), 2 if bidirectional else 1
     if kind == "cpu":
-        width = hidden_size if input_size is None else input_size
-        if not num_threads and "torch" in sys.modules:
-            num_threads = sys.modules["torch"].get_num_threads()
-        layer = (num_steps, batch_size, width, hidden_size, proj_size, projected, dtype_name, D, backward)
+        width = units if input_size is None else input_size
+        num_threads = num_threads or _torchs_threads()
+        layer = (num_steps, batch_size, width, units, proj_size, projected, dtype_name, D, backward)
         return CpuPlan(**_native.C.cpu_plan(*layer, num_threads))
-    steps = (num_steps, batch_size, hidden_size, proj_size, projected, dtype_name, tf32, D, backward, strategy or "")
+    steps = (num_steps, batch_size, units, proj_size, projected, dtype_name, tf32, D, backward, strategy or "")
     if named:
         limits = (named.compute_capability, named.sms, named.gpcs, named.shared_bytes, named.boost_mhz * 1000)
         return Plan(**_native.C.gpu_plan(*steps, *limits), registers=None, kernel=None)
     index = device if isinstance(device, int) else int(number or 0)
     measured.hand_over(index)
     return Plan(**_native.C.cuda_plan(*steps, index))
+
+
+def _torchs_threads() -> int:
+    """As many as torch uses; 0 if it is not imported."""
+    return sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
 
 
 class set_sm_margin:  # a function to its users, as torch.set_grad_enabled is

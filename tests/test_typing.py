@@ -23,7 +23,7 @@ from typing_extensions import assert_type
 
 import lstm_ext
 from lstm_ext import LSTM, BasicLSTMCell, LSTMCell, Plan, backends, build_info, lstm, lstm_cell, plan, use_backend
-from lstm_ext import set_sm_margin, tune
+from lstm_ext import FrozenLSTM, FrozenLSTMCell, FrozenTensorFlowCell, Stream, freeze, set_sm_margin, tune
 from lstm_ext import LayerNormBasicLSTMCell, LSTMStateTuple, MultiRNNCell, dynamic_rnn, replace_lstm, swap, to_torch
 
 State = tuple[Tensor, Tensor]
@@ -84,6 +84,12 @@ if backends()["cuda"].available:
     how: Plan = plan(num_steps=512, batch_size=16, hidden_size=768, dtype=torch.bfloat16, bidirectional=True, device=0)
     assert_type((how.strategy, how.microseconds_per_step, how.refused), tuple[str, float, dict[str, str]])
     assert_type([row.microseconds for row in tune([(512, 16, 768)], [torch.bfloat16])], list[dict[str, float]])
+fast = freeze(nn.LSTM(3, 4), weights="int8")
+assert_type((fast, freeze(LSTMCell(3, 4))), tuple[FrozenLSTM, FrozenLSTMCell])
+assert_type(freeze(BasicLSTMCell(3, input_size=4)), FrozenTensorFlowCell)
+assert_type(freeze(model), Model)
+stream: Stream = fast.stream(2)
+assert_type((stream(x, out=x), stream(array)), tuple[Tensor, npt.NDArray[np.float32]])
 with set_sm_margin(16):
     assert_type(plan(512, 16, 768, device="H100").sm_margin, int)
 """

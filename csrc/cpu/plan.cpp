@@ -10,6 +10,7 @@
 #include <atomic>
 #include <mutex>
 #include <stdexcept>
+#include <type_traits>
 
 #include "levels.h"
 
@@ -63,6 +64,12 @@ constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsua
 //   a step of BasicLSTMCell against one of LSTMCell, H 128 and 512, B 16 to 64, with `use_plan(in_place=…)`; EPYC,
 //   2026-11-26
 constexpr int64_t kMostKernelRows = 40;
+
+// ---- one sequence by itself -------------------------------------------------------------------------------
+
+// Units up to which a step of a frozen layer is waiting more than work.
+//   freeze(…).stream() with a block of 4096 steps, I 1, against benchmarks/compare.py's base; EPYC, 2026-11-26
+constexpr int64_t kMostUnitsAlone = 96;
 
 // ---- blocks of K ------------------------------------------------------------------------------------------
 
@@ -119,12 +126,14 @@ Forced forced_now;
 // ---- engine -----------------------------------------------------------------------------------------------
 
 constexpr const char* kNormsByVectors = "engine: gradients of layer normalisation are computed by vectors";
+constexpr const char* kNarrowByVectors = "engine: weights narrower than float32 are multiplied by vectors";
 constexpr const char* kKernelByVectors = "engine: weights in TensorFlow's layout are multiplied by vectors";
 
 // null: tiles are faster
 const char* why_vectors(const Problem& problem, const LevelShape& level, const EngineShape& tiles) {
   if (!level.has_tiles) return "this SIMD level has no tile registers";
   if (problem.by_columns) return kKernelByVectors;
+  if (problem.storage != Storage::kPlain) return kNarrowByVectors;
   if (problem.normed && problem.backward) return kNormsByVectors;
   if (problem.dtype == Dtype::kFloat64) return "tiles have no float64 sums";
   const SequenceShape& shape = problem.shape;
@@ -155,6 +164,7 @@ EngineKind choose_engine(const Problem& problem, const LevelShape& level, const 
       refuse("engine: tiles have no float64 sums");
     }
     if (*forced->engine == EngineKind::kTiles && problem.by_columns) refuse(kKernelByVectors);
+    if (*forced->engine == EngineKind::kTiles && problem.storage != Storage::kPlain) refuse(kNarrowByVectors);
     if (*forced->engine == EngineKind::kTiles && problem.normed && problem.backward) refuse(kNormsByVectors);
     return *forced->engine;
   }
@@ -198,6 +208,7 @@ void choose_in_place(Plan& plan, const Problem& problem, const EngineShape& engi
     return;
   }
   const bool vectors = engine.kind == EngineKind::kVectors;
+  if (problem.packed && vectors) return;
   if (vectors) {
     const int64_t rows = T * B, step_passes = T * row_tiles(B, engine);
     plan.in_place[kInput] = in_place_pays(I, bytes[kInput], rows, row_tiles(rows, engine), engine);
@@ -245,7 +256,7 @@ void choose_forward_chunk(Plan& plan, const SequenceShape& shape, const EngineSh
 
 // One tile of rows has no use for several blocks.
 int64_t block_depth(const Plan& plan, Weight weight, int64_t K, int64_t rows, const EngineShape& engine) {
-  if (engine.kind == EngineKind::kTiles || rows <= engine.tile_rows) return K;
+  if (engine.kind == EngineKind::kTiles || engine.scaled || rows <= engine.tile_rows) return K;
   const int64_t lanes = engine.up(kBlockBytes, 4 * engine.lanes * engine.sum_bytes);
   const int64_t depth = plan.in_place[weight] ? kInPlaceDepth : lanes * engine.per_lane;
   return depth < K ? depth : K;
@@ -264,12 +275,12 @@ void choose_depth(Plan& plan, const Problem& problem, const EngineShape& engine,
   const bool both_in_place = plan.in_place[kInput] && plan.in_place[kRecurrent];
   plan.one_sum = both_in_place && !problem.by_columns && (short_rows || B <= engine.tile_rows);
   if (!forced) return;
-  if (forced->depth) {
+  if (forced->depth && !engine.scaled) {
     check_depth(*forced->depth, engine);
     plan.depth[kInput] = *forced->depth < I ? *forced->depth : I;
     plan.depth[kRecurrent] = *forced->depth < P ? *forced->depth : P;
   }
-  if (forced->one_sum) {
+  if (forced->one_sum && !problem.packed) {
     if (*forced->one_sum && !both_in_place) refuse("one_sum: w_ih and w_hh must both be in place");
     if (*forced->one_sum && problem.by_columns) refuse("one_sum: expected weights that are no TensorFlow kernel");
     plan.one_sum = *forced->one_sum;
@@ -282,6 +293,9 @@ void plan_forward(Plan& plan, const Problem& problem, const EngineShape& engine,
   const int64_t bytes[3] = {panels * engine.panel_bytes(shape.I), panels * engine.panel_bytes(shape.P),
                             shape.projected ? engine.column_panels(shape.P) * engine.panel_bytes(shape.H) : 0};
   choose_in_place(plan, problem, engine, bytes, forced);
+  plan.alone = problem.packed && problem.simple && problem.storage == Storage::kPlain && shape.B == 1 &&
+               shape.H <= kMostUnitsAlone && engine.kind == EngineKind::kVectors && engine.borrows_rows &&
+               engine.per_lane == 1;
   choose_forward_chunk(plan, shape, engine, bytes, forced);
   choose_depth(plan, problem, engine, forced);
   plan.load = load_of(shape.B, panels, bytes[kRecurrent], engine);
@@ -353,6 +367,8 @@ int choose_threads(const Problem& problem, const EngineShape& engine, const Plan
   }
   why = "too little work for a second one";
   if (step * static_cast<double>(shape.T) < kLeastFlops) return 1;
+  why = "one for each direction: a step has too little work for more";
+  if (plan.alone) return threads < directions ? threads : directions;
   why = "all: one for each direction";
   if (threads <= directions) return threads;
   const int each = threads / directions;
@@ -389,7 +405,7 @@ void choose_team(Plan& plan, const Problem& problem, const EngineShape& engine, 
 Plan make_plan(const Problem& problem, const LevelShape& level, const Forced* forced) {
   Plan plan{};
   plan.engine = choose_engine(problem, level, forced, plan.why.engine);
-  const EngineShape engine = engine_shape(level, plan.engine, problem.dtype, problem.backward);
+  const EngineShape engine = engine_shape(level, plan.engine, problem.dtype, problem.backward, problem.storage);
   (problem.backward ? plan_backward : plan_forward)(plan, problem, engine, forced);
   choose_team(plan, problem, engine, forced);
   return plan;
@@ -416,6 +432,12 @@ static Plan plan_of(const Layer& layer, bool backward) {
   if (layer.cell) {
     problem.by_columns = layer.cell->options.tensorflow;
     problem.normed = layer.cell->options.norm != Norm::kNone;
+  }
+  if constexpr (std::is_same_v<Layer, LayerForward>) {
+    problem.packed = layer.direction[0].packed != nullptr;
+    problem.simple = !layer.cell && !layer.shape.projected && !layer.masks.lengths && !layer.masks.resets &&
+                     !layer.direction[0].cells && !layer.direction[0].gates;
+    problem.storage = layer.storage;
   }
   return make_plan(problem, kernels().shape);
 }

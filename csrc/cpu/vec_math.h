@@ -92,7 +92,7 @@ struct VecMath {
     return 2 * s * series;
   }
 
- private:
+ protected:
   static constexpr C factorial(int n) {
     C product = 1;
     for (int factor = 2; factor <= n; ++factor) product *= factor;
@@ -118,6 +118,50 @@ struct VecMath {
     return bit_cast<Value>((n + K::kExponentBias) << K::kMantissaBits);
   }
 #endif
+};
+
+// The same for who waits for one result: the series in pairs of terms, that do not wait for each other.
+template <class C>
+struct SoonMath : VecMath<C> {
+  using Base = VecMath<C>;
+  using typename Base::Int, typename Base::K, typename Base::Reduced, typename Base::Value;
+
+  static LSTM_EXT_INLINE Reduced reduce(Value x) {
+    const Value n = (x * C(1.4426950408889634) + K::kRound) - K::kRound;
+    const Value r = (x - n * K::kLn2High) - n * K::kLn2Low, square = r * r;
+    static_assert(K::kTerms % 2 == 1);
+    Value series = pair(K::kTerms - 1, r);
+#pragma GCC unroll 16
+    for (int term = K::kTerms - 3; term >= 2; term -= 2) series = series * square + pair(term, r);
+    return {n, series * square + r};
+  }
+
+  static LSTM_EXT_INLINE Value exp(Value x) {
+    const Reduced reduced = reduce(at_most(at_least(x, K::kLowest), K::kHighest));
+    return Base::scale(1 + reduced.m1, reduced.n);
+  }
+
+  // A sigmoid of less than 1e-17 is nothing beside 1.
+  static LSTM_EXT_INLINE Value bounded_exp(Value x) {
+    const Reduced reduced = reduce(at_most(at_least(x, K::kLowest), C(40)));
+    return Base::scale(1 + reduced.m1, reduced.n);
+  }
+
+  struct Fraction {
+    Value over, under;
+  };
+  static LSTM_EXT_INLINE Fraction tanh_fraction(Value x) {
+    const Int sign = bit_cast<Int>(x) & bit_cast<Int>(broadcast(C(-0.)));
+    const Reduced reduced = reduce(at_least(-2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign), K::kTanhLowest));
+    const Value power = Base::scale(broadcast(C(1)), reduced.n), m = power * reduced.m1 + (power - 1);
+    return {bit_cast<Value>(bit_cast<Int>(0 - m) | sign), 2 + m};
+  }
+
+ private:
+  // Terms n and n + 1 of the series, without r to the power of n
+  static LSTM_EXT_INLINE Value pair(int n, Value r) {
+    return r * (C(1) / Base::factorial(n + 1)) + C(1) / Base::factorial(n);
+  }
 };
 
 template <class Drawn, int... lane>

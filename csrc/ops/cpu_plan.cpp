@@ -54,8 +54,11 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool pr
   expect_countable(shape, saturated_product(T, B));
   const cpu::Problem problem{dtype_named(dtype), shape, num_directions, backward,
                              num_threads ? num_threads : cpu::default_threads()};
-  const cpu::Plan plan = cpu::make_plan(problem, cpu::kernels().shape);
+  return described_plan(problem);
+}
 
+py::dict described_plan(const cpu::Problem& problem) {
+  const cpu::Plan plan = cpu::make_plan(problem, cpu::kernels().shape);
   py::dict why, result;
   why["engine"] = plan.why.engine;
   why["chunk_steps"] = plan.why.chunk_steps;
@@ -63,6 +66,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool pr
   result["engine"] = plan.engine == cpu::EngineKind::kTiles ? "tiles" : "vectors";
   result["in_place"] = py::make_tuple(plan.in_place[0], plan.in_place[1], plan.in_place[2]);
   result["one_sum"] = plan.one_sum;
+  result["alone"] = plan.alone;
   result["chunk_steps"] = plan.chunk_steps;
   result["depth"] = py::make_tuple(plan.depth[0], plan.depth[1]);
   result["borrow_x"] = plan.borrow_x;
