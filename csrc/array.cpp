@@ -322,6 +322,8 @@ void Array::expect_int64() const {
   throw py::type_error(std::string(name_) + ": expected dtype int64, got " + dtype_text());
 }
 
+bool Array::has_int8() const { return same(dtype_, {dlpack::kInt, 8, 1}); }
+
 void Array::expect_bool() const {
   if (dtype_.code == dlpack::kBool) return;
   const std::string name(name_);
@@ -350,6 +352,41 @@ bool Array::contiguous() const {
     expected = saturated_product(expected, shape_[dim]);
   }
   return true;
+}
+
+void Array::expect_writable() const {
+  const std::string name(name_);
+  if (!api_ && !py::reinterpret_borrow<py::array>(object_).writeable()) {
+    throw py::value_error(name + ": expected a writable array, got one that is read-only");
+  }
+  bool usable = usable_as_it_lies() && !negated();
+  for (int dim = 0; dim < ndim_; ++dim) {
+    if (shape_[dim] < 2) continue;
+    usable = usable && stride_[dim] > 0;
+    for (int other = 0; other < ndim_; ++other) {  // of two dimensions one lies within a step of the other
+      if (other == dim || shape_[other] < 2) continue;
+      usable = usable && (stride_[dim] >= saturated_product(stride_[other], shape_[other]) ||
+                          stride_[other] >= saturated_product(stride_[dim], shape_[dim]));
+    }
+  }
+  if (!usable) {
+    throw py::value_error(name + ": expected rows of adjacent, aligned elements that lie apart from each other");
+  }
+}
+
+bool Array::overlaps(const Array& other) const {
+  const auto extent = [](const Array& array) {
+    auto begin = reinterpret_cast<uintptr_t>(array.data_), end = begin + array.dtype_.bits / 8;
+    for (int dim = 0; dim < array.ndim_; ++dim) {
+      if (array.shape_[dim] == 0) return std::pair(begin, begin);
+      const int64_t bytes = (array.shape_[dim] - 1) * array.stride_[dim] * (array.dtype_.bits / 8);
+      (bytes < 0 ? begin : end) += static_cast<uintptr_t>(bytes);
+    }
+    return std::pair(begin, end);
+  };
+  const auto [begin, end] = extent(*this);
+  const auto [other_begin, other_end] = extent(other);
+  return begin < other_end && other_begin < end;
 }
 
 void* Array::current_stream() const {

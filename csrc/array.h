@@ -122,9 +122,12 @@ class Array {
   Dtype float_dtype() const;
   void expect_integers() const;
   void expect_int64() const;
+  bool has_int8() const;
   void expect_bool() const;
 
   bool contiguous() const;
+  void expect_writable() const;  // as an output: writable, columns adjacent and aligned, no element twice
+  bool overlaps(const Array& other) const;
   int64_t integer(int64_t n) const;  // element n of a vector of integers of any width
   py::handle object() const { return object_; }
 

@@ -5,6 +5,7 @@
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "ops/cpu_plan.h"
+#include "ops/frozen.h"
 #include "ops/gpu_hooks.h"
 #include "ops/gpu_plan.h"
 #include "ops/ops.h"
@@ -17,6 +18,19 @@ PYBIND11_MODULE(core, m) {
   m.def("layer_forward", &lstm_ext::ops::layer_forward, "call"_a, "save"_a, "num_threads"_a = 0);
   m.def("layer_backward", &lstm_ext::ops::layer_backward, "call"_a, "saved"_a, "grads"_a, "needs"_a,
         "num_threads"_a = 0);
+  py::class_<lstm_ext::ops::Frozen, std::shared_ptr<lstm_ext::ops::Frozen>>(m, "Frozen")
+      .def(py::init<const py::list&, lstm_ext::ops::Directions, const std::string&, const std::string&>(), "layers"_a,
+           "directions"_a, "dtype"_a, "storage"_a)
+      .def("run", &lstm_ext::ops::Frozen::run, "call"_a, "num_threads"_a = 0)
+      .def("plans", &lstm_ext::ops::Frozen::plans, "T"_a, "B"_a, "num_threads"_a)
+      .def("bytes", &lstm_ext::ops::Frozen::bytes);
+  py::class_<lstm_ext::ops::Stream>(m, "Stream")
+      .def(py::init<std::shared_ptr<lstm_ext::ops::Frozen>, const py::tuple&>(), "frozen"_a, "states"_a)
+      .def("step", &lstm_ext::ops::Stream::step, "x"_a, "batch_first"_a, "out"_a, "lengths"_a, "resets"_a,
+           "num_threads"_a = 0)
+      .def("current", &lstm_ext::ops::Stream::current)
+      .def("hold", &lstm_ext::ops::Stream::hold)
+      .def("release", &lstm_ext::ops::Stream::release);
 #if defined(LSTM_EXT_WITH_CUDA)
   m.def("cuda_layer_forward", &lstm_ext::ops::cuda_layer_forward, "steps"_a, "save"_a, "tf32"_a, "strategy"_a);
   m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward, "steps"_a, "saved"_a, "grads"_a, "needs"_a,

@@ -39,11 +39,20 @@ struct Masks {
   int64_t reset_t_stride, reset_b_stride;
 };
 
+// What the matrices of a frozen layer of float32 may be stored as: as all else is, or narrower. int8 numbers are
+// multiplied by the scale of their row.
+enum class Storage : uint8_t { kPlain, kBFloat16, kInt8 };
+
+struct RowScales {  // null where there are none
+  const float *w_ih, *w_hh, *w_hr;
+};
+
 struct LayerWeights {
   Matrix w_ih;              // [4H, I]
   Matrix w_hh;              // [4H, P]
   const void *b_ih, *b_hh;  // [4H], both may be null
   Matrix w_hr;              // [P, H], data may be null
+  RowScales scales = {};    // [4H], [4H], [P]
 };
 
 // ---- what a cell computes where it is no plain LSTM: `Cell` in lstm_ext/cell.py, with the same numbers ----
@@ -111,6 +120,10 @@ struct ForwardDirection {
   void* c_n;    // [B, H], contiguous
   void* cells;  // rows by cells_map, float or double, may be null
   void* gates;  // rows by gates_map, activated i f g o, may be null
+  // Of a frozen layer, on the CPU: its weights as cpu::Kernels::pack has left them; null: they are packed in the call,
+  // or read in place.
+  void* packed = nullptr;
+  float h_bound = 1;  // with Storage::kInt8: no element of a computed h is larger
 };
 
 struct LayerForward {
@@ -123,6 +136,7 @@ struct LayerForward {
   ForwardDirection direction[2];
   int num_threads;
   const LayerCell* cell;  // null: the plain LSTM
+  Storage storage = Storage::kPlain;
 };
 
 struct WeightGrads {  // contiguous

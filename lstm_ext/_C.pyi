@@ -10,7 +10,8 @@ tensors, and OMP_NUM_THREADS or the usable processors for NumPy arrays. Argument
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict
 
-from .call import Array, CallTuple, GradsTuple, Needs, OutputsTuple, Save
+from .call import Array, CallTuple, Directions, GradsTuple, Needs, OutputsTuple, Save
+from .cell import Cell
 
 class BuildInfo(TypedDict, total=False):
     version: str
@@ -110,6 +111,38 @@ def force_cpu_plan(
     threads: int | None = None,
     by_rows: bool | None = None,
 ) -> None: ...
+
+class Frozen:
+    """Layers packed for inference; many threads may use one at once. csrc/ops/frozen.h tells what goes in."""
+
+    def __init__(
+        self,
+        layers: list[tuple[list[Array], list[Array], Cell | None]],
+        directions: Directions,
+        dtype: str,
+        storage: Literal["plain", "bfloat16", "int8"],
+    ) -> None: ...
+    def run(self, call: CallTuple, num_threads: int = 0) -> tuple[Array, Array | None, Array]: ...
+    def plans(self, T: int, B: int, num_threads: int) -> list[CpuPlan]: ...
+    def bytes(self) -> int: ...
+
+class Stream:
+    """The state of some sequences; one thread's at a time."""
+
+    def __init__(self, frozen: Frozen, states: tuple[Array, ...]) -> None: ...
+    def step(
+        self,
+        x: Array,
+        batch_first: bool,
+        out: Array | None,
+        lengths: Array | None,
+        resets: Array | None,
+        num_threads: int = 0,
+    ) -> Array: ...
+    def current(self) -> int: ...
+    def hold(self) -> None: ...
+    def release(self) -> None: ...
+
 def take_tensor_types(types: tuple[type, ...], num_threads: Callable[[], int]) -> None: ...
 def share_openmp_threads(library: str) -> bool: ...
 def build_info() -> BuildInfo: ...

@@ -7,6 +7,7 @@ modules need torch, imported at their first use.
     BasicLSTMCell, dynamic_rnn TensorFlow 1's cell, and its loop over one                     torch
     LayerNormBasicLSTMCell     its cell with layer normalisation; MultiRNNCell stacks cells   torch
     replace_lstm, to_torch     put our modules into a model, and torch's back                 torch
+    freeze                     pack weights once, for inference; streams that keep their state torch
     lstm, lstm_cell            the functions underneath: one layer, one step
     convert                    weights from and to TensorFlow, Keras, Flax, ONNX and others
     onnx, ops                  for programs that are exported already                         torch
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from . import onnx as onnx
     from . import ops as ops
     from . import testing as testing
+    from .frozen import FrozenLSTM, FrozenLSTMCell, FrozenTensorFlowCell, Stream, freeze
     from .nn import LSTM, LSTMCell
     from .swap import replace_lstm, to_torch
     from .tensorflow import BasicLSTMCell, LayerNormBasicLSTMCell, LSTMStateTuple, MultiRNNCell, dynamic_rnn
@@ -51,14 +53,19 @@ if TYPE_CHECKING:
 __all__ = [
     "LSTM",
     "BasicLSTMCell",
+    "FrozenLSTM",
+    "FrozenLSTMCell",
+    "FrozenTensorFlowCell",
     "LSTMCell",
     "LSTMStateTuple",
     "LayerNormBasicLSTMCell",
     "MultiRNNCell",
     "Plan",
+    "Stream",
     "backends",
     "build_info",
     "dynamic_rnn",
+    "freeze",
     "lstm",
     "lstm_cell",
     "plan",
@@ -77,6 +84,7 @@ _PLACES = {
         ("BasicLSTMCell", "LayerNormBasicLSTMCell", "LSTMStateTuple", "MultiRNNCell", "dynamic_rnn"), "tensorflow"
     ),
     **dict.fromkeys(("replace_lstm", "to_torch"), "swap"),
+    **dict.fromkeys(("FrozenLSTM", "FrozenLSTMCell", "FrozenTensorFlowCell", "Stream", "freeze"), "frozen"),
     "tune": "tuning",
 }
 _NEED_TORCH = {*_PLACES, "onnx", "ops"}

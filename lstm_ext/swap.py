@@ -95,7 +95,7 @@ def to_torch(module: Module) -> Module:
     return _swap("to_torch", module, _TORCHS, why_not)
 
 
-def _plain_class(module: Module) -> type[Module]:
+def plain_class(module: Module) -> type[Module]:
     """The class of a module; of a parametrized one, the class that it had before."""
     cls = type(module)
     return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
@@ -115,7 +115,7 @@ def _change_class(module: Module, cls: type[Module]) -> None:
 
 def _obstacle(module: Module, classes: Mapping[type[Module], type[Module]]) -> str:
     """Why a module that is nearly one to replace is left alone; "" if it is none, or nothing is in the way."""
-    cls = _plain_class(module)
+    cls = plain_class(module)
     if cls in classes.values():
         return ""
     if cls not in classes:
@@ -153,7 +153,7 @@ def _swap(
         paths.setdefault(module, []).append(path or "the module itself")
     replaced, told = 0, False
     for module, where in paths.items():
-        cls: Any = classes.get(_plain_class(module))
+        cls: Any = classes.get(plain_class(module))
         if obstacle := _obstacle(module, classes) or why_not(module):
             warnings.warn(f"{who} leaves {', '.join(where)} alone: {obstacle}", stacklevel=3)
             told = True
@@ -162,7 +162,7 @@ def _swap(
             replaced += 1
             _logger.info("%s: %s is now %s(%s)", who, ", ".join(where), _full_name(cls), module.extra_repr())
     _logger.info("%s: %d module%s replaced", who, replaced, "" if replaced == 1 else "s")
-    if not (replaced or told or any(_plain_class(module) in classes.values() for module in paths)):
+    if not (replaced or told or any(plain_class(module) in classes.values() for module in paths)):
         names = " and no ".join(dict.fromkeys(map(_full_name, classes)))
         warnings.warn(f"{who} found no {names} in {type(root).__name__}", stacklevel=3)
     return root

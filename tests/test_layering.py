@@ -44,6 +44,7 @@ ALLOWED = {
         "cell.h",
         "forward.h",
         "forward_cell.h",
+        "narrow.h",
         "backward.h",
         "backward_grads.h",
         "backward_cell.h",
@@ -193,19 +194,29 @@ def test_cells_have_the_numbers_of_the_core(enum: type[IntEnum]) -> None:
 
 
 def stub_signatures() -> dict[str, list[str]]:
+    """The arguments of each function, and of each method as "Class.method"."""
     tree = ast.parse((PACKAGE / "_C.pyi").read_text(encoding="utf-8"))
-    return {node.name: [a.arg for a in node.args.args] for node in tree.body if isinstance(node, ast.FunctionDef)}
+    found = {"": tree.body} | {f"{c.name}.": c.body for c in tree.body if isinstance(c, ast.ClassDef)}
+    return {
+        prefix + node.name: [a.arg for a in node.args.args]
+        for prefix, body in found.items()
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 @needs_native
 def test_the_stub_has_the_functions_and_arguments_of_the_module() -> None:
     assert _native.C is not None
     public = {name: value for name, value in vars(_native.C).items() if not name.startswith("_")}
+    for cls in [name for name, value in public.items() if isinstance(value, type)]:
+        methods = vars(public.pop(cls)).items()
+        public |= {f"{cls}.{name}": f for name, f in methods if name == "__init__" or not name.startswith("_")}
     stub = stub_signatures()
     cuda = _native.C.build_info()["cuda"]
     assert set(public) == {name for name in stub if cuda or not name.startswith("cuda_")}
     for name, function in public.items():
-        signature = re.search(rf"{name}\((.*)\)", inspect.getdoc(function) or "")
+        signature = re.search(rf"{name.rpartition('.')[2]}\((.*)\)", inspect.getdoc(function) or "")
         assert signature, name
         assert re.findall(r"(\w+):", signature[1]) == stub[name], name
 

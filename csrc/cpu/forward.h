@@ -19,6 +19,7 @@
 
 #include "../gate_math.h"
 #include "cell.h"
+#include "narrow.h"
 #include "product.h"
 #include "share.h"
 #include "tiles.h"
@@ -51,10 +52,14 @@ class Forward {
         cell_(layer.cell),
         steps_(layer.cell, direction) {
     const auto [T, B, I, H, P, projected] = shape_;
+    const LayerWeights& weights = dir_.weights;
+    packed_ = Engine::kKind == EngineKind::kVectors && dir_.packed;
+    WeightSpace space{packed_ ? static_cast<char*>(dir_.packed) : nullptr, arena};
     panels_ = gates_.panels();
-    w_ih_ = weights_in(dir_.weights.w_ih, gates_, I, kInput, arena);
-    w_hh_ = weights_in(dir_.weights.w_hh, gates_, P, kRecurrent, arena);
-    bias_ = arena.get<C>(panels_ * kPanelWidth<C>);
+    w_ih_ = weights_in(weights.w_ih, weights.scales.w_ih, gates_, I, kInput, space);
+    w_hh_ = weights_in(weights.w_hh, weights.scales.w_hh, gates_, P, kRecurrent, space);
+    if (projected) w_hr_ = weights_in(weights.w_hr, weights.scales.w_hr, units_, H, kProjection, space);
+    bias_ = space.template get<C>(panels_ * kPanelWidth<C>);
 
     x_width_ = Engine::row_size(I);
     chunk_rows_ = plan_.chunk_steps * B;
@@ -67,11 +72,16 @@ class Forward {
     h_ = arena.get<F>(2 * B * h_width_);
     c_ = arena.get<C>(B * c_width_);
     if (projected) {
-      w_hr_ = weights_in(dir_.weights.w_hr, units_, H, kProjection, arena);
       hidden_width_ = Engine::row_size(H);
       hidden_ = arena.get<F>(B * hidden_width_);
     }
     if (cell_) prepare_cell(arena);
+  }
+
+  // Packs the weights of a frozen layer to where its passes find them.
+  void pack() const {
+    for (int64_t p = 0; p < panels_; ++p) pack_gates(p);
+    for (int64_t p = 0; p < w_hr_.panels(); ++p) w_hr_.pack(p);
   }
 
   void run(const Team& team) const {
@@ -84,11 +94,31 @@ class Forward {
   }
 
  private:
+  // Where packed weights lie: one part after the other in those of a frozen layer, else in the arena.
+  struct WeightSpace {
+    char* frozen;
+    Arena& arena;
+
+    template <class T>
+    T* get(int64_t count) {
+      if (!frozen) return arena.get<T>(count);
+      T* const at = reinterpret_cast<T*>(frozen);
+      frozen += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+      return at;
+    }
+  };
+
   template <class Rows>
-  Weights<Rows> weights_in(const Matrix& matrix, Rows rows, int64_t K, Weight weight, Arena& arena) const {
+  Weights<Rows> weights_in(const Matrix& matrix, [[maybe_unused]] const float* scales, Rows rows, int64_t K,
+                           Weight weight, WeightSpace& space) const {
     using W = Weights<Rows>;
-    return W(matrix.data, matrix.row_stride, rows, K,
-             plan_.in_place[weight] ? nullptr : arena.get<typename W::Packed>(W::packed_size(rows, K)));
+    auto* const panels =
+        plan_.in_place[weight] ? nullptr : space.template get<typename W::Packed>(W::packed_size(rows, K));
+    if constexpr (Engine::kScaled) {
+      return W(matrix.data, matrix.row_stride, scales, rows, K, panels);
+    } else {
+      return W(matrix.data, matrix.row_stride, rows, K, panels);
+    }
   }
 
   void prepare_cell(Arena& arena);
@@ -107,13 +137,17 @@ class Forward {
   // ---- before the first step -------------------------------------------------------------------
 
   void prepare(const Share& share) const {
-    share.for_part(panels_, [&](int64_t p) {
-      w_ih_.pack(p);
-      w_hh_.pack(p);
-      pack_bias(p);
-    });
-    share.for_part(w_hr_.panels(), [&](int64_t p) { w_hr_.pack(p); });
+    if (!packed_) {
+      share.for_part(panels_, [&](int64_t p) { pack_gates(p); });
+      share.for_part(w_hr_.panels(), [&](int64_t p) { w_hr_.pack(p); });
+    }
     share.for_part(shape_.B, [&](int64_t slot) { start_row(slot); });
+  }
+
+  void pack_gates(int64_t p) const {
+    w_ih_.pack(p);
+    w_hh_.pack(p);
+    pack_bias(p);
   }
 
   void pack_bias(int64_t p) const {
@@ -136,12 +170,23 @@ class Forward {
     const int64_t b = walk_.row(slot);
     const bool keep = !walk_.resets_before(0, slot, dir_.reverse);
     const bool empty = walk_.length(slot) == 0;
+    if constexpr (Engine::kScaled) scale_rows(slot, keep);
     start_state(dir_.state.h0, b, keep, shape_.P, empty ? dir_.h_n : nullptr, [&](int64_t n, Vec<C> value) {
       if (cell_) value = keep_h(slot, n, value);
       Engine::put(h_ + slot * h_width_, n, value, shape_.P);
     });
     start_state(dir_.state.c0, b, keep, shape_.H, empty ? dir_.c_n : nullptr,
                 [&](int64_t n, Vec<C> value) { store(c_ + slot * c_width_ + n, value); });
+  }
+
+  // What integers stand for in the rows of h: one scale for all steps, that of the largest number that may come.
+  void scale_rows(int64_t slot, bool keep) const {
+    const S* h0 = static_cast<const S*>(dir_.state.h0.data);
+    C largest = dir_.h_bound;
+    if (h0 && keep)
+      largest = Engine::larger(largest, Engine::largest(h0 + walk_.row(slot) * dir_.state.h0.row_stride, shape_.P));
+    for (int64_t s = 0; s < 2; ++s) Engine::scale_row(h(s, slot), largest, shape_.P);
+    if (shape_.projected) Engine::scale_row(hidden_ + slot * hidden_width_, C(1), shape_.H);
   }
 
   void draw_h_mask(int64_t slot) const;
@@ -202,6 +247,7 @@ class Forward {
       return;
     }
     F* copy = x_copy_ + row * x_width_;
+    if constexpr (Engine::kScaled) Engine::scale_row(copy, Engine::largest(x, shape_.I), shape_.I);
     for (int64_t n = 0; n < shape_.I; n += L) Engine::put(copy, n, load_up_to(x + n, shape_.I - n), shape_.I);
     x_rows_[row] = copy;
   }
@@ -293,7 +339,7 @@ class Forward {
 
   // Both products of a step as one sum, whose lanes are added up once; of weights in place.
   void multiply_together(int count, const F* const* x, const F* const* a, int64_t p, C* sums) const {
-    if constexpr (Engine::kKind == EngineKind::kVectors) {
+    if constexpr (Engine::kReadsInPlace) {
       for (int m = 0; m < count; ++m) __builtin_memcpy(sums + m * kPanelWidth<C>, bias(p), kPanelWidth<C> * sizeof(C));
       w_hh_.multiply_in_place(count, {w_ih_.in_place(x, 0, shape_.I), w_hh_.in_place(a, 0, shape_.P)}, p, sums);
     }
@@ -437,6 +483,7 @@ class Forward {
   const PlainRows<C> units_;
   Weights<GateRows<C>> w_ih_, w_hh_;
   Weights<PlainRows<C>> w_hr_;
+  bool packed_;  // the layer is frozen
   int64_t panels_, chunk_rows_, x_width_, h_width_, c_width_, hidden_width_ = 0;
   C* bias_;              // [panels][4 * lanes]
   C* pre_;               // [panels][chunk_rows][4 * lanes]

@@ -14,7 +14,7 @@ void Forward<S, Engine>::prepare_cell(Arena& arena) {
   if (steps_.zoneout_h.wanted) h_kept_ = arena.get<C>(shape_.B * units_width_);
   if (cell.norm != Norm::kNone) norm_row_ = arena.get<C>(plan_.threads * kNormVectors * c_width_);
   if (cell.norm == Norm::kRows) of_h_ = arena.get<C>(panels_ * shape_.B * kPanelWidth<C>);
-  if constexpr (Engine::kKind == EngineKind::kVectors) {
+  if constexpr (Engine::kReadsInPlace) {
     if (!cell.tensorflow) return;
     w_ih_.lie_by_columns();
     w_hh_.lie_by_columns();
@@ -41,7 +41,7 @@ void Forward<S, Engine>::draw_h_mask(int64_t slot) const {
 
 template <class S, class Engine>
 void Forward<S, Engine>::project_by_kernel(const Share& share, int64_t s0, int64_t s, int64_t s1) const {
-  if constexpr (Engine::kKind == EngineKind::kVectors) {
+  if constexpr (Engine::kReadsInPlace) {
     share.for_groups([&](const Share::Group& group) {
       const int64_t end = chunk_row(group, s0, s1);
       for (int64_t row = chunk_row(group, s0, s); row < end; row += Engine::kRows) {
@@ -59,7 +59,7 @@ void Forward<S, Engine>::project_by_kernel(const Share& share, int64_t s0, int64
 
 template <class S, class Engine>
 void Forward<S, Engine>::recur_by_kernel(const Share& share, int64_t s0, int64_t s) const {
-  if constexpr (Engine::kKind == EngineKind::kVectors) {
+  if constexpr (Engine::kReadsInPlace) {
     share.for_groups([&](const Share::Group& group) {
       const int64_t row = chunk_row(group, s0, s) - group.first;
       share.for_tiles(group, walk_.active(s), [&](int64_t first, int count) {
@@ -171,7 +171,7 @@ void Forward<S, Engine>::norm_sums(int64_t s, int64_t row, int64_t first, int co
   }
   if (!kernel_in_place_) {
     w_hh_.multiply(count, a, p, 0, shape_.P, sums, kPanelWidth<C>, sums);
-  } else if constexpr (Engine::kKind == EngineKind::kVectors) {
+  } else if constexpr (Engine::kReadsInPlace) {
     w_hh_.kernel().multiply(count, a, p, p + 1, sums, 0);
   }
   if constexpr (!Engine::kKeepsInfinity) {

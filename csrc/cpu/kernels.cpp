@@ -36,6 +36,9 @@ constexpr unsigned needs() {
 #if defined(__AVX512BF16__)
   features |= kAvx512Bf16;
 #endif
+#if defined(__AVX512VNNI__)
+  features |= kAvx512Vnni;
+#endif
 #if defined(LSTM_EXT_TILES)
   features |= kTiles;
 #endif
@@ -46,10 +49,10 @@ constexpr LevelShape kShape{kVecBytes, kTileRows, kFactorsPerLane<Factor<BFloat1
 
 // Whether the planner's view of an engine is what the engine is.
 template <class Engine>
-constexpr bool is_shape_of(Dtype dtype, bool backward) {
+constexpr bool is_shape_of(Dtype dtype, bool backward, Storage storage = Storage::kPlain) {
   using C = typename Engine::C;
   using F = typename Engine::F;
-  const EngineShape shape = engine_shape(kShape, Engine::kKind, dtype, backward);
+  const EngineShape shape = engine_shape(kShape, Engine::kKind, dtype, backward, storage);
   bool same = shape.lanes == kLanes<C> && shape.sum_bytes == sizeof(C) && shape.tile_rows == Engine::kRows &&
               shape.row_planes == Engine::row_planes && shape.column_planes == Engine::planes &&
               shape.borrows_rows == Engine::kBorrowsRows;
@@ -68,6 +71,8 @@ static_assert(is_shape_of<VectorEngine<float>>(Dtype::kFloat32, false));
 static_assert(is_shape_of<VectorEngine<double>>(Dtype::kFloat64, false));
 static_assert(is_shape_of<VectorEngine<BFloat16>>(Dtype::kBFloat16, false));
 static_assert(is_shape_of<VectorEngine<Float16>>(Dtype::kFloat16, false));
+static_assert(is_shape_of<HalfEngine>(Dtype::kFloat32, false, Storage::kBFloat16));
+static_assert(is_shape_of<Int8Engine>(Dtype::kFloat32, false, Storage::kInt8));
 static_assert(is_shape_of<VectorEngine<float>>(Dtype::kBFloat16, true));
 static_assert(is_shape_of<VectorEngine<double>>(Dtype::kFloat64, true));
 #if defined(LSTM_EXT_TILES)
@@ -138,9 +143,26 @@ struct ForwardBy {
 #if defined(LSTM_EXT_TILES)
   using Tiles = TileEngine<S>;
 #endif
-  template <class Engine>
-  using Pass = Forward<S, Engine>;
   static constexpr auto kEntry = &Kernels::layer_forward;
+  template <class Engine>
+  static void run(const LayerForward& layer, const Plan& plan, int64_t first_step) {
+    run_pass<Forward<S, Engine>>(layer, plan, first_step);
+  }
+};
+
+template <class S>
+struct PackBy {
+  using Vectors = VectorEngine<S>;
+#if defined(LSTM_EXT_TILES)
+  using Tiles = TileEngine<S>;
+#endif
+  static constexpr auto kEntry = &Kernels::pack;
+  template <class Engine>
+  static void run(const LayerForward& layer, const Plan& plan) {
+    Arena arena;
+    const Walk walk(layer.shape, layer.masks, arena);
+    for (int n = 0; n < layer.num_directions; ++n) Forward<S, Engine>(layer, n, plan, walk, arena, 0).pack();
+  }
 };
 
 // Gradients are computed numbers, not stored ones: what they are multiplied by is widened, or cut into planes.
@@ -150,15 +172,17 @@ struct BackwardBy {
 #if defined(LSTM_EXT_TILES)
   using Tiles = TileEngine<S, kPlanes<float>>;
 #endif
-  template <class Engine>
-  using Pass = Backward<S, Engine>;
   static constexpr auto kEntry = &Kernels::layer_backward;
+  template <class Engine>
+  static void run(const LayerBackward& layer, const Plan& plan) {
+    run_pass<Backward<S, Engine>>(layer, plan);
+  }
 };
 
 template <class By, class Engine, class Layer, class... More>
 void run_by(const Layer& layer, const Plan& plan, More... more) {
   if constexpr (kIsOwn<Engine>) {
-    run_pass<typename By::template Pass<Engine>>(layer, plan, more...);
+    By::template run<Engine>(layer, plan, more...);
   } else {
     (kBase->*By::kEntry)(layer, plan);
   }
@@ -184,9 +208,21 @@ void run(const Layer& layer, const Plan& plan, More... more) {
   }
 }
 
+// Of a layer that may have other engines for its weights.
+template <template <class> class By, class... More>
+void run_stored(const LayerForward& layer, const Plan& plan, More... more) {
+  switch (layer.storage) {
+    case Storage::kPlain: return run<By>(layer, plan, more...);
+    case Storage::kBFloat16: return run_by<By<float>, HalfEngine>(layer, plan, more...);
+    case Storage::kInt8: return run_by<By<float>, Int8Engine>(layer, plan, more...);
+  }
+}
+
+void pack(const LayerForward& layer, const Plan& plan) { run_stored<PackBy>(layer, plan); }
+
 void layer_forward(const LayerForward& layer, const Plan& plan) {
   static thread_local int64_t steps_done = 0;
-  run<ForwardBy>(layer, plan, steps_done);
+  run_stored<ForwardBy>(layer, plan, steps_done);
   steps_done += layer.shape.T;
 }
 
@@ -195,7 +231,7 @@ void layer_backward(const LayerBackward& layer, const Plan& plan) { run<Backward
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels{LSTM_EXT_STRINGIFY(LSTM_EXT_SIMD_LEVEL), needs(), kShape, layer_forward, layer_backward};
+const Kernels kKernels{LSTM_EXT_STRINGIFY(LSTM_EXT_SIMD_LEVEL), needs(), kShape, pack, layer_forward, layer_backward};
 
 }  // namespace LSTM_EXT_SIMD_LEVEL
 }  // namespace lstm_ext::cpu

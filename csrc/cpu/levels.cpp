@@ -55,6 +55,7 @@ unsigned features_of(unsigned needs) {
     found |= kAvx512;
   }
   if (__builtin_cpu_supports("avx512bf16")) found |= kAvx512Bf16;
+  if (__builtin_cpu_supports("avx512vnni")) found |= kAvx512Vnni;
 #endif
   if (needs & kTiles && (needs & ~found) == kTiles && tiles_usable()) found |= kTiles;
   return found & needs;

@@ -13,13 +13,16 @@ enum Feature : unsigned {
   kAvx512 = 4,  // F, BW, VL and DQ
   kAvx512Bf16 = 8,
   kTiles = 16,  // AMX, and the permission to use it
+  kAvx512Vnni = 32,
 };
 
-// One level. `needs` are Features.
+// One level. `needs` are Features. `pack` fills what `packed` of each direction points to, packed_bytes(…) of it, of a
+// layer that need have no sequences; passes with the same weights then take it as it is.
 struct Kernels {
   const char* name;
   unsigned needs;
   LevelShape shape;
+  void (*pack)(const LayerForward&, const Plan&);
   void (*layer_forward)(const LayerForward&, const Plan&);
   void (*layer_backward)(const LayerBackward&, const Plan&);
 };

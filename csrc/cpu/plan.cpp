@@ -10,6 +10,7 @@
 #include <atomic>
 #include <mutex>
 #include <stdexcept>
+#include <type_traits>
 
 #include "levels.h"
 
@@ -119,12 +120,14 @@ Forced forced_now;
 // ---- engine -----------------------------------------------------------------------------------------------
 
 constexpr const char* kNormsByVectors = "engine: gradients of layer normalisation are computed by vectors";
+constexpr const char* kNarrowByVectors = "engine: weights narrower than float32 are multiplied by vectors";
 constexpr const char* kKernelByVectors = "engine: weights in TensorFlow's layout are multiplied by vectors";
 
 // null: tiles are faster
 const char* why_vectors(const Problem& problem, const LevelShape& level, const EngineShape& tiles) {
   if (!level.has_tiles) return "this SIMD level has no tile registers";
   if (problem.by_columns) return kKernelByVectors;
+  if (problem.storage != Storage::kPlain) return kNarrowByVectors;
   if (problem.normed && problem.backward) return kNormsByVectors;
   if (problem.dtype == Dtype::kFloat64) return "tiles have no float64 sums";
   const SequenceShape& shape = problem.shape;
@@ -155,6 +158,7 @@ EngineKind choose_engine(const Problem& problem, const LevelShape& level, const 
       refuse("engine: tiles have no float64 sums");
     }
     if (*forced->engine == EngineKind::kTiles && problem.by_columns) refuse(kKernelByVectors);
+    if (*forced->engine == EngineKind::kTiles && problem.storage != Storage::kPlain) refuse(kNarrowByVectors);
     if (*forced->engine == EngineKind::kTiles && problem.normed && problem.backward) refuse(kNormsByVectors);
     return *forced->engine;
   }
@@ -198,6 +202,7 @@ void choose_in_place(Plan& plan, const Problem& problem, const EngineShape& engi
     return;
   }
   const bool vectors = engine.kind == EngineKind::kVectors;
+  if (problem.packed && vectors) return;
   if (vectors) {
     const int64_t rows = T * B, step_passes = T * row_tiles(B, engine);
     plan.in_place[kInput] = in_place_pays(I, bytes[kInput], rows, row_tiles(rows, engine), engine);
@@ -245,7 +250,7 @@ void choose_forward_chunk(Plan& plan, const SequenceShape& shape, const EngineSh
 
 // One tile of rows has no use for several blocks.
 int64_t block_depth(const Plan& plan, Weight weight, int64_t K, int64_t rows, const EngineShape& engine) {
-  if (engine.kind == EngineKind::kTiles || rows <= engine.tile_rows) return K;
+  if (engine.kind == EngineKind::kTiles || engine.scaled || rows <= engine.tile_rows) return K;
   const int64_t lanes = engine.up(kBlockBytes, 4 * engine.lanes * engine.sum_bytes);
   const int64_t depth = plan.in_place[weight] ? kInPlaceDepth : lanes * engine.per_lane;
   return depth < K ? depth : K;
@@ -264,12 +269,12 @@ void choose_depth(Plan& plan, const Problem& problem, const EngineShape& engine,
   const bool both_in_place = plan.in_place[kInput] && plan.in_place[kRecurrent];
   plan.one_sum = both_in_place && !problem.by_columns && (short_rows || B <= engine.tile_rows);
   if (!forced) return;
-  if (forced->depth) {
+  if (forced->depth && !engine.scaled) {
     check_depth(*forced->depth, engine);
     plan.depth[kInput] = *forced->depth < I ? *forced->depth : I;
     plan.depth[kRecurrent] = *forced->depth < P ? *forced->depth : P;
   }
-  if (forced->one_sum) {
+  if (forced->one_sum && !problem.packed) {
     if (*forced->one_sum && !both_in_place) refuse("one_sum: w_ih and w_hh must both be in place");
     if (*forced->one_sum && problem.by_columns) refuse("one_sum: expected weights that are no TensorFlow kernel");
     plan.one_sum = *forced->one_sum;
@@ -389,7 +394,7 @@ void choose_team(Plan& plan, const Problem& problem, const EngineShape& engine, 
 Plan make_plan(const Problem& problem, const LevelShape& level, const Forced* forced) {
   Plan plan{};
   plan.engine = choose_engine(problem, level, forced, plan.why.engine);
-  const EngineShape engine = engine_shape(level, plan.engine, problem.dtype, problem.backward);
+  const EngineShape engine = engine_shape(level, plan.engine, problem.dtype, problem.backward, problem.storage);
   (problem.backward ? plan_backward : plan_forward)(plan, problem, engine, forced);
   choose_team(plan, problem, engine, forced);
   return plan;
@@ -416,6 +421,10 @@ static Plan plan_of(const Layer& layer, bool backward) {
   if (layer.cell) {
     problem.by_columns = layer.cell->options.tensorflow;
     problem.normed = layer.cell->options.norm != Norm::kNone;
+  }
+  if constexpr (std::is_same_v<Layer, LayerForward>) {
+    problem.packed = layer.direction[0].packed != nullptr;
+    problem.storage = layer.storage;
   }
   return make_plan(problem, kernels().shape);
 }

@@ -51,15 +51,17 @@ struct EngineShape {
   int per_lane;                   // neighbouring factors in a lane
   int tile_rows;                  // the most that are multiplied together
   int row_planes, column_planes;  // bfloat16 numbers that one factor is made of; 1 for vectors
+  int lane_bytes;                 // of vectors: of the weights that one lane multiplies
+  bool scaled;  // factors and weights are integers; a vector of scales stands before each row and panel
 
   // Bytes of a row of K factors; of tiles an odd number of cache lines.
   LSTM_EXT_PLAN_INLINE int64_t row_bytes(int64_t K) const {
-    if (kind == EngineKind::kVectors) return lanes * up(K, lanes) * (sum_bytes / per_lane);
+    if (kind == EngineKind::kVectors) return lanes * (up(K, lanes) + scaled) * (sum_bytes / per_lane);
     return (row_planes * up(K, kTileDepth) | 1) * kTileDepth * 2;
   }
   // Bytes of a panel of K factors by four vectors.
   LSTM_EXT_PLAN_INLINE int64_t panel_bytes(int64_t K) const {
-    if (kind == EngineKind::kVectors) return up(K, per_lane) * 4 * lanes * sum_bytes;
+    if (kind == EngineKind::kVectors) return (up(K, per_lane) * lane_bytes + scaled * sum_bytes) * 4 * lanes;
     return up(K, kTileDepth) * 4 * column_planes * kTileBytes;
   }
   // Panels of H units (the four gates of a vector of them), and of N columns.
@@ -73,16 +75,28 @@ struct EngineShape {
 };
 
 // For the forward or the backward pass of a layer of this dtype, whose factors on one side are then gradients.
-constexpr EngineShape engine_shape(const LevelShape& level, EngineKind kind, Dtype dtype, bool backward) {
+constexpr EngineShape engine_shape(const LevelShape& level, EngineKind kind, Dtype dtype, bool backward,
+                                   Storage storage = Storage::kPlain) {
   const bool is_double = dtype == Dtype::kFloat64, is_bf16 = dtype == Dtype::kBFloat16;
   if (kind == EngineKind::kTiles) {
     const int planes = dtype == Dtype::kFloat32 ? 3 : is_bf16 ? 1 : 2;
-    return {kind, false, kTileHeight, 4, 1, kTileHeight, backward ? 3 : planes, planes};
+    return {kind, false, kTileHeight, 4, 1, kTileHeight, backward ? 3 : planes, planes, 4, false};
   }
   const int sum_bytes = is_double ? 8 : 4, per_lane = !backward && is_bf16 && level.bf16_in_pairs ? 2 : 1;
   const bool as_stored = backward || dtype == Dtype::kFloat32 || is_double || per_lane == 2;
   const int lanes = level.vec_bytes / sum_bytes;
-  return {kind, as_stored, lanes, sum_bytes, per_lane, level.tile_rows, 1, 1};
+  if (storage == Storage::kInt8) return {kind, false, lanes, sum_bytes, 2, level.tile_rows, 1, 1, 2, true};
+  const int lane_bytes = storage == Storage::kBFloat16 ? 2 : sum_bytes;
+  return {kind, as_stored, lanes, sum_bytes, per_lane, level.tile_rows, 1, 1, lane_bytes, false};
+}
+
+// Of the packed weights of one direction: its matrices and its bias one after the other, each from a cache line on.
+LSTM_EXT_PLAN_INLINE int64_t packed_bytes(const EngineShape& engine, const SequenceShape& shape) {
+  const auto lines = [](int64_t bytes) { return (bytes + 63) & ~int64_t{63}; };
+  const int64_t panels = engine.unit_panels(shape.H);
+  const int64_t projection = shape.projected ? engine.column_panels(shape.P) * engine.panel_bytes(shape.H) : 0;
+  return lines(panels * engine.panel_bytes(shape.I)) + lines(panels * engine.panel_bytes(shape.P)) + lines(projection) +
+         lines(panels * 4 * engine.lanes * engine.sum_bytes);
 }
 
 // ---- the plan ---------------------------------------------------------------------------------------------
@@ -95,6 +109,8 @@ struct Problem {
   int num_threads;          // that may be used
   bool by_columns = false;  // weights are in TensorFlow's layout
   bool normed = false;      // there is layer normalisation
+  bool packed = false;      // weights are frozen: packed for vectors
+  Storage storage = Storage::kPlain;
 };
 
 // What there is to share out at each step: sequences, and panels of the recurrent weights.

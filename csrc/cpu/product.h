@@ -497,6 +497,8 @@ struct VectorEngine {
   static constexpr bool kBorrowsRows = sizeof(S) == sizeof(F);  // rows of S may be multiplied where they lie
   static constexpr bool kKeepsInfinity = true;  // else sums that should be infinite are NaN, and their rows repaired
   static constexpr bool kSplitsFloats = false;  // else a computed number is multiplied as planes of its own
+  static constexpr bool kReadsInPlace = true;   // weights may be multiplied where they lie
+  static constexpr bool kScaled = false;        // factors are integers, which a number in front of their row scales
 
   // Elements of a row of K factors, and of a panel of K factors of WeightsOf.
   static constexpr int64_t row_size(int64_t K) { return ceil_div(K, kLanes<C>) * kLanes<C>; }

@@ -54,8 +54,11 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool pr
   expect_countable(shape, saturated_product(T, B));
   const cpu::Problem problem{dtype_named(dtype), shape, num_directions, backward,
                              num_threads ? num_threads : cpu::default_threads()};
-  const cpu::Plan plan = cpu::make_plan(problem, cpu::kernels().shape);
+  return described_plan(problem);
+}
 
+py::dict described_plan(const cpu::Problem& problem) {
+  const cpu::Plan plan = cpu::make_plan(problem, cpu::kernels().shape);
   py::dict why, result;
   why["engine"] = plan.why.engine;
   why["chunk_steps"] = plan.why.chunk_steps;

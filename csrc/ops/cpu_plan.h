@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "../cpu/plan.h"
 #include "layer_args.h"
 
 namespace lstm_ext::ops {
@@ -16,6 +17,9 @@ int threads_for(const LayerArgs& args, int asked);
 // for a forced plan that cannot be.
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool projected, const std::string& dtype,
                   int num_directions, bool backward, int num_threads);
+
+// The same of a problem that has been checked.
+py::dict described_plan(const cpu::Problem& problem);
 
 // What all plans of this process shall be, None for as planned; without arguments nothing is forced. in_place is for
 // all three matrices, or for w_ih, w_hh and w_hr. Throws ValueError for what no layer could do at the SIMD level in

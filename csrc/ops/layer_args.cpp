@@ -125,9 +125,12 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
   }
   shape.projected = !tensorflow && (each - first) % 2 == 0;
   for (size_t n = 0; n < static_cast<size_t>(D); ++n) {
-    const auto get = [&](size_t index, const char* const(&names)[2]) {
+    const auto get = [&](size_t index, const char* const(&names)[2], Storage stored = Storage::kPlain) {
       Array array(PySequence_Fast_GET_ITEM(weights.ptr(), n * given + index), names[n], like);
-      if (!array.has_dtype(dtype)) refuse_dtype(array, like, weights);
+      const bool fits = stored == Storage::kPlain      ? array.has_dtype(dtype)
+                        : stored == Storage::kBFloat16 ? array.has_dtype(Dtype::kBFloat16)
+                                                       : array.has_int8();
+      if (!fits) refuse_dtype(array, like, weights);
       return array;
     };
     DirectionArrays& to = direction[n];
@@ -137,8 +140,8 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
       if (each > 1) to.b_ih = get(1, {"bias", "bias_reverse"});
       if (each > 1) to.b_ih.expect_shape({4 * shape.H}, "4*H");
     } else {
-      if (with_w_ih) to.w_ih = get(0, {"w_ih", "w_ih_reverse"});
-      to.w_hh = get(first, {"w_hh", "w_hh_reverse"});
+      if (with_w_ih) to.w_ih = get(0, {"w_ih", "w_ih_reverse"}, storage);
+      to.w_hh = get(first, {"w_hh", "w_hh_reverse"}, storage);
       if (with_w_ih) to.w_ih.expect_dims(2);
       to.w_hh.expect_dims(2);
       if (n == 0) {
@@ -156,7 +159,7 @@ void LayerLayout::read_weights(const Array& like, py::handle weights, bool with_
         to.b_hh.expect_shape({4 * H}, "4*H");
       }
       if (shape.projected) {
-        to.w_hr = get(each - 1, {"w_hr", "w_hr_reverse"});
+        to.w_hr = get(each - 1, {"w_hr", "w_hr_reverse"}, storage);
         to.w_hr.expect_shape({shape.P, H}, "P, H");
       }
     }
@@ -222,9 +225,12 @@ void LayerLayout::check_first(const Array& x, const DirectionArrays& weights) co
   if (rows % 4 == 0 && w_ih.size(0) == rows && w_ih.size(1) != shape.I) {
     Shape expected = x.shape();
     expected.begin()[expected.size() - 1] = w_ih.size(1);
-    const char* const dims = packed ? "N, I" : step ? (batched ? "B, I" : "I") : batch_first ? "B, T, I" : "T, B, I";
-    x.refuse_shape(expected, dims, ": w_ih is " + text_of(w_ih.shape()));
+    x.refuse_shape(expected, x_dims(), ": w_ih is " + text_of(w_ih.shape()));
   }
+}
+
+const char* LayerLayout::x_dims() const {
+  return packed ? "N, I" : step ? (batched ? "B, I" : "I") : batch_first ? "B, T, I" : "T, B, I";
 }
 
 // A weight of another dtype than x. Where all weights have that one, x is the wrong one.
@@ -273,12 +279,12 @@ void LayerLayout::check_state(const Array& state, const char* letter, int64_t wi
   const Shape expected = state_shape(width), got = state.shape();
   if (got == expected) return;
   const bool swapped = other && got == state_shape(other_width) && other.shape() == expected;
-  const bool one = !step && D == 1 && got.size() > 0 && got.begin()[0] == 1;
+  const bool one = !step && D == 1 && layers == 0 && got.size() > 0 && got.begin()[0] == 1;
   std::string hint = swapped ? ": the pair is (h, c); swapped?" : "";
   if (one && got.size() == 4 && Shape(got.begin() + 1, 3) == expected)
     hint = ": lstm() takes [B, P] and [B, H], no axis of layers";
   if (!step && got == Shape{D, shape.T, width}) hint = layout_hint(true);
-  const std::string dims = step ? (batched ? "B, " : "") : one ? "B, " : "D, B, ";
+  const std::string dims = step ? (batched ? "B, " : "") : one ? "B, " : layers ? "L*D, B, " : "D, B, ";
   state.refuse_shape(expected, (dims + letter).c_str(), hint, one ? 1 : 0);
 }
 
@@ -326,7 +332,7 @@ Shape LayerLayout::sequence_shape(int64_t width) const {
 }
 
 Shape LayerLayout::state_shape(int64_t width) const {
-  if (!step) return {D, shape.B, width};
+  if (!step) return {layers ? layers * D : D, shape.B, width};
   return batched ? Shape{shape.B, width} : Shape{width};
 }
 
@@ -357,7 +363,13 @@ RowMap LayerLayout::saved_map_of(const Array& saved) const {
 
 // ---- Arguments of a pass that reads x ----------------------------------------------------------
 
-LayerArgs::LayerArgs(const LayerCall& call, Array x_)
+LayerArgs::LayerArgs(const LayerCall& call, const LayerLayout& first, int64_t num_layers)
+    : LayerArgs(call, Array(call.x, "x", dlpack::kCpu), &first) {
+  layers = num_layers;
+  check_state();
+}
+
+LayerArgs::LayerArgs(const LayerCall& call, Array x_, const LayerLayout* frozen)
     : LayerLayout(call, x_.float_dtype()),
       x(std::move(x_)),
       lengths(call.lengths, "lengths", x),
@@ -366,7 +378,7 @@ LayerArgs::LayerArgs(const LayerCall& call, Array x_)
   c0 = Array(call.c0, "c0", x);
   resets = Array(call.resets, "resets", x);
   read_axes();
-  read_weights(x, call.weights, true);
+  frozen ? take_sizes(*frozen) : read_weights(x, call.weights, true);
   expect_steps(x);
   const int64_t steps_of_one = batch_first ? shape.T : 0;  // strides are made of T even without sequences
   expect_countable(shape, std::max(rows, steps_of_one));
@@ -376,8 +388,21 @@ LayerArgs::LayerArgs(const LayerCall& call, Array x_)
     check_lengths(lengths);
   }
   check_resets();
-  check_state();
+  if (!frozen) check_state();
   if (cell) read_seed(call.seed);
+}
+
+void LayerArgs::take_sizes(const LayerLayout& frozen) {
+  x.expect_dtype(frozen.dtype, " as the frozen weights have");
+  const int64_t I = shape.I;
+  shape.I = frozen.shape.I;
+  shape.H = frozen.shape.H;
+  shape.P = frozen.shape.P;
+  shape.projected = frozen.shape.projected;
+  if (I == shape.I) return;
+  Shape expected = x.shape();
+  expected.begin()[expected.size() - 1] = shape.I;
+  x.refuse_shape(expected, x_dims(), ": the frozen weights take that width");
 }
 
 void LayerArgs::read_contents() {

@@ -24,7 +24,7 @@ struct LayerLayout {
 
   // Of a step, a call without a time axis, all of these but what is saved lack their first axis, or first two.
   Shape sequence_shape(int64_t width) const;  // in the order of x: [T, B, width], [B, T, width] or packed [N, width]
-  Shape state_shape(int64_t width) const;     // [D, B, width]
+  Shape state_shape(int64_t width) const;     // [D, B, width], of a stack [layers * D, B, width]
   Shape saved_shape(int64_t width) const;     // [D, T, B, width] or packed [D, N, width]
   int64_t saved_size(int64_t width) const { return rows * width; }
 
@@ -38,6 +38,8 @@ struct LayerLayout {
   bool batch_first, packed;
   bool step = false, batched = true;  // without a time axis, and there with a batch or without
   int D;
+  int64_t layers = 0;  // of a frozen stack, whose states are those of all layers; 0: one layer by itself
+  Storage storage = Storage::kPlain;
   Array h0, c0, resets;
   DirectionArrays direction[2];
   SequenceShape shape{};
@@ -60,6 +62,7 @@ struct LayerLayout {
   void check_lengths(const Array& lengths) const;
   void check_resets() const;
   void check_first(const Array& x, const DirectionArrays& weights) const;
+  const char* x_dims() const;
   [[noreturn]] void refuse_dtype(const Array& weight, const Array& x, py::handle weights) const;
   std::string layout_hint(bool as_if_swapped) const;
   void settle();  // as Array does, what is here
@@ -73,7 +76,9 @@ void expect_countable(const SequenceShape& shape, int64_t rows);
 struct LayerArgs : LayerLayout {
   // Throws TypeError (dtype of a mask), RuntimeError (dtype, device, rank, shape), ValueError (of options).
   explicit LayerArgs(const LayerCall& call, dlpack::DeviceType device = dlpack::kCpu)
-      : LayerArgs(call, Array(call.x, "x", device)) {}
+      : LayerArgs(call, Array(call.x, "x", device), nullptr) {}
+  // Of a frozen stack with so many layers, of which the first one is given: the call has no weights.
+  LayerArgs(const LayerCall& call, const LayerLayout& first, int64_t num_layers);
 
   // Makes the arrays readable and reads the masks. Throws ValueError (range) and RuntimeError (no packed sequence).
   void read_contents();
@@ -81,7 +86,8 @@ struct LayerArgs : LayerLayout {
   Array x, lengths, batch_sizes, seed;
 
  private:
-  LayerArgs(const LayerCall& call, Array x);
+  LayerArgs(const LayerCall& call, Array x, const LayerLayout* frozen);
+  void take_sizes(const LayerLayout& frozen);
   void read_axes();
   void read_batch_size();
   void read_packing();

@@ -1,0 +1,331 @@
+// Products with weights that are narrower than the floats they are multiplied by: of frozen layers, where each step
+// waits for weights from a cache. As in product.h otherwise; nothing is read in place.
+//
+//     bfloat16    two vectors of a panel lie in one: a lane is 16 bits of the first and 16 of the second. Either
+//     becomes
+//                 floats by one instruction.
+//
+//                     k = 0  | 0 1 | 2 3 |       vectors 0 .. 3
+//                     k = 1  | 0 1 | 2 3 |
+//
+//     int8        a lane is two neighbours in k. Rows are int16, so many bits of it that no sum overflows int32, and
+//                 what an integer stands for is one number for a row of weights and one for a row of factors:
+//
+//                     x[k] w[k, n]  =  row · column[n] · Σ integers
+//
+//                     panel    | column 0 | 1 | 2 | 3 |      floats
+//                     k = 0, 1 | 0 | 1 | 2 | 3 |             half a vector each
+//                     row      | row, 1 / row, - | k = 0 .. L-1 | ...
+//
+//                 Sums are exact, so that all SIMD levels have the same.
+#pragma once
+
+#include "product.h"
+
+namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
+
+// f(count as a constant), of 1 .. most
+template <int most, class F>
+LSTM_EXT_INLINE void with_count(int count, const F& f) {
+  if constexpr (most > 1) {
+    if (count < most) return with_count<most - 1>(count, f);
+  }
+  f(std::integral_constant<int, most>{});
+}
+
+// tile[m] = start[m * start_stride], for a panel of so many vectors
+LSTM_EXT_INLINE void start_tile(int rows, int vectors, const float* start, int64_t start_stride, float* tile) {
+  if (start == tile) return;
+  for (int m = 0; m < rows; ++m) {
+    for (int n = 0; n < vectors; ++n) {
+      store(tile + (m * 4 + n) * kLanes<float>, load(start + m * start_stride + n * kLanes<float>));
+    }
+  }
+}
+
+// ---- bfloat16 ---------------------------------------------------------------------------------------------
+
+// tile[m] += a[m], K floats, times a panel of pairs of vectors
+template <int rows, int pairs>
+void multiply_pairs(const float* const* a, int64_t K, const BFloat16* panel, float* tile) {
+  constexpr int L = kLanes<float>;
+  Vec<float> sum[rows][2 * pairs];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 2 * pairs; ++n) sum[m][n] = load(tile + (m * 4 + n) * L);
+  }
+  for (int64_t k = 0; k < K; ++k, panel += pairs * 2 * L) {
+    Vec<float> w[2 * pairs];
+#pragma GCC unroll 2
+    for (int n = 0; n < pairs; ++n) {
+      U32 both;
+      __builtin_memcpy(&both, panel + n * 2 * L, sizeof(both));
+      w[2 * n] = bit_cast<Vec<float>>(both << 16);
+      w[2 * n + 1] = bit_cast<Vec<float>>(both & 0xffff0000u);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+      const Vec<float> value = broadcast(a[m][k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < 2 * pairs; ++n) sum[m][n] += value * w[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 2 * pairs; ++n) store(tile + (m * 4 + n) * L, sum[m][n]);
+  }
+}
+
+// As Weights, of bfloat16 numbers times floats.
+template <class Rows>
+class HalfWeights {
+ public:
+  using C = float;
+  using F = float;
+  using Packed = BFloat16;
+  static constexpr int L = kLanes<C>;
+
+  HalfWeights() = default;
+  HalfWeights(const void* data, int64_t row_stride, Rows rows, int64_t K, Packed* panels)
+      : data_(static_cast<const BFloat16*>(data)), row_stride_(row_stride), rows_(rows), K_(K), panels_(panels) {}
+
+  static constexpr int64_t panel_size(int64_t K) { return K * kPanelWidth<C>; }
+  static int64_t packed_size(Rows rows, int64_t K) { return rows.panels() * panel_size(K); }
+
+  int64_t panels() const { return rows_.panels(); }
+
+  void pack(int64_t p) const {
+    const int vectors = rows_.vectors(p), pairs = (vectors + 1) / 2;
+    for (int n = 0; n < 2 * pairs; ++n) {
+      const BFloat16* lanes[L] = {};
+      if (n < vectors) find_lanes(data_, row_stride_, rows_, p, n, lanes);
+      for (int64_t k = 0; k < K_; ++k) {
+        BFloat16* const to = panel(p) + (k * pairs + n / 2) * 2 * L + n % 2;
+        for (int lane = 0; lane < L; ++lane) to[2 * lane] = lanes[lane] ? lanes[lane][k] : BFloat16{0};
+      }
+    }
+  }
+
+  // As there; k0 .. k1 are any columns.
+  void multiply(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, const C* start, int64_t start_stride,
+                C* tile) const {
+    const int vectors = rows_.vectors(p);
+    start_tile(rows, vectors, start, start_stride, tile);
+    with_count<kTileRows>(rows, [&](auto count) {
+      with_count<2>((vectors + 1) / 2,
+                    [&](auto pairs) { multiply_pairs<count, pairs>(a, k1 - k0, panel(p) + k0 * pairs * 2 * L, tile); });
+    });
+  }
+
+ private:
+  Packed* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
+
+  const BFloat16* data_ = nullptr;
+  int64_t row_stride_ = 0;
+  Rows rows_ = {};
+  int64_t K_ = 0;
+  Packed* panels_ = nullptr;
+};
+
+struct HalfEngine : VectorEngine<float> {
+  template <class Rows>
+  using WeightsOf = HalfWeights<Rows>;
+  using Packed = BFloat16;
+  static constexpr bool kReadsInPlace = false;
+  static constexpr int64_t weight_panel_size(int64_t K) { return K * kPanelWidth<float>; }
+};
+
+// ---- int8 -------------------------------------------------------------------------------------------------
+
+using I32 = Vec<int32_t>;
+typedef int16_t Words __attribute__((vector_size(kVecBytes)));
+
+// Sixteen bits of each of some pairs, from eight.
+LSTM_EXT_INLINE I32 widen_pairs(const int8_t* from) {
+  typedef int8_t Bytes __attribute__((vector_size(kVecBytes / 2)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+#if defined(__AVX512F__)
+  return bit_cast<I32>(_mm512_maskz_cvtepi8_epi16(~__mmask32{0}, bit_cast<__m256i>(bytes)));
+#else
+  return bit_cast<I32>(__builtin_convertvector(bytes, Words));
+#endif
+}
+
+// sum + the products of both halves of each lane, as integers
+LSTM_EXT_INLINE I32 add_pairs(I32 sum, I32 a, I32 b) {
+#if defined(__AVX512VNNI__)
+  return bit_cast<I32>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX512F__)
+  return sum + bit_cast<I32>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return sum + bit_cast<I32>(__builtin_ia32_pmaddwd256(bit_cast<Words>(a), bit_cast<Words>(b)));
+#elif defined(__SSE2__)
+  return sum + bit_cast<I32>(__builtin_ia32_pmaddwd128(bit_cast<Words>(a), bit_cast<Words>(b)));
+#else
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// The most that an integer of a row of K may be, so that K products with -127 .. 127 add up to less than 2^31; one less
+// than int16 holds, since a number that has been rounded may be a little above what is the most.
+LSTM_EXT_INLINE int64_t most_of_row(int64_t K) {
+  constexpr int64_t kMost = INT16_MAX - 1;
+  const int64_t most = INT32_MAX / (127 * (K > 0 ? K : 1));
+  return most < kMost ? most : kMost;
+}
+
+// tile[m] = start[m * start_stride] + a[m], K integers in pairs, times a panel of so many vectors
+template <int rows, int vectors>
+void multiply_integers(const int16_t* const* a, int64_t K, const int8_t* panel, const float* start,
+                       int64_t start_stride, float* tile) {
+  constexpr int L = kLanes<float>;
+  const float* const scales = reinterpret_cast<const float*>(panel);
+  panel += kPanelWidth<float> * sizeof(float);
+  I32 sum[rows][vectors] = {};
+  for (int64_t k = 0; k < K; k += 2, panel += vectors * 2 * L) {
+    I32 w[vectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) w[n] = in_register<(rows + 1) * vectors>(widen_pairs(panel + n * 2 * L));
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+      int32_t pair;
+      __builtin_memcpy(&pair, a[m] + L + k, sizeof(pair));
+#pragma GCC unroll 4
+      for (int n = 0; n < vectors; ++n) sum[m][n] = add_pairs(sum[m][n], I32{} + pair, w[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) {
+    float scale;
+    __builtin_memcpy(&scale, a[m], sizeof(scale));
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const Vec<float> product =
+          computed(load(scales + n * L) * scale) * __builtin_convertvector(sum[m][n], Vec<float>);
+      store(tile + (m * 4 + n) * L, load(start + m * start_stride + n * L) + product);
+    }
+  }
+}
+
+// As Weights, of int8 numbers and a scale for each row.
+template <class Rows>
+class Int8Weights {
+ public:
+  using C = float;
+  using F = int16_t;
+  using Packed = int8_t;
+  static constexpr int L = kLanes<C>;
+
+  Int8Weights() = default;
+  Int8Weights(const void* data, int64_t row_stride, const float* scales, Rows rows, int64_t K, Packed* panels)
+      : data_(static_cast<const int8_t*>(data)),
+        row_stride_(row_stride),
+        scales_(scales),
+        rows_(rows),
+        K_(K),
+        panels_(panels) {}
+
+  static constexpr int64_t panel_size(int64_t K) {
+    return kPanelWidth<C> * static_cast<int64_t>(sizeof(float)) + ceil_div(K, 2) * 2 * kPanelWidth<C>;
+  }
+  static int64_t packed_size(Rows rows, int64_t K) { return rows.panels() * panel_size(K); }
+
+  int64_t panels() const { return rows_.panels(); }
+
+  void pack(int64_t p) const {
+    const int vectors = rows_.vectors(p);
+    float* const scales = reinterpret_cast<float*>(panel(p));
+    int8_t* const pairs = panel(p) + kPanelWidth<C> * sizeof(float);
+    for (int n = 0; n < vectors; ++n) {
+      const int8_t* lanes[L];
+      find_lanes<int8_t, Rows, C>(data_, row_stride_, rows_, p, n, lanes);
+      const float* scale_of[L];
+      find_lanes<float, Rows, C>(scales_, 1, rows_, p, n, scale_of);
+      for (int lane = 0; lane < L; ++lane) {
+        scales[n * L + lane] = scale_of[lane] ? *scale_of[lane] : 0;
+        for (int64_t k = 0; k < K_ + K_ % 2; ++k) {
+          const bool present = lanes[lane] && k < K_;
+          pairs[((k / 2 * vectors + n) * L + lane) * 2 + k % 2] = present ? lanes[lane][k] : int8_t{0};
+        }
+      }
+    }
+  }
+
+  // As there, of all columns: 0 .. K.
+  void multiply(int rows, const F* const* a, int64_t p, int64_t, int64_t, const C* start, int64_t start_stride,
+                C* tile) const {
+    with_count<kTileRows>(rows, [&](auto count) {
+      with_count<4>(rows_.vectors(p), [&](auto vectors) {
+        multiply_integers<count, vectors>(a, K_, panel(p), start, start_stride, tile);
+      });
+    });
+  }
+
+ private:
+  Packed* panel(int64_t p) const { return panels_ + p * panel_size(K_); }
+
+  const int8_t* data_ = nullptr;
+  int64_t row_stride_ = 0;
+  const float* scales_ = nullptr;
+  Rows rows_ = {};
+  int64_t K_ = 0;
+  Packed* panels_ = nullptr;
+};
+
+// As VectorEngine, of rows of integers. What they stand for is set by `scale_row` before `put`.
+struct Int8Engine {
+  using C = float;
+  using F = int16_t;
+  template <class Rows>
+  using WeightsOf = Int8Weights<Rows>;
+  struct Session {};
+  using Packed = int8_t;
+
+  static constexpr EngineKind kKind = EngineKind::kVectors;
+  static constexpr int kRows = kTileRows, row_planes = 1, planes = 1;
+  static constexpr bool kBorrowsRows = false, kKeepsInfinity = true, kSplitsFloats = false;
+  static constexpr bool kReadsInPlace = false, kScaled = true;
+  static constexpr int L = kLanes<C>;
+
+  static constexpr int64_t row_size(int64_t K) { return (ceil_div(K, L) + 1) * L; }
+  static constexpr int64_t weight_panel_size(int64_t K) { return Int8Weights<PlainRows<C>>::panel_size(K); }
+
+  // NaN if either is.
+  static LSTM_EXT_INLINE C larger(C a, C b) { return b <= a || a != a ? a : b; }
+
+  // The largest |x| of a row; NaN if one of them is NaN or infinite.
+  static C largest(const C* x, int64_t K) {
+    Vec<C> most{}, spoilt{};
+    for (int64_t k = 0; k < K; k += L) {
+      const Vec<C> value = load_up_to(x + k, K - k), size = value < 0 ? -value : value;
+      most = size > most ? size : most;
+      spoilt += value * 0;
+    }
+    C result = 0;
+    for (int lane = 0; lane < L; ++lane) result = larger(result, most[lane] + spoilt[lane]);
+    return result;
+  }
+
+  // Numbers up to `most` in a row of K. If it is NaN, so are all products of the row.
+  static LSTM_EXT_INLINE void scale_row(F* row, C most, int64_t K) {
+    constexpr C kLeast = 1e-30f;  // below, all are taken for zero: the inverse of their scale may be infinite
+    const C integers = static_cast<C>(most_of_row(K)), scale = most / integers;
+    const C front[] = {scale, most < kLeast ? 0 : 1 / scale};
+    __builtin_memcpy(row, front, sizeof(front));
+  }
+
+  static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t) {
+    C front[2];
+    __builtin_memcpy(front, row, sizeof(front));
+    constexpr C kRound = 0x1.8p23f;  // adding it rounds to an integer, in the lowest bits
+    const U32 rounded = bit_cast<U32>(computed(value * front[1]) + kRound);
+    const U16::Type low = to_16_bits(rounded);
+    __builtin_memcpy(row + L + n, &low, sizeof(low));
+  }
+  static LSTM_EXT_INLINE void put_rounded(F* row, int64_t n, Vec<C> value, int64_t K) { put(row, n, value, K); }
+};
+
+}  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL
