@@ -37,9 +37,7 @@ class Arm(ABC):
 
     name: str
     slack = SLACK
-    deviation: float | None = (
-        None  # of an arm that rounds weights: the most by which it may differ, as `deviations` says
-    )
+    deviation: float | None = None  # of one that rounds weights: the most that `deviations` may say, instead
     modes = frozenset({"cell", "inference"})
     dtypes = frozenset({"float32"})
 
@@ -227,9 +225,8 @@ class Streamed(Frozen):
         self.name = "lstm_ext-stream"
 
     def refusal(self, case: Case) -> str:
-        return super().refusal(case) or (
-            "one step after the other" if case.directions == 2 or case.mode == "cell" else ""
-        )
+        steps = case.directions == 1 and case.mode == "inference"
+        return super().refusal(case) or ("" if steps else "a stream goes on, step after step")
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
         options = {"num_layers": case.layers, "proj_size": case.P}
