@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from lstm_bench import ceilings, report, rows
-from lstm_bench.arms import ARMS, STRATEGIES, USUAL, Arm, problem_on_gpu
+from lstm_bench.arms import ARMS, SERVED, STRATEGIES, USUAL, Arm, problem_on_gpu
 from lstm_bench.cases import (
     AXES,
     DTYPES,
     GPU_SUITES,
+    LATENCY,
     MODES,
     PRESETS,
+    SERVING,
     SUITES,
     WORKLOADS,
     Case,
@@ -32,7 +34,7 @@ from lstm_bench.cases import (
 )
 from lstm_bench.oracle import check, deviations, problem
 from lstm_bench.rows import OURS, Row
-from lstm_bench.timing import kernels, measure, once
+from lstm_bench.timing import kernels, latencies, measure, once
 from tqdm import tqdm
 
 import lstm_ext
@@ -41,6 +43,7 @@ SECONDS = {
     "quick": 0.1,
     "workloads": 0.3,
     "full": 0.3,
+    "serving": 0.2,
     "gpu-quick": 0.1,
     "gpu": 0.2,
     "gpu-strategies": 0.1,
@@ -56,6 +59,7 @@ leaves the rows done so far, and exits with 130. Examples:
 
   python benchmarks/run.py                                   # quick: a minute
   python benchmarks/run.py --preset workloads                # what people run
+  python benchmarks/run.py --preset serving                  # frozen
   python benchmarks/run.py --preset full --json result.json  # half an hour
   python benchmarks/run.py --preset full --suite training cell --threads 1
   python benchmarks/run.py --batch 1 8 --hidden 64 65 --mode training
@@ -95,9 +99,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         nargs="+",
-        choices=[*SUITES, *GPU_SUITES, *WORKLOADS],
+        choices=[*SUITES, *SERVING, *GPU_SUITES, *WORKLOADS],
         metavar="SUITE",
-        help=f"parts of the preset: {', '.join([*SUITES, *GPU_SUITES])}; or the name of a workload",
+        help=f"parts of the preset: {', '.join([*SUITES, *SERVING, *GPU_SUITES])}; or the name of a workload",
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cpu, but cuda for the presets whose names begin with gpu"
@@ -123,10 +127,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=ARMS,
         metavar="ARM",
-        help=f"default: those installed of {', '.join(USUAL)}; for --preset gpu-strategies {', '.join(STRATEGIES)}",
+        help=f"default: those installed of {', '.join(USUAL)}; for --preset gpu-strategies {', '.join(STRATEGIES)}; "
+        f"with --preset serving {', '.join(SERVED)} as well",
     )
     presets = ", ".join(f"{seconds} with {name}" for name, seconds in SECONDS.items())
     parser.add_argument("--seconds", type=float, help=f"measured for each arm of each row (default: {presets})")
+    parser.add_argument(
+        "--calls", type=at_least(1), default=100_000, help="of each arm where they are timed one by one (100000)"
+    )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="no further row begins after these (no limit)")
     parser.add_argument("--json", type=json_path, metavar="FILE", help="where the results are written")
     parser.add_argument("--targets", action="store_true", help="show what this project wants of its kernels, too")
@@ -138,15 +146,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.suite and not options.preset:
-        options.preset = (
-            "gpu" if options.suite[0] in GPU_SUITES else "workloads" if options.suite[0] in WORKLOADS else "full"
-        )
+        presets = {"gpu": GPU_SUITES, "workloads": WORKLOADS, "serving": SERVING, "full": SUITES}
+        options.preset = next(name for name, suites in presets.items() if options.suite[0] in suites)
     options.device = options.device or ("cuda" if (options.preset or "").startswith("gpu") else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     if options.once and options.device != "cuda":
         parser.error("--once: expected with --device cuda")
     usual = ["lstm_ext", *STRATEGIES] if options.preset == "gpu-strategies" else list(USUAL)
+    usual += SERVED if options.preset == "serving" else []
     options.arms = options.arms or usual
     return options
 
@@ -201,7 +209,7 @@ class OtherProcesses:
         return max(0.0, ran_now - ran_before - (own_now - own_before)) / passed if passed else 0.0
 
 
-def run_case(case: Case, arms: Sequence[Arm], seconds: float, profiled: bool = False) -> Row:
+def run_case(case: Case, arms: Sequence[Arm], seconds: float, number: int, profiled: bool = False) -> Row:
     """Checks the arms' answers to the case, and times those that are right, or calls them for a profiler."""
     row = Row(case)
     on_gpu = case.device == "cuda"
@@ -220,8 +228,11 @@ def run_case(case: Case, arms: Sequence[Arm], seconds: float, profiled: bool = F
             call = arm.prepare(case, inputs)
             with torch.inference_mode(not case.trains):
                 named = arm.named(case, inputs, call())
-            check(case, named, expected, arm.slack)
             row.deviations[arm.name] = deviations(named, expected)
+            if arm.deviation is None:
+                check(case, named, expected, arm.slack)
+            elif not max(row.deviations[arm.name].values()) <= arm.deviation:
+                raise AssertionError(f"expected a deviation of at most {arm.deviation}, got {row.deviations[arm.name]}")
             calls[arm.name] = call
             if plan := arm.plan(case):
                 row.plans[arm.name] = plan
@@ -233,6 +244,8 @@ def run_case(case: Case, arms: Sequence[Arm], seconds: float, profiled: bool = F
             return row
         for name, (median, spread) in measure(case, calls, seconds).items():
             row.us[name], row.spread[name] = median, spread
+        if case.suite == LATENCY:
+            row.latency = latencies(case, calls, number)
         if on_gpu:
             row.kernels = {name: kernels(call) for name, call in calls.items() if not name.endswith("-graph")}
     return row
@@ -273,7 +286,7 @@ def main() -> int:
                 meter.measure()
                 measured = time.perf_counter()
             bar.set_postfix_str(str(case))
-            done.append(run_case(case, arms, seconds, options.once))
+            done.append(run_case(case, arms, seconds, options.calls, options.once))
             if options.json:
                 rows.save(options.json, meta, done)
         if meter:
@@ -294,7 +307,7 @@ def main() -> int:
     if done:
         tables = [report.ceilings(meta["ceilings"])] if meta["ceilings"] else []
         tables += [report.results(done), report.peers(done), report.geomeans(done), report.kernels(done)]
-        tables += [report.strategies(done)]
+        tables += [report.strategies(done), report.frozen(done), report.latencies(done)]
         tables += [report.deviations(done)] if options.errors else []
         tables += [report.targets(done)] if options.targets else []
         for table in tables:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +37,7 @@ class Arm(ABC):
 
     name: str
     slack = SLACK
+    deviation: float | None = None  # of one that rounds weights: the most that `deviations` may say, instead
     modes = frozenset({"cell", "inference"})
     dtypes = frozenset({"float32"})
 
@@ -193,6 +198,67 @@ class LstmExt(Torch):
             return trained
 
         return backward
+
+
+class Frozen(LstmExt):
+    """`lstm_ext.freeze` of such a module, with weights of some kind."""
+
+    def __init__(self, weights: str) -> None:
+        self.name = "lstm_ext-frozen" + ("" if weights == "float32" else f"-{weights}")
+        self.weights = weights
+        self.deviation = {"float32": None, "bfloat16": 0.02, "int8": 0.1}[weights]
+
+    def refusal(self, case: Case) -> str:
+        if case.device != "cpu" or case.mode not in ("cell", "inference"):
+            return f"no {case.mode} on {case.device}"
+        return super().refusal(case) if case.dtype == "float32" else f"no {case.dtype}"
+
+    def _load(self, kind: Any, case: Case, inputs: Inputs, **options: Any) -> Any:
+        return lstm_ext.freeze(super()._load(kind, case, inputs, **options), weights=self.weights)
+
+
+class Streamed(Frozen):
+    """Its stream on NumPy arrays, with `out=`: the state goes on; the answers are of the first call."""
+
+    def __init__(self) -> None:
+        super().__init__("float32")
+        self.name = "lstm_ext-stream"
+
+    def refusal(self, case: Case) -> str:
+        steps = case.directions == 1 and case.mode == "inference"
+        return super().refusal(case) or ("" if steps else "a stream goes on, step after step")
+
+    def prepare(self, case: Case, inputs: Inputs) -> Call:
+        options = {"num_layers": case.layers, "proj_size": case.P}
+        stream = self._load(lstm_ext.LSTM, case, inputs, **options).stream(batch_size=case.B)
+        stream.state = inputs.h0, inputs.c0
+        y = np.empty((case.T, case.B, case.width), np.float32)
+        return lambda: (stream(inputs.x, out=y), stream)
+
+    def named(self, case: Case, inputs: Inputs, result: Any) -> Named:
+        y, stream = result
+        h_n, c_n = stream.state
+        return {"y": y.copy(), "h_n": h_n, "c_n": c_n}
+
+
+class TorchInt8(Torch):
+    """`torch.ao.quantization.quantize_dynamic` of `torch.nn.LSTM`."""
+
+    name = "torch-int8"
+    deviation = 0.1
+
+    def refusal(self, case: Case) -> str:
+        if case.device != "cpu" or case.mode not in ("cell", "inference") or case.dtype != "float32":
+            return f"no {case.mode} of {case.dtype} on {case.device}"
+        return "no projection" if case.P else super().refusal(case)
+
+    def _load(self, kind: Any, case: Case, inputs: Inputs, **options: Any) -> Any:
+        from torch.ao.quantization import quantize_dynamic
+
+        with warnings.catch_warnings():  # that it will move to another package
+            warnings.simplefilter("ignore")
+            whole = torch.nn.Sequential(super()._load(kind, case, inputs, **options))
+            return quantize_dynamic(whole, {torch.nn.LSTM, torch.nn.LSTMCell})[0]
 
 
 class Graphed(Torch):
@@ -370,6 +436,32 @@ class OnnxRuntime(Onnx):
         return partial(session.run, None, self.feed(case, inputs))
 
 
+class OnnxRuntimeInt8(OnnxRuntime):
+    """The same, its weights quantised by `quantize_dynamic` of that package."""
+
+    name = "onnxruntime-int8"
+    deviation = 0.1
+
+    def missing(self) -> str:
+        return OnnxRuntime().missing()
+
+    def version(self) -> str:
+        return OnnxRuntime().version()
+
+    def model(self, case: Case, inputs: Inputs) -> bytes:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        with tempfile.TemporaryDirectory() as folder:
+            path, quantised = Path(folder) / "lstm.onnx", Path(folder) / "int8.onnx"
+            path.write_bytes(super().model(case, inputs))
+            logging.disable(logging.WARNING)  # that the model could be prepared first: a single operator cannot
+            try:
+                quantize_dynamic(path, quantised, weight_type=QuantType.QInt8, per_channel=True)
+            finally:
+                logging.disable(logging.NOTSET)
+            return quantised.read_bytes()
+
+
 class OpenVino(Onnx):
     """OpenVINO's CPU device, set for latency, in float32 arithmetic."""
 
@@ -466,7 +558,9 @@ class Jax(Arm):
 STRATEGIES = {arm.name: arm for arm in map(Strategy, ("block", "cluster", "grid", "step"))}
 _PEERS = (OnnxRuntime(), OpenVino(), Jax(), FlashRnn())
 USUAL: dict[str, Arm] = {arm.name: arm for arm in (LstmExt(), Torch(), LstmExtGraphed(), Graphed(), *_PEERS)}
-ARMS = USUAL | STRATEGIES
+_SERVED = (*map(Frozen, ("float32", "bfloat16", "int8")), Streamed(), TorchInt8(), OnnxRuntimeInt8())
+SERVED: dict[str, Arm] = {arm.name: arm for arm in _SERVED}
+ARMS = USUAL | STRATEGIES | SERVED
 
 
 def problem_on_gpu(case: Case) -> tuple[Inputs, Named]:

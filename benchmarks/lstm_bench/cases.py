@@ -150,6 +150,17 @@ WORKLOADS: dict[str, list[Case]] = {
     )
 }
 
+# What a server or an audio thread calls: short, one or a few rows at a time. LATENCY rows are timed call by call.
+LATENCY = "latency"
+SERVING: dict[str, list[Case]] = {
+    "serving": grid("serving", "inference", B=[1, 4], T=[1, 28, 100], H=[48, 128, 256, 512, 1024]),
+    "serving_wide": grid("serving_wide", "inference", T=50, B=1, H=[512, 700, 1024]),
+    "serving_layers": grid("serving_layers", "inference", T=1, B=1, H=64, layers=[1, 3]),
+    "serving_narrow": grid("serving_narrow", "inference", T=4096, B=1, I=1, H=[8, 16, 24, 32, 40, 64, 96]),
+    "serving_blocks": grid("serving_blocks", "inference", T=64, B=1, I=1, H=[16, 24]),
+    LATENCY: grid(LATENCY, "inference", T=1, B=1, H=[32, 256], busy=[0, 1]),
+}
+
 QUICK = [
     *grid("tiny", "inference", T=1, B=1, H=32),
     *grid("batch1", "inference", B=1, T=100, H=128),
@@ -232,6 +243,7 @@ PRESETS = {
     "quick": QUICK,
     "workloads": [case for work in WORKLOADS.values() for case in work],
     "full": [case for suite in SUITES.values() for case in suite],
+    "serving": [case for suite in SERVING.values() for case in suite],
     "gpu-quick": GPU_QUICK,
     "gpu": [case for suite in GPU_SUITES.values() for case in suite],
     "gpu-strategies": GPU_STRATEGIES,

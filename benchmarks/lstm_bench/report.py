@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .rows import BASE, OURS, UNSTEADY, Row, geomean
+from .rows import BASE, FROZEN, OURS, UNSTEADY, Row, geomean, is_peer
 from .targets import evaluate
 
 LONG_TEXTS = ("work", "at its least", "kernels")
@@ -207,6 +207,42 @@ def deviations(rows: Sequence[Row]) -> Table | None:
         own = (row.deviations.get(arm, {}) for arm in arms)
         cells = (" ".join(f"{value:.1e}" for value in each.values()) or "–" for each in own)
         table.add_row(*case_cells(row, shown), *cells, end_section=last_of_mode)
+    return table
+
+
+def frozen(rows: Sequence[Row]) -> Table | None:
+    """Times over those of our frozen layers, and over those with smaller weights; None if none was measured."""
+    rows = [row for row in rows if FROZEN in row.us]
+    if not rows:
+        return None
+    title, shown = case_columns(rows)
+    arms = [arm for arm in dict.fromkeys(arm for row in rows for arm in row.us) if arm != FROZEN]
+    table = new_table(
+        f"{title}\nµs of {FROZEN}, and the times of the others over it", *shown, FROZEN, "best peer", *arms
+    )
+    for row, last_of_mode in by_mode(rows):
+        own = row.us[FROZEN]
+        peers = [us for arm, us in row.us.items() if is_peer(arm)]
+        cells = [number(own), f"{min(peers) / own:.2f}" if peers else "–"]
+        cells += [f"{row.us[arm] / own:.2f}" if arm in row.us else "–" for arm in arms]
+        table.add_row(*case_cells(row, shown), *cells, end_section=last_of_mode)
+    return table
+
+
+def latencies(rows: Sequence[Row]) -> Table | None:
+    """What so many percent of the calls take at most; None if none were timed one by one."""
+    rows = [row for row in rows if row.latency]
+    if not rows:
+        return None
+    title, shown = case_columns(rows)
+    percents = list(next(iter(rows[0].latency.values())))
+    names = [f"{percent} %" for percent in percents]
+    table = new_table(f"{title}\nµs that so many of the calls take at most", *shown, "arm", *names)
+    for row in rows:
+        for n, (arm, taken) in enumerate(row.latency.items()):
+            last = n == len(row.latency) - 1
+            cells = [number(taken[percent]) for percent in percents]
+            table.add_row(*case_cells(row, shown), arm, *cells, end_section=last)
     return table
 
 

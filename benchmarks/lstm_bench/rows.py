@@ -11,7 +11,7 @@ from typing import Any
 
 from .cases import Case, case_from
 
-OURS, BASE = "lstm_ext", "torch"
+OURS, BASE, FROZEN = "lstm_ext", "torch", "lstm_ext-frozen"
 UNSTEADY = 0.2  # quartiles further apart than this share of the median
 
 
@@ -28,6 +28,7 @@ class Row:
     kernels: dict[str, dict[str, int]] = field(default_factory=dict)  # on a GPU: launches of each in one call, by arm
     deviations: dict[str, dict[str, float]] = field(default_factory=dict)  # `oracle.deviations`, by arm
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)  # `Arm.plan`, of those that have one
+    latency: dict[str, dict[str, float]] = field(default_factory=dict)  # `timing.time_each`, by arm
     active: float = 1.0  # the share of all B * T steps that the case takes
 
     def unsteady(self, arm: str) -> bool:
@@ -62,7 +63,13 @@ class Row:
             "kernels": self.kernels,
             "deviations": self.deviations,
             "plans": self.plans,
+            "latency": self.latency,
         }
+
+
+def is_peer(arm: str) -> bool:
+    """Whether it is another implementation that computes with the weights as they are."""
+    return not arm.startswith(OURS) and not arm.endswith("-int8")
 
 
 def save(path: Path, meta: dict[str, Any], rows: Iterable[Row]) -> None:
@@ -79,7 +86,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     Raises:
         ValueError: it cannot be read, or something else has written it.
     """
-    names = ("us", "spread", "floor_us", "errors", "skipped", "kernels", "deviations", "plans")
+    names = ("us", "spread", "floor_us", "errors", "skipped", "kernels", "deviations", "plans", "latency")
     try:
         content = json.loads(path.read_text())
         return content["meta"], [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .cases import WORKLOADS, Case
-from .rows import OURS, Row, geomean
+from .rows import FROZEN, OURS, Row, geomean, is_peer
 
 Times = dict[Case, dict[str, float]]  # by case, its suite left blank
 
@@ -64,10 +64,27 @@ def _whole_grid(row: Row, times: Times) -> float | None:
 
 
 def _best_peer(row: Row, times: Times) -> float | None:
-    peers = [us for arm, us in row.us.items() if arm != OURS]
+    peers = [us for arm, us in row.us.items() if is_peer(arm)]
     wanted = row.case.mode in ("cell", "inference") and not (row.case.busy or row.case.work)
     wanted = wanted and row.case.dtype == "float32"
     return min(peers) / row.us[OURS] if wanted and OURS in row.us and len(peers) > 1 else None
+
+
+def _over(ours: str, *others: str, suites: tuple[str, ...]) -> Callable[[Row, Times], float | None]:
+    """The time of the fastest of some arms, or of all peers, over that of one of ours."""
+
+    def figure(row: Row, times: Times) -> float | None:
+        found = [us for arm, us in row.us.items() if (arm in others if others else is_peer(arm))]
+        return min(found) / row.us[ours] if row.case.suite in suites and ours in row.us and found else None
+
+    return figure
+
+
+def _three_layers(row: Row, times: Times) -> float | None:
+    """The time of one layer over that of three, frozen."""
+    one = times.get(replace(row.case, suite="", layers=1), {}).get(FROZEN)
+    three = row.us.get(FROZEN) if row.case.suite == "serving_layers" and row.case.layers == 3 else None
+    return one / three if one and three else None
 
 
 def _floor(row: Row, times: Times) -> float | None:
@@ -99,6 +116,16 @@ TARGETS = [
     Target("workloads", suite(*WORKLOADS), 1.0, mean=2.6),
     Target("whole grid", _whole_grid, 1.0, mean=2, stretch=3),
     Target("over the best peer, inference", _best_peer, 0.95, mean=1.25, stretch=1.45),
+    Target("frozen over the best peer, B 1 and 4", _over(FROZEN, suites=("serving",)), 1.0, mean=1.25),
+    Target("frozen over our own call", _over(FROZEN, OURS, suites=("serving",)), 1.0, mean=1.15),
+    Target("frozen: one layer over three, T = 1", _three_layers, 1 / 1.6),
+    Target("int8 over our float32, frozen", _over(f"{FROZEN}-int8", FROZEN, suites=("serving_wide",)), 2.5),
+    Target(
+        "int8 over torch's and ONNX Runtime's",
+        _over(f"{FROZEN}-int8", "torch-int8", "onnxruntime-int8", suites=("serving_wide",)),
+        1.3,
+    ),
+    Target("bfloat16 over our float32, frozen", _over(f"{FROZEN}-bfloat16", FROZEN, suites=("serving_wide",)), 1.6),
     Target("speed kept with a busy neighbour", _undisturbed, 1 / 2.5, stretch=1 / 2.1),
     Target("share of the floor, ≥ 1 MFLOP a step", _floor, 0.75, stretch=0.9),
     Target("H to H + 1 without a cliff", _next_width, 1 / 1.3),

@@ -52,6 +52,29 @@ def time_cpu(calls: Mapping[str, Call], threads: int, seconds: float) -> dict[st
     return {name: (1e6 * m.median, 1e6 * m.iqr) for name, m in merged.items()}
 
 
+PERCENTILES = (50.0, 99.0, 99.9)
+
+
+def time_each(calls: Mapping[str, Call], number: int) -> dict[str, dict[str, float]]:
+    """Percentiles of the times of so many calls, each timed by itself [µs]; the clock's own time counts."""
+    samples: dict[str, list[Any]] = {name: [] for name in calls}
+    clock = time.perf_counter_ns
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            settle()
+            took = np.empty(number // ROUNDS)
+            for n in range(len(took)):
+                start = clock()
+                call()
+                took[n] = clock() - start
+            samples[name].append(took)
+    names = [f"{percent:g}" for percent in PERCENTILES]
+    return {
+        name: dict(zip(names, np.percentile(np.concatenate(taken) / 1e3, PERCENTILES).tolist(), strict=True))
+        for name, taken in samples.items()
+    }
+
+
 def time_cuda(calls: Mapping[str, Call], seconds: float) -> dict[str, tuple[float, float]]:
     """As `time_cpu`, by events on the current stream around each call."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -140,6 +163,13 @@ def neighbours(count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def latencies(case: Case, calls: Mapping[str, Call], number: int) -> dict[str, dict[str, float]]:
+    """As `time_each`, beside as many busy processes as the case has."""
+    torch.set_num_threads(case.threads)
+    with neighbours(case.busy):
+        return time_each(calls, number)
 
 
 def measure(case: Case, calls: Mapping[str, Call], seconds: float) -> dict[str, tuple[float, float]]:
