@@ -55,7 +55,7 @@ from .call import (
     check_values,
 )
 from .cell import Cell, cell_of
-from .engines import Engine, choose, composed, cpu, derivatives, in_torch
+from .engines import Engine, choose, composed, cpu, derivatives, in_torch, logged
 
 if not _native.reason:
     cpu.take_tensors((Tensor, Parameter), torch.get_num_threads, "libtorch_cpu.so")
@@ -213,12 +213,20 @@ def backward_results(grads: GradsTuple, x: Tensor) -> tuple[Tensor, Tensor, Tens
     return _or_empty(dx, x), _or_empty(dh0, x), _or_empty(dc0, x), dweights or []
 
 
+def _say_in_torch(direction: str, call: LayerCall) -> None:
+    if logged.ON:
+        choice = choose(call.x.device.type, call.x.dtype)
+        logged.say(direction, call, "torch's operations", "", choice.reason or "a cell with options")
+
+
 @torch.library.impl("lstm_ext::layer_forward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     call, save = forward_of([_plain(a) for a in arguments])
-    outputs = engine_of(call.x).forward(call, save)
+    engine = choose(call.x.device.type, call.x.dtype).engine
+    outputs = NotImplemented if engine is None else engine.forward(call, save)
     if outputs is NotImplemented:  # such a cell
         check(call)
+        _say_in_torch("forward", call)
         with torch.autocast(call.x.device.type, enabled=False):
             outputs = in_torch.forward(call, save)
     return forward_results(outputs)
@@ -227,10 +235,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.impl("lstm_ext::layer_backward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     call, saved, grads, needs = backward_of([_plain(a) for a in arguments])
-    results = engine_of(call.x).backward(call, saved, grads, needs)
+    engine = choose(call.x.device.type, call.x.dtype).engine
+    results = NotImplemented if engine is None else engine.backward(call, saved, grads, needs)
     if results is NotImplemented:
         check(call)
         check_backward(call, saved, grads)
+        _say_in_torch("backward", call)
         with torch.autocast(call.x.device.type, enabled=False):
             results = in_torch.backward(call, saved, grads, needs)
     return backward_results(results, call.x)
