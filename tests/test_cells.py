@@ -177,6 +177,27 @@ def test_engines_agree(case: Case, engine: str) -> None:
     assert_all_close((outputs, gradients), expected, case, "float64", gradient_magnitude=magnitude)
 
 
+HALF_CASES = [
+    case_of(shape, name) for name in ("all", "all_but_coupled", "tensorflow") for shape in ("masked", "packed")
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("engine", ["numpy", "cpu"])
+@pytest.mark.parametrize("case", HALF_CASES, ids=str)
+def test_engines_agree_in_half_types(case: Case, engine: str, dtype: str) -> None:
+    case = replace(case, state=True)
+    inputs, run = make_inputs(case, dtype), ENGINES[engine]()
+    own = inputs.to_torch(dtype)
+    if engine == "cpu" and run.forward(own.call, Save.ALL) is NotImplemented:
+        pytest.skip("test_engines_agree tells what the kernels refuse")
+    results = run_layer(run, own)
+    for name, a in (results[0] | results[1]).items():
+        wide = name == "cells"
+        assert a.dtype == (torch.float32 if wide else getattr(torch, dtype)), name
+    assert_all_close(results, run_oracle(inputs), case, dtype, gradient_magnitude=3.0)
+
+
 @needs_native
 @pytest.mark.parametrize("way", ["ops", "ops with autograd", "ops compiled"])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
