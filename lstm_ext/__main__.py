@@ -50,6 +50,8 @@ def _describe(torch: Any) -> Iterator[str]:
     for backend in backends().values():
         why = "the reason above" if backend.reason == _native.reason else backend.reason
         yield f"backend {backend.name}: {'available' if backend.available else f'not available ({why})'}"
+    if torch is not None and choose("cpu", torch.float32).name is None:
+        yield "tensors on the CPU: torch's own LSTM computes them"
 
 
 def _check(engine: Any, case: Case, dtype: str, tensors: bool) -> tuple[bool, float]:

@@ -55,7 +55,9 @@ def _load() -> tuple[Any, str, bool]:
         if recorded := _recorded_reason():
             return None, recorded, False
         reason = _why_not_here(error)
-    warnings.warn(f"lstm_ext computes in NumPy, slowly: {reason}", stacklevel=5)  # where lstm_ext is imported
+    warnings.warn(
+        f"lstm_ext computes in NumPy, slowly, or in torch's own LSTM: {reason}", stacklevel=5
+    )  # where lstm_ext is imported
     return None, reason, True
 
 

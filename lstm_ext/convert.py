@@ -34,13 +34,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .call import Weights
+from .call import CellWeights, Weights
 from .walk import Array, split_gates
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "CellWeights",
     "Weights",
     "from_cudnn",
     "from_equinox",
@@ -62,12 +63,14 @@ __all__ = [
     "to_tensorflow",
 ]
 
-Layer = Weights | tuple[Weights, ...]
+AnyWeights = Weights | CellWeights
+Layer = AnyWeights | tuple[AnyWeights, ...]
 Layers = Layer | Sequence[Layer]
 Name = Callable[[str, int, int], str]  # what an array is called, from its field in Weights, its layer and direction
 
+_EXTRA = {"peephole": "3 H", "gamma": "2 4H", "gamma_h": "H", "beta_h": "H"}  # of CellWeights, with their shapes
 _DTYPES = ("float16", "float32", "float64")
-_PEEPHOLES = {"w_i_diag", "w_f_diag", "w_o_diag", "P"}  # as TensorFlow and ONNX call them
+_PEEPHOLES = ("w_i_diag", "w_f_diag", "w_o_diag")  # TensorFlow's, in the order of `peephole`
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ def _check_names(given: Collection[Any], expected: Collection[str], optional: Co
     unknown = [str(name) for name in given if name not in expected]
     if missing or unknown:
         found = [f"{what} {', '.join(which)}" for what, which in (("missing", missing), ("unknown", unknown)) if which]
-        hint = "; peepholes have no counterpart here" if _PEEPHOLES & set(unknown) else ""
+        hint = ""
         if any(name.endswith((f"/{each}", f".{each}")) for name in unknown for each in missing):
             hint = "; the names are those without the scope before them"
         raise ValueError(f"expected the arrays {_listed(expected, optional)}; {' and '.join(found)}{hint}")
@@ -115,7 +118,8 @@ def _check_shapes(arrays: Mapping[str, Array], shapes: Mapping[str, str]) -> Non
     for name, array in arrays.items():
         dims = shapes[name].split()
         symbols = [dim.lstrip("0123456789") for dim in dims]
-        known = ", ".join(f"{symbol} = {sizes[symbol]}" for symbol in dict.fromkeys(symbols) if symbol in sizes)
+        named = [symbol for symbol in dict.fromkeys(symbols) if symbol]  # a dimension may be a number alone
+        known = ", ".join(f"{symbol} = {sizes[symbol]}" for symbol in named if symbol in sizes)
         fits = array.ndim == len(dims)
         for dim, symbol, size in zip(dims, symbols, array.shape, strict=False):
             factor = int(dim.removesuffix(symbol) or 1)
@@ -140,8 +144,15 @@ def _read(params: Mapping[str, Any], shapes: Mapping[str, str], optional: Collec
 
 
 def _read_layers(
-    params: Mapping[str, Any], name: Name, num_layers: int, num_directions: int, *, biased: bool, projected: bool
-) -> list[tuple[Weights, ...]]:
+    params: Mapping[str, Any],
+    name: Name,
+    num_layers: int,
+    num_directions: int,
+    *,
+    biased: bool,
+    projected: bool,
+    extra: Collection[str] = (),
+) -> list[tuple[Any, ...]]:
     """Layers of which each takes what the one before puts out, from arrays called as `name` says."""
     width = "P" if projected else "H"
     shapes: dict[str, str] = {}
@@ -150,39 +161,41 @@ def _read_layers(
         own = {"w_hh": f"4H {width}", "w_ih": f"4H {inputs}"}
         own |= {"b_ih": "4H", "b_hh": "4H"} if biased else {}
         own |= {"w_hr": "P H"} if projected else {}
+        own |= {field: shape for field, shape in _EXTRA.items() if field in extra}
         shapes |= {name(field, n, d): shape for d in range(num_directions) for field, shape in own.items()}
     arrays: dict[str, Any] = _read(params, shapes)
+    made: Any = CellWeights if extra else Weights
     return [
-        tuple(Weights._make(arrays.get(name(field, n, d)) for field in Weights._fields) for d in range(num_directions))
+        tuple(made._make(arrays.get(name(field, n, d)) for field in made._fields) for d in range(num_directions))
         for n in range(num_layers)
     ]
 
 
-def _items(stack: Sequence[Sequence[Weights]], name: Name) -> Iterator[tuple[str, Array]]:
+def _items(stack: Sequence[Sequence[AnyWeights]], name: Name) -> Iterator[tuple[str, Array]]:
     """The arrays of layers, without the absent ones."""
     for n, layer in enumerate(stack):
         for d, weights in enumerate(layer):
             yield from ((name(field, n, d), a) for field, a in weights._asdict().items() if a is not None)
 
 
-def _directions(layer: Any) -> tuple[Weights, ...]:
+def _directions(layer: Any) -> tuple[AnyWeights, ...]:
     """Those of one layer."""
-    several = isinstance(layer, Sequence) and not isinstance(layer, Weights)
+    several = isinstance(layer, Sequence) and not isinstance(layer, AnyWeights)
     directions: tuple[Any, ...] = tuple(layer) if several else (layer,)
     for weights in directions:
-        if not isinstance(weights, Weights):
+        if not isinstance(weights, AnyWeights):
             raise TypeError(f"expected Weights for each direction of a layer, got {type(weights).__name__}")
     if len(directions) not in (1, 2):
         raise ValueError(f"expected layers of 1 or 2 directions each, got {len(directions)}")
     return directions
 
 
-def _copy_stack(layers: Any, projections: bool = False) -> list[tuple[Weights, ...]]:
+def _copy_stack(layers: Any, projections: bool = False, keeps: Collection[str] = ()) -> list[tuple[Any, ...]]:
     """Copies of all forms of `Layers` as a list of layers, once one torch.nn.LSTM could have all of them."""
     if not isinstance(layers, Sequence):
         raise TypeError(f"expected Weights, a tuple of them or a list of layers, got {type(layers).__name__}")
-    one = isinstance(layers, Weights)
-    alone = one or (isinstance(layers, tuple) and all(isinstance(each, Weights) for each in layers))
+    one = isinstance(layers, AnyWeights)
+    alone = one or (isinstance(layers, tuple) and all(isinstance(each, AnyWeights) for each in layers))
     stack = [_directions(layer) for layer in ([layers] if alone else layers)]
     if not stack:
         raise ValueError("layers: expected at least one, got none")
@@ -195,20 +208,25 @@ def _copy_stack(layers: Any, projections: bool = False) -> list[tuple[Weights, .
     projected = any(weights.w_hr is not None for weights in everything)
     if projected and not projections:
         raise ValueError("w_hr: expected None, as this format has no projection")
-    return _read_layers(dict(_items(stack, name)), name, len(stack), len(stack[0]), biased=biased, projected=projected)
+    fields = CellWeights._fields[len(Weights._fields) :]
+    extra = {field for field in fields for weights in everything if getattr(weights, field, None) is not None}
+    for field in sorted(extra.difference(keeps)):
+        raise ValueError(f"{field}: expected None, as this format keeps none")
+    sizes = len(stack), len(stack[0])
+    return _read_layers(dict(_items(stack, name)), name, *sizes, biased=biased, projected=projected, extra=extra)
 
 
-def _copy_layer(layers: Layers, projections: bool = False) -> tuple[Weights, ...]:
+def _copy_layer(layers: Layers, projections: bool = False, keeps: Collection[str] = ()) -> tuple[Any, ...]:
     """Of a format that keeps one layer."""
-    stack = _copy_stack(layers, projections)
+    stack = _copy_stack(layers, projections, keeps)
     if len(stack) > 1:
         raise ValueError(f"expected one layer, as this format keeps no more, got {len(stack)}")
     return stack[0]
 
 
-def _copy(layers: Layers, projections: bool = False) -> Weights:
+def _copy(layers: Layers, projections: bool = False, keeps: Collection[str] = ()) -> Any:
     """Of a format that keeps one direction of one layer."""
-    layer = _copy_layer(layers, projections)
+    layer = _copy_layer(layers, projections, keeps)
     if len(layer) > 1:
         raise ValueError("expected one direction, as this format keeps no more, got 2")
     return layer[0]
@@ -287,13 +305,16 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> list[tuple[Weights, ...]]:
     names = list(map(str, state_dict))
     biased = any(name.startswith("bias_") for name in names)
     if "weight_hh" in names:
-        return _read_layers(state_dict, _cell_parameter, 1, 1, biased=biased, projected=False)
+        extra = _EXTRA.keys() & set(names)
+        return _read_layers(state_dict, _cell_parameter, 1, 1, biased=biased, projected=False, extra=extra)
     num_layers = 1
     while f"weight_hh_l{num_layers}" in names:
         num_layers += 1
     num_directions = 2 if any(name.endswith("_reverse") for name in names) else 1
     projected = any(name.startswith("weight_hr_") for name in names)
-    return _read_layers(state_dict, _parameter, num_layers, num_directions, biased=biased, projected=projected)
+    extra = {field for field in _EXTRA if any(name.startswith(f"{field}_l") for name in names)}
+    sizes = num_layers, num_directions
+    return _read_layers(state_dict, _parameter, *sizes, biased=biased, projected=projected, extra=extra)
 
 
 def to_state_dict(layers: Layers, *, cell: bool = False) -> dict[str, Tensor]:
@@ -313,14 +334,14 @@ def to_state_dict(layers: Layers, *, cell: bool = False) -> dict[str, Tensor]:
         import torch
     except ModuleNotFoundError as error:
         raise ImportError("convert.to_state_dict makes tensors, for which it needs PyTorch (torch>=2.11)") from error
-    stack = [(_copy(layers),)] if cell else _copy_stack(layers, projections=True)
+    stack = [(_copy(layers, keeps=_EXTRA),)] if cell else _copy_stack(layers, projections=True, keeps=_EXTRA)
     return {name: torch.from_numpy(a) for name, a in _items(stack, _cell_parameter if cell else _parameter)}
 
 
 # TensorFlow 1 --------------------------------------------------------------------------------------------------------
 
 
-def from_tensorflow(params: Mapping[str, Any], *, forget_bias: float) -> Weights:
+def from_tensorflow(params: Mapping[str, Any], *, forget_bias: float) -> AnyWeights:
     """From the variables of TensorFlow 1's `BasicLSTMCell` or `LSTMCell`, which our `BasicLSTMCell` has as well.
 
     Gates in the order i, j, f, o (j is torch's g); the kernel's first I rows are for x, the others for h. The state is
@@ -328,7 +349,8 @@ def from_tensorflow(params: Mapping[str, Any], *, forget_bias: float) -> Weights
 
     Args:
         params: kernel [I + P, 4U], bias [4U] and, of an LSTMCell with `num_proj`, "projection/kernel" [U, P]: the
-            names of the variables without their scope. Peepholes (w_i_diag …) are refused.
+            names of the variables without their scope; with `use_peepholes` w_i_diag, w_f_diag and w_o_diag [U], which
+            the result has as `peephole`.
         forget_bias: what the cell adds to f at run time, 1 unless it was made with another. It becomes b_hh, beside
             the cell's bias in b_ih.
 
@@ -340,7 +362,8 @@ def from_tensorflow(params: Mapping[str, Any], *, forget_bias: float) -> Weights
         >>> {name: a.shape for name, a in convert.to_tensorflow(weights, forget_bias=1.0).items()}
         {'kernel': (7, 16), 'bias': (16,)}
     """
-    shapes = {"bias": "4U", "projection/kernel": "U P", "kernel": "I+P 4U"}
+    peepholes = dict.fromkeys(_PEEPHOLES, "U") if isinstance(params, Mapping) and _PEEPHOLES[0] in params else {}
+    shapes = {"bias": "4U", "projection/kernel": "U P", "kernel": "I+P 4U", **peepholes}
     arrays = _read(params, shapes, optional={"projection/kernel"})
     kernel, bias, projection = arrays["kernel"], arrays["bias"], arrays.get("projection/kernel")
     width = len(bias) // 4 if projection is None else projection.shape[1]
@@ -350,7 +373,8 @@ def from_tensorflow(params: Mapping[str, Any], *, forget_bias: float) -> Weights
     weights = _from_kernels(kernel[:rows], kernel[rows:], bias, "igfo")
     b_hh = np.zeros_like(bias)
     split_gates(b_hh)[1][:] = forget_bias
-    return weights._replace(b_hh=b_hh, w_hr=None if projection is None else _transpose(projection))
+    weights = weights._replace(b_hh=b_hh, w_hr=None if projection is None else _transpose(projection))
+    return CellWeights(*weights, np.stack([arrays[name] for name in peepholes])) if peepholes else weights
 
 
 def to_tensorflow(weights: Layers, *, forget_bias: float) -> dict[str, Array]:
@@ -360,11 +384,13 @@ def to_tensorflow(weights: Layers, *, forget_bias: float) -> dict[str, Array]:
         weights: one direction.
         forget_bias: what that cell will add to f at run time; it is taken off the bias.
     """
-    own = _copy(weights, projections=True)
+    own = _copy(weights, projections=True, keeps={"peephole"})
     b_ih, b_hh = _biases(own)
     split_gates(b_hh)[1][:] -= b_hh.dtype.type(forget_bias)  # before the sum: what from_tensorflow wrote leaves a zero
     kernel, recurrent_kernel, bias = _to_kernels(own._replace(b_ih=b_ih, b_hh=b_hh), "igfo")
     params = {"kernel": np.concatenate([kernel, recurrent_kernel]), "bias": bias}
+    if (peephole := getattr(own, "peephole", None)) is not None:
+        params |= {name: a.copy() for name, a in zip(_PEEPHOLES, peephole, strict=True)}
     return params if own.w_hr is None else params | {"projection/kernel": _transpose(own.w_hr)}
 
 
@@ -563,32 +589,45 @@ def to_equinox(weights: Layers) -> dict[str, Array | None]:
 # haste ---------------------------------------------------------------------------------------------------------------
 
 
-def from_haste(params: Mapping[str, Any]) -> Weights:
-    """From the `state_dict` of haste's `LSTM` for PyTorch; for its TensorFlow variables take `from_tensorflow`.
+def from_haste(params: Mapping[str, Any]) -> AnyWeights:
+    """From the `state_dict` of haste's `LSTM` or `LayerNormLSTM` for PyTorch.
 
-    Gates in the order i, g, f, o, and one bias. The forget bias, 1 at the start, is part of it. The state is (h, c).
+    For the variables of its LSTM for TensorFlow take `from_tensorflow`. Gates in the order i, g, f, o, and one bias.
+    The forget bias, 1 at the start, is part of it. The state is (h, c).
 
     Args:
-        params: kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H].
+        params: kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]; of a LayerNormLSTM also gamma [2, 4H], gamma_h and
+            beta_h [H], which the result then has too: the module is `LSTM(…, layer_norm=True)`.
 
-    Source: haste 0.5.0rc0, haste_pytorch/lstm.py (frameworks/pytorch/lstm.py in its repository).
+    Source: haste 0.5.0rc0, haste_pytorch/lstm.py and layer_norm_lstm.py (frameworks/pytorch/lstm.py in its repository).
 
     Example:
         >>> params = convert.to_haste(convert.Weights(np.ones((16, 3)), np.ones((16, 4))))
         >>> params["kernel"].shape, convert.from_haste(params).w_ih.shape
         ((3, 16), (16, 3))
     """
-    arrays = _read(params, {"recurrent_kernel": "H 4H", "kernel": "I 4H", "bias": "4H"})
-    return _from_kernels(arrays["kernel"], arrays["recurrent_kernel"], arrays["bias"], "igfo")
+    norms = {field: shape for field, shape in _EXTRA.items() if field != "peephole"}
+    norms = norms if isinstance(params, Mapping) and "gamma" in params else {}
+    arrays = _read(params, {"recurrent_kernel": "H 4H", "kernel": "I 4H", "bias": "4H", **norms})
+    weights = _from_kernels(arrays["kernel"], arrays["recurrent_kernel"], arrays["bias"], "igfo")
+    if not norms:
+        return weights
+    gamma = _transpose(_reorder(_transpose(arrays["gamma"]), "igfo"))
+    return CellWeights(*weights, gamma=gamma, gamma_h=arrays["gamma_h"], beta_h=arrays["beta_h"])
 
 
 def to_haste(weights: Layers) -> dict[str, Array]:
-    """To the parameters of haste's `LSTM` for PyTorch; see `from_haste`.
+    """To the parameters of haste's `LSTM`, or `LayerNormLSTM`, for PyTorch; see `from_haste`.
 
     Args:
         weights: one direction.
     """
-    return dict(zip(("kernel", "recurrent_kernel", "bias"), _to_kernels(_copy(weights), "igfo"), strict=True))
+    own = _copy(weights, keeps=_EXTRA.keys() - {"peephole"})
+    params = dict(zip(("kernel", "recurrent_kernel", "bias"), _to_kernels(own, "igfo"), strict=True))
+    if len(own) > len(Weights._fields):
+        gamma = _transpose(_reorder(_transpose(own.gamma), "ifgo", "igfo"))
+        params |= {"gamma": gamma, "gamma_h": own.gamma_h, "beta_h": own.beta_h}
+    return params
 
 
 # ONNX ----------------------------------------------------------------------------------------------------------------
@@ -617,14 +656,15 @@ def _check_onnx_attributes(attributes: Mapping[str, Any], hidden_size: int, num_
             raise ValueError(f"attribute {name}: expected {' or '.join(map(str, allowed[name]))}, got {got}")
 
 
-def from_onnx(inputs: Mapping[str, Any], attributes: Mapping[str, Any] | None = None) -> tuple[Weights, ...]:
+def from_onnx(inputs: Mapping[str, Any], attributes: Mapping[str, Any] | None = None) -> tuple[AnyWeights, ...]:
     """From the inputs of an ONNX `LSTM` node.
 
     Gates in the order i, o, f, c (c is torch's g), and both biases, one after the other; the forget bias is part of
     them. initial_h and initial_c [D, B, H] are torch's h_0 and c_0 (with layout=1 [B, D, H]), a state is (h, c).
 
     Args:
-        inputs: W [D, 4H, I], R [D, 4H, H] and perhaps B [D, 8H], D directions. Peepholes (P) are refused.
+        inputs: W [D, 4H, I], R [D, 4H, H] and perhaps B [D, 8H], D directions; with peepholes P [D, 3H] of i, o and f,
+            of which the results have `peephole`.
         attributes: those of the node by name, to refuse what has no counterpart here: clipping, other activations,
             a coupled input and forget gate. None if the node has no such.
 
@@ -638,32 +678,40 @@ def from_onnx(inputs: Mapping[str, Any], attributes: Mapping[str, Any] | None = 
         >>> {name: a.shape for name, a in inputs.items()}, len(convert.from_onnx(inputs))
         ({'W': (1, 16, 3), 'R': (1, 16, 4)}, 1)
     """
-    arrays = _read(inputs, {"R": "D 4H H", "W": "D 4H I", "B": "D 8H"}, optional={"B"})
+    arrays = _read(inputs, {"R": "D 4H H", "W": "D 4H I", "B": "D 8H", "P": "D 3H"}, optional={"B", "P"})
     D, _, H = arrays["R"].shape
     if D not in (1, 2):
         raise ValueError(f"R: expected shape [D, 4H, H] with D = 1 or 2, got {list(arrays['R'].shape)}")
     if attributes is not None:
         _check_onnx_attributes(attributes, H, D)
-    layer = []
+    layer: list[AnyWeights] = []
     for d in range(D):
         biases = np.split(arrays["B"][d], 2) if "B" in arrays else []
         w_ih, w_hh, *both = (_reorder(a, "iofg") for a in (arrays["W"][d], arrays["R"][d], *biases))
         b_ih, b_hh = both or (None, None)
-        layer.append(Weights(w_ih, w_hh, b_ih, b_hh))
+        weights = w_ih, w_hh, b_ih, b_hh
+        if "P" in arrays:
+            i, o, f = np.split(arrays["P"][d], 3)
+            layer.append(CellWeights(*weights, peephole=np.stack([i, f, o])))
+        else:
+            layer.append(Weights(*weights))
     return tuple(layer)
 
 
 def to_onnx(layer: Layers) -> dict[str, Array]:
-    """To the inputs W, R and B of an ONNX `LSTM` node; see `from_onnx`.
+    """To the inputs W, R and B, and with peepholes P, of an ONNX `LSTM` node; see `from_onnx`.
 
     The node's attribute hidden_size is `R.shape[2]`, its direction "bidirectional" for two.
 
     Args:
         layer: one direction or (forward, backward). Without biases there is no B, which is optional in ONNX.
     """
-    stacks = zip(*(w[:4] if w.b_ih is not None else w[:2] for w in _copy_layer(layer)), strict=True)
+    own = _copy_layer(layer, keeps={"peephole"})
+    stacks = zip(*(w[:4] if w.b_ih is not None else w[:2] for w in own), strict=True)
     W, R, *biases = (np.stack([_reorder(a, "ifgo", "iofg") for a in arrays]) for arrays in stacks)
-    return {"W": W, "R": R} | ({"B": np.concatenate(biases, axis=1)} if biases else {})
+    peepholes = [w.peephole[[0, 2, 1]].ravel() for w in own if len(w) > len(Weights._fields)]
+    inputs = {"W": W, "R": R} | ({"B": np.concatenate(biases, axis=1)} if biases else {})
+    return inputs | ({"P": np.stack(peepholes)} if peepholes else {})
 
 
 # cuDNN ---------------------------------------------------------------------------------------------------------------

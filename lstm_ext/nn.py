@@ -21,9 +21,9 @@ from . import route
 from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
 from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_kind, check_step_state
 from .cell import show_options
-from .engines import warn, warn_once
+from .engines import logged, warn, warn_once
 from .options import CellOptions, LayerOptions, Options, read_options
-from .route import draw_seed, run
+from .route import COMPILED, draw_seed, run
 from .tensorflow import BasicLSTMCell as BasicLSTMCell  # where older pickles have it
 from .tensorflow import LSTMStateTuple as LSTMStateTuple
 
@@ -321,6 +321,7 @@ class LSTM(torch_rnn.RNNBase):
                 lengths, resets = _as_tensor(lengths, input), _as_tensor(resets, input)
             if (
                 num_layers == 1
+                and COMPILED
                 and input.is_cpu
                 and not (
                     return_cells
@@ -356,11 +357,16 @@ class LSTM(torch_rnn.RNNBase):
     if TYPE_CHECKING:
         __call__ = forward  # Module's says no more than Callable[..., Any]
 
-    def _is_left_to_torch(self, x: Tensor) -> bool:
+    def _is_left_to_torch(self, x: Tensor, batch_sizes: Tensor | None = None) -> bool:
         """Whether torch's own module runs a call that asks for nothing new: in a trace, or where there is no kernel."""
         if self._options is not None and self._options.changing:
             return False
-        return _get_tracing_state() is not None or not (x.is_cpu or route.has_kernel(x))
+        left = _get_tracing_state() is not None or (not (COMPILED and x.is_cpu) and route.is_torchs(x))
+        if left and logged.ON:
+            directions, own = BOTH if self.bidirectional else FORWARD, self._weights()
+            own = own[: len(own) // self.num_layers]
+            route.say_torchs(LayerCall(x, None, None, own, None, None, batch_sizes, directions, self.batch_first))
+        return left
 
     def _are_wrong(self, input: Any, hx: Any) -> bool:
         """Whether an error was about arguments, which torch checks if it is asked, and not about a failed kernel."""
@@ -445,7 +451,7 @@ class LSTM(torch_rnn.RNNBase):
         if lengths is not None or resets is not None:
             raise ValueError("lengths, resets: expected a padded input beside them, got a PackedSequence")
         x, batch_sizes, sorted_indices, unsorted_indices = packed
-        if not return_cells and self._is_left_to_torch(x):
+        if not return_cells and self._is_left_to_torch(x, batch_sizes):
             return _TorchLSTM.forward(self, packed, hx)
         weights, hx = self._weights(), self._checked(x, hx, batch_sizes, sorted_indices)
         y, h_n, c_n, cells = self._layers(x, hx, weights, None, None, batch_sizes, return_cells)
@@ -682,6 +688,9 @@ class LSTMCell(torch_rnn.LSTMCell):
                 weights = self._weights()
                 if self._options is not None:
                     return self._step(input, h, c, weights, resets, self._options)
+            if not COMPILED and resets is None and route.is_torchs(input, "LSTM cell"):
+                route.say_torchs(LayerCall(input, h, c, weights, None, None, None, FORWARD, False))
+                return _TorchLSTMCell.forward(self, input, hx)
             y, _, c_n, _, _ = run((input, h, c, weights, None, resets, None, FORWARD, False, None, None))
             return y, c_n
         except _ARGUMENT_ERRORS as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import assume_constant_result, is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from . import torch_op
+from . import _native, torch_op
 from ._torch_private import (
     TransformType,
     _is_any_autocast_enabled,
@@ -23,6 +23,7 @@ from .cell import Cell
 from .engines import Engine, backends, choose, choose_under, composed, forced, logged, onnx, stock, warn_once
 from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requires_grad
 
+COMPILED = not _native.reason  # else most calls with CPU tensors are torch's, as `has_kernel` tells
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NOTHING, ALL = Save.NOTHING, Save.ALL
 
@@ -56,6 +57,8 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
             return run(call.cast(autocast_cell_dtype(call) if call.is_step else torch.get_autocast_dtype(device)), save)
     watched = not (is_eager() and _are_plain(call))
     served = has_kernel(call.x, "LSTM cell" if call.is_step else "LSTM")
+    if watched and call.x.is_cpu and call.x.dtype in DTYPES:
+        served = True  # the ops need no kernel there
     if call.cell is not None and served:
         served = _has_cell_kernel(call.x)
     if watched and not is_compiling():
@@ -136,9 +139,17 @@ def has_kernel(x: Tensor, what: str = "LSTM") -> bool:
     if is_compiling():
         return (x.is_cpu or (x.is_cuda and _has_gpu_kernels())) and x.dtype in DTYPES
     choice = choose(x.device.type, x.dtype)
-    if choice.name is None:
+    if choice.name is None and x.is_cpu and x.dtype in DTYPES:
+        if not _native.missing:  # else that was said as it was missed
+            warn_once(f"lstm_ext runs torch's own LSTM: the compiled kernels are missing ({_native.reason})")
+    elif choice.name is None:
         warn_once(f"lstm_ext runs torch's own {what} on {x.device.type} tensors of {x.dtype}: {choice.reason}")
     return choice.name is not None
+
+
+def is_torchs(x: Tensor, what: str = "LSTM") -> bool:
+    """Whether torch's own module takes a call that asks for nothing new. The ops need no kernel on the CPU."""
+    return not has_kernel(x, what) and (is_eager() or not x.is_cpu)
 
 
 def _has_cell_kernel(x: Tensor) -> bool:
@@ -168,8 +179,7 @@ def autocast_cell_dtype(call: LayerCall) -> torch.dtype:
 
 def _stock(call: LayerCall, save: Save) -> Outputs:
     outputs = stock.forward(call, save)
-    if logged.ON and not is_compiling():
-        _log(call, "torch's own LSTM")
+    say_torchs(call)
     return outputs
 
 
@@ -179,6 +189,12 @@ def _composed(call: LayerCall, save: Save) -> Outputs:
     if logged.ON and not is_compiling():
         _log(call, "torch's operations, step by step")
     return outputs if save else outputs._replace(cells=None)
+
+
+def say_torchs(call: LayerCall) -> None:
+    """Logs a call that a module has left to torch's own class."""
+    if logged.ON and not is_compiling():
+        _log(call, "torch's own LSTM")
 
 
 def _log(call: LayerCall, name: str) -> None:

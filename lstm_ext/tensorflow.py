@@ -21,7 +21,7 @@ from ._torch_private import _get_tracing_state
 from .call import FORWARD
 from .cell import ACTIVATIONS, Cell, Norm, read_activation, read_probability
 from .engines import composed
-from .route import DTYPES, draw_seed, run
+from .route import COMPILED, draw_seed, has_kernel, run
 
 
 class LSTMStateTuple(NamedTuple):
@@ -207,7 +207,8 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
     def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """See the class for shapes: (h', state)."""
         cell = self._cells[self.training]  # None if it has a function of the user's
-        if cell is None or not input.is_cpu or input.dtype not in DTYPES or _get_tracing_state() is not None:
+        fused = input.is_cpu and _get_tracing_state() is None
+        if cell is None or not (fused and (COMPILED or has_kernel(input, "operations"))):
             self._check_step(input, state)
             c, h = self._split(state)
             if c is None:
@@ -223,7 +224,8 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
             self._check_step(input, state)
             raise
-        return h, LSTMStateTuple(c, h) if self.state_is_tuple else self._join(c, h)
+        # tuple's own, as the function that NamedTuple makes takes half as long again
+        return h, tuple.__new__(LSTMStateTuple, (c, h)) if self.state_is_tuple else self._join(c, h)
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -47,13 +47,15 @@ from .call import (
     Needs,
     OutputGrads,
     Outputs,
+    OutputsTuple,
     Save,
     Saved,
     check,
+    check_backward,
     check_values,
 )
 from .cell import Cell, cell_of
-from .engines import Engine, choose, composed, cpu, derivatives, numpy
+from .engines import Engine, choose, composed, cpu, derivatives, in_torch, logged
 
 if not _native.reason:
     cpu.take_tensors((Tensor, Parameter), torch.get_num_threads, "libtorch_cpu.so")
@@ -195,31 +197,53 @@ def engine_of(x: Tensor) -> Engine:
     return choice.engine
 
 
-def or_empty(a: Tensor | None, like: Tensor) -> Tensor:
-    """`a`, or an empty tensor: an op cannot return None."""
+def _or_empty(a: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if a is None else a
+
+
+def forward_results(outputs: OutputsTuple) -> tuple[Tensor, ...]:
+    """As `layer_forward` returns them: an op cannot return None, so what is not saved is an empty tensor."""
+    y, h_n, c_n, cells, gates = outputs
+    return y, h_n, c_n, _or_empty(cells, y), _or_empty(gates, y)
+
+
+def backward_results(grads: GradsTuple, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """As `layer_backward` returns them: what is not needed is an empty tensor or list."""
+    dx, dh0, dc0, dweights = grads
+    return _or_empty(dx, x), _or_empty(dh0, x), _or_empty(dc0, x), dweights or []
+
+
+def _say_in_torch(direction: str, call: LayerCall) -> None:
+    if logged.ON:
+        choice = choose(call.x.device.type, call.x.dtype)
+        logged.say(direction, call, "torch's operations", "", choice.reason or "a cell with options")
 
 
 @torch.library.impl("lstm_ext::layer_forward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    """What is not saved is an empty tensor."""
     call, save = forward_of([_plain(a) for a in arguments])
-    outputs = engine_of(call.x).forward(call, save)
+    engine = choose(call.x.device.type, call.x.dtype).engine
+    outputs = NotImplemented if engine is None else engine.forward(call, save)
     if outputs is NotImplemented:  # such a cell
-        outputs = numpy.forward(call, save)
-    y, h_n, c_n, cells, gates = outputs
-    return y, h_n, c_n, or_empty(cells, y), or_empty(gates, y)
+        check(call)
+        _say_in_torch("forward", call)
+        with torch.autocast(call.x.device.type, enabled=False):
+            outputs = in_torch.forward(call, save)
+    return forward_results(outputs)
 
 
 @torch.library.impl("lstm_ext::layer_backward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """What is not needed is an empty tensor or list."""
     call, saved, grads, needs = backward_of([_plain(a) for a in arguments])
-    derivatives = engine_of(call.x).backward(call, saved, grads, needs)
-    if derivatives is NotImplemented:
-        derivatives = numpy.backward(call, saved, grads, needs)
-    dx, dh0, dc0, dweights = derivatives
-    return or_empty(dx, call.x), or_empty(dh0, call.x), or_empty(dc0, call.x), dweights or []
+    engine = choose(call.x.device.type, call.x.dtype).engine
+    results = NotImplemented if engine is None else engine.backward(call, saved, grads, needs)
+    if results is NotImplemented:
+        check(call)
+        check_backward(call, saved, grads)
+        _say_in_torch("backward", call)
+        with torch.autocast(call.x.device.type, enabled=False):
+            results = in_torch.backward(call, saved, grads, needs)
+    return backward_results(results, call.x)
 
 
 def _batch_size(call: LayerCall, *states: Tensor | None) -> Any:

@@ -21,6 +21,7 @@ from lstm_ext.engines import composed, cpu, numpy
 from lstm_ext.masks import Mask, happens, lowbias32, splitmix64
 from lstm_ext.testing import Case, assert_all_close, make_inputs, run_layer, run_oracle
 
+from .conftest import needs_native
 from .test_reference import finite_differences
 
 # Each option alone, all of those that go together, and what only modules of TensorFlow's ask for.
@@ -115,13 +116,20 @@ def test_gradients_match_finite_differences(case: Case) -> None:
 # Engines -------------------------------------------------------------------------------------------------------------
 
 
-class Composed:
-    """`engines.composed` with torch's autograd."""
+def run_ops(call: LayerCall, save: Save) -> Outputs:
+    return Outputs(*torch_op.layer_forward(*torch_op.forward_arguments(call, save)))
+
+
+class Differentiated:
+    """A forward pass with torch's autograd."""
+
+    def __init__(self, forward: Any) -> None:
+        self.run = forward
 
     def forward(self, call: LayerCall, save: Save) -> Outputs:
         arrays = [None if a is None else a.requires_grad_() for a in (*call[:3], *call.weights)]
         self.asked = [a for a in arrays if a is not None]
-        self.outputs = composed.forward(call, save)
+        self.outputs = self.run(call, save)
         return self.outputs
 
     def backward(self, call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Grads:
@@ -134,15 +142,14 @@ class Composed:
 class Ops:
     """The ops as torch sees them, below which the backend runs."""
 
-    def forward(self, call: LayerCall, save: Save) -> Outputs:
-        return Outputs(*torch_op.layer_forward(*torch_op.forward_arguments(call, save)))
+    forward = staticmethod(run_ops)
 
     def backward(self, call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Grads:
         return Grads(*torch_op.layer_backward(*torch_op.backward_arguments(call, saved, grads, needs)))
 
 
 ENGINES: dict[str, Any] = {
-    "composed": Composed,
+    "composed": lambda: Differentiated(composed.forward),
     "ops": Ops,
     "numpy": lambda: numpy,
     "cpu": lambda: cpu,
@@ -168,6 +175,45 @@ def test_engines_agree(case: Case, engine: str) -> None:
     # What is normalised is divided by the deviation of a few sums, which are smaller than 1, and so are its errors.
     magnitude = 3.0 if case.cell is not None and case.cell.norm else 1.0
     assert_all_close((outputs, gradients), expected, case, "float64", gradient_magnitude=magnitude)
+
+
+HALF_CASES = [
+    case_of(shape, name) for name in ("all", "all_but_coupled", "tensorflow") for shape in ("masked", "packed")
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("engine", ["numpy", "cpu"])
+@pytest.mark.parametrize("case", HALF_CASES, ids=str)
+def test_engines_agree_in_half_types(case: Case, engine: str, dtype: str) -> None:
+    case = replace(case, state=True)
+    inputs, run = make_inputs(case, dtype), ENGINES[engine]()
+    own = inputs.to_torch(dtype)
+    if engine == "cpu" and run.forward(own.call, Save.ALL) is NotImplemented:
+        pytest.skip("test_engines_agree tells what the kernels refuse")
+    results = run_layer(run, own)
+    for name, a in (results[0] | results[1]).items():
+        wide = name == "cells"
+        assert a.dtype == (torch.float32 if wide else getattr(torch, dtype)), name
+    assert_all_close(results, run_oracle(inputs), case, dtype, gradient_magnitude=3.0)
+
+
+@needs_native
+@pytest.mark.parametrize("way", ["ops", "ops with autograd", "ops compiled"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_what_an_engine_refuses_the_ops_compute_in_torchs_operations(
+    dtype: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose memory NumPy could not read."""
+    for refuse in ("forward", "backward"):
+        monkeypatch.setattr(cpu, refuse, lambda *_: NotImplemented)
+        monkeypatch.setattr(numpy, refuse, None)
+    case = case_of("masked", "all")
+    inputs = make_inputs(case, dtype)
+    ways: dict[str, Any] = {"ops": Ops(), "ops with autograd": Differentiated(run_ops)}
+    ways["ops compiled"] = Differentiated(torch.compile(run_ops, fullgraph=True, backend="aot_eager"))
+    results = run_layer(ways[way], inputs.to_torch(dtype))
+    assert_all_close(results, run_oracle(inputs), case, dtype, gradient_magnitude=3.0)
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------

@@ -326,7 +326,14 @@ def assert_golden_outputs(case: Mapping[str, Any], weights: Weights) -> None:
 @pytest.mark.parametrize("case", golden("tensorflow"), ids=lambda case: f"{case['cell']}-{case['forget_bias']}")
 def test_tensorflow_golden(case: dict[str, Any]) -> None:
     weights = convert.from_tensorflow(case["params"], forget_bias=case["forget_bias"])
-    assert_golden_outputs(case, weights)
+    if isinstance(weights, convert.Weights):
+        assert_golden_outputs(case, weights)
+    else:
+        clips = {name: value for name, value in case["options"].items() if name != "use_peepholes"}
+        state = case["h0"], case["c0"]
+        y, (h_n, c_n) = lstm_ext.lstm(case["x"], state, *weights[:5], peephole=weights.peephole, **clips)
+        for name, actual in (("y", y), ("h_n", h_n), ("c_n", c_n)):
+            assert_close(actual, case[name], "float64", terms=I + H, name=name)
     assert_same(convert.to_tensorflow(weights, forget_bias=case["forget_bias"]), case["params"])
 
 
@@ -549,13 +556,49 @@ def test_arrays_need_no_torch() -> None:
     succeed(WITHOUT_TORCH + ARRAYS_PROGRAM)
 
 
-def test_peepholes_are_refused(rng: np.random.Generator) -> None:
-    weights, zeros = draw_weights(rng), np.zeros(H, "float32")
-    params = convert.to_tensorflow(weights, forget_bias=1.0)
-    with pytest.raises(ValueError, match="unknown w_f_diag, w_i_diag; peepholes have no counterpart here"):
-        convert.from_tensorflow(params | {"w_f_diag": zeros, "w_i_diag": zeros}, forget_bias=1.0)
-    with pytest.raises(ValueError, match="unknown P; peepholes have no counterpart here"):
-        convert.from_onnx(convert.to_onnx(weights) | {"P": np.zeros((1, 3 * H), "float32")})
+def test_peepholes_and_norms_come_and_go(rng: np.random.Generator) -> None:
+    plain = convert.to_haste(draw_weights(rng))  # with one bias, as in the others
+    weights = convert.from_haste(plain)
+    peephole = rng.standard_normal((3, H)).astype("float32")
+    norms = [rng.standard_normal(shape).astype("float32") for shape in ((2, 4 * H), (H,), (H,))]
+    with_peephole = convert.CellWeights(*weights, peephole=peephole)
+    with_norms = convert.CellWeights(*weights, gamma=norms[0], gamma_h=norms[1], beta_h=norms[2])
+
+    def check(actual: Any, expected: Any) -> None:
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(a, e)
+
+    params = convert.to_tensorflow(with_peephole, forget_bias=0.0)
+    np.testing.assert_array_equal(params["w_f_diag"], peephole[1])
+    check(convert.from_tensorflow(params, forget_bias=0.0), with_peephole)
+    inputs = convert.to_onnx((with_peephole, with_peephole))
+    np.testing.assert_array_equal(inputs["P"][1], np.concatenate([peephole[0], peephole[2], peephole[1]]))
+    check(convert.from_onnx(inputs)[1], with_peephole)
+    haste = convert.to_haste(with_norms)
+    for gate, place in enumerate((0, 2, 1, 3)):  # i, g, f, o
+        columns = slice(gate * H, (gate + 1) * H), slice(place * H, (place + 1) * H)
+        np.testing.assert_array_equal(haste["gamma"][:, columns[1]], norms[0][:, columns[0]])
+    check(convert.from_haste(haste), with_norms)
+    for cell in (False, True):
+        state = convert.to_state_dict(with_norms, cell=cell)
+        module: Any = (lstm_ext.LSTMCell if cell else lstm_ext.LSTM)(weights.w_ih.shape[1], H, layer_norm=True)
+        module.load_state_dict(state)
+        found = convert.from_state_dict(module.state_dict())
+        check(found[0][0], with_norms)
+
+    with pytest.raises(ValueError, match="missing w_f_diag, w_o_diag"):
+        convert.from_tensorflow(
+            {**convert.to_tensorflow(weights, forget_bias=0.0), "w_i_diag": norms[1]}, forget_bias=0
+        )
+    with pytest.raises(ValueError, match=r"P: expected shape \[D, 3H\] with D = 1, H = "):
+        convert.from_onnx(convert.to_onnx(weights) | {"P": peephole[None]})
+    with pytest.raises(ValueError, match=r"weights.peephole: expected shape \[3, H\] with H = "):
+        convert.to_onnx(with_peephole._replace(peephole=peephole.T))
+    for write in (convert.to_keras, convert.to_cudnn, convert.to_haste, convert.to_equinox):
+        with pytest.raises(ValueError, match="peephole: expected None, as this format keeps none"):
+            write(with_peephole)
+    with pytest.raises(ValueError, match="beta_h: expected None"):
+        convert.to_onnx(with_norms)
 
 
 @each_format

@@ -73,10 +73,11 @@ def test_jax_arrays_come_and_go() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_widths_are_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cell", ["lstm", "basic", "layer_norm"])
+def test_widths_are_compared(cell: str, tmp_path: Path) -> None:
     picture = tmp_path / "num_units.png"
     status = run(
-        *("num_units.py", "--num-units", "4", "--epochs", "1", "--output", str(picture)),
+        *("num_units.py", "--cell", cell, "--num-units", "4", "--epochs", "1", "--output", str(picture)),
         needs=("sklearn", "matplotlib", "rich"),
     )
     assert status == 0

@@ -109,11 +109,15 @@ def test_completion_shows_what_is_public_and_no_more() -> None:
     assert shown == {*lstm_ext.__all__, "convert", "onnx", "ops", "testing"}
 
 
-def test_without_the_native_module_tensors_run_on_numpy_and_one_warning_says_so() -> None:
+def test_without_the_native_module_tensors_are_torchs_and_one_warning_says_so() -> None:
+    """NumPy has arrays, and tensors where it is asked for."""
     output = succeed(
         WITHOUT_NATIVE
         + """
-import torch, lstm_ext
+import numpy as np, torch, lstm_ext
+from lstm_ext.engines import numpy
+ran, forward = [], numpy.forward
+numpy.forward = lambda *arguments: ran.append(1) or forward(*arguments)
 assert not lstm_ext.backends()["cpu"].available
 print("reason:", lstm_ext.backends()["cpu"].reason)
 torch.manual_seed(0)
@@ -125,7 +129,32 @@ for module in (ours, stock):
     for _ in range(2):
         module(x)[0].square().sum().backward()
 for a, b in zip(ours.parameters(), stock.parameters()):
-    torch.testing.assert_close(a.grad, b.grad)
+    assert torch.equal(a.grad, b.grad)
+layer, cell, basic = lstm_ext.LSTM(3, 5), lstm_ext.LSTMCell(3, 5), lstm_ext.BasicLSTMCell(5, input_size=3)
+options = lstm_ext.LSTM(3, 5, peephole=True, layer_norm=True)
+calls = [
+    lambda: layer(x)[0],
+    lambda: layer(x, lengths=[4, 1])[0],
+    lambda: options(x)[0],
+    lambda: cell(x[0])[0],
+    lambda: cell(x[0], resets=[True, False])[0],
+    lambda: basic(x[0])[0],
+    lambda: lstm_ext.dynamic_rnn(basic, x, [2, 0, 1, 2])[0],
+    lambda: lstm_ext.lstm(x, None, *layer.parameters(), reverse=True)[0],
+    lambda: torch.vmap(layer)(x[None])[0][0],
+    lambda: torch.func.grad(lambda x: options(x)[0].square().sum())(x),
+    lambda: torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0],
+]
+results = [call() for call in calls]
+torch.testing.assert_close(results[0], results[10])
+assert not ran
+with lstm_ext.use_backend("numpy"):
+    for call, expected in zip(calls[:10], results):
+        torch.testing.assert_close(call(), expected)
+        assert ran.pop() and not ran.clear()
+weights = [p.detach().numpy() for p in layer.parameters()]
+np.testing.assert_allclose(lstm_ext.lstm(x.numpy(), None, *weights)[0], results[0].detach(), rtol=1e-5, atol=1e-6)
+assert ran
 """
     )
     assert "reason: " in output

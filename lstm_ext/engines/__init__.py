@@ -185,11 +185,12 @@ def choose_under(name: str | None, device: str, dtype: object) -> Choice:
     required = name or _from_environment()
     refused: list[tuple[str, str]] = []
     for name in (required,) if required else NAMES:
-        if not (why := _refusal(name, device, str(dtype).removeprefix("torch."))):
+        why = _refusal(name, device, str(dtype).removeprefix("torch."))
+        if not why and name == "numpy" and not required and str(dtype).startswith("torch."):
+            why = "computes tensors where it is asked for: torch is faster"
+        if not why:
             if name == "cpu":
                 _check_simd()
-            if name == "numpy" and _native.reason and not _native.missing and str(dtype).startswith("torch."):
-                warn_once(f"lstm_ext computes in NumPy, slowly: the compiled kernels are missing ({_native.reason})")
             choice = Choice(name, _engine(name), tuple(refused))
             if not logged.ON:
                 return choice

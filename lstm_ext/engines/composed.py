@@ -19,6 +19,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+Step = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # h [B, P] and c [B, H] after it, and its gates i, f, g, o [B, H]
+
+
 class Grid:
     """The rows of a call as [T, B, …], whatever their layout, and which of them are valid."""
 
@@ -56,40 +59,20 @@ class Grid:
         return a.transpose(0, 1) if self.batch_first else self.unpad(a)
 
 
-def composed_direction(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    w: Weights,
-    active: Tensor | None,
-    resets: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [T, B, I] → y [T, B, P], h_n, c_n, cells [T, B, H]. In reverse a row rests until its last valid step comes."""
-    projected_x = F.linear(x, w.w_ih, None if w.b_ih is None or w.b_hh is None else w.b_ih + w.b_hh)
-    ys: list[Tensor] = []
-    cells: list[Tensor] = []
-    for t in reversed(range(len(x))) if reverse else range(len(x)):
-        h_prev, c_prev = h, c
-        if resets is not None:
-            h_prev, c_prev = h.masked_fill(resets[t], 0), c.masked_fill(resets[t], 0)
-        i, f, g, o = (projected_x[t] + F.linear(h_prev, w.w_hh)).chunk(4, -1)
-        c_next = f.sigmoid() * c_prev + i.sigmoid() * g.tanh()
-        h_next = o.sigmoid() * c_next.tanh()
-        if w.w_hr is not None:
-            h_next = F.linear(h_next, w.w_hr)
-        if active is None:
-            h, c = h_next, c_next
-            ys.append(h)
-            cells.append(c)
-        else:
-            h, c = torch.where(active[t], h_next, h), torch.where(active[t], c_next, c)
-            ys.append(h_next.masked_fill(~active[t], 0))
-            cells.append(c_next.masked_fill(~active[t], 0))
-    if reverse:
-        ys.reverse()
-        cells.reverse()
-    return torch.stack(ys), h, c, torch.stack(cells)
+class PlainSteps:
+    """The steps of one direction of a plain cell over x [T, B, I]."""
+
+    def __init__(self, w: Weights, x: Tensor):
+        self.w = w
+        self.products = F.linear(x, w.w_ih, None if w.b_ih is None or w.b_hh is None else w.b_ih + w.b_hh)  # [T, B, 4H]
+
+    def take(self, t: int, h: Tensor, c: Tensor) -> Step:
+        """See `Steps`."""
+        i, f, g, o = (self.products[t] + F.linear(h, self.w.w_hh)).chunk(4, -1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c = f * c + i * g
+        h = o * c.tanh()
+        return (h if self.w.w_hr is None else F.linear(h, self.w.w_hr)), c, (i, f, g, o)
 
 
 # Other cells than the plain one --------------------------------------------------------------------------------------
@@ -172,15 +155,15 @@ class Steps:
             return p * before + (1 - p) * after
         return torch.where(self._happens(kind, t, after.shape[-1], p), before, after)
 
-    def take(self, t: int, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """h [B, P], c [B, H] after the step at time t."""
+    def take(self, t: int, h: Tensor, c: Tensor) -> Step:
+        """What comes of the step at time t from h [B, P], c [B, H]."""
         cell, w = self.cell, self.w
         i, f, g, o = self._sums(t, h)
         if w.peephole is not None:
             i, f = i + w.peephole[0] * c, f + w.peephole[1] * c
         f = self._gate(f + cell.forget_bias)
         i = 1 - f if cell.coupled else self._gate(i)
-        g = self._act(g)
+        g = kept_g = self._act(g)
         if cell.training and (p := cell.candidate_dropout):
             g = g * self._scaled(~self._happens(Mask.CANDIDATE_DROPOUT, t, g.shape[-1], p), p)
         c_new = f * c + i * g
@@ -196,31 +179,43 @@ class Steps:
             h_new = F.linear(h_new, w.w_hr)
             h_new = h_new.clamp(-cell.proj_clip, cell.proj_clip) if cell.proj_clip else h_new
         h = self._held(Mask.ZONEOUT_H, t, cell.zoneout_h, h, h_new)
-        return h, self._held(Mask.ZONEOUT_C, t, cell.zoneout_c, c, c_new)
+        return h, self._held(Mask.ZONEOUT_C, t, cell.zoneout_c, c, c_new), (i, f, kept_g, o)
 
 
-def _cell_direction(
-    steps: Steps, h: Tensor, c: Tensor, active: Tensor | None, resets: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `composed_direction`."""
+def _direction(
+    steps: PlainSteps | Steps,
+    h: Tensor,
+    c: Tensor,
+    active: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    save: Save,
+) -> tuple[Tensor | None, ...]:
+    """y [T, B, P], h_n, c_n, cells [T, B, H] and, with `Save.ALL`, gates [T, B, 4H].
+
+    In reverse a row rests until its last valid step comes.
+    """
     T = len(steps.products)
     ys: list[Any] = [None] * T
     cells: list[Any] = [None] * T
+    gates: list[Any] = [None] * T
     for t in reversed(range(T)) if reverse else range(T):
         h_prev, c_prev = h, c
         if resets is not None:
             h_prev, c_prev = h.masked_fill(resets[t], 0), c.masked_fill(resets[t], 0)
-        h_next, c_next = steps.take(t, h_prev, c_prev)
+        h_next, c_next, own_gates = steps.take(t, h_prev, c_prev)
+        gates[t] = torch.cat(own_gates, -1) if save == Save.ALL else None
         if active is None:
             h, c = ys[t], cells[t] = h_next, c_next
         else:
             h, c = torch.where(active[t], h_next, h), torch.where(active[t], c_next, c)
-            ys[t], cells[t] = (a.masked_fill(~active[t], 0) for a in (h_next, c_next))
-    return torch.stack(ys), h, c, torch.stack(cells)
+            kept = (h_next, c_next, gates[t])
+            ys[t], cells[t], gates[t] = (None if a is None else a.masked_fill(~active[t], 0) for a in kept)
+    return torch.stack(ys), h, c, torch.stack(cells), torch.stack(gates) if save == Save.ALL else None
 
 
 def forward(call: LayerCall, save: Save) -> Outputs:
-    """The outputs with the cells, which cost nothing here, but without the gates; arguments are taken as checked."""
+    """The outputs, always with the cells, which cost nothing here; arguments are taken as checked."""
     if call.is_step:
         return forward(call.with_time(), save).without_time(call)
     result, dtype, grid = call.x.dtype, compute_dtype(call.x.dtype), Grid(call)
@@ -237,14 +232,12 @@ def forward(call: LayerCall, save: Save) -> Outputs:
     for d, (reverse, w) in enumerate(zip(call.directions.reversals, split, strict=True)):
         h = x.new_zeros(x.shape[1], w.w_hh.shape[1], dtype=dtype) if call.h0 is None else call.h0[d].to(dtype)
         c = x.new_zeros(x.shape[1], w.w_hh.shape[0] // 4, dtype=dtype) if call.c0 is None else call.c0[d].to(dtype)
-        if call.cell is None:
-            results.append(composed_direction(x.to(dtype), h, c, w, active, resets, reverse))
-        else:
-            steps = Steps(call, call.cell, w, d, x.to(dtype))
-            results.append(_cell_direction(steps, h, c, active, resets, reverse))
-    ys, h_ns, c_ns, cells = zip(*results, strict=True)
+        steps = PlainSteps(w, x.to(dtype)) if call.cell is None else Steps(call, call.cell, w, d, x.to(dtype))
+        results.append(_direction(steps, h, c, active, resets, reverse, save))
+    ys, h_ns, c_ns, cells, gates = zip(*results, strict=True)
     y, all_cells = grid.give(torch.cat(ys, -1)), torch.stack([grid.unpad(c) for c in cells])
-    return Outputs(y.to(result), torch.stack(h_ns).to(result), torch.stack(c_ns).to(result), all_cells, None)
+    all_gates = torch.stack([grid.unpad(a) for a in gates]).to(result) if save == Save.ALL else None
+    return Outputs(y.to(result), torch.stack(h_ns).to(result), torch.stack(c_ns).to(result), all_cells, all_gates)
 
 
 # Derivatives of other cells, to any order: torch's own, by going through all of it again ------------------------------

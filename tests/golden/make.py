@@ -38,14 +38,16 @@ def draw(rng: np.random.Generator, *shape: int) -> Array:
     return rng.integers(-64, 65, shape) / 64
 
 
-def tensorflow_case(kind: str, forget_bias: float, num_proj: int | None, rng: np.random.Generator) -> dict[str, Any]:
+def tensorflow_case(
+    kind: str, forget_bias: float, num_proj: int | None, rng: np.random.Generator, **options: Any
+) -> dict[str, Any]:
     """One cell over T steps; its variables by their names without the scope."""
     import tensorflow as tf
 
     x, c, h = draw(rng, T, B, I), draw(rng, B, U), draw(rng, B, num_proj or U)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        options = {"num_proj": num_proj} if num_proj else {}
-        cell = getattr(tf.compat.v1.nn.rnn_cell, kind)(U, forget_bias=forget_bias, dtype=tf.float64, **options)
+        given = ({"num_proj": num_proj} if num_proj else {}) | options
+        cell = getattr(tf.compat.v1.nn.rnn_cell, kind)(U, forget_bias=forget_bias, dtype=tf.float64, **given)
         state, outputs = (tf.constant(c), tf.constant(h)), []
         for step in x:
             output, state = cell(tf.constant(step), state)
@@ -56,14 +58,21 @@ def tensorflow_case(kind: str, forget_bias: float, num_proj: int | None, rng: np
             v.load(params[name], session)
         y, (c_n, h_n) = session.run([outputs, state])
     results = {"x": x, "h0": h, "c0": c, "y": np.stack(y), "h_n": h_n, "c_n": c_n}
-    return {"cell": kind, "forget_bias": forget_bias, "params": params, **results}
+    options = {"options": options} if options else {}
+    return {"cell": kind, "forget_bias": forget_bias, **options, "params": params, **results}
 
 
 def tensorflow_cases() -> list[dict[str, Any]]:
     """The same at each call."""
     rng = np.random.default_rng(0)
     cases = [tensorflow_case("BasicLSTMCell", forget_bias, None, rng) for forget_bias in FORGET_BIASES]
-    return [*cases, tensorflow_case("LSTMCell", 1.0, None, rng), tensorflow_case("LSTMCell", 0.7, P, rng)]
+    cases += [tensorflow_case("LSTMCell", 1.0, None, rng), tensorflow_case("LSTMCell", 0.7, P, rng)]
+    clips = {"cell_clip": 0.4, "proj_clip": 0.3}
+    return [
+        *cases,
+        tensorflow_case("LSTMCell", 1.0, None, rng, use_peepholes=True),
+        tensorflow_case("LSTMCell", 0.7, P, rng, use_peepholes=True, **clips),
+    ]
 
 
 def import_haste(folder: Path) -> Any:
