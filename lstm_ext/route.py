@@ -57,7 +57,7 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     watched = not (is_eager() and _are_plain(call))
     served = has_kernel(call.x, "LSTM cell" if call.is_step else "LSTM")
     if call.cell is not None and served:
-        served = _has_cell_kernel(call.x)
+        served = _has_cell_kernel(call)
     if watched and not is_compiling():
         check_kinds(call)
     if call.is_step:
@@ -141,12 +141,12 @@ def has_kernel(x: Tensor, what: str = "LSTM") -> bool:
     return choice.name is not None
 
 
-def _has_cell_kernel(x: Tensor) -> bool:
-    """Whether a kernel runs for other cells than the plain one; if not, a warning says that torch's operations do."""
-    if not x.is_cuda:
+def _has_cell_kernel(call: LayerCall) -> bool:
+    """Whether a kernel runs for such a cell; if not, a warning says that torch's operations do."""
+    if not call.x.is_cuda or call.cell is None or not (why := call.cell.refused_on_gpu):
         return True
     if not is_compiling():
-        warn_once("lstm_ext runs LSTMs with options in torch's operations on cuda tensors: the CUDA kernels have none")
+        warn_once(f"lstm_ext runs LSTMs with options in torch's operations on cuda tensors: no CUDA kernel has {why}")
     return False
 
 

@@ -366,7 +366,7 @@ def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: 
         if derivatives is not NotImplemented:
             return derivatives
     if call.is_step:
-        timed = _first_derivative(call.with_time(), saved, grads.with_time(call), needs)
+        timed = _first_derivative(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
         return Grads(*timed).without_time(call)
     dx, dh0, dc0, dweights = layer_backward(*backward_arguments(call, saved, grads, needs))
     return (

@@ -170,6 +170,11 @@ def test_engines_agree(case: Case, engine: str) -> None:
     assert_all_close((outputs, gradients), expected, case, "float64", gradient_magnitude=magnitude)
 
 
+def test_a_gradient_of_a_single_step_is_differentiated() -> None:
+    cell, x = lstm_ext.LSTMCell(3, 4, peephole=True, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: cell(x)[0], x.requires_grad_())
+
+
 # Masks ---------------------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,7 @@ struct LayerLayout {
   void expect_steps(const Array& x) const;
   void check_lengths(const Array& lengths) const;
   void check_resets() const;
+  void check_seed(const Array& seed) const;
   void check_first(const Array& x, const DirectionArrays& weights) const;
   [[noreturn]] void refuse_dtype(const Array& weight, const Array& x, py::handle weights) const;
   std::string layout_hint(bool as_if_swapped) const;
@@ -86,7 +87,6 @@ struct LayerArgs : LayerLayout {
   void read_batch_size();
   void read_packing();
   void read_lengths();
-  void read_seed(py::handle handle);
   [[noreturn]] void refuse_packing() const;
 
   std::vector<int64_t> lengths_, packed_offset_;
