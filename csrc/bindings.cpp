@@ -37,7 +37,7 @@ PYBIND11_MODULE(core, m) {
         "tf32"_a, "strategy"_a);
   m.def("cuda_step_forward", &lstm_ext::ops::cuda_step_forward, "call"_a, "tf32"_a);
   m.def("cuda_plan", &lstm_ext::ops::cuda_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
-        "num_directions"_a, "backward"_a, "strategy"_a, "device"_a);
+        "num_directions"_a, "backward"_a, "strategy"_a, "device"_a, "cell"_a = py::none());
   m.def("cuda_take_hooks", &lstm_ext::ops::cuda_take_hooks, "introduce"_a, "check"_a);
   m.def("cuda_set_measured", &lstm_ext::ops::cuda_set_measured, "device"_a, "rows"_a);
   m.def("cuda_device", &lstm_ext::ops::cuda_device, "device"_a);
@@ -49,7 +49,7 @@ PYBIND11_MODULE(core, m) {
         "num_directions"_a, "backward"_a, "num_threads"_a);
   m.def("gpu_plan", &lstm_ext::ops::gpu_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
         "num_directions"_a, "backward"_a, "strategy"_a, "compute_capability"_a, "sms"_a, "gpcs"_a, "shared_bytes"_a,
-        "clock_khz"_a);
+        "clock_khz"_a, "cell"_a = py::none());
   m.def("force_cpu_plan", &lstm_ext::ops::force_cpu_plan, "engine"_a = py::none(), "in_place"_a = py::none(),
         "one_sum"_a = py::none(), "chunk_steps"_a = py::none(), "depth"_a = py::none(), "threads"_a = py::none(),
         "by_rows"_a = py::none());

@@ -17,8 +17,9 @@ LSTM_EXT_HOST_DEVICE V not_below_zero(V x) {
 }
 
 // f(the activation as a function of one V): the choice is made once for all that f does with it.
-template <class Math, class F>
-LSTM_EXT_HOST_DEVICE void with_activation(const ActivationSpec& spec, const F& f) {
+// `Spec` is an ActivationSpec, or the same with other numbers.
+template <class Math, class Spec, class F>
+LSTM_EXT_HOST_DEVICE void with_activation(const Spec& spec, const F& f) {
   using V = typename Math::Value;
   const auto alpha = static_cast<typename Math::Number>(spec.alpha),
              beta = static_cast<typename Math::Number>(spec.beta);
@@ -40,16 +41,16 @@ LSTM_EXT_HOST_DEVICE void with_activation(const ActivationSpec& spec, const F& f
   }
 }
 
-template <class Math, class V = typename Math::Value>
-LSTM_EXT_HOST_DEVICE V activate(const ActivationSpec& spec, V x) {
+template <class Math, class Spec, class V = typename Math::Value>
+LSTM_EXT_HOST_DEVICE V activate(const Spec& spec, V x) {
   V result{};
   with_activation<Math>(spec, [&](const auto& activation) { result = activation(x); });
   return result;
 }
 
 // The derivative, from the output. Where the function has a corner it is what torch takes.
-template <class Math, class V = typename Math::Value>
-LSTM_EXT_HOST_DEVICE V d_activation(const ActivationSpec& spec, V output) {
+template <class Math, class Spec, class V = typename Math::Value>
+LSTM_EXT_HOST_DEVICE V d_activation(const Spec& spec, V output) {
   const V one = V{} + 1, alpha = V{} + static_cast<typename Math::Number>(spec.alpha);
   switch (spec.kind) {
     case Activation::kTanh: return d_tanh(output);

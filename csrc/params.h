@@ -103,6 +103,7 @@ struct LayerCell {
     void *d_peephole, *d_gamma, *d_beta, *d_gamma_h, *d_beta_h;  // backward: contiguous, may be null
   } direction[2];
   RowMap y_map;
+  const int64_t* seed;  // on a GPU, where options.seed is not read; null where nothing is drawn
 };
 
 // ---- a layer ----------------------------------------------------------------------------------------------

@@ -45,10 +45,13 @@ def layer_backward(
 ) -> GradsTuple: ...
 
 # Where CUDA was built
+_Some = Array | None
+_BackwardSteps = tuple[Array, Array, _Some, _Some, _Some, _Some, _Some, _Some, _Some]
+
 def cuda_layer_forward(steps: CallTuple, save: Save, tf32: bool, strategy: str) -> OutputsTuple | str: ...
 def cuda_layer_backward(
     steps: CallTuple, saved: _Saved, grads: _OutputGrads, needs: Needs, tf32: bool, strategy: str
-) -> tuple[Array, Array, Array | None, Array | None, Array | None, Array | None, Array | None] | str: ...
+) -> _BackwardSteps | str: ...
 def cuda_step_forward(call: CallTuple, tf32: bool) -> OutputsTuple | str: ...
 def cuda_plan(
     T: int,
@@ -62,10 +65,11 @@ def cuda_plan(
     backward: bool,
     strategy: str,
     device: int,
+    cell: Cell | None = None,
 ) -> dict[str, Any]: ...
 def cuda_take_hooks(
     introduce: Callable[[int], None],
-    check: Callable[[int, str, str, bool, str, bool, bool], str | None],
+    check: Callable[[int, str, str, bool, str, bool, bool, str], str | None],
 ) -> None: ...
 def cuda_set_measured(
     device: int, rows: Sequence[tuple[str, bool, int, bool, int, int, int, int, str, dict[str, float]]]
@@ -102,6 +106,7 @@ def gpu_plan(
     gpcs: int,
     shared_bytes: int,
     clock_khz: int,
+    cell: Cell | None = None,
 ) -> dict[str, Any]: ...
 def force_cpu_plan(
     engine: Literal["vectors", "tiles"] | None = None,

@@ -185,6 +185,23 @@ class LayerCall(NamedTuple):
         tensorflow = self.cell is not None and self.cell.tensorflow
         return [_in_torchs_layout(w) if tensorflow else CellWeights(**w) for w in self.named_weights()]
 
+    def split_as_laid_out(self) -> list[CellWeights]:
+        """The same without copies: TensorFlow's as views whose gates stay in its order, i, j, f, o."""
+        if self.cell is None or not self.cell.tensorflow:
+            return [CellWeights(**w) for w in self.named_weights()]
+        width, split = self.x.shape[-1], []
+        for w in self.named_weights():
+            kernel, extra = w["kernel"], {name: a for name, a in w.items() if name not in ("kernel", "bias")}
+            split.append(CellWeights(kernel[:width].T, kernel[width:].T, w.get("bias"), **extra))
+        return split
+
+    def weights_of_steps(self) -> list[Array]:
+        """As `weights`, without what x is multiplied by: no w_ih, and of a kernel the rows of h."""
+        width, kept = self.x.shape[-1], []
+        for w in self.named_weights():
+            kept += [a[width:] if name == "kernel" else a for name, a in w.items() if name != "w_ih"]
+        return kept
+
     def named_weights(self) -> list[dict[str, Array]]:
         """Those that there are, as they are, by direction and name."""
         each = len(self.weights) // self.num_directions
@@ -334,6 +351,10 @@ class Saved(NamedTuple):
     def of(cls, outputs: Outputs, cell: Cell | None) -> Saved:
         """What is kept of the outputs of such a cell."""
         return cls(outputs.cells, outputs.gates, None if cell is None else outputs.y)
+
+    def with_time(self, call: LayerCall) -> Saved:
+        """That of `call` as that of `call.with_time()`."""
+        return self._replace(y=add_axes(self.y, call))
 
 
 class OutputGrads(NamedTuple):

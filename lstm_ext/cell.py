@@ -89,6 +89,15 @@ class Cell(NamedTuple):
         norms = {Norm.ROWS: ("gamma", "gamma_h", "beta_h"), Norm.GATES: ("gamma", "beta", "gamma_h", "beta_h")}
         return ("peephole",) * self.peephole + norms.get(self.norm, ())
 
+    @property
+    def refused_on_gpu(self) -> str:
+        """Why no CUDA kernel computes it; "" if one does."""
+        if self.norm:
+            return "layer normalisation"
+        if self.zoneout_h and not self.training and self.proj_clip:
+            return "the mean of zoneout of h with proj_clip"  # a mixed h does not tell whether it was cut
+        return ""
+
     def simplified(self) -> Cell | None:
         """The same, where nothing is trained without what then does nothing; None if that is the plain cell."""
         cell = self

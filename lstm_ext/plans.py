@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
 
 from . import _native, gpus, measured
+from .cell import make_cell
 from .engines import backends
 
 
@@ -115,6 +117,7 @@ def plan(
     backward: bool = False,
     tf32: bool = True,
     strategy: str | None = None,
+    options: Mapping[str, Any] | None = None,
     device: int | str = 0,
 ) -> Plan: ...
 def plan(
@@ -130,6 +133,7 @@ def plan(
     tf32: bool = True,
     strategy: str | None = None,
     num_threads: int = 0,
+    options: Mapping[str, Any] | None = None,
     device: int | str = 0,
 ) -> Plan | CpuPlan | list[CpuPlan]:
     """How one pass over a layer runs on a device.
@@ -147,6 +151,7 @@ def plan(
         strategy: of a GPU: asks about one; None for the one that would be chosen.
         num_threads: of the CPU: how many there are at most; 0 is what torch uses if it is imported, else
             OMP_NUM_THREADS or the usable processors.
+        options: of a GPU: those of the cell, as `LSTM` takes them, such as {"peephole": True}; None for the plain LSTM.
         device: "cpu"; "cuda", "cuda:1" and so on, or the number of the GPU; or the name of one that need not be
             there, such as "H100", "A100" or "RTX 4090".
 
@@ -155,8 +160,8 @@ def plan(
 
     Raises:
         RuntimeError: the backend is not available, the strategy cannot run this, or sizes are beyond any computer.
-        ValueError: a size out of range; a dtype, a strategy or a device unknown; `strategy` for the CPU,
-            `num_threads` for a GPU.
+        ValueError: a size out of range; a dtype, a strategy, an option or a device unknown; `strategy` or `options`
+            for the CPU, `num_threads` for a GPU.
 
     Example:
         >>> lstm_ext.plan(50, 1, 32, device="cpu", num_threads=2).threads  # so few units are faster on one of two
@@ -182,6 +187,8 @@ def plan(
         raise ValueError(f"device: expected {names}, got {device!r}")
     if kind == "cpu" and strategy is not None:
         raise ValueError(f"strategy: only plans of a GPU have one, got {strategy!r} with device='cpu'")
+    if kind == "cpu" and options is not None:
+        raise ValueError(f"options: only plans of a GPU differ with them, got {options!r} with device='cpu'")
     if kind != "cpu" and num_threads:
         raise ValueError(f"num_threads: only plans of the CPU have them, got {num_threads} with device={device!r}")
     backend = backends()["cpu" if kind == "cpu" or named else "cuda"]
@@ -196,12 +203,13 @@ def plan(
         layer = (num_steps, batch_size, width, units, proj_size, projected, dtype_name, D, backward)
         return CpuPlan(**_native.C.cpu_plan(*layer, num_threads))
     steps = (num_steps, batch_size, units, proj_size, projected, dtype_name, tf32, D, backward, strategy or "")
+    cell = None if options is None else make_cell(**options, projected=projected).simplified()
     if named:
         limits = (named.compute_capability, named.sms, named.gpcs, named.shared_bytes, named.boost_mhz * 1000)
-        return Plan(**_native.C.gpu_plan(*steps, *limits), registers=None, kernel=None)
+        return Plan(**_native.C.gpu_plan(*steps, *limits, cell), registers=None, kernel=None)
     index = device if isinstance(device, int) else int(number or 0)
     measured.hand_over(index)
-    return Plan(**_native.C.cuda_plan(*steps, index))
+    return Plan(**_native.C.cuda_plan(*steps, index, cell))
 
 
 def _torchs_threads() -> int:

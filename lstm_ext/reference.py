@@ -221,7 +221,8 @@ def layer_forward(call: LayerCall, save: Save) -> Outputs:
 def layer_backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Grads:
     """The gradients of `layer_forward(call, Save.ALL)`, of which `saved` is a part, from those of its outputs."""
     if call.is_step:
-        return layer_backward(call.with_time(), saved, grads.with_time(call), needs).without_time(call)
+        timed = layer_backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
+        return timed.without_time(call)
     result, dtype = call.x.dtype.newbyteorder("="), compute_dtype(call.x.dtype)
     layout, time_major = Layout(call.batch_first, call.batch_sizes), Layout(False, call.batch_sizes)
     x = plain(layout.pad(call.x), dtype)

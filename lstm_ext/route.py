@@ -60,7 +60,7 @@ def _by_table(call: LayerCall, save: Save) -> OutputsTuple:
     if watched and call.x.is_cpu and call.x.dtype in DTYPES:
         served = True  # the ops need no kernel there
     if call.cell is not None and served:
-        served = _has_cell_kernel(call.x)
+        served = _has_cell_kernel(call)
     if watched and not is_compiling():
         check_kinds(call)
     if call.is_step:
@@ -152,12 +152,12 @@ def is_torchs(x: Tensor, what: str = "LSTM") -> bool:
     return not has_kernel(x, what) and (is_eager() or not x.is_cpu)
 
 
-def _has_cell_kernel(x: Tensor) -> bool:
-    """Whether a kernel runs for other cells than the plain one; if not, a warning says that torch's operations do."""
-    if not x.is_cuda:
+def _has_cell_kernel(call: LayerCall) -> bool:
+    """Whether a kernel runs for such a cell; if not, a warning says that torch's operations do."""
+    if not call.x.is_cuda or call.cell is None or not (why := call.cell.refused_on_gpu):
         return True
     if not is_compiling():
-        warn_once("lstm_ext runs LSTMs with options in torch's operations on cuda tensors: the CUDA kernels have none")
+        warn_once(f"lstm_ext runs LSTMs with options in torch's operations on cuda tensors: no CUDA kernel has {why}")
     return False
 
 

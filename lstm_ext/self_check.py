@@ -22,12 +22,25 @@ from torch import Tensor
 from . import _native, gpu_files
 from ._warnings import warn_once
 from .call import BOTH, LayerCall, Needs, Outputs, Save, Saved
+from .cell import Activation, Cell
 from .testing import TOLERANCES, Case, Inputs, Named, make_inputs, run_oracle, to_float64
 
 VARIABLE = "LSTM_EXT_SELF_CHECK"
 STRATEGIES = ("block", "cluster", "grid", "step")
 BATCH_TILES = (1, 2, 4, 8)
 ARITHMETICS = (("float32", False), ("float32", True), ("float64", False), ("bfloat16", False), ("float16", False))
+
+LAYOUTS = ("torch", "TensorFlow")  # of the weights of cells with options
+OPTIONS = Cell(  # all that go together and have no corner, where rounding would decide
+    Activation.SOFTSIGN,
+    forget_bias=0.5,
+    peephole=True,
+    zoneout_h=0.2,
+    zoneout_c=0.3,
+    recurrent_dropout=0.25,
+    candidate_dropout=0.2,
+    training=True,
+)
 
 _lock = RLock()  # of the files; one check at a time
 
@@ -40,18 +53,21 @@ class Way(NamedTuple):
     forced: str  # strategy/batch tiles
     projected: bool
     backward: bool
+    cell: str = ""  # of one with options the layout of its weights
 
     def __str__(self) -> str:
         return (
             f"{'backward' if self.backward else 'forward'} {'tf32' if self.tf32 else self.dtype} {self.forced}"
-            f"{' projected' if self.projected else ''}"
+            f"{' projected' if self.projected else ''}{f' options, {self.cell}' if self.cell else ''}"
         )
 
     @property
     def case(self) -> Case:
         """One sequence more than the tiles of a block hold; both directions, with lengths and resets."""
         rows = 8 * int(self.forced.partition("/")[2]) + 1
-        return Case(4, rows, 3, 37, P=13 if self.projected else 0, directions=BOTH, lengths="with_zero", resets=True)
+        cell = OPTIONS._replace(tensorflow=self.cell == "TensorFlow") if self.cell else None
+        P = 13 if self.projected else 0
+        return Case(4, rows, 3, 37, P=P, directions=BOTH, lengths="with_zero", resets=True, cell=cell)
 
     @property
     def judged(self) -> str:
@@ -88,7 +104,7 @@ def _on(device: torch.device, inputs: Inputs, dtype: str) -> Inputs:
 
 def _steps(call: LayerCall, x: Tensor) -> LayerCall:
     """What the kernels are asked: x is xw or the gates, and there are no w_ih."""
-    return call._replace(x=x, weights=[a for w in call.split() for a in w[1:] if a is not None])
+    return call._replace(x=x, weights=call.weights_of_steps())
 
 
 def _tensor(a: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -97,7 +113,7 @@ def _tensor(a: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _forward(way: Way, inputs: Inputs, own: Inputs, device: torch.device) -> Named:
     """The outputs of the kernel; x W_ih' is made here, since torch's product may round as its user likes."""
-    xw = np.stack([np.nan_to_num(to_float64(inputs.x)) @ to_float64(w.w_ih).T for w in inputs.call.split()])
+    xw = np.stack([np.nan_to_num(to_float64(inputs.x)) @ to_float64(w.w_ih).T for w in inputs.call.split_as_laid_out()])
     wide = torch.float64 if way.dtype == "float64" else torch.float32
     steps = _steps(own.call, _tensor(xw, wide, device))
     return Outputs(*_native.C.cuda_layer_forward(steps, Save.ALL, way.tf32, way.forced))._asdict()
@@ -108,22 +124,48 @@ def _backward(way: Way, own: Inputs, outputs: Named, device: torch.device) -> Na
     dtype = getattr(torch, way.dtype)
     wide = torch.float64 if way.dtype == "float64" else torch.float32
     gates = _tensor(outputs["gates"], dtype, device)
-    saved = Saved(_tensor(outputs["cells"], wide, device), gates)
+    y = None if own.case.cell is None else _tensor(outputs["y"], dtype, device)
+    saved = Saved(_tensor(outputs["cells"], wide, device), gates, y)
     results = _native.C.cuda_layer_backward(_steps(own.call, gates), saved, own.grads, Needs.ALL, way.tf32, way.forced)
-    d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = (None if a is None else to_float64(a) for a in results)
     x = np.nan_to_num(to_float64(own.x))  # NaN past a length, where d_gates are zero
-    gradients: dict[str, Any] = {"dx": 0.0, "dh0": dh0, "dc0": dc0}
-    dweights: list[Any] = []
-    for d, w in enumerate(own.call.split()):
-        assert d_gates is not None
-        assert h_prev is not None
-        before = h_prev[d] if hidden_prev is None else h_prev[d] + hidden_prev[d] @ to_float64(w.w_hr).T
-        gradients["dx"] = gradients["dx"] + d_gates[d] @ to_float64(w.w_ih)
-        dweights += [np.einsum("tbg,tbi->gi", d_gates[d], x), np.einsum("tbg,tbp->gp", d_gates[d], before)]
-        dweights += [d_gates[d].sum((0, 1))] * 2
-        if d_h is not None and hidden is not None:
-            dweights.append(np.einsum("tbp,tbh->ph", d_h[d], hidden[d]))
+    dx, dweights = from_steps(own.call, x.reshape(-1, x.shape[-1]), results)
+    gradients: dict[str, Any] = {"dx": dx.reshape(x.shape), "dh0": results[5], "dc0": results[6]}
     return gradients | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
+
+
+def from_steps(call: LayerCall, x: Any, results: Any) -> tuple[Any, list[Any]]:
+    """dx [rows, I] and the gradients of the weights, in float64, from what a backward pass of the kernels leaves.
+
+    x [rows, I] is in the order of time, zero where a row rests.
+    """
+
+    def rows(a: Any) -> Any:
+        a = to_float64(a)
+        return a.reshape(-1, a.shape[-1])
+
+    d_gates, h_prev, d_h, hidden, hidden_prev, _, _, c_prev, c_new = results
+    dx, dweights = np.zeros_like(x), []
+    for d, w in enumerate(call.split_as_laid_out()):
+        g, h = rows(d_gates[d]), rows(h_prev[d])
+        if hidden_prev is not None:
+            h = h + rows(hidden_prev[d]) @ to_float64(w.w_hr).T
+        dx += g @ to_float64(w.w_ih)
+        tensorflow = call.cell is not None and call.cell.tensorflow
+        dweights += [np.concatenate([x.T @ g, h.T @ g])] if tensorflow else [g.T @ x, g.T @ h]
+        dweights += [g.sum(0) for bias in (w.b_ih, w.b_hh) if bias is not None]
+        if d_h is not None:
+            dweights.append(rows(d_h[d]).T @ rows(hidden[d]))
+        if c_prev is not None:
+            d_i, d_f, d_o = (rows(gates[d]) for gates in gates_of(call, d_gates))
+            before, after = rows(c_prev[d]), rows(c_new[d])
+            dweights.append(np.stack([(d_i * before).sum(0), (d_f * before).sum(0), (d_o * after).sum(0)]))
+    return dx, dweights
+
+
+def gates_of(call: LayerCall, d_gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of i, f and o among d_gates [.., 4H], which are in the order of the weights."""
+    i, second, third, o = d_gates.chunk(4, -1)
+    return i, third if call.cell is not None and call.cell.tensorflow else second, o
 
 
 def _finding(actual: Named, expected: Named, terms: int, dtype: str) -> Finding:
@@ -174,7 +216,9 @@ def _waiting_allowed(device: torch.device) -> Iterator[None]:
 # What the core asks --------------------------------------------------------------------------------------------------
 
 
-def check(device: int, kernel: str, dtype: str, tf32: bool, forced: str, projected: bool, backward: bool) -> str | None:
+def check(
+    device: int, kernel: str, dtype: str, tf32: bool, forced: str, projected: bool, backward: bool, cell: str = ""
+) -> str | None:
     """What is wrong with a kernel on a device, "" for nothing; None where it cannot be said now.
 
     Nothing may wait for a stream that is being captured, nor run besides what is captured; so the kernel runs unchecked
@@ -184,7 +228,7 @@ def check(device: int, kernel: str, dtype: str, tf32: bool, forced: str, project
         return ""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return None
-    way = Way(dtype, tf32, forced, projected, backward)
+    way = Way(dtype, tf32, forced, projected, backward, cell)
     try:
         wrong = _kept_or_run(device, kernel, way).wrong
     except torch.OutOfMemoryError:
@@ -243,16 +287,16 @@ def _kernels(path: Path, about: dict[str, Any]) -> dict[str, Any]:
 def ways(device: int) -> Iterator[tuple[Way, str]]:
     """All that can run on a device, and the kernel of each."""
     capability = _native.C.cuda_device(device)["compute_capability"]
-    for (dtype, tf32), strategy, tiles, projected, backward in product(
-        ARITHMETICS, STRATEGIES, BATCH_TILES, (False, True), (False, True)
+    for (dtype, tf32), strategy, tiles, projected, backward, cell in product(
+        ARITHMETICS, STRATEGIES, BATCH_TILES, (False, True), (False, True), ("", *LAYOUTS)
     ):
-        if tf32 and capability < 80:
+        if (tf32 and capability < 80) or (projected and cell == "TensorFlow"):
             continue
-        way = Way(dtype, tf32, f"{strategy}/{tiles}", projected, backward)
+        way = Way(dtype, tf32, f"{strategy}/{tiles}", projected, backward, cell)
         case = way.case
         sizes = case.T, case.B, case.H, case.P, projected
         try:
-            kernel = _native.C.cuda_plan(*sizes, dtype, tf32, 2, backward, way.forced, device)["kernel"]
+            kernel = _native.C.cuda_plan(*sizes, dtype, tf32, 2, backward, way.forced, device, case.cell)["kernel"]
         except RuntimeError:  # this device or this arithmetic has no such kernel
             continue
         yield way, kernel

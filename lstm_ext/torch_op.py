@@ -197,20 +197,20 @@ def engine_of(x: Tensor) -> Engine:
     return choice.engine
 
 
-def _or_empty(a: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(a: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if a is None else a
 
 
 def forward_results(outputs: OutputsTuple) -> tuple[Tensor, ...]:
     """As `layer_forward` returns them: an op cannot return None, so what is not saved is an empty tensor."""
     y, h_n, c_n, cells, gates = outputs
-    return y, h_n, c_n, _or_empty(cells, y), _or_empty(gates, y)
+    return y, h_n, c_n, or_empty(cells, y), or_empty(gates, y)
 
 
 def backward_results(grads: GradsTuple, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """As `layer_backward` returns them: what is not needed is an empty tensor or list."""
     dx, dh0, dc0, dweights = grads
-    return _or_empty(dx, x), _or_empty(dh0, x), _or_empty(dc0, x), dweights or []
+    return or_empty(dx, x), or_empty(dh0, x), or_empty(dc0, x), dweights or []
 
 
 def _say_in_torch(direction: str, call: LayerCall) -> None:
@@ -390,7 +390,7 @@ def _first_derivative(call: LayerCall, saved: Saved, grads: OutputGrads, needs: 
         if derivatives is not NotImplemented:
             return derivatives
     if call.is_step:
-        timed = _first_derivative(call.with_time(), saved, grads.with_time(call), needs)
+        timed = _first_derivative(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
         return Grads(*timed).without_time(call)
     dx, dh0, dc0, dweights = layer_backward(*backward_arguments(call, saved, grads, needs))
     return (

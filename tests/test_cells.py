@@ -216,6 +216,11 @@ def test_what_an_engine_refuses_the_ops_compute_in_torchs_operations(
     assert_all_close(results, run_oracle(inputs), case, dtype, gradient_magnitude=3.0)
 
 
+def test_a_gradient_of_a_single_step_is_differentiated() -> None:
+    cell, x = lstm_ext.LSTMCell(3, 4, peephole=True, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: cell(x)[0], x.requires_grad_())
+
+
 # Masks ---------------------------------------------------------------------------------------------------------------
 
 

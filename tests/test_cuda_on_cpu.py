@@ -18,6 +18,8 @@ from lstm_ext.call import BOTH, FORWARD, REVERSE, Grads, LayerCall, Needs, Outpu
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, make_inputs, run_layer, run_oracle, to_float64
 
 from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradient_magnitude
+from .test_kernels import CELLS as OPTIONS
+from .test_kernels import KERNEL, SMOOTH, with_cell
 from .test_process import succeed
 
 harness: Any = pytest.importorskip(
@@ -27,7 +29,7 @@ harness: Any = pytest.importorskip(
 )
 torch: Any = pytest.importorskip("torch")
 
-from lstm_ext import route  # noqa: E402
+from lstm_ext import route, self_check  # noqa: E402
 from lstm_ext.engines import cuda  # noqa: E402
 from lstm_ext.engines.composed import compute_dtype  # noqa: E402
 
@@ -85,21 +87,13 @@ class OnGpu:
 
     def backward(self, call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> Any:
         if call.is_step:
-            timed = self.backward(call.with_time(), saved, grads.with_time(call), needs)
+            timed = self.backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
             return Grads(*timed).without_time(call)
         steps = cuda.steps_of(call)._replace(x=saved.gates)
-        d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = self.core.cuda_layer_backward(
-            steps, saved, grads, needs, False, self.strategy
-        )
+        results = self.core.cuda_layer_backward(steps, saved, grads, needs, False, self.strategy)
+        d_gates, dh0, dc0 = results[0], results[5], results[6]
         x = time_major(call)  # [rows, I]
-        dx, dweights = np.zeros_like(x), []
-        for d, w in enumerate(call.split()):
-            d_pre, h = rows_of(d_gates[d]), rows_of(h_prev[d])
-            h = h if w.w_hr is None else h + rows_of(hidden_prev[d]) @ to_float64(w.w_hr).T
-            dx += d_pre @ to_float64(w.w_ih)
-            dweights += [d_pre.T @ x, d_pre.T @ h]
-            dweights += [d_pre.sum(axis=0)] * 2 if w.b_ih is not None else []
-            dweights += [rows_of(d_h[d]).T @ rows_of(hidden[d])] if w.w_hr is not None else []
+        dx, dweights = self_check.from_steps(call, x, results)
         dx = dx.reshape(*d_gates.shape[1:-1], x.shape[-1])
         dx = dx.swapaxes(0, 1) if call.batch_first else dx
         return dx if needs & Needs.X else None, dh0, dc0, dweights if needs & Needs.WEIGHTS else None
@@ -119,7 +113,7 @@ def time_major(call: LayerCall) -> np.ndarray:
 def input_products(call: LayerCall) -> Any:
     """x W_ih' of each direction [D, T, B, 4H] (packed: [D, N, 4H]), float32 for half types, NaN past a length."""
     x = to_float64(call.x.transpose(0, 1) if call.batch_first else call.x)
-    products = np.stack([x @ to_float64(w.w_ih).T for w in call.split()])
+    products = np.stack([x @ to_float64(w.w_ih).T for w in call.split_as_laid_out()])
     return torch.from_numpy(products).to(compute_dtype(call.x.dtype))
 
 
@@ -186,7 +180,7 @@ def check(case: Case, dtype: str, strategy: str, *, data_seed: int = 0, **core: 
     way = OnFibers(dtype, strategy)
     with skipping(strategy):
         actual = run_layer(OnGpu(Core(tf32=dtype == "tf32", **core), strategy), way.own(way.draw(case, data_seed)))
-    magnitude = gradient_magnitude(case, way)
+    magnitude = gradient_magnitude(case, way) if case.cell is None else 3.0  # as on the CPU
     assert_all_close(actual, way.oracle(case, data_seed), case, way.judged, gradient_magnitude=magnitude)
 
 
@@ -402,6 +396,46 @@ CELLS = [Case(1, 1, 1, 1), Case(1, 3, 32, 33, state=False), Case(1, 16, 64, 64),
 @pytest.mark.parametrize("case", CELLS, ids=str)
 def test_a_cell_matches_the_oracle(case: Case, dtype: str) -> None:
     check_cell(case, dtype, seed=CELLS.index(case))
+
+
+# Cells with options --------------------------------------------------------------------------------------------------
+
+MASKS = SMOOTH["all masks"]
+OPTION_CASES = [case for shape in (MASKED_CASE, PROJECTED_CASE, PACKED_CASE) for case in with_cell(shape, MASKS)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", OPTION_CASES, ids=str)
+def test_masks_match_the_oracle(case: Case, dtype: str, strategy: str) -> None:
+    check(case, dtype, strategy, seed=OPTION_CASES.index(case))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_match_the_oracle(name: str) -> None:
+    cases = [case for shape in (MASKED_CASE, PROJECTED_CASE) for case in with_cell(shape, OPTIONS[name])]
+    for n, case in enumerate(cases):
+        strategy = STRATEGIES[(list(OPTIONS).index(name) + n) % len(STRATEGIES)]
+        check(case, "float64" if n == 1 else "float32", strategy, data_seed=2)
+
+
+@pytest.mark.parametrize("case", CELLS, ids=str)
+def test_one_step_of_options_matches_the_oracle(case: Case) -> None:
+    for n, option in enumerate((KERNEL, OPTIONS["coupled, softsign"], OPTIONS["elu, hard sigmoid"])):
+        dtype = DTYPES[(CELLS.index(case) + n) % 2]
+        check_cell(replace(case, cell=option, bias=case.bias or option.tensorflow), dtype)
+
+
+@pytest.mark.parametrize("case", [*OPTION_CASES, Case(1, 3, 5, 9, cell=MASKS), Case(1, 3, 5, 9, cell=KERNEL)], ids=str)
+def test_options_through_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "C", Core())
+    inputs = make_inputs(case, "float32")
+    actual = run_layer(cuda, inputs.to_torch("float32"))
+    assert_all_close(actual, run_oracle(inputs), case, "float32", gradient_magnitude=3.0)
+    if case.T > 1:
+        return
+    step = inputs.without_time()
+    assert_all_close(run_layer(cuda, step.to_torch("float32")), run_oracle(step), case, "float32")
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])

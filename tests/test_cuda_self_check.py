@@ -80,15 +80,16 @@ def kept(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(("projected", "cell"), [(False, ""), (True, ""), (True, "torch"), (False, "TensorFlow")])
 @pytest.mark.parametrize("strategy", self_check.STRATEGIES)
 @pytest.mark.parametrize("arithmetic", self_check.ARITHMETICS, ids=lambda a: "tf32" if a[1] else a[0])
 def test_right_kernels_pass_and_wrong_ones_do_not(
-    arithmetic: tuple[str, bool], strategy: str, projected: bool, backward: bool, core: WholeCore
+    arithmetic: tuple[str, bool], strategy: str, projected: bool, cell: str, backward: bool, core: WholeCore
 ) -> None:
     most = 1 if arithmetic[0] == "float64" else 2 if arithmetic == ("float32", False) else 4
+    most = min(most, 2 if strategy == "step" else 1) if cell else most
     core.tf32, core.device = arithmetic[1], 0
-    way = self_check.Way(*arithmetic, f"{strategy}/{most}", projected, backward)
+    way = self_check.Way(*arithmetic, f"{strategy}/{most}", projected, backward, cell)
     assert 0 < self_check.run(way, 0).share < 1
     harness.spoil_kernels("backward" if backward else "forward")
     finding = self_check.run(way, 0)
@@ -251,7 +252,11 @@ def test_all_kernels_are_listed(core: WholeCore) -> None:
         strategy, _, tiles = way.forced.partition("/")
         wide = 8 if strategy == "step" else 4
         assert int(tiles) <= (wide if way.tf32 else most.get(way.dtype, wide))
-    assert len(set(ways.values())) == 2 * sum((3 * 3 + 4, 3 * 3 + 4, 3 * 3 + 4, 3 * 2 + 2, 3 * 1 + 1))
+    plain = {kernel for way, kernel in ways.items() if not way.cell}
+    assert len(plain) == 2 * sum((3 * 3 + 4, 3 * 3 + 4, 3 * 3 + 4, 3 * 2 + 2, 3 * 1 + 1))
+    options = {kernel for way, kernel in ways.items() if way.cell}
+    assert len(options) == 2 * len(self_check.ARITHMETICS) * (3 + 2)  # a launch for each step in two layouts
+    assert not plain & options
     assert {way.forced.partition("/")[0] for way in ways} == set(self_check.STRATEGIES)
     assert not any(way.tf32 or "cluster" in way.forced for way, _ in self_check.ways(2))  # sm_75
 

@@ -224,6 +224,23 @@ def test_module_gives_the_numbers_of_the_cpu(options: dict[str, Any]) -> None:
     assert_as_on_the_cpu(cell, torch.randn(B, I), (torch.randn(B, H), torch.randn(B, H)))
 
 
+@pytest.mark.parametrize("name", ["peephole", "coupled, softsign", "means of zoneout", "clips"])
+def test_module_with_options_gives_the_numbers_of_the_cpu(name: str) -> None:
+    options: dict[str, Any] = {
+        "peephole": {"peephole": True, "forget_bias": 1.0},
+        "coupled, softsign": {"coupled": True, "activation": "softsign", "bidirectional": True},
+        "means of zoneout": {"zoneout": (0.2, 0.3), "num_layers": 2},
+        "clips": {"cell_clip": 0.4, "proj_clip": 0.2, "proj_size": 3, "recurrent_activation": "hard_sigmoid"},
+    }[name]
+    module = lstm_ext.LSTM(I, H, dtype=torch.float64, **options).train("zoneout" not in name)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    lengths, resets = torch.tensor([6, 0, 4]), torch.rand(T, B) < 0.3
+    assert_as_on_the_cpu(module, x, lengths=lengths, resets=resets, return_cells=True)
+    cell = lstm_ext.BasicLSTMCell(H, input_size=I).cuda()
+    twin, rows = copy.deepcopy(cell).cpu(), torch.randn(B, I)
+    torch.testing.assert_close(cell(rows.cuda())[0].cpu(), twin(rows)[0])
+
+
 @OPTIONS
 def test_module_equals_stock(options: dict[str, Any]) -> None:
     stock, ours = (module.cuda() for module in pair(I, H, **options))

@@ -99,6 +99,25 @@ def test_what_has_no_plan_says_so() -> None:
             lstm_ext.plan(1, 1, 1)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_options_are_planned(backward: bool) -> None:
+    def plan(options: dict[str, Any] | None, strategy: str | None = None) -> lstm_ext.Plan:
+        layer: Any = {"dtype": "bfloat16", "backward": backward, "device": "H100"}
+        return lstm_ext.plan(50, 16, 256, strategy=strategy, options=options, **layer)
+
+    assert plan({}) == plan(None)
+    for options in ({"peephole": True}, {"recurrent_dropout": 0.3}, {"zoneout": 0.1}):
+        times = plan(None).microseconds_per_step, plan(options).microseconds_per_step
+        assert 0.8 <= times[0] / times[1] < 1
+    for strategy in ("block", "cluster", "grid", "step"):
+        if strategy not in plan(None).refused or "bytes" not in plan(None).refused[strategy]:
+            assert plan({"coupled": True}, strategy).strategy == strategy
+    with pytest.raises(RuntimeError, match="none can run this: block: no kernel normalises layers"):
+        plan({"layer_norm": True})
+    with pytest.raises(ValueError, match="options: only plans of a GPU differ with them"):
+        lstm_ext.plan(50, 16, 256, options={}, device="cpu")  # type: ignore[call-overload]
+
+
 def test_a_margin_is_left_and_shown() -> None:
     def plan() -> lstm_ext.Plan:
         return lstm_ext.plan(512, 400, 1024, dtype="bfloat16", device="H100", strategy="grid")

@@ -53,7 +53,7 @@ ALLOWED = {
     "cuda": {
         *("layout.h", "kernel_params.h", "device.h", "launch.h", "check.h", "plan.h", "kernels.h", "layer.h", "ptx.h"),
         *("kernel_check.h", "plan_search.h"),
-        *("tile.cuh", "product.cuh", "pointwise.cuh", "team.cuh", "sequence.cuh", "step.cuh"),
+        *("tile.cuh", "product.cuh", "pointwise.cuh", "cell.cuh", "team.cuh", "sequence.cuh", "step.cuh"),
         *("step_tile.cuh", "step_block.cuh"),
         *("sequence_forward.cuh", "sequence_backward.cuh", "kernels.cuh"),
         *("cuda_on_cpu/ptx.h", "cuda_on_cpu/kernel.h"),

@@ -1,7 +1,7 @@
 // What each kernel is told: one plain struct, passed by value.
 #pragma once
 
-#include "../params.h"
+#include "../cell_math.h"
 #include "layout.h"
 
 namespace lstm_ext::cuda {
@@ -34,12 +34,64 @@ struct SequenceBackward {
   Layout layout;
 };
 
+// ---- A cell with options ---------------------------------------------------------------------------------------
+
+// Its numbers in the type of the sums: a GPU takes long to convert a double.
+template <class Sum>
+struct CellNumbers {
+  struct Spec {
+    Activation kind;
+    Sum alpha, beta;
+  };
+  Spec activation, recurrent_activation;
+  Sum forget_bias, cell_clip, proj_clip, zoneout_h, zoneout_c;
+  Sum h_scale, g_scale;  // of what recurrent and candidate dropout leave
+};
+
+// A unit keeps what it was with some probability; where nothing is drawn, in that proportion.
+struct Zoneout {
+  bool wanted, draws;
+  Chance chance;
+};
+
+// Of a backward pass, for the gradients of a peephole: c as each step found it and as its gates left it, float or
+// double, rows by hidden_map of BackwardPass; both may be null.
+struct CellOutputs {
+  void *c_prev, *c_new;
+};
+
+struct KernelCell {
+  CellNumbers<float> single;
+  CellNumbers<double> twice;
+  bool coupled, tensorflow;
+  bool draws;  // whether there are random numbers
+  Zoneout zoneout_h, zoneout_c;
+  Chance recurrent, candidate;  // what is dropped
+  const int64_t* seed;          // may be null
+  struct {
+    Matrix peephole;  // [3, H], data may be null
+    const void* y;    // backward: rows by y_map
+    CellOutputs outputs;
+  } direction[2];
+  RowMap y_map;
+  // Of the kernels with a launch for each step: forward two buffers [D, B, P], by turns, of h as the next step
+  // multiplies it, null without recurrent dropout; backward what of the gradient of h goes past a step, float or double
+  // [D, B, P], null without zoneout of h.
+  void* h_state;
+};
+
+// The params of a kernel for cells with options.
+template <class Params>
+struct WithCell : Params {
+  KernelCell cell;
+};
+
 // ---- One product of one step in a launch ----------------------------------------------------------------------
 
 struct StepForward {
   LayerForward layer;  // with x, w_ih is part of the product
   const void* xw[2];   // as in SequenceForward; null with x
-  int64_t s;
+  int64_t s;           // -1, with recurrent dropout, for what comes before step 0: h0 as that multiplies it
   StepPart part;
   void* state;   // c between the steps, float or double [D, B, H]; null for a single step
   void* hidden;  // h before the projection [D, B, H]; null without one

@@ -43,15 +43,35 @@ KernelSet kernel_set(const char* name) {
   static_assert(kSizes.register_steps == Tile::kRegisterSteps && kBatchTiles <= kSizes.most_step_tiles);
   static_assert(kSizes.on_chip_bytes == sizeof(typename Tile::OnChip));
   static_assert(kSizes.number_bytes == sizeof(typename Tile::Number) && kSizes.sum_bytes == sizeof(typename Tile::Sum));
-  KernelSet set{{},
-                {},
-                {kernel_name("step_forward", name, kSequences), step_forward<Tile, kBatchTiles>},
-                {kernel_name("step_backward", name, kSequences), step_backward<Tile, kBatchTiles>}};
+  KernelSet set{{{},
+                 {},
+                 {kernel_name("step_forward", name, kSequences), step_forward<Tile, kBatchTiles>},
+                 {kernel_name("step_backward", name, kSequences), step_backward<Tile, kBatchTiles>}}};
   if constexpr (kBatchTiles <= kSizes.most_batch_tiles) {
     add_sequence_kernels<Tile, kBatchTiles, Exchange::kBlock>(set, name);
     add_sequence_kernels<Tile, kBatchTiles, Exchange::kCluster>(set, name);
     add_sequence_kernels<Tile, kBatchTiles, Exchange::kGrid>(set, name);
   }
+  return set;
+}
+
+// Those of cells with options.
+template <Arithmetic arithmetic, class Tile, bool kTensorflow>
+CellKernelSet cell_kernel_set(const char* name) {
+  constexpr int kStepTiles = cell_step_tiles(arithmetic);
+  constexpr const char* kExchanges[] = {", block", ", cluster", ", grid"};
+  constexpr const char* kLayout = kTensorflow ? ", TensorFlow" : "";
+  CellKernelSet set;
+  for (int n = 0; n < 3; ++n) {
+    set.sequence_forward[n] = {kernel_name("cell_sequence_forward", name, kBatchColumns, kExchanges[n]),
+                               cell_sequence_forward<Tile, 1>};
+    set.sequence_backward[n] = {kernel_name("cell_sequence_backward", name, kBatchColumns, kExchanges[n]),
+                                cell_sequence_backward<Tile, 1>};
+  }
+  set.step_forward = {kernel_name("cell_step_forward", name, kStepTiles * kBatchColumns, kLayout),
+                      cell_step_forward<Tile, kStepTiles, kTensorflow>};
+  set.step_backward = {kernel_name("cell_step_backward", name, kStepTiles * kBatchColumns, kLayout),
+                       cell_step_backward<Tile, kStepTiles, kTensorflow>};
   return set;
 }
 

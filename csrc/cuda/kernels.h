@@ -6,13 +6,19 @@
 
 namespace lstm_ext::cuda {
 
-struct KernelSet {
+template <class SequenceForward, class SequenceBackward, class StepForward, class StepBackward>
+struct Kernels {
   // By Exchange.
   Kernel<SequenceForward> sequence_forward[3];
   Kernel<SequenceBackward> sequence_backward[3];
   Kernel<StepForward> step_forward;
   Kernel<StepBackward> step_backward;
 };
+struct KernelSet : Kernels<SequenceForward, SequenceBackward, StepForward, StepBackward> {};
+
+// Of cells with options. One kernel of a pass exchanges in any way; it has a name for each, as each is checked.
+struct CellKernelSet
+    : Kernels<WithCell<SequenceForward>, WithCell<SequenceBackward>, WithCell<StepForward>, WithCell<StepBackward>> {};
 
 // `batch_tiles` is 1, 2, 4 or 8, up to most_step_tiles of the arithmetic; beyond most_batch_tiles a set has no kernels
 // for all T.
@@ -21,5 +27,13 @@ const KernelSet& fp16_kernels(int batch_tiles);
 const KernelSet& tf32_kernels(int batch_tiles);
 const KernelSet& fp32_kernels(int batch_tiles);
 const KernelSet& fp64_kernels(int batch_tiles);
+
+// Those for all T have one batch tile, those for a step as many as cell_step_tiles of plan.h says; these are of weights
+// in torch's layout or in TensorFlow's.
+const CellKernelSet& bf16_cell_kernels(bool tensorflow);
+const CellKernelSet& fp16_cell_kernels(bool tensorflow);
+const CellKernelSet& tf32_cell_kernels(bool tensorflow);
+const CellKernelSet& fp32_cell_kernels(bool tensorflow);
+const CellKernelSet& fp64_cell_kernels(bool tensorflow);
 
 }  // namespace lstm_ext::cuda

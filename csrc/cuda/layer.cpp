@@ -3,8 +3,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "kernel_check.h"
@@ -13,7 +15,8 @@
 namespace lstm_ext::cuda {
 namespace {
 
-using PlanKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t, bool, int, bool, Dtype, bool, Forced, int>;
+using PlanKey = std::tuple<int, int64_t, int64_t, int64_t, int64_t, bool, int, bool, Dtype, bool, Forced, int,
+                           std::optional<CellTraits>>;
 
 constexpr size_t kMostPlans = 1024;  // that are kept
 
@@ -39,12 +42,34 @@ const KernelSet& kernels(Arithmetic arithmetic, int batch_tiles) {
   }
 }
 
+const CellKernelSet& cell_kernels(Arithmetic arithmetic, bool tensorflow) {
+  switch (arithmetic) {
+    case Arithmetic::kBf16: return bf16_cell_kernels(tensorflow);
+    case Arithmetic::kFp16: return fp16_cell_kernels(tensorflow);
+    case Arithmetic::kTf32: return tf32_cell_kernels(tensorflow);
+    case Arithmetic::kFp32: return fp32_cell_kernels(tensorflow);
+    default: return fp64_cell_kernels(tensorflow);
+  }
+}
+
 // Calls body with the kernel of a set that a strategy launches; kernels of different passes have different types.
-template <class Body>
-auto with_kernel(const KernelSet& set, Strategy strategy, bool backward, const Body& body) {
+template <class Set, class Body>
+auto with_kernel_of(const Set& set, Strategy strategy, bool backward, const Body& body) {
   if (strategy == Strategy::kStep) return backward ? body(set.step_backward) : body(set.step_forward);
   const int exchange = static_cast<int>(exchange_of(strategy));
   return backward ? body(set.sequence_backward[exchange]) : body(set.sequence_forward[exchange]);
+}
+
+template <class Body>
+auto with_kernel(const Problem& problem, Strategy strategy, int batch_tiles, const Body& body) {
+  const bool backward = problem.backward;
+  if (!problem.cell) return with_kernel_of(kernels(problem.arithmetic, batch_tiles), strategy, backward, body);
+  return with_kernel_of(cell_kernels(problem.arithmetic, problem.cell->tensorflow), strategy, backward, body);
+}
+template <class Body>
+auto with_kernel(const Plan& plan, const Body& body) {
+  if (plan.kernels) return with_kernel_of(*plan.kernels, plan.strategy, plan.backward, body);
+  return with_kernel_of(*plan.cell_kernels, plan.strategy, plan.backward, body);
 }
 
 // Of a kernel on the current device: clusters of a size at a time, or blocks of a multiprocessor. The runtime is asked
@@ -73,41 +98,48 @@ Plan plan_on(const SequenceShape& shape, int directions, bool backward, const La
   const DeviceLimits& limits = device_limits(device);
   const Arithmetic arithmetic = arithmetic_of(options.dtype, options.tf32, limits.compute_capability);
   Problem problem{arithmetic, shape, directions, backward, limits, {}};
+  problem.cell = options.cell;
   // Only the kernels of the pass for all T are asked about.
   problem.resident_blocks = [device](const Problem& of, Strategy strategy, int tiles, int cluster, int64_t shared) {
-    return with_kernel(kernels(of.arithmetic, tiles), strategy, of.backward, [&](const auto& kernel) {
+    return with_kernel(of, strategy, tiles, [&](const auto& kernel) {
       return (cluster > 1 ? 1 : of.device.sms) * resident(kernel, device, shared, cluster);
     });
   };
   problem.refusal = [&](Strategy strategy, int batch_tiles) {
-    return with_kernel(kernels(arithmetic, batch_tiles), strategy, backward, [&](const auto& kernel) {
+    return with_kernel(problem, strategy, batch_tiles, [&](const auto& kernel) {
       const KernelCheck& check = kernel_check(device, kernel.name);
       return check.verdict == Verdict::kWrong ? kernel.name + (": " + check.why) : std::string();
     });
   };
   problem.sm_margin = margin;
-  if (const auto found = known().measured.find(device); found != known().measured.end())
+  const auto found = known().measured.find(device);
+  if (found != known().measured.end() && !options.cell)  // those are times of the plain LSTM
     problem.measured = &found->second;
   Plan plan = make_plan(problem, options.forced);
-  plan.kernels = &kernels(arithmetic, plan.batch_tiles);
-  with_kernel(*plan.kernels, plan.strategy, backward, [](const auto& kernel) { prepare(kernel); });
+  if (options.cell) {
+    plan.cell_kernels = &cell_kernels(arithmetic, options.cell->tensorflow);
+  } else {
+    plan.kernels = &kernels(arithmetic, plan.batch_tiles);
+  }
+  with_kernel(plan, [](const auto& kernel) { prepare(kernel); });
   plan.check = &kernel_check(device, plan_kernel(plan));
   return plan;
 }
 
 // The weights of a product lie where the call says, with the same strides in both directions. Backward reads them
-// transposed.
+// transposed, and TensorFlow's are.
 void set_strides(ProductLayout& product, const Matrix& weights, bool transposed) {
   product.row_stride = transposed ? 1 : weights.row_stride;
   product.column_stride = transposed ? weights.row_stride : 1;
 }
 
 // The layout of a launch for all T.
-Layout layout_of(const Plan& plan, const LayerWeights& weights, const char* kernel, void* workspace, void* stream) {
+Layout layout_of(const Plan& plan, const LayerWeights& weights, bool tensorflow, const char* kernel, void* workspace,
+                 void* stream) {
   Layout layout = plan.layout;
   layout.timeout = timeout_record();
   layout.kernel = kernel;
-  set_strides(layout.product[0], weights.w_hh, plan.backward);
+  set_strides(layout.product[0], weights.w_hh, plan.backward != tensorflow);
   set_strides(layout.product[1], weights.w_hr, plan.backward);
   layout.words = static_cast<uint64_t*>(workspace);
   if (layout.exchange == Exchange::kGrid) fill_zero(workspace, plan.workspace_bytes, stream);  // no word bears a number
@@ -135,18 +167,110 @@ class StepLaunches {
 };
 
 // A caller that mixes its plans up would launch another kernel than it has filled the params of.
-void expect_pass(const Plan& plan, bool backward) {
-  if (plan.backward != backward) throw std::logic_error("lstm_ext: a plan of the other pass");
+void expect_pass(const Plan& plan, bool backward, const LayerCell* cell) {
+  if (plan.backward != backward || !plan.kernels != !!cell)
+    throw std::logic_error("lstm_ext: a plan of the other pass, or of another kind of cell");
 }
+
+// ---- Cells with options
+
+template <class Sum>
+CellNumbers<Sum> numbers_of(const Cell& cell) {
+  const auto spec = [](const ActivationSpec& of) {
+    return typename CellNumbers<Sum>::Spec{of.kind, static_cast<Sum>(of.alpha), static_cast<Sum>(of.beta)};
+  };
+  return {spec(cell.activation),
+          spec(cell.recurrent_activation),
+          static_cast<Sum>(cell.forget_bias),
+          static_cast<Sum>(cell.cell_clip),
+          static_cast<Sum>(cell.proj_clip),
+          static_cast<Sum>(cell.zoneout_h),
+          static_cast<Sum>(cell.zoneout_c),
+          static_cast<Sum>(dropout_scale(cell.recurrent_dropout)),
+          static_cast<Sum>(dropout_scale(cell.candidate_dropout))};
+}
+
+KernelCell kernel_cell(const LayerCell& layer, const Plan& plan, void* workspace) {
+  const Cell& cell = layer.options;
+  const auto zoneout = [&](double probability) {
+    return Zoneout{probability > 0, cell.training, Chance::of(probability)};
+  };
+  const auto dropped = [&](double probability) { return Chance::of(cell.training ? probability : 0); };
+  KernelCell kernel{numbers_of<float>(cell),
+                    numbers_of<double>(cell),
+                    cell.coupled,
+                    cell.tensorflow,
+                    plan.cell->draws > 0,
+                    zoneout(cell.zoneout_h),
+                    zoneout(cell.zoneout_c),
+                    dropped(cell.recurrent_dropout),
+                    dropped(cell.candidate_dropout),
+                    layer.seed,
+                    {},
+                    layer.y_map,
+                    nullptr};
+  for (int n = 0; n < 2; ++n) kernel.direction[n] = {layer.direction[n].peephole, layer.direction[n].y, {}};
+  if (plan.workspace_bytes > plan.h_state_offset) kernel.h_state = static_cast<char*>(workspace) + plan.h_state_offset;
+  return kernel;
+}
+
+// ---- Launches
+
+// `with` makes the params of a kernel from those of the plain LSTM.
+template <class Set, class With>
+void forward_by(const Set& kernels, const LayerForward& layer, const void* const (&xw)[2], const Plan& plan,
+                void* workspace, void* stream, const With& with) {
+  const LayerWeights& weights = layer.direction[0].weights;
+  const bool tensorflow = layer.cell && layer.cell->options.tensorflow;
+  if (plan.strategy != Strategy::kStep) {
+    const auto& kernel = kernels.sequence_forward[static_cast<int>(plan.layout.exchange)];
+    const Layout layout = layout_of(plan, weights, tensorflow, kernel.name, workspace, stream);
+    launch(kernel, plan.config[0], with(SequenceForward{layer, {xw[0], xw[1]}, layout}), stream);
+    return;
+  }
+  // The parts of a step follow each other in stream order, and wait for each other.
+  void* hidden = layer.shape.projected ? static_cast<char*>(workspace) + plan.hidden_offset : nullptr;
+  StepLaunches launches(plan, stream);
+  const auto take_part = [&](int64_t s, int n) {
+    launches.launch(kernels.step_forward, n,
+                    with(StepForward{layer, {xw[0], xw[1]}, s, plan.part[n], workspace, hidden}));
+  };
+  if (plan.cell && plan.cell->drops_h && layer.direction[0].state.h0.data) take_part(-1, plan.num_parts - 1);
+  for (int64_t s = 0; s < layer.shape.T; ++s)
+    for (int n = 0; n < plan.num_parts; ++n) take_part(s, n);
+}
+
+template <class Set, class With>
+void backward_by(const Set& kernels, const BackwardPass& pass, const Plan& plan, void* workspace, void* stream,
+                 const With& with) {
+  const LayerBackward& layer = pass.layer;
+  const LayerWeights& weights = layer.direction[0].weights;
+  const bool tensorflow = layer.cell && layer.cell->options.tensorflow;
+  if (plan.strategy != Strategy::kStep) {
+    const auto& kernel = kernels.sequence_backward[static_cast<int>(plan.layout.exchange)];
+    const Layout layout = layout_of(plan, weights, tensorflow, kernel.name, workspace, stream);
+    launch(kernel, plan.config[0], with(SequenceBackward{pass, layout}), stream);
+    return;
+  }
+  StepLaunches launches(plan, stream);
+  const auto take_part = [&](int64_t s, int n) {
+    launches.launch(kernels.step_backward, n, with(StepBackward{pass, s, plan.part[n], workspace}));
+  };
+  for (int64_t s = layer.shape.T - 1; s >= 0; --s)
+    for (int n = 0; n < plan.num_parts; ++n) take_part(s, n);
+  if (layer.direction[0].dh0) take_part(-1, 0);  // step 0 has left the d_gates from which dh0 comes
+}
+
+constexpr auto as_they_are = [](const auto& params) { return params; };
 
 }  // namespace
 
 std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int directions, bool backward,
                                        const LayerOptions& options, int device) {
   const int margin = sm_margin();
-  const PlanKey key{device,        planned_steps(shape.T), shape.B,        shape.H,
-                    shape.P,       shape.projected,        directions,     backward,
-                    options.dtype, options.tf32,           options.forced, margin};
+  const PlanKey key{
+      device,   planned_steps(shape.T), shape.B,      shape.H,        shape.P, shape.projected, directions,
+      backward, options.dtype,          options.tf32, options.forced, margin,  options.cell};
   const std::lock_guard<std::mutex> lock(known().mutex);
   auto& plans = known().plans;
   if (const auto found = plans.find(key); found != plans.end()) return found->second;
@@ -156,7 +280,7 @@ std::shared_ptr<const Plan> plan_layer(const SequenceShape& shape, int direction
 }
 
 const char* plan_kernel(const Plan& plan) {
-  return with_kernel(*plan.kernels, plan.strategy, plan.backward, [](const auto& kernel) { return kernel.name; });
+  return with_kernel(plan, [](const auto& kernel) { return kernel.name; });
 }
 
 void set_verdict(const Plan& plan, const std::string& wrong) {
@@ -174,48 +298,29 @@ void set_measured(int device, std::vector<MeasuredTimes> measured) {
 }
 
 int plan_registers(const Plan& plan) {
-  return with_kernel(*plan.kernels, plan.strategy, plan.backward, [](const auto& kernel) { return registers(kernel); });
+  return with_kernel(plan, [](const auto& kernel) { return registers(kernel); });
 }
 
 void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const Plan& plan, void* workspace,
                    void* stream) {
-  expect_pass(plan, false);
+  expect_pass(plan, false, layer.cell);
   if (layer.shape.B == 0) return;
-  const LayerWeights& weights = layer.direction[0].weights;
-  if (plan.strategy != Strategy::kStep) {
-    const auto& kernel = plan.kernels->sequence_forward[static_cast<int>(plan.layout.exchange)];
-    const SequenceForward params{layer, {xw[0], xw[1]}, layout_of(plan, weights, kernel.name, workspace, stream)};
-    launch(kernel, plan.config[0], params, stream);
-    return;
-  }
-  // The parts of a step follow each other in stream order, and wait for each other.
-  void* hidden = layer.shape.projected ? static_cast<char*>(workspace) + plan.hidden_offset : nullptr;
-  StepLaunches launches(plan, stream);
-  for (int64_t s = 0; s < layer.shape.T; ++s) {
-    for (int n = 0; n < plan.num_parts; ++n)
-      launches.launch(plan.kernels->step_forward, n,
-                      StepForward{layer, {xw[0], xw[1]}, s, plan.part[n], workspace, hidden});
-  }
+  if (!layer.cell) return forward_by(*plan.kernels, layer, xw, plan, workspace, stream, as_they_are);
+  const KernelCell cell = kernel_cell(*layer.cell, plan, workspace);
+  forward_by(*plan.cell_kernels, layer, xw, plan, workspace, stream,
+             [&](const auto& params) { return WithCell<std::decay_t<decltype(params)>>{params, cell}; });
 }
 
-void layer_backward(const BackwardPass& pass, const Plan& plan, void* workspace, void* stream) {
-  expect_pass(plan, true);
-  const LayerBackward& layer = pass.layer;
-  if (layer.shape.B == 0) return;
-  const LayerWeights& weights = layer.direction[0].weights;
-  if (plan.strategy != Strategy::kStep) {
-    const auto& kernel = plan.kernels->sequence_backward[static_cast<int>(plan.layout.exchange)];
-    const SequenceBackward params{pass, layout_of(plan, weights, kernel.name, workspace, stream)};
-    launch(kernel, plan.config[0], params, stream);
-    return;
-  }
-  StepLaunches launches(plan, stream);
-  const auto take_part = [&](int64_t s, int n) {
-    launches.launch(plan.kernels->step_backward, n, StepBackward{pass, s, plan.part[n], workspace});
-  };
-  for (int64_t s = layer.shape.T - 1; s >= 0; --s)
-    for (int n = 0; n < plan.num_parts; ++n) take_part(s, n);
-  if (layer.direction[0].dh0) take_part(-1, 0);  // step 0 has left the d_gates from which dh0 comes
+void layer_backward(const BackwardPass& pass, const CellOutputs (&cells)[2], const Plan& plan, void* workspace,
+                    void* stream) {
+  const LayerCell* const layer_cell = pass.layer.cell;
+  expect_pass(plan, true, layer_cell);
+  if (pass.layer.shape.B == 0) return;
+  if (!layer_cell) return backward_by(*plan.kernels, pass, plan, workspace, stream, as_they_are);
+  KernelCell cell = kernel_cell(*layer_cell, plan, workspace);
+  for (int n = 0; n < 2; ++n) cell.direction[n].outputs = cells[n];
+  backward_by(*plan.cell_kernels, pass, plan, workspace, stream,
+              [&](const auto& params) { return WithCell<std::decay_t<decltype(params)>>{params, cell}; });
 }
 
 }  // namespace lstm_ext::cuda

@@ -15,6 +15,7 @@ struct LayerOptions {
   Dtype dtype;
   bool tf32;  // float32 may be multiplied as TF32, where the device can
   Forced forced;
+  std::optional<CellTraits> cell;  // none: the plain LSTM
 };
 
 // For the current device, whose number `device` is. The latest plans are kept: the same problem is solved once.
@@ -36,6 +37,7 @@ void set_measured(int device, std::vector<MeasuredTimes> measured);
 // masks by Strategy::kStep, has layer.x instead, but no h_n and no workspace.
 void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const Plan& plan, void* workspace,
                    void* stream);
-void layer_backward(const BackwardPass& pass, const Plan& plan, void* workspace, void* stream);
+void layer_backward(const BackwardPass& pass, const CellOutputs (&cells)[2], const Plan& plan, void* workspace,
+                    void* stream);
 
 }  // namespace lstm_ext::cuda

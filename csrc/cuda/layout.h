@@ -53,6 +53,7 @@ enum class Exchange : int {
   kBlock,    // the team is one block: shared memory
   kCluster,  // one cluster: stores into the others' shared memory, and a barrier there
   kGrid,     // blocks anywhere: words through L2 that carry the number of their exchange
+  kAny,      // of a kernel that reads it from its Layout
 };
 
 // Where one sequence stands at step s of its walk through time. `start` stands for a time: the number of the first row
@@ -85,6 +86,11 @@ struct Share {
     const int unit = groups == 4 ? position >> 2 : position, group = groups == 4 ? position & 3 : 0;
     return unit < limit ? group * group_stride + unit : -1;
   }
+};
+
+// Of the random numbers of a row at a time, by Draw.
+struct DrawKeys {
+  uint64_t of[4];
 };
 
 // In the kernels with a launch for each step: how the elements are divided among the blocks, gate after gate in each.
@@ -159,8 +165,11 @@ struct Layout {
   int log_rows;     // kGrid forward: rows of a k tile in the exchange memory
   uint64_t* words;  // kGrid: zero at the launch; [direction, team, exchange_words]; filled in at the launch
   int64_t exchange_words;
-  Timeout* timeout;    // filled in at the launch
-  const char* kernel;  // its name, of the host
+  Timeout* timeout;      // filled in at the launch
+  const char* kernel;    // its name, of the host
+  int peephole_offset;   // of cells with options: [units], 4 numbers each
+  int h_state_offset;    // and what is kept of h, or of its gradient, from step to step: [sequences, units of h]
+  int draw_keys_offset;  // and of random numbers [kMomentSteps + 1, team_batch], where it draws some
 
   constexpr const ProductLayout& operator[](Product which) const { return product[number_of(which)]; }
 };

@@ -111,6 +111,14 @@ Arithmetic arithmetic_of(Dtype dtype, bool tf32, int compute_capability) {
   throw std::logic_error("arithmetic_of: no such dtype");
 }
 
+CellTraits CellTraits::of(const Cell& cell) {
+  const bool drops_h = cell.training && cell.recurrent_dropout > 0;
+  const int draws = cell.training
+                        ? (cell.zoneout_h > 0) + (cell.zoneout_c > 0) + (cell.candidate_dropout > 0) + (drops_h ? 1 : 0)
+                        : 0;
+  return {cell.tensorflow, cell.zoneout_h > 0, drops_h, draws, cell.norm};
+}
+
 Forced forced_by(const std::string& text) {
   if (text.empty()) return {};
   Forced forced;
@@ -142,14 +150,17 @@ Plan make_plan(const Problem& asked, const Forced& forced) {
   Problem problem = asked;
   problem.shape.T = planned_steps(asked.shape.T);
   const auto wanted = [&](Strategy one) { return !forced.strategy || *forced.strategy == one; };
-  const TileSizes& sizes = tile_sizes(problem.arithmetic);
-  if (forced.batch_tiles > (forced.strategy == Strategy::kStep ? sizes.most_step_tiles : sizes.most_batch_tiles))
+  if (forced.batch_tiles && !has_tiles(problem, *forced.strategy == Strategy::kStep, forced.batch_tiles))
     throw std::runtime_error("strategy: no kernel has so many tiles of the batch");
   Possible possible;
   std::vector<std::pair<Strategy, std::string>> refused;
   bool by_refusal = false;
   for (const Strategy one : {Strategy::kBlock, Strategy::kCluster, Strategy::kGrid, Strategy::kStep}) {
     if (!wanted(one)) continue;
+    if (problem.cell && problem.cell->norm != Norm::kNone) {
+      refused.emplace_back(one, "no kernel normalises layers");
+      continue;
+    }
     Found found = one == Strategy::kStep ? find_step_plan(problem, forced) : find_sequence_plan(problem, forced, one);
     if (found.plan) {
       possible.emplace_back(std::move(*found.plan), found.time);

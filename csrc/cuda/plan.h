@@ -40,6 +40,9 @@ inline constexpr TileSizes kTileSizes[] = {
 };
 constexpr const TileSizes& tile_sizes(Arithmetic arithmetic) { return kTileSizes[static_cast<int>(arithmetic)]; }
 
+// Of the one kernel for cells with options that takes a launch for each step.
+constexpr int cell_step_tiles(Arithmetic arithmetic) { return tile_sizes(arithmetic).most_step_tiles > 1 ? 2 : 1; }
+
 // The first three are one launch for all T, named by how the blocks of a team exchange h; kStep is a launch for each
 // step, or two with a projection.
 enum class Strategy : int { kBlock, kCluster, kGrid, kStep };
@@ -76,6 +79,17 @@ struct MeasuredTimes {
   std::vector<std::pair<Strategy, double>> microseconds;  // of a step of the whole batch
 };
 
+// What of a cell with options decides how it runs.
+struct CellTraits {
+  bool tensorflow;        // its layout of the weights
+  bool keeps_h, drops_h;  // zoneout of h, recurrent dropout
+  int draws;              // kinds of random numbers for each unit of a step
+  Norm norm;
+
+  static CellTraits of(const Cell& cell);
+  auto operator<=>(const CellTraits&) const = default;
+};
+
 // What is to be planned.
 struct Problem {
   Arithmetic arithmetic;
@@ -89,9 +103,11 @@ struct Problem {
   std::function<std::string(Strategy, int batch_tiles)> refusal = {};
   int sm_margin = 0;
   const std::vector<MeasuredTimes>* measured = nullptr;
+  std::optional<CellTraits> cell = {};  // none: the plain LSTM
 };
 
 struct KernelSet;
+struct CellKernelSet;
 struct KernelCheck;
 
 // Everything that a launch needs beside the arrays: made once for a shape and a device, and read by many threads.
@@ -99,15 +115,18 @@ struct Plan {
   Strategy strategy;
   Arithmetic arithmetic;
   bool backward;
-  int batch_tiles;           // tiles of kBatchColumns sequences in a block; kStep: in a warp
-  const KernelSet* kernels;  // for that arithmetic and so many tiles
-  KernelCheck* check;        // what is known of the one kernel that it launches
-  Layout layout;             // not for kStep
-  int num_parts;             // kStep: launches of a step
+  int batch_tiles;                    // tiles of kBatchColumns sequences in a block; kStep: in a warp
+  const KernelSet* kernels;           // for that arithmetic and so many tiles; null for a cell with options
+  const CellKernelSet* cell_kernels;  // and else
+  KernelCheck* check;                 // what is known of the one kernel that it launches
+  Layout layout;                      // not for kStep
+  int num_parts;                      // kStep: launches of a step
   StepPart part[2];
   LaunchConfig config[2];  // of the launch for all T, or those of a step
   int64_t workspace_bytes;
-  int64_t hidden_offset;  // kStep with a projection: in the workspace, of h before it
+  int64_t hidden_offset;   // kStep with a projection: in the workspace, of h before it
+  int64_t h_state_offset;  // kStep of a cell with options: of KernelCell::h_state, where the workspace goes on there
+  std::optional<CellTraits> cell;
   int sm_margin;
   double microseconds;                                    // for a step of the whole batch
   std::string source;                                     // of that: "model", or where and when it was measured

@@ -11,6 +11,8 @@ namespace lstm_ext::cuda {
 // Clocks and bytes of an H100; assumed, until they are measured. COST_MODEL.md says what each stands for.
 inline constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 3000, kL2BytesPerClockOfSm = 48;
 inline constexpr double kClusterBytesPerClock = 32;
+inline constexpr double kCellClocks = 60,
+                        kDrawClocks = 80;  // what options take besides, and random numbers of one kind
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -27,6 +29,13 @@ constexpr double fma_per_clock(Arithmetic arithmetic) {
   throw std::logic_error("fma_per_clock: no such arithmetic");
 }
 
+// Whether a kernel, for a step or for all, has so many tiles of the batch: 1, 2, 4 or 8.
+inline bool has_tiles(const Problem& problem, bool of_step, int batch_tiles) {
+  const TileSizes& sizes = tile_sizes(problem.arithmetic);
+  if (problem.cell) return batch_tiles == (of_step ? cell_step_tiles(problem.arithmetic) : 1);
+  return batch_tiles <= (of_step ? sizes.most_step_tiles : sizes.most_batch_tiles);
+}
+
 // As Problem has it; nothing is refused that is forced to the kernel.
 inline std::string refusal(const Problem& problem, const Forced& forced, Strategy strategy, int batch_tiles) {
   return problem.refusal && !forced.batch_tiles ? problem.refusal(strategy, batch_tiles) : "";
@@ -39,6 +48,7 @@ inline Plan new_plan(const Problem& problem, Strategy strategy) {
   plan.arithmetic = problem.arithmetic;
   plan.backward = problem.backward;
   plan.sm_margin = problem.sm_margin;
+  plan.cell = problem.cell;
   plan.source = "model";
   for (LaunchConfig& config : plan.config) {
     config.grid_y = problem.directions;

@@ -164,6 +164,14 @@ class Planner {
     layout.cells_offset = memory.take(backward ? batch * units * sum_bytes : 0);
     layout.moments_offset = memory.take((kMomentSteps + 1) * batch * static_cast<int64_t>(sizeof(Moment)));
     layout.barriers_offset = memory.take(4 * sizeof(uint64_t));
+    if (problem_.cell) {
+      const Share& h = backward ? layout.product[0].rows : layout.product[0].columns;
+      layout.draw_keys_offset = memory.take(
+          problem_.cell->draws > 0 ? (kMomentSteps + 1) * batch * static_cast<int64_t>(sizeof(DrawKeys)) : 0);
+      layout.peephole_offset = memory.take(units * 4 * sum_bytes);
+      layout.h_state_offset =
+          memory.take(problem_.cell->keeps_h ? batch * h.items.value * item_units() * sum_bytes : 0);
+    }
     layout.shared_bytes = as_int(memory.used);
   }
 
@@ -188,6 +196,7 @@ class Planner {
     const double items = std::ceil(double(product.rows.items.value) * layout.team_batch / kThreads);
     double clocks = kProductClocks + std::max(fma, from_shared) + 2 * kSyncClocks +
                     (problem_.backward ? kBackwardClocks : kForwardClocks) + items * kItemClocks;
+    if (problem_.cell) clocks += items * (kCellClocks + problem_.cell->draws * kDrawClocks);
     // What a block receives.
     const Share& own = problem_.backward ? product.rows : product.columns;
     const int number_bytes = problem_.backward ? sizes_.sum_bytes : sizes_.on_chip_bytes;
@@ -241,7 +250,7 @@ class Search {
       return {};
     }
     // In this order, and only what is faster replaces what was found: of equals the first.
-    for (int tiles = 1; tiles <= tile_sizes(problem_.arithmetic).most_batch_tiles; tiles *= 2) {
+    for (int tiles = 1; has_tiles(problem_, false, tiles); tiles *= 2) {
       if (forced_.batch_tiles && tiles != forced_.batch_tiles) continue;
       if (std::string refused = refusal(problem_, forced_, strategy_, tiles); !refused.empty()) {
         why = std::move(refused);

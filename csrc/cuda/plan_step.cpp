@@ -65,10 +65,12 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, kStageClocks / blocks_of_sm),
                                     tiles * stages * stage_bytes / kL2BytesPerClock);
   const double units = rows / part.rows.groups * sequences / part.k_blocks();
-  const double epilogue = kEpilogueClocks + blocks_of_sm * std::ceil(units / kThreads) * kEpilogueItemClocks +
-                          (part.k_blocks() > 1 ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences *
-                                                                              sizes.sum_bytes / kClusterBytesPerClock
-                                               : 0);
+  const double options = problem.cell ? kCellClocks + problem.cell->draws * kDrawClocks : 0;
+  const double epilogue =
+      kEpilogueClocks + blocks_of_sm * std::ceil(units / kThreads) * (kEpilogueItemClocks + options) +
+      (part.k_blocks() > 1
+           ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences * sizes.sum_bytes / kClusterBytesPerClock
+           : 0);
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
   const double clocks = kStepStartClocks + streaming + epilogue;
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
@@ -111,6 +113,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
   plan.microseconds = INFINITY;
   Found found;
   for (int batch_tiles = 1; batch_tiles <= sizes.most_step_tiles; batch_tiles *= 2) {
+    if (!has_tiles(problem, true, batch_tiles)) continue;
     if (forced.batch_tiles && batch_tiles != forced.batch_tiles) continue;
     if (std::string why = refusal(problem, forced, Strategy::kStep, batch_tiles); !why.empty()) {
       found.why = std::move(why);
@@ -150,6 +153,14 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
   const int64_t state = problem.directions * shape.B * shape.H;  // numbers of c, and of h before a projection
   plan.hidden_offset = round_up(state * sizes.sum_bytes, 16);
   plan.workspace_bytes = plan.hidden_offset + (shape.projected ? state * sizes.number_bytes : 0);
+  if (problem.cell) {
+    const int64_t h_state = problem.directions * shape.B * shape.P;
+    plan.h_state_offset = round_up(plan.workspace_bytes, 16);
+    plan.workspace_bytes =
+        plan.h_state_offset + (problem.backward && problem.cell->keeps_h    ? h_state * sizes.sum_bytes
+                               : !problem.backward && problem.cell->drops_h ? 2 * h_state * sizes.number_bytes
+                                                                            : 0);
+  }
   found.plan = plan;
   found.time = plan.microseconds * shape.T;
   return found;

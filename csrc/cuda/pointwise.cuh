@@ -209,6 +209,19 @@ __device__ __forceinline__ void store_output_grads(const BackwardPass& pass, int
   if (to.d_h) store_units(element<Number>(to.d_h, pass.h_map, moment.start, b, p), d_h, valid);
 }
 
+// The same of a cell with options, whose steps each know the h that they started from, `before`.
+template <class Tile, int N>
+__device__ __forceinline__ void store_cell_output_grads(const BackwardPass& pass, int d, const Moment& moment,
+                                                        int64_t b, int64_t p,
+                                                        const Units<typename Tile::Sum, N>& before,
+                                                        const Units<typename Tile::Sum, N>& d_h, int valid) {
+  using Number = typename Tile::Number;
+  const BackwardOutputs& to = pass.outputs[d];
+  if (!has_row(pass.h_map, moment)) return;
+  store_units(element<Number>(to.h_prev, pass.h_map, moment.start, b, p), before, valid);
+  if (to.d_h) store_units(element<Number>(to.d_h, pass.h_map, moment.start, b, p), d_h, valid);
+}
+
 // What the gradients of one unit's step are made of.
 template <class Sum>
 struct BackwardInputs {
@@ -243,7 +256,8 @@ __device__ __forceinline__ GateValues<Sum> carried_back(const Moment& moment, co
   return moment.forgets ? GateValues<Sum>{} : cell.grad.d_pre;
 }
 
-template <class Tile, int N>
+// kOptions: of a cell with options, whose h_prev is stored by store_cell_output_grads.
+template <class Tile, bool kOptions, int N>
 __device__ __forceinline__ void store_cell_grads(const BackwardPass& pass, int d, const Moment& moment, int64_t s,
                                                  int64_t b, int64_t unit,
                                                  const Units<BackwardCell<typename Tile::Sum>, N>& cells, int valid) {
@@ -258,13 +272,13 @@ __device__ __forceinline__ void store_cell_grads(const BackwardPass& pass, int d
     hidden.at[n] = cells.at[n].hidden;
     carried_hidden.at[n] = moment.forgets_next ? 0 : hidden.at[n];
   }
-  if (moment.active && !moment.last)
+  if (!kOptions && moment.active && !moment.last)
     store_units(element<Number>(to.hidden_prev, pass.hidden_map, moment.start_after, b, unit), carried_hidden, valid);
   if (!has_row(pass.d_gates_map, moment)) return;
   store_gates<Number>(to.d_gates, pass.d_gates_map, moment.start, b, pass.layer.shape.H, unit, d_gates, valid);
   if (!to.hidden) return;
   store_units(element<Number>(to.hidden, pass.hidden_map, moment.start, b, unit), hidden, valid);
-  if (begins(moment, s))
+  if (!kOptions && begins(moment, s))
     store_units(element<Number>(to.hidden_prev, pass.hidden_map, moment.start, b, unit), Units<Sum, N>{}, valid);
 }
 

@@ -49,7 +49,6 @@ class SequenceBlock {
  public:
   using Sum = typename Tile::Sum;
   static constexpr int kItem = Team::kItem;
-  static constexpr bool kAlone = Team::kAlone;
   // Registers hold the recurrent weights; what a projection has comes from shared memory in each step.
   using RecurrentWeights = OnChipWeights<Tile, kBatchTiles, Tile::kRegisterSteps>;
   using ProjectionWeights = OnChipWeights<Tile, kBatchTiles, 0>;
@@ -70,13 +69,13 @@ class SequenceBlock {
 
   __device__ bool projected() const { return layout_.num_products == 2; }
 
-  // Calls walk() for each batch of sequences that is this team's.
-  template <class Walk>
-  __device__ __forceinline__ void for_batches(const Walk& walk) {
+  // Calls owner.walk() for each batch of sequences that is this team's.
+  template <class Owner>
+  __device__ __forceinline__ void for_batches(Owner& owner) {
     const int64_t each = layout_.team_batch;
     for (first_ = team_.team() * each; first_ < shape_.B; first_ += layout_.teams * each) {
       count_ = static_cast<int>(min(each, shape_.B - first_));
-      walk();
+      owner.walk();
       __syncthreads();  // the next walk writes what the last step may still be reading
     }
     team_.leave();
@@ -103,7 +102,10 @@ class SequenceBlock {
   // as each waits for what it reads.
   __device__ const Moment& moment(int64_t s, int n) const { return moments(s)[n]; }
   __device__ __forceinline__ void find_moments(int64_t s) {
-    if (s == first_moment_ + kMomentSteps * kDirection) find_moments_from(s);
+    if (moments_end_at(s)) find_moments_from(s);
+  }
+  __device__ __forceinline__ bool moments_end_at(int64_t s) const {
+    return s == first_moment_ + kMomentSteps * kDirection;
   }
   __device__ void find_moments_from(int64_t s) {
     __syncthreads();  // nobody reads the last ones
@@ -116,17 +118,38 @@ class SequenceBlock {
     __syncthreads();  // they are there
   }
 
+  // Of cells with options, found with the moments from s on: the keys of their random numbers, as each takes long to
+  // make. keys_of(moment, step, b) makes those of one row.
+  __device__ const DrawKeys& draw_keys(int64_t s, int n) const { return keys(s)[n]; }
+  template <class KeysOf>
+  __device__ __forceinline__ void find_draw_keys_from(int64_t s, const KeysOf& keys_of) {
+    const int n = threadIdx.x % 32;
+    for (int later = threadIdx.x / 32; later <= kMomentSteps && n < count_; later += kWarps) {
+      const int64_t step = s + later * kDirection;
+      keys(step)[n] = keys_of(moment(step, n), step, first_ + n);
+    }
+    __syncthreads();  // they are there
+  }
+
   // Row `row` of the copies for sequence n at step s: a gate, or after the four of them c, d_cells and dy.
   __device__ __forceinline__ char* copy_of(int64_t s, int n, int row) const {
     const int sequence = 4 * layout_.gate_row + 2 * layout_.cell_row + layout_.h_row;
     const int place = row < 4 ? row * layout_.gate_row : 4 * layout_.gate_row + (row - 4) * layout_.cell_row;
-    const int buffer = static_cast<int>(s % (Team::kByMail ? 3 : 2));
+    const int buffer = static_cast<int>(team_.by_mail() ? s % 3 : s % 2);
     return team_.shared() + layout_.inputs_offset + buffer * layout_.inputs_bytes + n * sequence + place;
   }
 
   // c between the steps, or its gradient, from unit j on of sequence n; and backward c of the step itself.
   __device__ Units<Sum, kItem>& state(int n, int j) const { return units_at(layout_.state_offset, n, j); }
   __device__ Units<Sum, kItem>& cells(int n, int j) const { return units_at(layout_.cells_offset, n, j); }
+
+  // Of cells with options: what is kept of h from unit j on of sequence n, and the peephole of unit j.
+  __device__ Units<Sum, kItem>& h_state(const Share& h, int n, int j) const {
+    return item_at(layout_.h_state_offset, n * h.items.value + j / kItem);
+  }
+  __device__ GateValues<Sum>& peephole(int j) const {
+    return reinterpret_cast<GateValues<Sum>*>(team_.shared() + layout_.peephole_offset)[j];
+  }
 
   __device__ Team& team() { return team_; }
   __device__ const Team& team() const { return team_; }
@@ -162,8 +185,15 @@ class SequenceBlock {
            static_cast<int>(s - first_moment_) * kDirection * layout_.team_batch;
   }
 
+  __device__ DrawKeys* keys(int64_t s) const {
+    return reinterpret_cast<DrawKeys*>(team_.shared() + layout_.draw_keys_offset) +
+           static_cast<int>(s - first_moment_) * kDirection * layout_.team_batch;
+  }
+
   __device__ Units<Sum, kItem>& units_at(int offset, int n, int j) const {
-    const int item = n * layout_.units.value + j / kItem;
+    return item_at(offset, n * layout_.units.value + j / kItem);
+  }
+  __device__ Units<Sum, kItem>& item_at(int offset, int item) const {
     return reinterpret_cast<Units<Sum, kItem>*>(team_.shared() + offset)[item];
   }
 

@@ -8,11 +8,13 @@
 // its part of dh: one number for each unit, where to gather the d_gates would take four.
 #pragma once
 
+#include "cell.cuh"
 #include "sequence.cuh"
 
 namespace lstm_ext::cuda {
 
-template <class Tile, int kBatchTiles, Exchange kExchange>
+// `Params` is SequenceBackward, or WithCell of it.
+template <class Tile, int kBatchTiles, Exchange kExchange, class Params>
 class BackwardWalk {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
@@ -20,29 +22,44 @@ class BackwardWalk {
   static constexpr int kItem = Block::kItem;
   using Sums = Units<Sum, kItem>;
   using Cells = Units<BackwardCell<Sum>, kItem>;
+  static constexpr bool kOptions = !std::is_same_v<Params, SequenceBackward>;
 
  public:
-  __device__ explicit BackwardWalk(const SequenceBackward& params)
-      : pass_(params.pass),
+  __device__ explicit BackwardWalk(const Params& params)
+      : params_(params),
+        pass_(params.pass),
         shape_(params.pass.layer.shape),
         layout_(params.layout),
         from_(params.pass.layer.direction[blockIdx.y]),
-        block_(layout_, shape_, pass_.layer.masks, pass_.layer.gates_map.packed_offset, from_.reverse, from_.weights) {}
-
-  __device__ void run() {
-    block_.for_batches([&] { walk(); });
+        block_(layout_, shape_, pass_.layer.masks, pass_.layer.gates_map.packed_offset, from_.reverse, from_.weights) {
+    if constexpr (kOptions) {
+      for (int j = threadIdx.x; j < hidden().width; j += kThreads) {
+        const int64_t unit = first(hidden()) + j;
+        block_.peephole(j) = unit < hidden().limit ? cell().peephole(unit) : GateValues<Sum>{};
+      }
+    }
   }
 
- private:
+  __device__ __forceinline__ void run() { block_.for_batches(*this); }
+
+  // One batch of sequences, through all steps.
   __device__ __forceinline__ void walk() {
     const int64_t last = shape_.T - 1;
     block_.find_moments_from(last);
+    if constexpr (kOptions) find_draw_keys_from(last);
     start(last);
     copy_inputs(last);
     cp_async_wait<0>();
     __syncthreads();  // they are there
     for (int64_t s = last; s >= 0; --s) {
-      block_.find_moments(s);
+      if constexpr (kOptions) {
+        if (block_.moments_end_at(s)) {
+          block_.find_moments_from(s);
+          find_draw_keys_from(s);
+        }
+      } else {
+        block_.find_moments(s);
+      }
       copy_inputs(s - 1);
       if (s < last) block_.team().receive(Product::kRecurrent);
       if (block_.projected()) {
@@ -60,6 +77,7 @@ class BackwardWalk {
     finish();
   }
 
+ private:
   // No gradient of c comes from behind the last step, whose c is read here and of which each step leaves the one
   // before.
   __device__ void start(int64_t last) {
@@ -73,6 +91,9 @@ class BackwardWalk {
       block_.cells(n, j) = c;
       block_.state(n, j) = {};
     });
+    if constexpr (kOptions) {
+      if (cell().keeps_h()) block_.for_items(h(), [&](int n, int j, int64_t, int) { block_.h_state(h(), n, j) = {}; });
+    }
   }
 
   // ---- What a step reads --------------------------------------------------------------------------------------------
@@ -145,7 +166,7 @@ class BackwardWalk {
       const Moment& moment = block_.moment(s, n);
       const Sums d_h = output(s, moment, n, j, unit, valid);
       update(s, moment, n, j, unit, valid, d_h);
-      store_output_grads<Tile>(pass_, blockIdx.y, moment, s, block_.sequence(n), unit, d_h, valid);
+      store_output(s, moment, n, unit, d_h, valid);
     });
   }
 
@@ -154,7 +175,7 @@ class BackwardWalk {
       const Moment& moment = block_.moment(s, n);
       const Sums d_h = output(s, moment, n, j, p, valid);
       block_.team().put(Product::kProjection, n, j, d_h);
-      store_output_grads<Tile>(pass_, blockIdx.y, moment, s, block_.sequence(n), p, d_h, valid);
+      store_output(s, moment, n, p, d_h, valid);
     });
     __syncthreads();  // the operand is there, and nobody reads the sums of the other product
     block_.template multiply<Product::kProjection>();
@@ -166,15 +187,32 @@ class BackwardWalk {
     });
   }
 
-  // The gradient of elements p and following of h, which are numbers j and following of this rank's.
+  __device__ __forceinline__ void store_output(int64_t s, const Moment& moment, int n, int64_t p, const Sums& d_h,
+                                               int valid) const {
+    const int64_t b = block_.sequence(n);
+    if constexpr (kOptions) {
+      Sums before;
+#pragma unroll
+      for (int i = 0; i < kItem; ++i)
+        before.at[i] = i < valid ? cell().h_before(from_.state, moment, s, place(s, n, p + i)) : 0;
+      store_cell_output_grads<Tile>(pass_, blockIdx.y, moment, b, p, before, d_h, valid);
+    } else {
+      store_output_grads<Tile>(pass_, blockIdx.y, moment, s, b, p, d_h, valid);
+    }
+  }
+
+  // The gradient of elements p and following of h, which are numbers j and following of this rank's; of cells with
+  // options that of what the step has computed as h.
   __device__ __forceinline__ Sums output(int64_t s, const Moment& moment, int n, int j, int64_t p, int valid) const {
     Sums d_h{}, dy{};
     if (s + 1 < shape_.T) d_h = block_.team().sum(Product::kRecurrent, n, j);
+    if constexpr (kOptions) add_kept(s, n, j, p, valid, d_h);
     if (from_.dy) dy = read_copy<kItem>(block_.copy_of(s, n, kOutputGrads), dy_row(moment, n), j);
 #pragma unroll
     for (int i = 0; i < kItem; ++i)
       d_h.at[i] =
           i < valid ? backward_output<Number>(from_, moment, block_.sequence(n), p + i, d_h.at[i], dy.at[i]) : 0;
+    if constexpr (kOptions) pass_to_cell(s, moment, n, j, p, valid, d_h);
     return d_h;
   }
 
@@ -190,9 +228,15 @@ class BackwardWalk {
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
       cells.at[i] = {};
-      if (i < valid)
-        cells.at[i] =
-            backward_cell<Tile>(from_, moment, block_.sequence(n), unit + i, given.at[i], d_h.at[i], d_c.at[i]);
+      if (i < valid) {
+        if constexpr (kOptions) {
+          cells.at[i] = cell().backward(from_, moment, place(s, n, unit + i), block_.peephole(j + i), pass_.hidden_map,
+                                        given.at[i], d_h.at[i], d_c.at[i]);
+        } else {
+          cells.at[i] =
+              backward_cell<Tile>(from_, moment, block_.sequence(n), unit + i, given.at[i], d_h.at[i], d_c.at[i]);
+        }
+      }
       const GateValues<Sum> back = carried_back(moment, cells.at[i]);
       sent.at[4 * i] = back.i;
       sent.at[4 * i + 1] = back.f;
@@ -201,14 +245,56 @@ class BackwardWalk {
     }
     state = d_c;
     block_.team().put(Product::kRecurrent, n, 4 * j, sent);
-    store_cell_grads<Tile>(pass_, blockIdx.y, moment, s, block_.sequence(n), unit, cells, valid);
+    store_cell_grads<Tile, kOptions>(pass_, blockIdx.y, moment, s, block_.sequence(n), unit, cells, valid);
+  }
+
+  // ---- Of cells with options ----------------------------------------------------------------------------------------
+
+  using Step = CellStep<Tile, true>;
+  __device__ __forceinline__ Step cell() const { return {params_.cell, static_cast<int>(blockIdx.y)}; }
+
+  __device__ __forceinline__ void find_draw_keys_from(int64_t s) {
+    if (!cell().draws()) return;
+    block_.find_draw_keys_from(s, [&](const Moment& moment, int64_t step, int64_t b) {
+      const LayerBackward& layer = pass_.layer;
+      return cell().keys_of(moment,
+                            Step::time_of(moment, layer.gates_map, layer.masks, shape_.T, from_.reverse, step, b), b);
+    });
+  }
+
+  __device__ __forceinline__ Place place(int64_t s, int n, int64_t unit) const {
+    return {0, block_.sequence(n), unit, &block_.draw_keys(s, n)};
+  }
+
+  // The gradient of h as the step before left it, from what the product has made, and what went past the step.
+  __device__ __forceinline__ void add_kept(int64_t s, int n, int j, int64_t p, int valid, Sums& d_h) const {
+    if (cell().drops_h()) {
+#pragma unroll
+      for (int i = 0; i < kItem; ++i)
+        if (i < valid) d_h.at[i] *= cell().h_mask(place(s, n, p + i));
+    }
+    if (!cell().keeps_h()) return;
+    const Sums kept = block_.h_state(h(), n, j);
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) d_h.at[i] += kept.at[i];
+  }
+
+  __device__ __forceinline__ void pass_to_cell(int64_t s, const Moment& moment, int n, int j, int64_t p, int valid,
+                                               Sums& d_h) const {
+    Sums kept{};
+#pragma unroll
+    for (int i = 0; i < kItem; ++i)
+      if (i < valid)
+        d_h.at[i] = cell().output_backward(moment, place(s, n, p + i), block_.projected(), d_h.at[i], kept.at[i]);
+    if (cell().keeps_h()) block_.h_state(h(), n, j) = kept;
   }
 
   // The gradients of the initial state. An empty sequence has it as its final state.
   __device__ void finish() {
     if (from_.dh0) {
       block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
-        const Sums sums = block_.team().sum(Product::kRecurrent, n, j);
+        Sums sums = block_.team().sum(Product::kRecurrent, n, j);
+        if constexpr (kOptions) add_kept(0, n, j, p, valid, sums);
         store_initial(from_.dh0, shape_.P, from_.dh_n, n, p, sums, valid);
       });
     }
@@ -237,6 +323,7 @@ class BackwardWalk {
     return min(share.width, share.limit - static_cast<int>(first(share)));
   }
 
+  const Params& params_;
   const BackwardPass& pass_;
   const SequenceShape& shape_;
   const Layout& layout_;
@@ -246,7 +333,13 @@ class BackwardWalk {
 
 template <class Tile, int kBatchTiles, Exchange kExchange>
 __global__ void __launch_bounds__(kThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward params) {
-  BackwardWalk<Tile, kBatchTiles, kExchange>(params).run();
+  BackwardWalk<Tile, kBatchTiles, kExchange, SequenceBackward>(params).run();
+}
+
+template <class Tile, int kBatchTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    cell_sequence_backward(const __grid_constant__ WithCell<SequenceBackward> params) {
+  BackwardWalk<Tile, kBatchTiles, Exchange::kAny, WithCell<SequenceBackward>>(params).run();
 }
 
 }  // namespace lstm_ext::cuda

@@ -7,20 +7,23 @@
 // what they made; with a projection all three happen twice.
 #pragma once
 
+#include "cell.cuh"
 #include "sequence.cuh"
 
 namespace lstm_ext::cuda {
 
-template <class Tile, int kBatchTiles, Exchange kExchange>
+// `Params` is SequenceForward, or WithCell of it.
+template <class Tile, int kBatchTiles, Exchange kExchange, class Params>
 class ForwardWalk {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   using Block = SequenceBlock<Tile, kBatchTiles, Gather<Tile, kBatchTiles, kExchange>, 1>;
   static constexpr int kItem = Block::kItem;
   using Sums = Units<Sum, kItem>;
+  static constexpr bool kOptions = !std::is_same_v<Params, SequenceForward>;
 
  public:
-  __device__ explicit ForwardWalk(const SequenceForward& params)
+  __device__ explicit ForwardWalk(const Params& params)
       : params_(params),
         layer_(params.layer),
         layout_(params.layout),
@@ -28,25 +31,41 @@ class ForwardWalk {
         block_(layout_, layer_.shape, layer_.masks, layer_.gates_map.packed_offset, to_.reverse, to_.weights) {
     for (int j = threadIdx.x; j < hidden().width; j += kThreads) {
       const int64_t unit = block_.team().rank() * hidden().width + j;
-      reinterpret_cast<Pre<Tile>*>(bias())[j] =
-          unit < hidden().limit ? bias_of<Tile>(to_.weights, layer_.shape.H, unit) : Pre<Tile>{};
+      const bool there = unit < hidden().limit;
+      Pre<Tile>& to = reinterpret_cast<Pre<Tile>*>(bias())[j];
+      if constexpr (kOptions) {
+        to = there ? cell_bias_of<Tile>(to_.weights, layer_.shape.H, unit) : Pre<Tile>{};
+        block_.peephole(j) = there ? cell().peephole(unit) : GateValues<Sum>{};
+      } else {
+        to = there ? bias_of<Tile>(to_.weights, layer_.shape.H, unit) : Pre<Tile>{};
+      }
     }
   }
 
-  __device__ void run() {
-    block_.for_batches([&] { walk(); });
-  }
+  __device__ __forceinline__ void run() { block_.for_batches(*this); }
 
- private:
+  // One batch of sequences, through all steps.
   __device__ __forceinline__ void walk() {
     block_.find_moments_from(0);
+    if constexpr (kOptions) find_draw_keys_from(0);
     start();
     copy_inputs(0);
     for (int64_t s = 0; s < layer_.shape.T; ++s) {
-      block_.find_moments(s);
-      if constexpr (!Block::kAlone) copy_inputs(s + 1);  // while what others send is on its way
+      if constexpr (kOptions) {
+        if (block_.moments_end_at(s)) {
+          block_.find_moments_from(s);
+          find_draw_keys_from(s);
+        }
+      } else {
+        block_.find_moments(s);
+      }
+      if constexpr (kExchange != Exchange::kBlock) {
+        if (!block_.team().alone()) copy_inputs(s + 1);  // while what others send is on its way
+      }
       block_.team().receive(Product::kRecurrent, block_.count(), s > 0);
-      if constexpr (Block::kAlone) copy_inputs(s + 1);
+      if constexpr (kExchange == Exchange::kBlock || kExchange == Exchange::kAny) {
+        if (block_.team().alone()) copy_inputs(s + 1);
+      }
       block_.template multiply<Product::kRecurrent>();
       cp_async_wait<1>();  // those of this step; the next one's are under way
       __syncthreads();     // they are there, and the sums of all warps; nobody reads the operand any more
@@ -60,12 +79,16 @@ class ForwardWalk {
     cp_async_wait<0>();
   }
 
+ private:
   // The initial state: h to the operand, c to this block's state, and both to the results of empty sequences.
   __device__ void start() {
     block_.team().fill(Product::kRecurrent, block_.count(), [&](int k, int n) {
       const int64_t p = h().index_of(k);
-      return Tile::on_chip(
-          p < 0 || block_.moment(0, n).forgets ? Sum(0) : state_at<Number>(to_.state.h0, block_.sequence(n), p));
+      Sum value = p < 0 || block_.moment(0, n).forgets ? Sum(0) : state_at<Number>(to_.state.h0, block_.sequence(n), p);
+      if constexpr (kOptions) {
+        if (p >= 0 && cell().drops_h()) value *= cell().h_mask(place(0, n, p));
+      }
+      return Tile::on_chip(value);
     });
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
       const Sums c0 = initial(to_.state.c0, n, unit, valid);
@@ -73,7 +96,11 @@ class ForwardWalk {
       if (block_.is_empty(n))
         store_units(static_cast<Number*>(to_.c_n) + block_.sequence(n) * layer_.shape.H + unit, c0, valid);
     });
-    block_.for_items(h(), [&](int n, int, int64_t p, int valid) {
+    block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
+      if constexpr (kOptions) {
+        if (cell().keeps_h())
+          block_.h_state(h(), n, j) = block_.moment(0, n).forgets ? Sums{} : initial(to_.state.h0, n, p, valid);
+      }
       if (block_.is_empty(n))
         store_units(static_cast<Number*>(to_.h_n) + block_.sequence(n) * layer_.shape.P + p,
                     initial(to_.state.h0, n, p, valid), valid);
@@ -121,9 +148,16 @@ class ForwardWalk {
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
       store(s, made);
       const Moment& moment = block_.moment(s, n);
-      made = {n, valid, unit, update(s, moment, n, j, valid), {}};
-      made.h = outputs_of(moment, made.cells);
-      if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, made.h));
+      if constexpr (kOptions) {
+        made = {n, valid, unit, {}, {}};
+        made.cells = update(s, moment, n, j, unit, valid, made.h);
+        made.h = finished_h(s, moment, n, j, unit, valid, made.h);
+        if (send) block_.team().put(Product::kRecurrent, n, j, multiplied_h(s, moment, n, unit, made.h));
+      } else {
+        made = {n, valid, unit, update(s, moment, n, j, unit, valid, made.h), {}};
+        made.h = outputs_of(moment, made.cells);
+        if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, made.h));
+      }
     });
     if (send) block_.team().send(Product::kRecurrent, block_.count());
     store(s, made);
@@ -139,8 +173,10 @@ class ForwardWalk {
   __device__ __forceinline__ void take_projected_step(int64_t s, bool send) {
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
       const Moment& moment = block_.moment(s, n);
-      const Cells cells = update(s, moment, n, j, valid);
-      block_.team().put(Product::kProjection, n, j, outputs_of(moment, cells));
+      Sums hidden;
+      const Cells cells = update(s, moment, n, j, unit, valid, hidden);
+      if constexpr (!kOptions) hidden = outputs_of(moment, cells);
+      block_.team().put(Product::kProjection, n, j, hidden);
       store_cells<Tile>(layer_, to_, moment, block_.sequence(n), unit, cells, valid);
     });
     block_.team().send(Product::kProjection, block_.count());
@@ -149,16 +185,22 @@ class ForwardWalk {
     __syncthreads();  // the sums of all warps are there
     block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
       const Moment& moment = block_.moment(s, n);
-      const Sums sums = block_.team().template product<Sums>(Product::kProjection, n, j);
-      if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, sums));
+      Sums sums = block_.team().template product<Sums>(Product::kProjection, n, j);
+      if constexpr (kOptions) {
+        sums = finished_h(s, moment, n, j, p, valid, sums);
+        if (send) block_.team().put(Product::kRecurrent, n, j, multiplied_h(s, moment, n, p, sums));
+      } else {
+        if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, sums));
+      }
       store_output<Tile>(layer_, to_, moment, block_.sequence(n), p, sums, valid);
     });
     if (send) block_.team().send(Product::kRecurrent, block_.count());
   }
 
-  // Units j and following of this rank: from the sums of their gates to their c, which the state gets as well. Units
-  // that are none are zero.
-  __device__ __forceinline__ Cells update(int64_t s, const Moment& moment, int n, int j, int valid) const {
+  // Units j and following of this rank: from the sums of their gates to their c, which the state gets as well, and of
+  // cells with options to `hidden`. Units that are none are zero.
+  __device__ __forceinline__ Cells update(int64_t s, const Moment& moment, int n, int j, int64_t unit, int valid,
+                                          Sums& hidden) const {
     Sums from_x[4];
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
@@ -176,7 +218,13 @@ class ForwardWalk {
       Sum pre[4];
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) pre[gate] = from_x[gate].at[i] + h.at[4 * i + gate] + b.at[4 * i + gate];
-      cells.at[i] = forward_cell<Tile>(moment, {pre[0], pre[1], pre[2], pre[3]}, before.at[i]);
+      if constexpr (kOptions) {
+        cells.at[i] = cell().forward(moment, place(s, n, unit + i), block_.peephole(j + i),
+                                     {pre[0], pre[1], pre[2], pre[3]}, before.at[i], hidden.at[i]);
+        if (i >= valid) hidden.at[i] = 0;
+      } else {
+        cells.at[i] = forward_cell<Tile>(moment, {pre[0], pre[1], pre[2], pre[3]}, before.at[i]);
+      }
       if (i >= valid) cells.at[i] = {};
       after.at[i] = carried(moment, cells.at[i].c);
     }
@@ -199,6 +247,48 @@ class ForwardWalk {
     return h;
   }
 
+  // ---- Of cells with options ----------------------------------------------------------------------------------------
+
+  using Step = CellStep<Tile, true>;
+  __device__ __forceinline__ Step cell() const { return {params_.cell, static_cast<int>(blockIdx.y)}; }
+
+  __device__ __forceinline__ void find_draw_keys_from(int64_t s) {
+    if (!cell().draws()) return;
+    block_.find_draw_keys_from(s, [&](const Moment& moment, int64_t step, int64_t b) {
+      const int64_t T = layer_.shape.T;
+      return cell().keys_of(moment, Step::time_of(moment, layer_.gates_map, layer_.masks, T, to_.reverse, step, b), b);
+    });
+  }
+
+  __device__ __forceinline__ Place place(int64_t s, int n, int64_t unit) const {
+    return {0, block_.sequence(n), unit, &block_.draw_keys(s, n)};
+  }
+
+  // h as the step leaves it, of units p and following, from what it has computed.
+  __device__ __forceinline__ Sums finished_h(int64_t s, const Moment& moment, int n, int j, int64_t p, int valid,
+                                             Sums values) const {
+    const bool keeps = cell().keeps_h();
+    const Sums before = keeps ? block_.h_state(h(), n, j) : Sums{};
+#pragma unroll
+    for (int i = 0; i < kItem; ++i)
+      values.at[i] = moment.active && i < valid
+                         ? cell().output(place(s, n, p + i), block_.projected(), before.at[i], values.at[i])
+                         : 0;
+    if (keeps) block_.h_state(h(), n, j) = carried_h(moment, values);
+    return values;
+  }
+
+  // What the next step multiplies.
+  __device__ __forceinline__ Sums multiplied_h(int64_t s, const Moment& moment, int n, int64_t p,
+                                               const Sums& values) const {
+    Sums carried = carried_h(moment, values);
+    if (cell().drops_h()) {
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) carried.at[i] *= cell().h_mask(place(s, n, p + i));
+    }
+    return carried;
+  }
+
   __device__ __forceinline__ Sum* bias() const {
     return reinterpret_cast<Sum*>(block_.team().shared() + layout_.bias_offset);
   }
@@ -207,7 +297,7 @@ class ForwardWalk {
   __device__ const Share& hidden() const { return layout_[Product::kRecurrent].rows; }
   __device__ const Share& h() const { return layout_[Product::kRecurrent].columns; }
 
-  const SequenceForward& params_;
+  const Params& params_;
   const LayerForward& layer_;
   const Layout& layout_;
   const ForwardDirection& to_;
@@ -216,7 +306,13 @@ class ForwardWalk {
 
 template <class Tile, int kBatchTiles, Exchange kExchange>
 __global__ void __launch_bounds__(kThreads, 1) sequence_forward(const __grid_constant__ SequenceForward params) {
-  ForwardWalk<Tile, kBatchTiles, kExchange>(params).run();
+  ForwardWalk<Tile, kBatchTiles, kExchange, SequenceForward>(params).run();
+}
+
+template <class Tile, int kBatchTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    cell_sequence_forward(const __grid_constant__ WithCell<SequenceForward> params) {
+  ForwardWalk<Tile, kBatchTiles, Exchange::kAny, WithCell<SequenceForward>>(params).run();
 }
 
 }  // namespace lstm_ext::cuda

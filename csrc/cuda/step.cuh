@@ -8,6 +8,7 @@
 // A launch has waited before it reads what an earlier one wrote, or writes.
 #pragma once
 
+#include "cell.cuh"
 #include "step_block.cuh"
 
 namespace lstm_ext::cuda {
@@ -31,11 +32,27 @@ __device__ __forceinline__ void prefetch_gates(const void* gates, const RowMap& 
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------
+//
+// `Params` is StepForward, or WithCell of it.
+
+template <class Params>
+inline constexpr bool kHasOptions = false;
+template <class Params>
+inline constexpr bool kHasOptions<WithCell<Params>> = true;
+
+// h of all sequences as step s of a cell with recurrent dropout multiplies it.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Number* multiplied_h(const WithCell<StepForward>& params, int64_t s, int d,
+                                                               int64_t b) {
+  const SequenceShape& shape = params.layer.shape;
+  const int64_t row = (s % 2 * params.layer.num_directions + d) * shape.B + b;
+  return static_cast<typename Tile::Number*>(params.cell.h_state) + row * shape.P;
+}
 
 // The matrices that a launch multiplies, in one loop so that its code stands there once: w_ih with x, if that is given,
 // and then w_hh with h; or w_hr with the hidden units that the launch before has left in memory.
-template <class Tile, class Block>
-__device__ __forceinline__ void step_products(const StepForward& params, Block& block, int d) {
+template <class Tile, class Params, class Block>
+__device__ __forceinline__ void step_products(const Params& params, Block& block, int d) {
   using Number = typename Tile::Number;
   const LayerForward& layer = params.layer;
   const SequenceShape& shape = layer.shape;
@@ -50,6 +67,9 @@ __device__ __forceinline__ void step_products(const StepForward& params, Block& 
       if (projection) return static_cast<const Number*>(params.hidden) + (d * shape.B + b) * shape.H;
       if (of_x) return element<Number>(layer.x, layer.x_map, moment.start, b, 0);
       if (!moment.active || moment.forgets) return nullptr;
+      if constexpr (kHasOptions<Params>) {
+        if (params.cell.h_state) return multiplied_h<Tile>(params, params.s, d, b);
+      }
       if (params.s == 0) return static_cast<const Number*>(to.state.h0.data) + b * to.state.h0.row_stride;
       return element<Number>(static_cast<const void*>(to.y), layer.y_map, moment.start_before, b, 0);
     };
@@ -63,9 +83,41 @@ __device__ __forceinline__ void step_products(const StepForward& params, Block& 
   }
 }
 
+template <class Tile>
+__device__ __forceinline__ Place place_of(const WithCell<StepForward>& params, const Moment& moment, int d, int64_t b,
+                                          int64_t unit) {
+  const LayerForward& layer = params.layer;
+  return {CellStep<Tile, false>::time_of(moment, layer.gates_map, layer.masks, layer.shape.T,
+                                         layer.direction[d].reverse, params.s, b),
+          b, unit};
+}
+
+// h of a cell with options as step s leaves it, from what the step has computed; and as the next step multiplies it.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Sum step_h(const WithCell<StepForward>& params, const Moment& moment,
+                                                     const Place& at, int d, typename Tile::Sum computed) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  if (!moment.active) return 0;
+  const LayerForward& layer = params.layer;
+  const ForwardDirection& to = layer.direction[d];
+  const CellStep<Tile, false> step(params.cell, d);
+  Sum before = 0;
+  if (step.keeps_h() && !moment.forgets)
+    before =
+        params.s == 0
+            ? state_at<Number>(to.state.h0, at.b, at.unit)
+            : widen(*element<Number>(static_cast<const void*>(to.y), layer.y_map, moment.start_before, at.b, at.unit));
+  const Sum h = step.output(at, layer.shape.projected, before, computed);
+  if (params.cell.h_state)
+    multiplied_h<Tile>(params, params.s + 1, d, at.b)[at.unit] = narrow<Number>(h * step.h_mask(at));
+  return h;
+}
+
 // Product::kRecurrent: the pointwise part from the gates' sums. Without a projection this is all.
-template <class Tile, class Block>
-__device__ __forceinline__ void step_gates(const StepForward& params, Block& block, int d) {
+template <class Tile, class Params, class Block>
+__device__ __forceinline__ void step_gates(const Params& params, Block& block, int d) {
+  constexpr bool kOptions = kHasOptions<Params>;
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   const LayerForward& layer = params.layer;
@@ -74,7 +126,16 @@ __device__ __forceinline__ void step_gates(const StepForward& params, Block& blo
   const auto c_of = [&](int64_t b, int64_t unit) {
     return static_cast<Sum*>(params.state) + (d * layer.shape.B + b) * H + unit;
   };
-  const Pre<Tile> bias = block.has_unit() ? bias_of<Tile>(to.weights, H, block.unit()) : Pre<Tile>{};
+  Pre<Tile> bias{};
+  GateValues<Sum> peephole{};
+  if (block.has_unit()) {
+    if constexpr (kOptions) {
+      bias = cell_bias_of<Tile>(to.weights, H, block.unit());
+      peephole = CellStep<Tile, false>(params.cell, d).peephole(block.unit());
+    } else {
+      bias = bias_of<Tile>(to.weights, H, block.unit());
+    }
+  }
   struct Loaded {
     Sum c;
     Pre<Tile> xw;
@@ -100,8 +161,17 @@ __device__ __forceinline__ void step_gates(const StepForward& params, Block& blo
                         block.product(n, 3 * width + j)};
       pre = plus(loaded.xw, plus(h, bias));
     }
-    const Units<CellState<Sum>, 1> cell{{forward_cell<Tile>(moment, pre, c)}};
-    const Units<Sum, 1> out{{moment.active ? cell_output<typename Tile::Math>(cell.at[0].gates.o, cell.at[0].c) : 0}};
+    Units<CellState<Sum>, 1> cell;
+    Units<Sum, 1> out;
+    if constexpr (kOptions) {
+      const CellStep<Tile, false> step(params.cell, d);
+      const Place at = place_of<Tile>(params, moment, d, b, unit);
+      cell.at[0] = step.forward(moment, at, peephole, pre, c, out.at[0]);
+      if (!layer.shape.projected) out.at[0] = step_h<Tile>(params, moment, at, d, out.at[0]);
+    } else {
+      cell.at[0] = forward_cell<Tile>(moment, pre, c);
+      out.at[0] = moment.active ? cell_output<typename Tile::Math>(cell.at[0].gates.o, cell.at[0].c) : 0;
+    }
     store_cells<Tile>(layer, to, moment, b, unit, cell, 1);
     if (params.state) *c_of(b, unit) = carried(moment, cell.at[0].c);
     if (params.hidden) {
@@ -114,14 +184,19 @@ __device__ __forceinline__ void step_gates(const StepForward& params, Block& blo
 }
 
 // Product::kProjection: h.
-template <class Tile, class Block>
-__device__ __forceinline__ void step_projection(const StepForward& params, Block& block, int d) {
+template <class Tile, class Params, class Block>
+__device__ __forceinline__ void step_projection(const Params& params, Block& block, int d) {
   const LayerForward& layer = params.layer;
   const ForwardDirection& to = layer.direction[d];
   struct Nothing {};
   block.template finish_units<Nothing>([](int, int64_t) { return Nothing(); },
                                        [&](int n, int j, int64_t p, Nothing) {
-                                         const Units<typename Tile::Sum, 1> h{{block.product(n, j)}};
+                                         Units<typename Tile::Sum, 1> h{{block.product(n, j)}};
+                                         if constexpr (kHasOptions<Params>) {
+                                           const Moment& moment = block.moment(n);
+                                           const Place at = place_of<Tile>(params, moment, d, block.sequence(n), p);
+                                           h.at[0] = step_h<Tile>(params, moment, at, d, h.at[0]);
+                                         }
                                          store_output<Tile>(layer, to, block.moment(n), block.sequence(n), p, h, 1);
                                        });
 }
@@ -134,13 +209,10 @@ __device__ void keep_initial_h(const LayerForward& layer, const ForwardDirection
     static_cast<Number*>(to.h_n)[b * layer.shape.P + p] = narrow<Number>(state_at<Number>(to.state.h0, b, p));
 }
 
-template <class Tile, int kBatchTiles>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
-    step_forward(const __grid_constant__ StepForward params) {
-  const int d = blockIdx.y;
+// By a block that takes the whole launch.
+template <class Tile, class Params, class Block>
+__device__ __forceinline__ void take_step_forward(const Params& params, Block& block, int d) {
   const LayerForward& layer = params.layer;
-  StepBlock<Tile, kBatchTiles, false> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
-                                            layer.direction[d].reverse, params.s);
   const bool gates = params.part.product == Product::kRecurrent;
   if (gates && params.xw[d]) {
     block.for_units([&](int n, int64_t unit) {
@@ -162,7 +234,34 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
   }
 }
 
+template <class Tile, int kBatchTiles>
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
+    step_forward(const __grid_constant__ StepForward params) {
+  const int d = blockIdx.y;
+  const LayerForward& layer = params.layer;
+  StepBlock<Tile, kBatchTiles, false> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
+                                            layer.direction[d].reverse, params.s);
+  take_step_forward<Tile>(params, block, d);
+}
+
+template <class Tile, int kBatchTiles, bool kTensorflow>
+__global__ void __launch_bounds__(kThreads, 1) cell_step_forward(const __grid_constant__ WithCell<StepForward> params) {
+  const int d = blockIdx.y;
+  const LayerForward& layer = params.layer;
+  StepBlock<Tile, kBatchTiles, kTensorflow, kTensorflow> block(
+      params.part, layer.shape, layer.masks, layer.gates_map.packed_offset, layer.direction[d].reverse, params.s);
+  if (params.s >= 0) return take_step_forward<Tile>(params, block, d);
+  const CellStep<Tile, false> step(params.cell, d);
+  block.for_units([&](int n, int64_t p) {
+    const int64_t b = block.sequence(n);
+    const auto h0 = state_at<typename Tile::Number>(layer.direction[d].state.h0, b, p);
+    multiplied_h<Tile>(params, 0, d, b)[p] = narrow<typename Tile::Number>(h0 * step.h_mask({0, b, p}));
+  });
+}
+
 // ---- Backward -------------------------------------------------------------------------------------------------
+//
+// `Params` is StepBackward, or WithCell of it.
 
 // The gradient of c between the launches of a unit.
 template <class Tile>
@@ -186,10 +285,28 @@ __device__ __forceinline__ void prefetch_cell_backward(const StepBackward& param
   if (from.dy && !layer.shape.projected) prefetch_to_l2(element<Number>(from.dy, layer.dy_map, moment.start, b, unit));
 }
 
-// The pointwise part of a unit from the gradient of its h; the gradient of c stays in memory for the next launch.
 template <class Tile>
-__device__ __forceinline__ void step_cell_backward(const StepBackward& params, const Moment& moment, int d, int64_t b,
+__device__ __forceinline__ Place place_of(const WithCell<StepBackward>& params, const Moment& moment, int d, int64_t b,
+                                          int64_t unit) {
+  const LayerBackward& layer = params.pass.layer;
+  return {CellStep<Tile, false>::time_of(moment, layer.gates_map, layer.masks, layer.shape.T,
+                                         layer.direction[d].reverse, params.s, b),
+          b, unit};
+}
+
+// What of the gradient of h went past the step after this one.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Sum& kept_d_h(const WithCell<StepBackward>& params, int d, int64_t b,
+                                                        int64_t p) {
+  const SequenceShape& shape = params.pass.layer.shape;
+  return static_cast<typename Tile::Sum*>(params.cell.h_state)[(d * shape.B + b) * shape.P + p];
+}
+
+// The pointwise part of a unit from the gradient of its h; the gradient of c stays in memory for the next launch.
+template <class Tile, class Params>
+__device__ __forceinline__ void step_cell_backward(const Params& params, const Moment& moment, int d, int64_t b,
                                                    int64_t unit, typename Tile::Sum d_h, typename Tile::Sum d_c) {
+  constexpr bool kOptions = kHasOptions<Params>;
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   const LayerBackward& layer = params.pass.layer;
@@ -204,8 +321,17 @@ __device__ __forceinline__ void step_cell_backward(const StepBackward& params, c
                                    : state_at<Number>(from.state.c0, b, unit);
     if (from.d_cells) inputs.d_cells = *element<Sum>(from.d_cells, layer.d_cells_map, moment.start, b, unit);
   }
-  const Units<BackwardCell<Sum>, 1> cell{{backward_cell<Tile>(from, moment, b, unit, inputs, d_h, d_c)}};
-  store_cell_grads<Tile>(params.pass, d, moment, params.s, b, unit, cell, 1);
+  const auto gradients = [&] {
+    if constexpr (kOptions) {
+      const CellStep<Tile, false> step(params.cell, d);
+      return step.backward(from, moment, place_of<Tile>(params, moment, d, b, unit), step.peephole(unit),
+                           params.pass.hidden_map, inputs, d_h, d_c);
+    } else {
+      return backward_cell<Tile>(from, moment, b, unit, inputs, d_h, d_c);
+    }
+  };
+  const Units<BackwardCell<Sum>, 1> cell{{gradients()}};
+  store_cell_grads<Tile, kOptions>(params.pass, d, moment, params.s, b, unit, cell, 1);
   *d_c_of<Tile>(params, d, b, unit) = d_c;
   if (params.s > 0 || !from.dc0) return;
   if (length_of(layer.masks, shape.T, b) == 0) d_c = state_at<Number>(from.dc_n, b, unit);
@@ -214,8 +340,8 @@ __device__ __forceinline__ void step_cell_backward(const StepBackward& params, c
 
 // What a launch multiplies: w_hh' with the gates' gradients of step s + 1, or w_hr' with the gradient of h, which the
 // launch before has left in d_h.
-template <class Tile, class Block>
-__device__ __forceinline__ void step_products_backward(const StepBackward& params, Block& block, int d) {
+template <class Tile, class Params, class Block>
+__device__ __forceinline__ void step_products_backward(const Params& params, Block& block, int d) {
   using Number = typename Tile::Number;
   const BackwardPass& pass = params.pass;
   const SequenceShape& shape = pass.layer.shape;
@@ -233,37 +359,55 @@ __device__ __forceinline__ void step_products_backward(const StepBackward& param
 }
 
 // The gradient of h after step s, and without a projection on to the gates'.
-template <class Tile, class Block>
-__device__ __forceinline__ void step_h_backward(const StepBackward& params, Block& block, int d) {
+template <class Tile, class Params, class Block>
+__device__ __forceinline__ void step_h_backward(const Params& params, Block& block, int d) {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   const BackwardPass& pass = params.pass;
   const BackwardDirection& from = pass.layer.direction[d];
   const SequenceShape& shape = pass.layer.shape;
   const bool makes_cells = params.s >= 0 && !shape.projected;
+  constexpr bool kOptions = kHasOptions<Params>;
   const auto load = [&](int n, int64_t unit) {
     return makes_cells && params.s + 1 < shape.T ? *d_c_of<Tile>(params, d, block.sequence(n), unit) : Sum(0);
   };
   block.template finish_units<Sum>(load, [&](int n, int j, int64_t p, Sum d_c) {
     const int64_t b = block.sequence(n);
+    const auto from_next_step = [&] {
+      Sum d_h = block.product(n, j);
+      if constexpr (kOptions) {
+        d_h *= CellStep<Tile, false>(params.cell, d).h_mask({0, b, p});
+        if (params.cell.h_state && params.s + 1 < shape.T) d_h += kept_d_h<Tile>(params, d, b, p);
+      }
+      return d_h;
+    };
     if (params.s < 0) {
       const bool empty = length_of(pass.layer.masks, shape.T, b) == 0;
-      const Sum d_h = empty ? state_at<Number>(from.dh_n, b, p) : block.product(n, j);
+      const Sum d_h = empty ? state_at<Number>(from.dh_n, b, p) : from_next_step();
       static_cast<Number*>(from.dh0)[b * shape.P + p] = narrow<Number>(d_h);
     } else {
       const Moment& moment = block.moment(n);
       Sum dy = 0;
       if (moment.active && from.dy) dy = widen(*element<Number>(from.dy, pass.layer.dy_map, moment.start, b, p));
-      const Sum d_h = backward_output<Number>(from, moment, b, p, block.product(n, j), dy);
-      store_output_grads<Tile>(pass, d, moment, params.s, b, p, Units<Sum, 1>{{d_h}}, 1);
+      Sum d_h = backward_output<Number>(from, moment, b, p, from_next_step(), dy);
+      if constexpr (kOptions) {
+        const CellStep<Tile, false> step(params.cell, d);
+        Sum kept;
+        d_h = step.output_backward(moment, place_of<Tile>(params, moment, d, b, p), shape.projected, d_h, kept);
+        if (params.cell.h_state) kept_d_h<Tile>(params, d, b, p) = kept;
+        const Units<Sum, 1> before{{step.h_before(from.state, moment, params.s, {0, b, p})}};
+        store_cell_output_grads<Tile>(pass, d, moment, b, p, before, Units<Sum, 1>{{d_h}}, 1);
+      } else {
+        store_output_grads<Tile>(pass, d, moment, params.s, b, p, Units<Sum, 1>{{d_h}}, 1);
+      }
       if (makes_cells) step_cell_backward<Tile>(params, moment, d, b, p, d_h, d_c);
     }
   });
 }
 
 // Product::kProjection: from the gradient of the hidden units to the gates'.
-template <class Tile, class Block>
-__device__ __forceinline__ void step_hidden_backward(const StepBackward& params, Block& block, int d) {
+template <class Tile, class Params, class Block>
+__device__ __forceinline__ void step_hidden_backward(const Params& params, Block& block, int d) {
   using Sum = typename Tile::Sum;
   const SequenceShape& shape = params.pass.layer.shape;
   const auto load = [&](int n, int64_t unit) {
@@ -274,13 +418,10 @@ __device__ __forceinline__ void step_hidden_backward(const StepBackward& params,
   });
 }
 
-template <class Tile, int kBatchTiles>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
-    step_backward(const __grid_constant__ StepBackward params) {
-  const int d = blockIdx.y;
+// By a block that takes the whole launch.
+template <class Tile, class Params, class Block>
+__device__ __forceinline__ void take_step_backward(const Params& params, Block& block, int d) {
   const LayerBackward& layer = params.pass.layer;
-  StepBlock<Tile, kBatchTiles, true> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
-                                           layer.direction[d].reverse, params.s);
   const bool recurrent = params.part.product == Product::kRecurrent;
   if (params.s >= 0 && recurrent != layer.shape.projected) {
     block.for_units([&](int n, int64_t unit) {
@@ -294,6 +435,26 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
   } else {
     step_hidden_backward<Tile>(params, block, d);
   }
+}
+
+template <class Tile, int kBatchTiles>
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
+    step_backward(const __grid_constant__ StepBackward params) {
+  const int d = blockIdx.y;
+  const LayerBackward& layer = params.pass.layer;
+  StepBlock<Tile, kBatchTiles, true> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
+                                           layer.direction[d].reverse, params.s);
+  take_step_backward<Tile>(params, block, d);
+}
+
+template <class Tile, int kBatchTiles, bool kTensorflow>
+__global__ void __launch_bounds__(kThreads, 1)
+    cell_step_backward(const __grid_constant__ WithCell<StepBackward> params) {
+  const int d = blockIdx.y;
+  const LayerBackward& layer = params.pass.layer;
+  StepBlock<Tile, kBatchTiles, !kTensorflow> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
+                                                   layer.direction[d].reverse, params.s);
+  take_step_backward<Tile>(params, block, d);
 }
 
 }  // namespace lstm_ext::cuda

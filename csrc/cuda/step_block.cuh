@@ -15,8 +15,8 @@ __device__ __forceinline__ Sum total_of_row(const Sum* partial, int splits, int 
 }
 
 // Used as: a block of its own, `add` for each matrix that is multiplied, then `finish_units`, in which `product` is
-// there.
-template <class Tile, int kBatchTiles, bool kTransposed>
+// there. kTransposed: the weights lie as [columns, rows]; kGates: these rows are four gates, as in the product.
+template <class Tile, int kBatchTiles, bool kTransposed, bool kGates = false>
 class StepBlock {
  public:
   using Number = typename Tile::Number;
@@ -207,14 +207,17 @@ class StepBlock {
   template <bool kAligned>
   __device__ __forceinline__ void copy_transposed(const Matrix& weights, char* stage, int n, int64_t columns) const {
     constexpr int kChunkNumbersLog2 = kChunkNumbers == 8 ? 3 : kChunkNumbers == 4 ? 2 : 1;
-    const int chunks_log2 = part_.width_log2 - kChunkNumbersLog2, step = kThreads >> chunks_log2;
+    const int gate_chunks_log2 = part_.width_log2 - kChunkNumbersLog2;
+    const int chunks_log2 = gate_chunks_log2 + (kGates ? 2 : 0), step = kThreads >> chunks_log2;
     const int first = static_cast<int>(threadIdx.x) >> chunks_log2;
     const int chunk = static_cast<int>(threadIdx.x) & ((1 << chunks_log2) - 1);
-    const int unit = row_block_ * part_.rows.width + chunk * kChunkNumbers;
+    const int of_gate = kGates ? chunk & ((1 << gate_chunks_log2) - 1) : chunk;
+    const int unit = row_block_ * part_.rows.width + of_gate * kChunkNumbers;
+    const int64_t column = kGates ? (chunk >> gate_chunks_log2) * part_.rows.group_stride + unit : unit;
     const int bytes = max(0, min(kChunkNumbers, part_.rows.limit - unit)) * int{sizeof(Number)};
     const int64_t k_start = int64_t{n} * kStageNumbers;
     const int numbers = static_cast<int>(min(int64_t{kStageNumbers}, columns - k_start));
-    const Number* from = static_cast<const Number*>(weights.data) + (k_start + first) * weights.row_stride + unit;
+    const Number* from = static_cast<const Number*>(weights.data) + (k_start + first) * weights.row_stride + column;
 #pragma unroll kCopyUnroll
     for (int k = first; k < kStageNumbers; k += step, from += step * weights.row_stride) {
       char* to = stage + k * pitch() + (chunk ^ (k & Operands::kSwizzle) * Operands::kSwizzleStep) * kChunkBytes;

@@ -68,16 +68,25 @@ class Team {
   using OnChip = typename Tile::OnChip;
   using Sum = typename Tile::Sum;
   static constexpr int kSequences = kBatchTiles * kBatchColumns;
-  static constexpr bool kAlone = kExchange == Exchange::kBlock, kClustered = kExchange == Exchange::kCluster,
-                        kByMail = kExchange == Exchange::kGrid;
   // Units of a thread's items: what a word that is sent holds.
   static constexpr int kItem = sizeof(OnChip) == 2 ? 2 : 1;
 
   __device__ explicit Team(const Layout& layout)
       : layout_(layout),
         shared_(dynamic_shared()),
-        rank_(kAlone ? 0 : static_cast<int>(blockIdx.x) % layout.ranks),
-        team_(kAlone ? static_cast<int>(blockIdx.x) : static_cast<int>(blockIdx.x) / layout.ranks) {}
+        rank_(alone() ? 0 : static_cast<int>(blockIdx.x) % layout.ranks),
+        team_(alone() ? static_cast<int>(blockIdx.x) : static_cast<int>(blockIdx.x) / layout.ranks) {}
+
+  // How this team exchanges, or may: known as the kernel is compiled, but for kAny.
+  template <Exchange kWay>
+  static constexpr bool kMayBe = kExchange == kWay || kExchange == Exchange::kAny;
+  __device__ __forceinline__ bool exchanges_by(Exchange way) const {
+    if constexpr (kExchange == Exchange::kAny) return layout_.exchange == way;
+    return kExchange == way;
+  }
+  __device__ __forceinline__ bool alone() const { return exchanges_by(Exchange::kBlock); }
+  __device__ __forceinline__ bool clustered() const { return exchanges_by(Exchange::kCluster); }
+  __device__ __forceinline__ bool by_mail() const { return exchanges_by(Exchange::kGrid); }
 
   __device__ int rank() const { return rank_; }
   __device__ int team() const { return team_; }
@@ -86,7 +95,9 @@ class Team {
 
   // No block of a cluster leaves while another may still store into it.
   __device__ void leave() const {
-    if constexpr (kClustered) cluster_sync();
+    if constexpr (kMayBe<Exchange::kCluster>) {
+      if (clustered()) cluster_sync();
+    }
   }
 
   // The product's rows from j on for sequence n.
@@ -100,9 +111,11 @@ class Team {
  protected:
   // After everything in shared memory that others send to is cleared.
   __device__ void begin() {
-    if constexpr (kClustered) {
-      if (threadIdx.x < 4) mbarrier_init(barrier(static_cast<Product>(threadIdx.x / 2), threadIdx.x % 2), 1);
-      cluster_sync();  // nobody stores into a block that still clears, or counts at a barrier that is not there yet
+    if constexpr (kMayBe<Exchange::kCluster>) {
+      if (clustered()) {
+        if (threadIdx.x < 4) mbarrier_init(barrier(static_cast<Product>(threadIdx.x / 2), threadIdx.x % 2), 1);
+        cluster_sync();  // nobody stores into a block that still clears, or counts at a barrier that is not there yet
+      }
     }
     __syncthreads();
   }
@@ -168,16 +181,17 @@ template <class Tile, int kBatchTiles, Exchange kExchange>
 class Gather : public Team<Tile, kBatchTiles, kExchange> {
   using Base = Team<Tile, kBatchTiles, kExchange>;
   using Base::exchanges_, Base::layout_, Base::rank_, Base::shared_;
-  using Base::kClustered, Base::kSequences;
+  using Base::kSequences;
   using OnChip = typename Tile::OnChip;
   using Sum = typename Tile::Sum;
 
  public:
-  using Base::kAlone, Base::kByMail, Base::kItem;
+  using Base::alone, Base::by_mail, Base::clustered;
+  using Base::kItem;
 
   __device__ explicit Gather(const Layout& layout) : Base(layout) {
     for (int n = 0; n < layout.num_products; ++n)
-      this->clear(layout.product[n].operand_offset, (kClustered ? 2 : 1) * layout.product[n].operand_bytes);
+      this->clear(layout.product[n].operand_offset, (clustered() ? 2 : 1) * layout.product[n].operand_bytes);
     this->begin();
   }
 
@@ -201,37 +215,43 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     Units<OnChip, kItem> item;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) item.at[i] = Tile::on_chip(values.at[i]);
-    if constexpr (kByMail) {
-      constexpr int kWords = int{sizeof(item)} / 4;
-      struct Words {
-        uint32_t at[kWords];
-      };
-      const Words words = bits_as<Words>(item);
-      const int row = (k / Tile::kK << layout_.log_rows) + n;
-      uint64_t* to = letters(which, next) + row * kRowWords + k % Tile::kK * int{sizeof(OnChip)} / 4;
+    if constexpr (Base::template kMayBe<Exchange::kGrid>) {
+      if (by_mail()) {
+        constexpr int kWords = int{sizeof(item)} / 4;
+        struct Words {
+          uint32_t at[kWords];
+        };
+        const Words words = bits_as<Words>(item);
+        const int row = (k / Tile::kK << layout_.log_rows) + n;
+        uint64_t* to = letters(which, next) + row * kRowWords + k % Tile::kK * int{sizeof(OnChip)} / 4;
 #pragma unroll
-      for (int word = 0; word < kWords; ++word)
-        st_relaxed_gpu(to + word, uint64_t{static_cast<uint32_t>(next)} << 32 | words.at[word]);
-    } else {
-      *reinterpret_cast<Units<OnChip, kItem>*>(buffer(which, next) + operand_place<Tile, kBatchTiles>(k, n)) = item;
+        for (int word = 0; word < kWords; ++word)
+          st_relaxed_gpu(to + word, uint64_t{static_cast<uint32_t>(next)} << 32 | words.at[word]);
+        return;
+      }
     }
+    if constexpr (kExchange != Exchange::kGrid)
+      *reinterpret_cast<Units<OnChip, kItem>*>(buffer(which, next) + operand_place<Tile, kBatchTiles>(k, n)) = item;
   }
 
   // After all of `put`, by all threads.
   __device__ __forceinline__ void send(Product which, int rows) {
     const int next = ++exchanges_[number_of(which)];
-    if constexpr (kClustered) {
-      __syncthreads();  // this rank's part of the operand is there
-      send_to_cluster(which, rows, next);
+    if constexpr (Base::template kMayBe<Exchange::kCluster>) {
+      if (clustered()) {
+        __syncthreads();  // this rank's part of the operand is there
+        send_to_cluster(which, rows, next);
+      }
     }
   }
 
   // Waits until the operand of a product holds what all ranks have sent last, if they have sent.
   __device__ __forceinline__ void receive(Product which, int rows, bool sent) {
-    if constexpr (kClustered) {
-      if (sent) return this->wait_for_bytes(which);
-    } else if constexpr (kByMail) {
-      if (sent) read_mail(which, rows);
+    if constexpr (Base::template kMayBe<Exchange::kCluster>) {
+      if (clustered() && sent) return this->wait_for_bytes(which);
+    }
+    if constexpr (Base::template kMayBe<Exchange::kGrid>) {
+      if (by_mail() && sent) read_mail(which, rows);
     }
     __syncthreads();  // all that this block itself wrote to the operand is there; and the partial sums are free again
   }
@@ -244,7 +264,7 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
   __device__ OnChip* buffer(Product which, int e) const {
     const ProductLayout& product = layout_[which];
     return reinterpret_cast<OnChip*>(shared_ + product.operand_offset +
-                                     (kClustered ? e % 2 * product.operand_bytes : 0));
+                                     (clustered() ? e % 2 * product.operand_bytes : 0));
   }
 
   // The k tiles of this rank, from its own operand to that of each other rank; a warp for each of these.
@@ -312,12 +332,13 @@ template <class Tile, int kBatchTiles, Exchange kExchange>
 class Scatter : public Team<Tile, kBatchTiles, kExchange> {
   using Base = Team<Tile, kBatchTiles, kExchange>;
   using Base::exchanges_, Base::layout_, Base::rank_, Base::shared_;
-  using Base::kClustered, Base::kSequences;
+  using Base::kSequences;
   using OnChip = typename Tile::OnChip;
   using Sum = typename Tile::Sum;
 
  public:
-  using Base::kAlone, Base::kByMail, Base::kItem;
+  using Base::alone, Base::by_mail, Base::clustered;
+  using Base::kItem;
 
   __device__ explicit Scatter(const Layout& layout) : Base(layout) {
     for (int n = 0; n < layout.num_products; ++n)
@@ -346,19 +367,27 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
   // After the sums of all warps are there, by all threads: each rank gets its part.
   __device__ __forceinline__ void send(Product which, int rows) {
     const int next = ++exchanges_[number_of(which)];
-    if constexpr (kClustered) send_to_cluster(which, rows, next);
-    if constexpr (kByMail) send_mail(which, rows, next);
+    if constexpr (Base::template kMayBe<Exchange::kCluster>) {
+      if (clustered()) send_to_cluster(which, rows, next);
+    }
+    if constexpr (Base::template kMayBe<Exchange::kGrid>) {
+      if (by_mail()) send_mail(which, rows, next);
+    }
   }
 
   // Before any `sum` of what was sent last.
   __device__ __forceinline__ void receive(Product which) const {
-    if constexpr (kClustered) this->wait_for_bytes(which);
+    if constexpr (Base::template kMayBe<Exchange::kCluster>) {
+      if (clustered()) this->wait_for_bytes(which);
+    }
   }
 
   // The product's rows j and following of this rank, for sequence n: the sums of what all ranks have sent last.
   __device__ __forceinline__ Units<Sum, kItem> sum(Product which, int n, int j) const {
-    if constexpr (kAlone) return this->template product<Units<Sum, kItem>>(which, n, j);
-    if constexpr (kByMail) return sum_of_mail(which, n, j);
+    if (alone()) return this->template product<Units<Sum, kItem>>(which, n, j);
+    if constexpr (Base::template kMayBe<Exchange::kGrid>) {
+      if (by_mail()) return sum_of_mail(which, n, j);
+    }
     const ProductLayout& product = layout_[which];
     const Sum* from = inbox(which, exchanges_[number_of(which)]) + n * product.rows.width + j;
     const int of_rank = layout_.team_batch * product.rows.width;

@@ -50,6 +50,9 @@ __device__ __forceinline__ __half narrow<__half, float>(float x) {
 
 struct ExactMath {
   using Value = float;
+  using Number = float;
+  static __device__ __forceinline__ float expm1(float x) { return ::expm1f(x); }
+  static __device__ __forceinline__ float log1p(float x) { return ::log1pf(x); }
   static __device__ __forceinline__ float inverse(float x) { return 1 / x; }
   static __device__ __forceinline__ float exp(float x) { return ::expf(x); }
   static __device__ __forceinline__ float tanh(float x) { return ::tanhf(x); }
@@ -57,6 +60,9 @@ struct ExactMath {
 
 struct DoubleMath {
   using Value = double;
+  using Number = double;
+  static __device__ __forceinline__ double expm1(double x) { return ::expm1(x); }
+  static __device__ __forceinline__ double log1p(double x) { return ::log1p(x); }
   static __device__ __forceinline__ double inverse(double x) { return 1 / x; }
   static __device__ __forceinline__ double exp(double x) { return ::exp(x); }
   static __device__ __forceinline__ double tanh(double x) { return ::tanh(x); }
@@ -65,6 +71,9 @@ struct DoubleMath {
 // To about 1e-7, absolutely: far below what half types and TF32 keep.
 struct FastMath {
   using Value = float;
+  using Number = float;
+  static __device__ __forceinline__ float expm1(float x) { return fast_exp(x) - 1; }
+  static __device__ __forceinline__ float log1p(float x) { return ::log1pf(x); }
   static __device__ __forceinline__ float inverse(float x) { return fast_inverse(x); }
   static __device__ __forceinline__ float exp(float x) { return fast_exp(x); }
   static __device__ __forceinline__ float tanh(float x) { return 1 - 2 * fast_inverse(1 + fast_exp(2 * x)); }

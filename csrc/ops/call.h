@@ -34,7 +34,7 @@ struct Saved {
   py::handle cells, gates, y;
 };
 
-// From the numbers of a Cell of lstm_ext/cell.py. Throws ValueError for what no cell may have.
+// From the numbers of a Cell of lstm_ext/cell.py; none from None. Throws ValueError for what no cell may have.
 std::optional<Cell> cell_of(py::handle numbers);
 
 struct OutputGrads {
@@ -106,7 +106,7 @@ struct type_caster<lstm_ext::ops::LayerCall> : TupleCaster<lstm_ext::ops::LayerC
     const int batch_first = PyObject_IsTrue(at(8).ptr());
     if (batch_first < 0) throw error_already_set();
     value = {at(0), at(1), at(2), at(3), at(4), at(5), at(6), directions, batch_first == 1, {}, at(10)};
-    if (!at(9).is_none()) value.cell = lstm_ext::ops::cell_of(at(9));
+    value.cell = lstm_ext::ops::cell_of(at(9));
     return true;
   }
 };

@@ -19,7 +19,8 @@ struct StepsArgs : LayerLayout {
   StepsArgs(const LayerCall& steps, const Array& like, Dtype dtype)
       : LayerLayout(steps, dtype),
         lengths(steps.lengths, "lengths", like),
-        offsets(steps.batch_sizes, "batch_sizes", like) {
+        offsets(steps.batch_sizes, "batch_sizes", like),
+        seed(steps.seed, "seed", like) {
     h0 = Array(steps.h0, "h0", like);
     c0 = Array(steps.c0, "c0", like);
     resets = Array(steps.resets, "resets", like);
@@ -28,26 +29,39 @@ struct StepsArgs : LayerLayout {
     shape.T = packed ? offsets.size(0) : like.size(1);
     shape.B = packed ? lengths.size(0) : like.size(2);
     shape.H = like.size(like.ndim() - 1) / 4;
+    if (cell && cell->tensorflow) shape.P = shape.H;
     rows = packed ? like.size(1) : saturated_product(shape.T, shape.B);
     read_weights(like, steps.weights, false);
     expect_steps(like);
     expect_countable(shape, std::max(rows, shape.B));
     check_state();
     check_resets();
+    if (cell) check_seed(seed);
     settle();
+    seed.settle();
     lengths.settle();
     offsets.settle();
     expect_same_strides();
     read_lengths();
   }
 
-  Array lengths, offsets;
+  // None for the plain LSTM; `y` is that of a backward pass.
+  std::optional<LayerCell> described_cell(const Array& y = {}) const {
+    if (!cell) return {};
+    LayerCell described = describe_cell(y);
+    described.seed = static_cast<const int64_t*>(seed.data());
+    return described;
+  }
+
+  Array lengths, offsets, seed;
 
  private:
   // One launch walks both directions with one description of the weights.
   void expect_same_strides() const {
     const DirectionArrays &first = direction[0], &last = direction[D - 1];
-    if (first.w_hh.stride(0) != last.w_hh.stride(0) || (last.w_hr && first.w_hr.stride(0) != last.w_hr.stride(0)))
+    const bool same_kernel = !first.w_ih || first.w_ih.stride(0) == last.w_ih.stride(0);
+    if (!same_kernel || (first.w_hh && first.w_hh.stride(0) != last.w_hh.stride(0)) ||
+        (last.w_hr && first.w_hr.stride(0) != last.w_hr.stride(0)))
       throw std::runtime_error("weights: expected the same strides in both directions, got others");
   }
 
@@ -74,7 +88,7 @@ Output workspace_of(const Allocator& allocator, int64_t bytes) {
 }  // namespace
 
 py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, const std::string& strategy) {
-  if (!takes(steps) || steps.cell) return not_implemented();
+  if (!takes(steps)) return not_implemented();
   Array xw(steps.x, "xw", dlpack::kCuda);
   xw.settle();
   const auto weights = py::reinterpret_borrow<py::sequence>(steps.weights);
@@ -84,7 +98,7 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
   if (!xw.contiguous()) throw std::runtime_error("xw: expected a contiguous tensor, got another");
   const auto [T, B, I, H, P, projected] = args.shape;
   const cuda::DeviceGuard guard(xw.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, cuda::forced_by(strategy)};
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::forced_by(strategy), traits_of(args.cell)};
   std::string refused;
   const auto plan = plan_to_launch(args.shape, args.D, false, options, xw.device().id, refused);
   if (!plan) return py::str(refused);
@@ -99,6 +113,8 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
   const Output workspace = workspace_of(allocator, plan->workspace_bytes);
 
   LayerForward layer = describe_forward(args, y, h_n, c_n, cells, gates);
+  const std::optional<LayerCell> cell = args.described_cell();
+  if (cell) layer.cell = &*cell;
   const void* projected_x[2] = {};
   for (int n = 0; n < args.D; ++n) {
     projected_x[n] = xw.at(n);
@@ -115,7 +131,7 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
 
 py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
                                bool tf32, const std::string& strategy) {
-  if (!takes(steps, saved, grads) || steps.cell) return not_implemented();
+  if (!takes(steps, saved, grads)) return not_implemented();
   Array gates(steps.x, "gates", dlpack::kCuda);
   gates.settle();
   const StepsArgs args(steps, gates, gates.float_dtype());
@@ -124,7 +140,7 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   BackwardArrays arrays(args, gates, saved, grads);
   arrays.settle();
   const cuda::DeviceGuard guard(gates.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, cuda::forced_by(strategy)};
+  const cuda::LayerOptions options{args.dtype, tf32, cuda::forced_by(strategy), traits_of(args.cell)};
   std::string refused;
   const auto plan = plan_to_launch(args.shape, args.D, true, options, gates.device().id, refused);
   if (!plan) return py::str(refused);
@@ -134,32 +150,39 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   const Output h_prev = allocator.empty(args.dtype, args.saved_shape(P));
   const Output d_h = projected ? allocator.empty(args.dtype, args.saved_shape(P)) : Output{};
   const Output hidden = projected ? allocator.empty(args.dtype, args.saved_shape(H)) : Output{};
-  const Output hidden_prev = projected ? allocator.empty(args.dtype, args.saved_shape(H)) : Output{};
+  const Output hidden_prev = projected && !args.cell ? allocator.empty(args.dtype, args.saved_shape(H)) : Output{};
   const Output dh0 = has(needs, Needs::kH0) ? allocator.empty(args.dtype, args.state_shape(P)) : Output{};
   const Output dc0 = has(needs, Needs::kC0) ? allocator.empty(args.dtype, args.state_shape(H)) : Output{};
+  const bool peephole = args.cell && args.cell->peephole && has(needs, Needs::kWeights);
+  const Output c_prev = peephole ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
+  const Output c_new = peephole ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
   const Output workspace = workspace_of(allocator, plan->workspace_bytes);
 
   cuda::BackwardPass pass{};
+  cuda::CellOutputs cell_outputs[2] = {};
   pass.d_gates_map = args.saved_map(4 * H);
   pass.h_map = args.saved_map(P);
   pass.hidden_map = args.saved_map(H);
   pass.layer = arrays.describe(args, dh0, dc0);
+  const std::optional<LayerCell> cell = args.described_cell(arrays.y);
+  if (cell) pass.layer.cell = &*cell;
   for (int n = 0; n < D; ++n) {
     pass.outputs[n] = {d_gates.at(n * args.saved_size(4 * H)), h_prev.at(n * args.saved_size(P)),
                        d_h.at(n * args.saved_size(P)), hidden.at(n * args.saved_size(H)),
                        (projected ? hidden_prev : h_prev).at(n * args.saved_size(H))};
+    cell_outputs[n] = {c_prev.at(n * args.saved_size(H)), c_new.at(n * args.saved_size(H))};
   }
   void* const stream = gates.current_stream();
   {
     const GilRelease release;
-    cuda::layer_backward(pass, *plan, workspace.data, stream);
+    cuda::layer_backward(pass, cell_outputs, *plan, workspace.data, stream);
   }
   return py::make_tuple(d_gates.object, h_prev.object, d_h.object, hidden.object, hidden_prev.object, dh0.object,
-                        dc0.object);
+                        dc0.object, c_prev.object, c_new.object);
 }
 
 py::object cuda_step_forward(const LayerCall& call, bool tf32) {
-  if (!takes(call) || call.cell) return not_implemented();
+  if (!takes(call)) return not_implemented();
   const Array x(call.x, "x", dlpack::kCuda);
   if (x.ndim() > 2 || !call.batch_sizes.is_none()) {
     throw std::runtime_error("x: expected no time axis, got shape " + text_of(x.shape()));
@@ -168,7 +191,7 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   if (args.shape.projected) throw std::runtime_error("w_hr: expected none in a single step, got one");
   if (args.resets) throw std::runtime_error("resets: expected None in a single step, got an array");
   const cuda::DeviceGuard guard(args.x.device().id);
-  const cuda::LayerOptions options{args.dtype, tf32, {cuda::Strategy::kStep}};
+  const cuda::LayerOptions options{args.dtype, tf32, {cuda::Strategy::kStep}, traits_of(args.cell)};
   std::string refused;
   const auto plan = plan_to_launch(args.shape, 1, false, options, args.x.device().id, refused);
   if (!plan) return py::str(refused);
@@ -181,6 +204,9 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   LayerForward layer = describe_forward(args, y, {}, c_n, {}, {});
   layer.x = args.x.data();
   layer.x_map = args.map_of(args.x);
+  LayerCell cell;
+  if (args.cell) layer.cell = &(cell = args.describe_cell());
+  cell.seed = static_cast<const int64_t*>(args.seed.data());
   void* const stream = args.x.current_stream();
   {
     const GilRelease release;
@@ -190,12 +216,12 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
 }
 
 py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, const std::string& dtype, bool tf32,
-                   int num_directions, bool backward, const std::string& strategy, int device) {
+                   int num_directions, bool backward, const std::string& strategy, int device, py::handle cell) {
   introduce(device);
   const cuda::DeviceGuard guard(device);
   const SequenceShape shape{T, B, 0, H, projected ? P : H, projected};
   expect_countable(shape, saturated_product(T, B));
-  const cuda::LayerOptions options{dtype_named(dtype), tf32, cuda::forced_by(strategy)};
+  const cuda::LayerOptions options{dtype_named(dtype), tf32, cuda::forced_by(strategy), traits_of(cell_of(cell))};
   const std::shared_ptr<const cuda::Plan> plan = cuda::plan_layer(shape, num_directions, backward, options, device);
   py::dict result = describe(*plan);
   result["registers"] = cuda::plan_registers(*plan);

@@ -37,7 +37,10 @@ const char* dtype_of(cuda::Arithmetic arithmetic) {
 py::object check_kernel(const cuda::Plan& plan, bool projected, int device) {
   const std::string forced = std::string(cuda::name_of(plan.strategy)) + "/" + std::to_string(plan.batch_tiles);
   return hooks().check(device, cuda::plan_kernel(plan), dtype_of(plan.arithmetic),
-                       plan.arithmetic == cuda::Arithmetic::kTf32, forced, projected, plan.backward);
+                       plan.arithmetic == cuda::Arithmetic::kTf32, forced, projected, plan.backward,
+                       !plan.cell              ? ""
+                       : plan.cell->tensorflow ? "TensorFlow"
+                                               : "torch");
 }
 
 }  // namespace

@@ -14,8 +14,9 @@ namespace lstm_ext::ops {
 namespace py = pybind11;
 
 // Calls introduce(device) before the first plan for a device, and check(device, kernel, dtype, tf32, forced, projected,
-// backward) before the first launch of a kernel on one. `forced` is the strategy by which exactly that kernel runs.
-// check returns what is wrong, "" for nothing, or None where it cannot tell now, and is asked again.
+// backward, cell) before the first launch of a kernel on one; `cell` is "" for the plain LSTM, else whose layout the
+// weights of a cell with options have, "torch" or "TensorFlow". `forced` is the strategy by which exactly that kernel
+// runs. check returns what is wrong, "" for nothing, or None where it cannot tell now, and is asked again.
 void cuda_take_hooks(py::object introduce, py::object check);
 
 // Rows of (dtype, tf32, num_directions, backward, T, B, H, P, date, {strategy: microseconds of a step}), of which the

@@ -1,8 +1,14 @@
 #include "gpu_plan.h"
 
 #include "../array.h"
+#include "call.h"
 
 namespace lstm_ext::ops {
+
+std::optional<cuda::CellTraits> traits_of(const std::optional<Cell>& cell) {
+  if (!cell) return {};
+  return cuda::CellTraits::of(*cell);
+}
 
 py::dict describe(const cuda::Plan& plan) {
   py::dict result, refused;
@@ -20,7 +26,7 @@ py::dict describe(const cuda::Plan& plan) {
 
 py::dict gpu_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, const std::string& dtype, bool tf32,
                   int num_directions, bool backward, const std::string& strategy, int compute_capability, int sms,
-                  int gpcs, int64_t shared_bytes, int clock_khz) {
+                  int gpcs, int64_t shared_bytes, int clock_khz, py::handle cell) {
   // The kernels of a whole sequence take more than half of a multiprocessor's registers: one block runs on each.
   const auto resident = [gpcs, sms](const cuda::Problem&, cuda::Strategy, int, int cluster, int64_t) {
     return cluster > 1 ? gpcs * (sms / gpcs / cluster) : sms;
@@ -32,6 +38,7 @@ py::dict gpu_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, co
                         {compute_capability, sms, shared_bytes, clock_khz, true},
                         resident};
   problem.sm_margin = cuda::sm_margin();
+  problem.cell = traits_of(cell_of(cell));
   return describe(cuda::make_plan(problem, cuda::forced_by(strategy)));
 }
 

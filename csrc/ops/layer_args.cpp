@@ -25,6 +25,7 @@ bool all_of_kind(Kind kind, std::initializer_list<py::handle> objects) {
 
 std::optional<Cell> cell_of(py::handle numbers) {
   constexpr Py_ssize_t kNumbers = 19;
+  if (numbers.is_none()) return {};
   if (!PyTuple_Check(numbers.ptr()) || PyTuple_GET_SIZE(numbers.ptr()) != kNumbers) {
     throw py::type_error("cell: expected a tuple of " + std::to_string(kNumbers) + " numbers or None");
   }
@@ -197,8 +198,7 @@ void LayerLayout::check_kernel(const Array& kernel) {
   kernel.expect_shape({rows, 4 * shape.H}, "I + H, 4*H");
 }
 
-void LayerArgs::read_seed(py::handle handle) {
-  seed = Array(handle, "seed", x);
+void LayerLayout::check_seed(const Array& seed) const {
   if (!draws(*cell)) return;
   if (!seed) throw py::type_error("seed: expected an array of one number, as the cell draws in training, got None");
   seed.expect_int64();
@@ -389,7 +389,9 @@ LayerArgs::LayerArgs(const LayerCall& call, Array x_, const LayerLayout* frozen)
   }
   check_resets();
   if (!frozen) check_state();
-  if (cell) read_seed(call.seed);
+  if (!cell) return;
+  seed = Array(call.seed, "seed", x);
+  check_seed(seed);
 }
 
 void LayerArgs::take_sizes(const LayerLayout& frozen) {
@@ -410,7 +412,7 @@ void LayerArgs::read_contents() {
   settle();
   if (cell && draws(*cell)) {
     seed.settle();
-    cell->seed = static_cast<uint64_t>(seed.integer(0));
+    if (x.device().type == dlpack::kCpu) cell->seed = static_cast<uint64_t>(seed.integer(0));
   }
   lengths.settle();
   batch_sizes.settle();
@@ -504,7 +506,7 @@ LayerWeights LayerLayout::pointers(int n) const {
 }
 
 LayerCell LayerLayout::describe_cell(const Array& y) const {
-  LayerCell described{*cell, {}, y ? map_of(y) : RowMap{}};
+  LayerCell described{*cell, {}, y ? map_of(y) : RowMap{}, nullptr};
   for (int n = 0; n < D; ++n) {
     const DirectionArrays& of = direction[n];
     auto& to = described.direction[n];

@@ -61,6 +61,7 @@ struct LayerLayout {
   void expect_steps(const Array& x) const;
   void check_lengths(const Array& lengths) const;
   void check_resets() const;
+  void check_seed(const Array& seed) const;
   void check_first(const Array& x, const DirectionArrays& weights) const;
   const char* x_dims() const;
   [[noreturn]] void refuse_dtype(const Array& weight, const Array& x, py::handle weights) const;
@@ -92,7 +93,6 @@ struct LayerArgs : LayerLayout {
   void read_batch_size();
   void read_packing();
   void read_lengths();
-  void read_seed(py::handle handle);
   [[noreturn]] void refuse_packing() const;
 
   std::vector<int64_t> lengths_, packed_offset_;

@@ -26,10 +26,15 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
 py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, const std::string& strategy);
 
 // `steps` as above, but x is `saved.gates`.
-// -> (d_gates [D, .., 4H], h_prev [D, .., P], d_h [D, .., P], hidden [D, .., H], hidden_prev [D, .., H], dh0, dc0)
+// -> (d_gates [D, .., 4H], h_prev [D, .., P], d_h [D, .., P], hidden [D, .., H], hidden_prev [D, .., H], dh0, dc0,
+//     c_prev [D, .., H], c_new [D, .., H])
 // d_gates are those before the activation, h_prev what each step started from. The three that follow are None without a
 // projection. With one, d_h and hidden are the gradient of h and h before the projection, and what a step started from
 // is h_prev + hidden_prev W_hr': one of the two terms is zero, as h_prev holds h0 alone. All are zero past a length.
+//
+// Of a cell with options h_prev is what each step multiplied in any case, and hidden_prev None; d_h is the gradient
+// before a clip; d_gates are in the order of the weights. c_prev and c_new are None without a peephole: c as each step
+// found it, and as its gates left it.
 py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
                                bool tf32, const std::string& strategy);
 
@@ -38,8 +43,8 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32);
 
 // Each of the three gives a text instead, and launches nothing, where self-checks leave no kernel to launch: why.
 
-// How a layer [T, B] of H units would run on a device -> dict
+// How a layer [T, B] of H units would run on a device; `cell` as in a call -> dict
 py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, const std::string& dtype, bool tf32,
-                   int num_directions, bool backward, const std::string& strategy, int device);
+                   int num_directions, bool backward, const std::string& strategy, int device, py::handle cell);
 
 }  // namespace lstm_ext::ops

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import measured, self_check
 from .._native import C
 from .._torch_private import _get_fp32_precision_getter
+from .._warnings import warn_once
 from ..call import (
     CallTuple,
     Grads,
@@ -74,8 +75,7 @@ def _walk(call: LayerCall) -> LayerCall:
 
 def steps_of(call: LayerCall) -> LayerCall:
     """What the kernels are asked: the call without the w_ih of each direction, whose products are made here."""
-    kept = [a.contiguous() for w in call.split() for a in w[1:] if a is not None]
-    return _walk(call)._replace(weights=kept)
+    return _walk(call)._replace(weights=[a.contiguous() for a in call.weights_of_steps()])
 
 
 def _rows(x: Tensor, batch_first: bool) -> Tensor:
@@ -101,7 +101,7 @@ def _seems_right(call: LayerCall) -> bool:
 
 def input_products(call: LayerCall) -> Tensor:
     """x W_ih' of each direction: [D, T, B, 4H], or of packed rows [D, N, 4H]; float32 for half types."""
-    x, split = call.x, call.split()
+    x, split = call.x, call.split_as_laid_out()
     steps = x.shape[:1] if call.batch_sizes is not None else (call.num_steps(), call.batch_size())
     rows, wide = _rows(x, call.batch_first), compute_dtype(x.dtype)
     xw = x.new_empty(len(split), *steps, split[0].w_ih.shape[0], dtype=wide)
@@ -123,12 +123,13 @@ def _explain(error: RuntimeError) -> None:
 def forward(call: CallTuple, save: Save) -> OutputsTuple:
     """See `Engine`."""
     asked = LayerCall(*call)
-    if asked.cell is not None:
+    if asked.cell is not None and (asked.cell.refused_on_gpu or not isinstance(asked.seed, (Tensor, type(None)))):
         return NotImplemented
     if not all(isinstance(a, Tensor) for a in (*call[:3], *call[3], *call[4:7]) if a is not None):
         return NotImplemented
     if asked.is_step:
-        if not save and asked.resets is None and not asked.projected:  # what that one launch does
+        # What that one launch does.
+        if not save and asked.resets is None and not asked.projected and not _drops_h(asked):
             outputs = C.cuda_step_forward(asked, tf32_allowed())
             if not isinstance(outputs, str):
                 return outputs
@@ -136,7 +137,7 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         return outputs if outputs is NotImplemented else Outputs(*outputs).squeeze_time_(asked)
     if asked.batch_sizes is not None and (asked.masked or asked.batch_first):
         raise ValueError("lengths, resets, batch_first: expected none of them with batch_sizes, got one")
-    if asked.batch_sizes is not None or not _seems_right(asked):
+    if asked.batch_sizes is not None or asked.cell is not None or not _seems_right(asked):
         check(asked, values=asked.batch_sizes is not None)  # a kernel follows batch_sizes, and cannot check them
     try:
         steps = steps_of(asked)._replace(x=input_products(asked))
@@ -144,18 +145,21 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         _explain(error)
         raise
     outputs = C.cuda_layer_forward(steps, save, tf32_allowed(), _strategy)
+    if isinstance(outputs, str) and asked.cell is not None:
+        return _refuse_cell(outputs)
     return _forward_without_kernels(asked, save, outputs) if isinstance(outputs, str) else outputs
 
 
 def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
     """See `Engine`."""
-    if call.cell is not None:
+    if call.cell is not None and call.cell.refused_on_gpu:
         return NotImplemented
     if call.is_step:
-        return Grads(*backward(call.with_time(), saved, grads.with_time(call), needs)).without_time(call)
+        timed = backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
+        return timed if timed is NotImplemented else Grads(*timed).without_time(call)
     steps = steps_of(call)._replace(x=saved.gates)
     # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
-    alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None
+    alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None and not _changes_dh(call)
     asked = (steps, saved, grads, needs & ~Needs.H0 if alone else needs, tf32_allowed())
     results = C.cuda_layer_backward(*asked, _strategy or ("step" if alone else ""))
     if alone and isinstance(results, str) and not _strategy:  # that kernel is refused, others may do
@@ -164,8 +168,8 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
         return results
     if isinstance(results, str):
         return _backward_without_kernels(call, saved, grads, needs, results)
-    d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0 = results
-    split = call.split()
+    d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0, *of_c = results
+    split = call.split_as_laid_out()
     for d, w in enumerate(split if needs & Needs.WEIGHTS else ()):
         if w.w_hr is not None and hidden_prev is not None:
             h_prev[d].flatten(0, -2).addmm_(hidden_prev[d].flatten(0, -2), w.w_hr.t())
@@ -175,13 +179,22 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
         _input_grad(call, d_gates) if needs & Needs.X else None,
         dh0,
         dc0,
-        _weight_grads(call, steps.lengths, d_gates, h_prev, d_h, hidden) if needs & Needs.WEIGHTS else None,
+        _weight_grads(call, steps.lengths, d_gates, h_prev, d_h, hidden, of_c) if needs & Needs.WEIGHTS else None,
     )
+
+
+def _drops_h(call: LayerCall) -> bool:
+    return call.cell is not None and call.cell.training and call.cell.recurrent_dropout > 0
+
+
+def _changes_dh(call: LayerCall) -> bool:
+    """Whether the gradient of h0 is more than a product."""
+    return _drops_h(call) or (call.cell is not None and call.cell.zoneout_h > 0)
 
 
 def _input_grad(call: LayerCall, d_gates: Tensor) -> Tensor:
     """dx, laid out as x."""
-    x, split = call.x, call.split()
+    x, split = call.x, call.split_as_laid_out()
     total = d_gates[0].flatten(0, -2) @ split[0].w_ih
     for g, w in zip(d_gates[1:], split[1:], strict=True):
         total = total.addmm_(g.flatten(0, -2), w.w_ih)
@@ -191,19 +204,37 @@ def _input_grad(call: LayerCall, d_gates: Tensor) -> Tensor:
 
 
 def _weight_grads(
-    call: LayerCall, lengths: Tensor | None, d_gates: Tensor, h_prev: Tensor, d_h: Tensor | None, hidden: Tensor | None
+    call: LayerCall,
+    lengths: Tensor | None,
+    d_gates: Tensor,
+    h_prev: Tensor,
+    d_h: Tensor | None,
+    hidden: Tensor | None,
+    of_c: list[Tensor | None],
 ) -> list[Tensor]:
     """In the order of the weights; each is one product over all steps."""
     x = call.x if call.batch_sizes is not None else _masked(call.x, lengths, call.batch_first)
     rows, dweights = _rows(x, call.batch_first), []
-    for d, w in enumerate(call.split()):
-        g = d_gates[d].flatten(0, -2)
-        dweights += [g.t() @ rows, g.t() @ h_prev[d].flatten(0, -2)]
+    for d, w in enumerate(call.split_as_laid_out()):
+        g, h = d_gates[d].flatten(0, -2), h_prev[d].flatten(0, -2)
+        if call.cell is not None and call.cell.tensorflow:
+            width = rows.shape[1]
+            dkernel = g.new_empty(width + h.shape[1], g.shape[1])
+            torch.mm(rows.t(), g, out=dkernel[:width])
+            torch.mm(h.t(), g, out=dkernel[width:])
+            dweights.append(dkernel)
+        else:
+            dweights += [g.t() @ rows, g.t() @ h]
         if w.b_ih is not None:
             db = g.sum(0)
-            dweights += [db, db.clone()]
+            dweights += [db] if w.b_hh is None else [db, db.clone()]
         if d_h is not None and hidden is not None:
             dweights.append(d_h[d].flatten(0, -2).t() @ hidden[d].flatten(0, -2))
+        if w.peephole is not None:
+            c_prev, c_new = (a[d].flatten(0, -2) for a in of_c if a is not None)
+            d_i, d_f, d_o = self_check.gates_of(call, g)
+            sums = torch.stack([(d_i * c_prev).sum(0), (d_f * c_prev).sum(0), (d_o * c_new).sum(0)])
+            dweights.append(sums.to(g.dtype))
     return dweights
 
 
@@ -221,7 +252,7 @@ def way(call: LayerCall, backward: bool) -> str:
     T, B, _, H, P = call.sizes()
     dtype = str(call.x.dtype).removeprefix("torch.")
     layer = (T, B, H, P, call.projected, dtype, tf32_allowed(), call.num_directions, backward)
-    plan = C.cuda_plan(*layer, _strategy, call.x.device.index or 0)
+    plan = C.cuda_plan(*layer, _strategy, call.x.device.index or 0, call.cell)
     refused = "".join(f", not {name} ({why})" for name, why in plan["refused"].items())
     return f"strategy={plan['strategy']} ({plan['source']}), blocks={plan['blocks']}{refused}"
 
@@ -238,6 +269,14 @@ def _refuse(call: LayerCall, why: str) -> LayerCall:
     return call.cast(compute_dtype(call.x.dtype))
 
 
+def _refuse_cell(why: str) -> OutputsTuple:
+    """Of a cell with options, for which whoever asks takes torch's operations each time."""
+    if _strategy:
+        raise RuntimeError(why)
+    warn_once(f"lstm_ext runs LSTMs with options in torch's operations: {why}")
+    return NotImplemented
+
+
 def _forward_without_kernels(call: LayerCall, save: Save, why: str) -> Outputs:
     wide, dtype = _refuse(call, why), call.x.dtype
     y, h_n, c_n, cells, _ = composed.forward(wide, Save.CELLS)
@@ -247,6 +286,9 @@ def _forward_without_kernels(call: LayerCall, save: Save, why: str) -> Outputs:
 
 
 def _backward_without_kernels(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs, why: str) -> Grads:
+    if call.cell is not None:
+        _refuse_cell(why)
+        return composed.first(call, grads, needs)
     wide, dtype = _refuse(call, why), call.x.dtype
     own = wide.x.dtype
     wide_grads = OutputGrads(*(None if g is None else g.to(own) for g in grads))

@@ -104,7 +104,8 @@ PYBIND11_MODULE(lstm_ext_cuda_on_cpu, m) {
   m.def("cuda_layer_forward", &lstm_ext::ops::cuda_layer_forward);
   m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward);
   m.def("cuda_step_forward", &lstm_ext::ops::cuda_step_forward);
-  m.def("cuda_plan", &lstm_ext::ops::cuda_plan);
+  m.def("cuda_plan", &lstm_ext::ops::cuda_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
+        "num_directions"_a, "backward"_a, "strategy"_a, "device"_a, "cell"_a = py::none());
   m.def("cuda_take_hooks", &lstm_ext::ops::cuda_take_hooks);
   m.def("cuda_set_measured", &lstm_ext::ops::cuda_set_measured);
   m.def("cuda_device", &lstm_ext::ops::cuda_device);

@@ -1,0 +1,245 @@
+// The pointwise part of a cell with options, where pointwise.cuh has that of the plain LSTM: by cell_math.h, in the
+// order of lstm_ext/cell.py. Which options there are is told at run time, and is the same for all threads.
+//
+// In TensorFlow's layout the gates' sums, their gradients and the rows of the weights are in the order i g f o, so that
+// all products are of rows as they lie; what a forward pass saves is in the order i f g o all the same.
+#pragma once
+
+#include <type_traits>
+
+#include "../cell_math.h"
+#include "pointwise.cuh"
+
+namespace lstm_ext::cuda {
+
+// Where a unit of h or of c stands, for its random numbers: time in the caller's order, row of the batch, unit.
+struct Place {
+  int64_t t, b, unit;
+  const DrawKeys* keys = nullptr;  // with which t does not count
+};
+
+// kKeyed: whether places have the keys of their random numbers.
+template <class Tile, bool kKeyed>
+class CellStep {
+ public:
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  using Math = typename Tile::Math;
+
+  // Of direction d of a layer.
+  __device__ __forceinline__ CellStep(const KernelCell& cell, int d) : cell_(cell), d_(d) {}
+
+  // The time of a step that is within the length. `rows` are those by which the moments were found.
+  static __device__ __forceinline__ int64_t time_of(const Moment& moment, const RowMap& rows, const Masks& masks,
+                                                    int64_t T, bool reverse, int64_t s, int64_t b) {
+    if (!rows.packed_offset) return moment.start;
+    return reverse ? length_of(masks, T, b) - 1 - s : s;
+  }
+
+  __device__ __forceinline__ bool draws() const { return cell_.draws; }
+
+  // Of row b, as of what may be drawn at all. Recurrent dropout has one mask for all times, and for rows without any.
+  __device__ __forceinline__ DrawKeys keys_of(const Moment& moment, int64_t t, int64_t b) const {
+    DrawKeys keys = {};
+    const auto find = [&](bool possible, Draw draw, int64_t at) {
+      if (possible) keys.of[static_cast<int>(draw)] = key_of(draw, at, b);
+    };
+    find(cell_.recurrent.possible, Draw::kRecurrentDropout, 0);
+    if (!moment.active) return keys;
+    find(cell_.candidate.possible, Draw::kCandidateDropout, t);
+    find(cell_.zoneout_h.draws && cell_.zoneout_h.wanted, Draw::kZoneoutH, t);
+    find(cell_.zoneout_c.draws && cell_.zoneout_c.wanted, Draw::kZoneoutC, t);
+    return keys;
+  }
+
+  __device__ __forceinline__ bool keeps_h() const { return cell_.zoneout_h.wanted; }
+  __device__ __forceinline__ bool drops_h() const { return cell_.recurrent.possible; }
+
+  // Of i, f and o of a unit; zeros where there is none.
+  __device__ __forceinline__ GateValues<Sum> peephole(int64_t unit) const {
+    const Matrix& from = cell_.direction[d_].peephole;
+    if (!from.data) return {0, 0, 0, 0};
+    const auto row = [&](int n) { return widen(static_cast<const Number*>(from.data)[n * from.row_stride + unit]); };
+    return {row(0), row(1), 0, row(2)};
+  }
+
+  // What h is multiplied by before its products: one mask for all times.
+  __device__ __forceinline__ Sum h_mask(const Place& at) const {
+    return mask(cell_.recurrent, Draw::kRecurrentDropout, numbers().h_scale, {0, at.b, at.unit, at.keys});
+  }
+
+  // ---- Forward ------------------------------------------------------------------------------------------------------
+
+  // One step of a unit from its gates' sums, in the order of the weights; c is the state that it starts from, and
+  // `hidden` becomes h before a projection, a clip and zoneout.
+  __device__ __forceinline__ CellState<Sum> forward(const Moment& moment, const Place& at,
+                                                    const GateValues<Sum>& peephole, Pre<Tile> pre, Sum c,
+                                                    Sum& hidden) const {
+    hidden = 0;
+    if (!moment.active) return {};
+    const CellNumbers<Sum>& number = numbers();
+    if (cell_.tensorflow) pre = swapped(pre);
+    pre.f += number.forget_bias;
+    const bool has_peephole = cell_.direction[d_].peephole.data;
+    if (has_peephole) {
+      pre.i += peephole.i * c;
+      pre.f += peephole.f * c;
+    }
+    GateValues<Sum> gates;
+    with_activation<Math>(number.recurrent_activation, [&](const auto& gate) {
+      gates.f = gate(pre.f);
+      gates.i = cell_.coupled ? 1 - gates.f : gate(pre.i);
+    });
+    gates.g = activate<Math>(number.activation, pre.g);
+    const Sum new_c = clipped(unclipped_c(gates, g_mask(at), c), number.cell_clip);
+    gates.o = activate<Math>(number.recurrent_activation, has_peephole ? pre.o + peephole.o * new_c : pre.o);
+    hidden = gates.o * activate<Math>(number.activation, new_c);
+    return {gates, next(cell_.zoneout_c, Draw::kZoneoutC, number.zoneout_c, at, c, new_c)};
+  }
+
+  // h as a step leaves it, from what the step has computed and h before it.
+  __device__ __forceinline__ Sum output(const Place& at, bool projected, Sum h_before, Sum computed) const {
+    if (projected) computed = clipped(computed, numbers().proj_clip);
+    return next(cell_.zoneout_h, Draw::kZoneoutH, numbers().zoneout_h, at, h_before, computed);
+  }
+
+  // ---- Backward -----------------------------------------------------------------------------------------------------
+
+  // h as step s found it and multiplied it; y is of the forward pass.
+  __device__ __forceinline__ Sum h_before(const InitialState& state, const Moment& moment, int64_t s,
+                                          const Place& at) const {
+    if (!moment.active || moment.forgets) return 0;
+    const Sum h = s == 0
+                      ? state_at<Number>(state.h0, at.b, at.unit)
+                      : widen(*element<Number>(cell_.direction[d_].y, cell_.y_map, moment.start_before, at.b, at.unit));
+    return h * h_mask(at);
+  }
+
+  // Of the gradient of h as a step left it: `kept` becomes what goes past the step; what is returned is the gradient of
+  // what the step has computed, before a clip.
+  __device__ __forceinline__ Sum output_backward(const Moment& moment, const Place& at, bool projected, Sum d_h,
+                                                 Sum& kept) const {
+    kept = 0;
+    if (!moment.active) return 0;
+    const CellNumbers<Sum>& number = numbers();
+    const Sum passed = next(cell_.zoneout_h, Draw::kZoneoutH, number.zoneout_h, at, Sum(0), d_h);
+    if (!moment.forgets) kept = kept_part(cell_.zoneout_h, Draw::kZoneoutH, number.zoneout_h, at, d_h);
+    if (!projected || !(number.proj_clip > 0)) return passed;
+    const Sum y = widen(*element<Number>(cell_.direction[d_].y, cell_.y_map, moment.start, at.b, at.unit));
+    return is_cut(y, widen(narrow<Number>(number.proj_clip))) ? 0 : passed;  // y is as exact
+  }
+
+  // As backward_cell. `d_h` is of the hidden unit; c as the gates left it, and as they found it, are stored.
+  __device__ __forceinline__ BackwardCell<Sum> backward(const BackwardDirection& from, const Moment& moment,
+                                                        const Place& at, const GateValues<Sum>& peephole,
+                                                        const RowMap& rows, const BackwardInputs<Sum>& inputs, Sum d_h,
+                                                        Sum& d_c) const {
+    if (!moment.active) {
+      d_c = 0;
+      store_cells(moment, at, rows, 0, 0);
+      return {};
+    }
+    const CellNumbers<Sum>& number = numbers();
+    const auto [i, f, g, o] = inputs.gates;
+    const Sum mask = g_mask(at),
+              raw_c = cell_.zoneout_c.wanted ? unclipped_c(inputs.gates, mask, inputs.c_prev) : inputs.c;
+    const Sum new_c = clipped(raw_c, number.cell_clip), out = activate<Math>(number.activation, new_c);
+    if (moment.last) d_c = state_at<Number>(from.dc_n, at.b, at.unit);
+    d_c += inputs.d_cells;
+    const Sum kept = kept_part(cell_.zoneout_c, Draw::kZoneoutC, number.zoneout_c, at, d_c);
+    Sum d_new = next(cell_.zoneout_c, Draw::kZoneoutC, number.zoneout_c, at, Sum(0), d_c);
+    const auto d_gate = [&](Sum gate) { return d_activation<Math>(number.recurrent_activation, gate); };
+    const bool has_peephole = cell_.direction[d_].peephole.data;
+    GateValues<Sum> grad;
+    grad.o = d_h * out * d_gate(o);
+    d_new += d_h * o * d_activation<Math>(number.activation, out);
+    if (has_peephole) d_new += grad.o * peephole.o;
+    if (number.cell_clip > 0 && is_cut(raw_c, number.cell_clip)) d_new = 0;
+    grad.g = d_new * i * mask * d_activation<Math>(number.activation, g);
+    const Sum of_i = d_new * (g * mask), of_f = d_new * inputs.c_prev;
+    grad.i = cell_.coupled ? 0 : of_i * d_gate(i);
+    grad.f = (cell_.coupled ? of_f - of_i : of_f) * d_gate(f);
+    Sum d_c_prev = d_new * f + kept;
+    if (has_peephole) d_c_prev += grad.i * peephole.i + grad.f * peephole.f;
+    d_c = moment.forgets ? 0 : d_c_prev;
+    store_cells(moment, at, rows, inputs.c_prev, new_c);
+    return {{cell_.tensorflow ? swapped(grad) : grad, d_c_prev}, o * out};
+  }
+
+ private:
+  __device__ __forceinline__ const CellNumbers<Sum>& numbers() const {
+    if constexpr (std::is_same_v<Sum, double>) {
+      return cell_.twice;
+    } else {
+      return cell_.single;
+    }
+  }
+
+  static __device__ __forceinline__ GateValues<Sum> swapped(const GateValues<Sum>& gates) {
+    return {gates.i, gates.g, gates.f, gates.o};
+  }
+
+  static __device__ __forceinline__ Sum unclipped_c(const GateValues<Sum>& gates, Sum mask, Sum c_prev) {
+    return gates.f * c_prev + gates.i * (gates.g * mask);
+  }
+  static __device__ __forceinline__ Sum clipped(Sum value, Sum most) {
+    if (!(most > 0)) return value;
+    return value > most ? most : value < -most ? -most : value;  // NaN stays NaN
+  }
+  static __device__ __forceinline__ bool is_cut(Sum value, Sum most) { return value >= most || value <= -most; }
+
+  __device__ __forceinline__ uint64_t key_of(Draw draw, int64_t t, int64_t b) const {
+    return draw_key(static_cast<uint64_t>(*cell_.seed), draw, d_, t, b);
+  }
+  __device__ __forceinline__ bool happens(const Chance& chance, Draw draw, const Place& at) const {
+    uint64_t key;
+    if constexpr (kKeyed) {
+      key = at.keys->of[static_cast<int>(draw)];
+    } else {
+      key = key_of(draw, at.t, at.b);
+    }
+    return draw_bits(key, static_cast<uint32_t>(at.unit)) <= chance.last;
+  }
+  __device__ __forceinline__ Sum mask(const Chance& dropped, Draw draw, Sum scale, const Place& at) const {
+    if (!dropped.possible) return 1;
+    return happens(dropped, draw, at) ? 0 : scale;
+  }
+  __device__ __forceinline__ Sum g_mask(const Place& at) const {
+    return mask(cell_.candidate, Draw::kCandidateDropout, numbers().g_scale, at);
+  }
+
+  __device__ __forceinline__ Sum next(const Zoneout& zoneout, Draw draw, Sum share, const Place& at, Sum old,
+                                      Sum value) const {
+    if (!zoneout.wanted) return value;
+    if (zoneout.draws) return zoneout.chance.possible && happens(zoneout.chance, draw, at) ? old : value;
+    return share * old + (1 - share) * value;
+  }
+  // What part of a gradient of that goes to the old value; the rest is of the new one.
+  __device__ __forceinline__ Sum kept_part(const Zoneout& zoneout, Draw draw, Sum share, const Place& at,
+                                           Sum grad) const {
+    if (!zoneout.wanted) return 0;
+    if (zoneout.draws) return zoneout.chance.possible && happens(zoneout.chance, draw, at) ? grad : 0;
+    return share * grad;
+  }
+
+  __device__ __forceinline__ void store_cells(const Moment& moment, const Place& at, const RowMap& rows, Sum c_prev,
+                                              Sum c_new) const {
+    const CellOutputs& to = cell_.direction[d_].outputs;
+    if (!to.c_prev || !has_row(rows, moment)) return;
+    *element<Sum>(to.c_prev, rows, moment.start, at.b, at.unit) = c_prev;
+    *element<Sum>(to.c_new, rows, moment.start, at.b, at.unit) = c_new;
+  }
+
+  const KernelCell& cell_;
+  const int d_;
+};
+
+// Both biases of a unit, or TensorFlow's, in the order of the weights.
+template <class Tile>
+__device__ __forceinline__ Pre<Tile> cell_bias_of(const LayerWeights& weights, int64_t H, int64_t unit) {
+  if (weights.b_hh || !weights.b_ih) return bias_of<Tile>(weights, H, unit);
+  const auto* at = static_cast<const typename Tile::Number*>(weights.b_ih) + unit;
+  return {widen(at[0]), widen(at[H]), widen(at[2 * H]), widen(at[3 * H])};
+}
+
+}  // namespace lstm_ext::cuda
