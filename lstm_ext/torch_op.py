@@ -198,6 +198,7 @@ def engine_of(x: Tensor) -> Engine:
 
 
 def or_empty(a: Tensor | None, like: Tensor) -> Tensor:
+    """What stands for no result in an operator, which must return a tensor."""
     return like.new_empty(0) if a is None else a
 
 
