@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> Played:
     print(f"{len(played.seconds)} blocks of {BLOCK} samples, {1e6 * BLOCK / RATE:.0f} µs each at {RATE // 1000} kHz")
     for percent in (50, 99, 99.9):
         print(f"  {percent:4g} % take at most {1e6 * np.percentile(played.seconds, percent):6.1f} µs")
-    print(f"{played.share:.2%} of real time; error {10 * np.log10(played.error):.1f} dB below the sound")
+    print(f"{played.share:.2%} of real time; error {-10 * np.log10(played.error):.1f} dB below the sound")
     if arguments.output:
         plot(played.seconds, arguments.output)
     return played

@@ -50,6 +50,19 @@ def test_ragged_series_are_told_apart_by_all_ways() -> None:
     assert all(0.3 < accuracy <= 1 for accuracy in accuracies.values())
 
 
+def test_a_stream_plays_an_amplifier() -> None:
+    played = run("stream_audio.py", "--steps", "20", "--seconds", "0.2")
+    assert len(played.seconds) == 150
+    assert played.error < 1
+
+
+def test_threads_serve_sessions(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = run("serve_threads.py", "--sessions", "3", "--requests", "4")
+    assert list(rates) == [1, 2]
+    difference = capsys.readouterr().out.split()[-1]
+    assert float(difference) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_an_exported_file_runs_without_us(tmp_path: Path) -> None:
     difference = run("export_onnx.py", "--output", str(tmp_path / "a.onnx"), needs=("onnxscript", "onnxruntime"))
