@@ -1,9 +1,8 @@
 // Products with weights that are narrower than the floats they are multiplied by: of frozen layers, where each step
 // waits for weights from a cache. As in product.h otherwise; nothing is read in place.
 //
-//     bfloat16    two vectors of a panel lie in one: a lane is 16 bits of the first and 16 of the second. Either
-//     becomes
-//                 floats by one instruction.
+//     bfloat16    two vectors of a panel lie in one: a lane is 16 bits of the first and 16 of the second. One
+//                 instruction makes floats of either.
 //
 //                     k = 0  | 0 1 | 2 3 |       vectors 0 .. 3
 //                     k = 1  | 0 1 | 2 3 |
@@ -31,16 +30,6 @@ LSTM_EXT_INLINE void with_count(int count, const F& f) {
     if (count < most) return with_count<most - 1>(count, f);
   }
   f(std::integral_constant<int, most>{});
-}
-
-// tile[m] = start[m * start_stride], for a panel of so many vectors
-LSTM_EXT_INLINE void start_tile(int rows, int vectors, const float* start, int64_t start_stride, float* tile) {
-  if (start == tile) return;
-  for (int m = 0; m < rows; ++m) {
-    for (int n = 0; n < vectors; ++n) {
-      store(tile + (m * 4 + n) * kLanes<float>, load(start + m * start_stride + n * kLanes<float>));
-    }
-  }
 }
 
 // ---- bfloat16 ---------------------------------------------------------------------------------------------

@@ -87,6 +87,17 @@ void multiply_panel(int rows, int vectors, const F* const* a, int64_t k_stride, 
   }
 }
 
+// tile[m] = start[m * start_stride], for a panel of so many vectors
+template <class C>
+LSTM_EXT_INLINE void start_tile(int rows, int vectors, const C* start, int64_t start_stride, C* tile) {
+  if (start == tile) return;
+  for (int m = 0; m < rows; ++m) {
+    for (int n = 0; n < vectors; ++n) {
+      store(tile + m * kPanelWidth<C> + n * kLanes<C>, load(start + m * start_stride + n * kLanes<C>));
+    }
+  }
+}
+
 // How many vectors panel p of N columns has.
 template <class C>
 int panel_vectors(int64_t N, int64_t p) {
@@ -415,13 +426,7 @@ class Weights {
   // lanes
   void multiply(int rows, const F* const* a, int64_t p, int64_t k0, int64_t k1, const C* start, int64_t start_stride,
                 C* tile) const {
-    if (start != tile) {
-      for (int m = 0; m < rows; ++m) {
-        for (int n = 0; n < rows_.vectors(p); ++n) {
-          store(tile + m * kPanelWidth<C> + n * L, load(start + m * start_stride + n * L));
-        }
-      }
-    }
+    start_tile(rows, rows_.vectors(p), start, start_stride, tile);
     if (panels_) {
       const int vectors = rows_.vectors(p);
       multiply_panel(rows, vectors, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + k0 / kPer * vectors * L, tile);
