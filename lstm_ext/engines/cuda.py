@@ -30,7 +30,7 @@ from ..call import (
     Saved,
     check,
 )
-from . import composed, derivatives
+from . import in_torch
 from .composed import compute_dtype
 
 _strategy = ""
@@ -145,9 +145,12 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         _explain(error)
         raise
     outputs = C.cuda_layer_forward(steps, save, tf32_allowed(), _strategy)
-    if isinstance(outputs, str) and asked.cell is not None:
+    if not isinstance(outputs, str):
+        return outputs
+    if asked.cell is not None:
         return _refuse_cell(outputs)
-    return _forward_without_kernels(asked, save, outputs) if isinstance(outputs, str) else outputs
+    _refuse(asked, outputs)
+    return in_torch.forward(asked, save)
 
 
 def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> GradsTuple:
@@ -167,7 +170,11 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
     if results is NotImplemented:
         return results
     if isinstance(results, str):
-        return _backward_without_kernels(call, saved, grads, needs, results)
+        if call.cell is None:
+            _refuse(call, results)
+        else:
+            _refuse_cell(results)
+        return in_torch.backward(call, saved, grads, needs)
     d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0, *of_c = results
     split = call.split_as_laid_out()
     for d, w in enumerate(split if needs & Needs.WEIGHTS else ()):
@@ -260,13 +267,12 @@ def way(call: LayerCall, backward: bool) -> str:
 # Where self-checks leave no kernel: this call in torch's operations, later ones of the dtype as is chosen then.
 
 
-def _refuse(call: LayerCall, why: str) -> LayerCall:
-    """Says so to who chooses; the call, in the dtype in which torch's operations compute it."""
+def _refuse(call: LayerCall, why: str) -> None:
+    """Says so to who chooses."""
     if _strategy:
         raise RuntimeError(why)
     if tell_refusal is not None:
         tell_refusal(call.x.dtype, why)
-    return call.cast(compute_dtype(call.x.dtype))
 
 
 def _refuse_cell(why: str) -> OutputsTuple:
@@ -275,23 +281,3 @@ def _refuse_cell(why: str) -> OutputsTuple:
         raise RuntimeError(why)
     warn_once(f"lstm_ext runs LSTMs with options in torch's operations: {why}")
     return NotImplemented
-
-
-def _forward_without_kernels(call: LayerCall, save: Save, why: str) -> Outputs:
-    wide, dtype = _refuse(call, why), call.x.dtype
-    y, h_n, c_n, cells, _ = composed.forward(wide, Save.CELLS)
-    assert h_n is not None
-    gates = derivatives.gates(wide, y, cells).to(dtype) if save == Save.ALL and cells is not None else None
-    return Outputs(y.to(dtype), h_n.to(dtype), c_n.to(dtype), cells if save else None, gates)
-
-
-def _backward_without_kernels(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs, why: str) -> Grads:
-    if call.cell is not None:
-        _refuse_cell(why)
-        return composed.first(call, grads, needs)
-    wide, dtype = _refuse(call, why), call.x.dtype
-    own = wide.x.dtype
-    wide_grads = OutputGrads(*(None if g is None else g.to(own) for g in grads))
-    dx, dh0, dc0, dweights = derivatives.first(wide, wide_grads, saved.cells, saved.gates.to(own), needs)
-    dx, dh0, dc0 = (None if d is None else d.to(dtype) for d in (dx, dh0, dc0))
-    return Grads(dx, dh0, dc0, [d.to(dtype) for d in dweights] if dweights else None)
