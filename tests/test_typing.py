@@ -153,7 +153,8 @@ def mypy(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     package = Path(lstm_ext.__file__).parents[1]
     elsewhere = {} if package.name == "site-packages" else {"MYPYPATH": str(package)}  # mypy refuses the former there
     (folder / "user.py").write_text(code, encoding="utf-8")
-    options = ["--strict", "--python-version=3.10", "--config-file=", "--cache-dir", str(folder.parent / "mypy")]  # one for all tests
+    cache = str(folder.parent / "mypy")  # one for all tests
+    options = ["--strict", "--python-version=3.10", "--config-file=", "--cache-dir", cache]
     return subprocess.run(
         [sys.executable, "-m", "mypy", *options, "user.py"],
         capture_output=True,
