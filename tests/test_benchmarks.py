@@ -31,7 +31,13 @@ META = {"cpu": "a", "gpu": None, "cores": 2, "ceilings": {}}
 
 def start(program: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(BENCHMARKS / program), *arguments]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, **pipes, preexec_fn=hear_interrupts)
+
+
+def hear_interrupts() -> None:
+    """Who starts the tests in the background lets them ignore interrupts, which programs would inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(program: str, *arguments: str, cwd: Path) -> tuple[int, str, str]:
