@@ -7,14 +7,20 @@
 //                     k = 0  | 0 1 | 2 3 |       vectors 0 .. 3
 //                     k = 1  | 0 1 | 2 3 |
 //
-//     int8        a lane is two neighbours in k. Rows are int16, so many bits of it that no sum overflows int32, and
+//     int8        a lane is some neighbours in k. Rows are int16, so many bits of it that no sum overflows int32, and
 //                 what an integer stands for is one number for a row of weights and one for a row of factors:
 //
 //                     x[k] w[k, n]  =  row · column[n] · Σ integers
 //
 //                     panel    | column 0 | 1 | 2 | 3 |      floats
+//                              | start 0  | 1 | 2 | 3 |      int32, what Σ begins with
 //                     k = 0, 1 | 0 | 1 | 2 | 3 |             half a vector each
 //                     row      | row, 1 / row, - | k = 0 .. L-1 | ...
+//
+//                 VNNI multiplies four unsigned bytes by four signed ones at once. There a lane is four neighbours, the
+//                 low and the high bytes of four integers of a row lie together, and 2^15 is added to them:
+//
+//                     integer  =  low + 2^8 high - 2^15      start[n]  =  - 2^15 Σ w[k, n]
 //
 //                 Sums are exact, so that all SIMD levels have the same.
 #pragma once
@@ -130,9 +136,22 @@ struct HalfEngine : VectorEngine<float> {
 
 using I32 = Vec<int32_t>;
 typedef int16_t Words __attribute__((vector_size(kVecBytes)));
+typedef uint8_t RowBytes __attribute__((vector_size(kVecBytes / 2)));
 
-// Sixteen bits of each of some pairs, from eight.
-LSTM_EXT_INLINE I32 widen_pairs(const int8_t* from) {
+// How many neighbours in k a lane holds, in how many parts an integer of a row is multiplied, and what is added to it.
+#if defined(__AVX512VNNI__)
+inline constexpr int kNeighbours = 4, kParts = 2, kAdded = 1 << 15;
+#else
+inline constexpr int kNeighbours = 2, kParts = 1, kAdded = 0;
+#endif
+
+// The neighbours of each lane: bytes, or sixteen bits of each.
+LSTM_EXT_INLINE I32 load_neighbours(const int8_t* from) {
+#if defined(__AVX512VNNI__)
+  I32 bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+  return bytes;
+#else
   typedef int8_t Bytes __attribute__((vector_size(kVecBytes / 2)));
   Bytes bytes;
   __builtin_memcpy(&bytes, from, sizeof(bytes));
@@ -141,20 +160,32 @@ LSTM_EXT_INLINE I32 widen_pairs(const int8_t* from) {
 #else
   return bit_cast<I32>(__builtin_convertvector(bytes, Words));
 #endif
+#endif
 }
 
-// sum + the products of both halves of each lane, as integers
-LSTM_EXT_INLINE I32 add_pairs(I32 sum, I32 a, I32 b) {
+// sum + the products of the neighbours of each lane, as integers; a is of a row
+LSTM_EXT_INLINE I32 add_products(I32 sum, I32 a, I32 w) {
 #if defined(__AVX512VNNI__)
-  return bit_cast<I32>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  return bit_cast<I32>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(w)));
 #elif defined(__AVX512F__)
-  return sum + bit_cast<I32>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  return sum + bit_cast<I32>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(w)));
 #elif defined(__AVX2__)
-  return sum + bit_cast<I32>(__builtin_ia32_pmaddwd256(bit_cast<Words>(a), bit_cast<Words>(b)));
+  return sum + bit_cast<I32>(__builtin_ia32_pmaddwd256(bit_cast<Words>(a), bit_cast<Words>(w)));
 #elif defined(__SSE2__)
-  return sum + bit_cast<I32>(__builtin_ia32_pmaddwd128(bit_cast<Words>(a), bit_cast<Words>(b)));
+  return sum + bit_cast<I32>(__builtin_ia32_pmaddwd128(bit_cast<Words>(a), bit_cast<Words>(w)));
 #else
-  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+  return sum + (a << 16 >> 16) * (w << 16 >> 16) + (a >> 16) * (w >> 16);
+#endif
+}
+
+// The integers of a row as they lie in it.
+LSTM_EXT_INLINE RowBytes row_bytes(U16::Type integers) {
+  const RowBytes bytes = bit_cast<RowBytes>(integers);
+#if defined(__AVX512VNNI__)
+  return __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
+                                 16, 18, 20, 22, 17, 19, 21, 23, 24, 26, 28, 30, 25, 27, 29, 31);
+#else
+  return bytes;
 #endif
 }
 
@@ -166,24 +197,34 @@ LSTM_EXT_INLINE int64_t most_of_row(int64_t K) {
   return most < kMost ? most : kMost;
 }
 
-// tile[m] = start[m * start_stride] + a[m], K integers in pairs, times a panel of so many vectors
+// So many rows at a time that their sums are in registers.
+inline constexpr int kIntegerRows = kTileRows / kParts;
+inline constexpr int64_t kHeadOfPanel = kPanelWidth<float> * (sizeof(float) + sizeof(int32_t));  // bytes
+
+// tile[m] = start[m * start_stride] + a[m], K integers, times a panel of so many vectors
 template <int rows, int vectors>
 void multiply_integers(const int16_t* const* a, int64_t K, const int8_t* panel, const float* start,
                        int64_t start_stride, float* tile) {
   constexpr int L = kLanes<float>;
   const float* const scales = reinterpret_cast<const float*>(panel);
-  panel += kPanelWidth<float> * sizeof(float);
-  I32 sum[rows][vectors] = {};
-  for (int64_t k = 0; k < K; k += 2, panel += vectors * 2 * L) {
+  const int32_t* const starts = reinterpret_cast<const int32_t*>(scales + kPanelWidth<float>);
+  panel += kHeadOfPanel;
+  I32 sum[rows][kParts][vectors] = {};
+  for (int64_t k = 0; k < K; k += kNeighbours, panel += vectors * kNeighbours * L) {
     I32 w[vectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) w[n] = in_register<(rows + 1) * vectors>(widen_pairs(panel + n * 2 * L));
+    for (int n = 0; n < vectors; ++n) {
+      w[n] = in_register<(rows * kParts + 1) * vectors>(load_neighbours(panel + n * kNeighbours * L));
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
-      int32_t pair;
-      __builtin_memcpy(&pair, a[m] + L + k, sizeof(pair));
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        int32_t factors;
+        __builtin_memcpy(&factors, a[m] + L + k + part * 2, sizeof(factors));
 #pragma GCC unroll 4
-      for (int n = 0; n < vectors; ++n) sum[m][n] = add_pairs(sum[m][n], I32{} + pair, w[n]);
+        for (int n = 0; n < vectors; ++n) sum[m][part][n] = add_products(sum[m][part][n], I32{} + factors, w[n]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -192,8 +233,10 @@ void multiply_integers(const int16_t* const* a, int64_t K, const int8_t* panel, 
     __builtin_memcpy(&scale, a[m], sizeof(scale));
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
+      U32 integers = bit_cast<U32>(load(starts + n * L)) + bit_cast<U32>(sum[m][0][n]);
+      if constexpr (kParts == 2) integers += bit_cast<U32>(sum[m][1][n]) << 8;
       const Vec<float> product =
-          computed(load(scales + n * L) * scale) * __builtin_convertvector(sum[m][n], Vec<float>);
+          computed(load(scales + n * L) * scale) * __builtin_convertvector(bit_cast<I32>(integers), Vec<float>);
       store(tile + (m * 4 + n) * L, load(start + m * start_stride + n * L) + product);
     }
   }
@@ -218,7 +261,7 @@ class Int8Weights {
         panels_(panels) {}
 
   static constexpr int64_t panel_size(int64_t K) {
-    return kPanelWidth<C> * static_cast<int64_t>(sizeof(float)) + ceil_div(K, 2) * 2 * kPanelWidth<C>;
+    return kHeadOfPanel + ceil_div(K, kNeighbours) * kNeighbours * kPanelWidth<C>;
   }
   static int64_t packed_size(Rows rows, int64_t K) { return rows.panels() * panel_size(K); }
 
@@ -227,18 +270,22 @@ class Int8Weights {
   void pack(int64_t p) const {
     const int vectors = rows_.vectors(p);
     float* const scales = reinterpret_cast<float*>(panel(p));
-    int8_t* const pairs = panel(p) + kPanelWidth<C> * sizeof(float);
+    int32_t* const starts = reinterpret_cast<int32_t*>(scales + kPanelWidth<C>);
+    int8_t* const numbers = panel(p) + kHeadOfPanel;
     for (int n = 0; n < vectors; ++n) {
       const int8_t* lanes[L];
       find_lanes<int8_t, Rows, C>(data_, row_stride_, rows_, p, n, lanes);
       const float* scale_of[L];
       find_lanes<float, Rows, C>(scales_, 1, rows_, p, n, scale_of);
       for (int lane = 0; lane < L; ++lane) {
-        scales[n * L + lane] = scale_of[lane] ? *scale_of[lane] : 0;
-        for (int64_t k = 0; k < K_ + K_ % 2; ++k) {
-          const bool present = lanes[lane] && k < K_;
-          pairs[((k / 2 * vectors + n) * L + lane) * 2 + k % 2] = present ? lanes[lane][k] : int8_t{0};
+        int32_t sum = 0;
+        for (int64_t k = 0; k < ceil_div(K_, kNeighbours) * kNeighbours; ++k) {
+          const int8_t number = lanes[lane] && k < K_ ? lanes[lane][k] : int8_t{0};
+          numbers[((k / kNeighbours * vectors + n) * L + lane) * kNeighbours + k % kNeighbours] = number;
+          sum += number;
         }
+        scales[n * L + lane] = scale_of[lane] ? *scale_of[lane] : 0;
+        starts[n * L + lane] = static_cast<int32_t>(-kAdded * static_cast<uint32_t>(sum));
       }
     }
   }
@@ -246,11 +293,15 @@ class Int8Weights {
   // As there, of all columns: 0 .. K.
   void multiply(int rows, const F* const* a, int64_t p, int64_t, int64_t, const C* start, int64_t start_stride,
                 C* tile) const {
-    with_count<kTileRows>(rows, [&](auto count) {
-      with_count<4>(rows_.vectors(p), [&](auto vectors) {
-        multiply_integers<count, vectors>(a, K_, panel(p), start, start_stride, tile);
+    const int half = rows > kIntegerRows ? (rows + 1) / 2 : rows;
+    for (int m = 0; m < rows; m += half) {
+      with_count<kIntegerRows>(rows - m < half ? rows - m : half, [&](auto count) {
+        with_count<4>(rows_.vectors(p), [&](auto vectors) {
+          multiply_integers<count, vectors>(a + m, K_, panel(p), start + m * start_stride, start_stride,
+                                            tile + m * kPanelWidth<C>);
+        });
       });
-    });
+    }
   }
 
  private:
@@ -311,8 +362,8 @@ struct Int8Engine {
     __builtin_memcpy(front, row, sizeof(front));
     constexpr C kRound = 0x1.8p23f;  // adding it rounds to an integer, in the lowest bits
     const U32 rounded = bit_cast<U32>(computed(value * front[1]) + kRound);
-    const U16::Type low = to_16_bits(rounded);
-    __builtin_memcpy(row + L + n, &low, sizeof(low));
+    const RowBytes bytes = row_bytes(to_16_bits(rounded + kAdded));
+    __builtin_memcpy(row + L + n, &bytes, sizeof(bytes));
   }
   static LSTM_EXT_INLINE void put_rounded(F* row, int64_t n, Vec<C> value, int64_t K) { put(row, n, value, K); }
 };
