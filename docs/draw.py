@@ -7,14 +7,16 @@ from pathlib import Path
 
 PICTURES = Path(__file__).parent / "pictures"
 STYLE = """
-  .page { fill: #fbfbfd; stroke: #d5d8e0 } text { fill: #1b1f2a; font: 14px system-ui, sans-serif }
+  text { fill: #1b1f2a; font: 14px system-ui, sans-serif }
   .small { font-size: 12px } .title { font-weight: 600 }
-  .box { fill: #fff; stroke: #7d879c } .line { stroke: #7d879c; fill: none; stroke-width: 1.4 } .tip { fill: #7d879c }
+  .box { fill: #fff; stroke: #7d879c } .page { fill: #fbfbfd; stroke: #d5d8e0 }
+  .line { stroke: #7d879c; fill: none; stroke-width: 1.4 } .tip { fill: #7d879c }
   .i { fill: #cfe3ff } .f { fill: #d4f1dc } .g { fill: #ffe7c2 } .o { fill: #ead8fb }
   .c { fill: #ffd9d6 } .h { fill: #dde2ee }
   @media (prefers-color-scheme: dark) {
-    .page { fill: #1d212b; stroke: #3c4254 } text { fill: #e6e9f2 }
-    .box { fill: #272c39; stroke: #8f9ab3 } .line { stroke: #9aa4bb } .tip { fill: #9aa4bb }
+    text { fill: #e6e9f2 }
+    .box { fill: #272c39; stroke: #8f9ab3 } .page { fill: #1d212b; stroke: #3c4254 }
+    .line { stroke: #9aa4bb } .tip { fill: #9aa4bb }
     .i { fill: #27456e } .f { fill: #245238 } .g { fill: #66491b } .o { fill: #4d3468 }
     .c { fill: #6d302c } .h { fill: #3b4357 }
   }
@@ -113,19 +115,26 @@ def draw_call() -> None:
     arrow((224, 297), (268, 297))
     arrow((620, 106), (620, 242), (470, 242), (470, 266))
     text(612, 236, "NumPy arrays", "small", "end")
-    box(150, 396, 240, 58, "_native.py → _C", "csrc/bindings.cpp: a list", style="o")
-    box(470, 396, 200, 58, "reference.py", "the mathematics in NumPy", style="o")
-    arrow((330, 344), (300, 394))
-    text(236, 374, "cpu, cuda", "small")
-    arrow((440, 344), (530, 394))
-    text(500, 374, "numpy", "small")
-    box(150, 484, 240, 58, "csrc/ops", "check, allocate, fill, launch", style="c")
-    arrow((270, 454), (270, 482))
+    box(24, 396, 200, 58, "engines/in_torch.py", "torch's own operations", style="g")
+    box(270, 396, 220, 58, "_native.py → _C", "csrc/bindings.cpp: a list", style="o")
+    box(536, 396, 200, 58, "reference.py", "the mathematics in NumPy", style="o")
+    arrow((124, 326), (124, 394))
+    text(112, 356, "no kernel", "small", "end")
+    text(112, 370, "takes it", "small", "end")
+    arrow((290, 344), (204, 394))
+    text(216, 356, "what cuda", "small", "end")
+    text(206, 370, "refuses", "small", "end")
+    arrow((380, 344), (380, 394))
+    text(390, 374, "cpu, cuda", "small")
+    arrow((460, 344), (600, 394))
+    text(558, 370, "numpy", "small")
+    box(270, 484, 220, 58, "csrc/ops", "check, allocate, fill, launch", style="c")
+    arrow((380, 454), (380, 482))
     box(24, 572, 200, 52, "csrc/*/plan.*", "how, and why so", style="h")
     box(270, 572, 220, 52, "csrc/cpu, csrc/cuda", "kernels on plain structs", style="h")
     box(536, 572, 200, 52, "csrc/gate_math.h", "one unit, both ways", style="h")
-    arrow((210, 542), (140, 570))
-    arrow((340, 542), (370, 570))
+    arrow((310, 542), (180, 570))
+    arrow((380, 542), (380, 570))
     arrow((224, 598), (268, 598))
     arrow((490, 598), (534, 598))
     picture.save("call.svg")

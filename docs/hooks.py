@@ -82,6 +82,9 @@ def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
     """Formulas, as MathML."""
 
     def math(match: re.Match[str]) -> str:
-        return convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")
+        made = convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")
+        if re.search(r"<mi>(\\|&<)", made):
+            raise ValueError(f"{page.file.src_uri}: latex2mathml does not know all of this: {match[2]}")
+        return made
 
     return FORMULA.sub(math, content)

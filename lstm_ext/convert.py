@@ -1,8 +1,10 @@
 """LSTM weights to and from other frameworks, as plain arrays.
 
 The hub is `Weights`, one direction of one layer in torch's layout: w_ih [4H, I], w_hh [4H, P], b_ih and b_hh [4H] or
-both None, w_hr [P, H] or None (then P = H); gates in the order i, f, g, o. `from_x` reads what the framework x keeps,
-`to_x` writes it. Where x keeps more than one direction the functions take and return several `Weights`:
+both None, w_hr [P, H] or None (then P = H); gates in the order i, f, g, o. Of a cell with options it is `CellWeights`,
+which has these five and then peephole [3, H] (TensorFlow 1, ONNX), or gamma [2, 4H], gamma_h and beta_h [H] (haste's
+LayerNormLSTM); torch's state_dict, of our modules, keeps them all. `from_x` reads what the framework x keeps, `to_x`
+writes it. Where x keeps more than one direction the functions take and return several `Weights`:
 
     one direction      TensorFlow 1, Flax linen, Flax NNX, Equinox, haste
     a layer            Keras, ONNX: (forward,) or (forward, backward)

@@ -80,7 +80,9 @@ class LSTM(torch_rnn.RNNBase):
         proj_size: P, the width of a projection of h; 0 is none.
         device, dtype: of the parameters.
 
-    Options, all by keyword; with none of them all is as in torch. They combine; docs/options.md tells more.
+    Options combine, and with none of them all is as in torch; docs/options.md tells more.
+
+    Keyword Args:
         activation: of the candidate g, and of c before the output: "tanh", "sigmoid", "hard_sigmoid", "relu",
             "leaky_relu", "elu", "softsign", "softplus", "linear", or a tuple (name, alpha, beta).
         recurrent_activation: of the gates i, f and o.

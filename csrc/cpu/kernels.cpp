@@ -122,14 +122,13 @@ void run_pass(const Layer& layer, const Plan& plan, More... more) {
 
 // ---- the instance that a plan asks for ----------------------------------------------------------------------
 
+// Whether this level multiplies in another way than the level that it is built on.
+#if defined(LSTM_EXT_SIMD_BASE)
 #if defined(LSTM_EXT_TILES)
 constexpr EngineKind kOwnKind = EngineKind::kTiles;
 #else
 constexpr EngineKind kOwnKind = EngineKind::kVectors;
 #endif
-
-// Whether this level multiplies in another way than the level that it is built on.
-#if defined(LSTM_EXT_SIMD_BASE)
 constexpr const Kernels* kBase = &LSTM_EXT_SIMD_BASE::kKernels;
 template <class Engine>
 constexpr bool kIsOwn = Engine::kKind == kOwnKind && !std::is_same_v<typename Engine::F, typename Engine::C>;
