@@ -54,6 +54,7 @@ __all__ = [
     "from_onnx",
     "from_state_dict",
     "from_tensorflow",
+    "from_tensorflow_layer_norm",
     "to_cudnn",
     "to_equinox",
     "to_haste",
@@ -63,6 +64,7 @@ __all__ = [
     "to_onnx",
     "to_state_dict",
     "to_tensorflow",
+    "to_tensorflow_layer_norm",
 ]
 
 AnyWeights = Weights | CellWeights
@@ -394,6 +396,63 @@ def to_tensorflow(weights: Layers, *, forget_bias: float) -> dict[str, Array]:
     if (peephole := getattr(own, "peephole", None)) is not None:
         params |= {name: a.copy() for name, a in zip(_PEEPHOLES, peephole, strict=True)}
     return params if own.w_hr is None else params | {"projection/kernel": _transpose(own.w_hr)}
+
+
+# Of LayerNormBasicLSTMCell: which variables our parameter is, one after the other.
+_NORMS = {
+    "gamma": ["input/gamma", "forget/gamma", "transform/gamma", "output/gamma"],
+    "beta": ["input/beta", "forget/beta", "transform/beta", "output/beta"],
+    "gamma_h": ["state/gamma"],
+    "beta_h": ["state/beta"],
+}
+
+
+def _read_layer_norm(params: Mapping[str, Any], norms: Mapping[str, str]) -> dict[str, Array]:
+    """The kernel, and the bias or arrays of these shapes."""
+    shapes = {"bias": "4U"} if isinstance(params, Mapping) and "bias" in params else norms
+    arrays = _read(params, {**shapes, "kernel": "I+U 4U"})
+    kernel = arrays.pop("kernel")
+    if len(kernel) < (width := kernel.shape[1] // 4):
+        raise ValueError(f"kernel: expected shape [I+U, 4U] with U = {width}, got {list(kernel.shape)}")
+    return {"kernel": kernel, **arrays}
+
+
+def from_tensorflow_layer_norm(params: Mapping[str, Any]) -> dict[str, Array]:
+    """From the variables of TensorFlow 1's `LayerNormBasicLSTMCell` to the parameters of ours, as NumPy arrays.
+
+    It normalises each gate's whole sum, as no other format does: `Weights` has no place for that.
+
+    Args:
+        params: kernel [I + U, 4U] and, from "input/gamma" to "state/beta", gamma and beta [U] of input, forget,
+            transform, output and state: the names of the variables without their scope. Of a cell without `layer_norm`
+            kernel and bias [4U].
+
+    Source: tensorflow/contrib/rnn/python/ops/rnn_cell.py of TensorFlow 1.15.
+
+    Example:
+        >>> variables = convert.to_tensorflow_layer_norm(lstm_ext.LayerNormBasicLSTMCell(4, input_size=3).state_dict())
+        >>> {name: a.shape for name, a in convert.from_tensorflow_layer_norm(variables).items()}
+        {'kernel': (7, 16), 'gamma': (16,), 'beta': (16,), 'gamma_h': (4,), 'beta_h': (4,)}
+    """
+    arrays = _read_layer_norm(params, {part: "U" for parts in _NORMS.values() for part in parts})
+    if "bias" in arrays:
+        return arrays
+    norms = {name: np.concatenate([arrays[part] for part in parts]) for name, parts in _NORMS.items()}
+    return {"kernel": arrays["kernel"], **norms}
+
+
+def to_tensorflow_layer_norm(params: Mapping[str, Any]) -> dict[str, Array]:
+    """To the variables of TensorFlow 1's `LayerNormBasicLSTMCell`; see `from_tensorflow_layer_norm`.
+
+    Args:
+        params: the `state_dict` of our `LayerNormBasicLSTMCell`.
+    """
+    arrays = _read_layer_norm(params, {name: "4U" if len(parts) == 4 else "U" for name, parts in _NORMS.items()})
+    if "bias" in arrays:
+        return arrays
+    split = {name: np.split(arrays[name], len(parts)) for name, parts in _NORMS.items()}
+    variables = {part: a.copy() for name, parts in _NORMS.items() for part, a in zip(parts, split[name], strict=True)}
+    return {"kernel": arrays["kernel"], **variables}
 
 
 # Keras ---------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,15 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import lstm_ext
-from lstm_ext import nn
+from lstm_ext import convert, nn
 from lstm_ext.cell import ACTIVATIONS
+from lstm_ext.walk import sigmoid
 
 T, B, I, U = 5, 4, 3, 6  # noqa: E741
 DOUBLE: dict[str, Any] = {"dtype": torch.float64, "input_size": I}
@@ -85,6 +87,42 @@ def test_kernels_compute_what_torchs_operations_do(name: str, activation: str | 
         loss = outputs.square().sum() + (h * c).sum()
         results.append((outputs, h, c, *torch.autograd.grad(loss, list(each.parameters()))))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_weights_come_from_tensorflows_variables(layer_norm: bool) -> None:
+    """Each gate by its name there: the formula of its rnn_cell.py, in NumPy."""
+    rng = np.random.default_rng(3)
+    gates = ("input", "transform", "forget", "output")  # of the kernel's columns
+    names = [f"{gate}/{kind}" for gate in (*gates, "state") for kind in ("gamma", "beta")] if layer_norm else []
+    variables = {"kernel": rng.standard_normal((I + U, 4 * U))} | {name: rng.standard_normal(U) for name in names}
+    variables |= {} if layer_norm else {"bias": rng.standard_normal(4 * U)}
+    cell = lstm_ext.LayerNormBasicLSTMCell(U, layer_norm=layer_norm, input_size=I, dtype=torch.float64)
+    own = convert.from_tensorflow_layer_norm(variables)
+    cell.load_state_dict({name: torch.from_numpy(a) for name, a in own.items()})
+    back = convert.to_tensorflow_layer_norm(cell.state_dict())
+    assert back.keys() == variables.keys()
+    for name, a in variables.items():
+        np.testing.assert_array_equal(back[name], a, err_msg=name)
+
+    def norm(a: np.ndarray, name: str) -> np.ndarray:
+        if not layer_norm:
+            return a
+        centred = a - a.mean(1, keepdims=True)
+        scaled = centred / np.sqrt(a.var(1, keepdims=True) + 1e-12)
+        return scaled * variables[f"{name}/gamma"] + variables[f"{name}/beta"]
+
+    x, c, h = rng.standard_normal((3, I)), rng.standard_normal((3, U)), rng.standard_normal((3, U))
+    sums = np.concatenate([x, h], 1) @ variables["kernel"] + variables.get("bias", 0.0)
+    i, j, f, o = (norm(a, name) for a, name in zip(np.split(sums, 4, 1), gates, strict=True))
+    new_c = norm(c * sigmoid(f + 1) + sigmoid(i) * np.tanh(j), "state")
+    y, state = cell(torch.from_numpy(x), (torch.from_numpy(c), torch.from_numpy(h)))
+    np.testing.assert_allclose(state.c.detach(), new_c, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(y.detach(), np.tanh(new_c) * sigmoid(o), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"kernel: expected shape \[I\+U, 4U\] with U = "):
+        convert.from_tensorflow_layer_norm(variables | {"kernel": variables["kernel"][: U - 1]})
+    with pytest.raises(ValueError, match="unknown peephole"):
+        convert.to_tensorflow_layer_norm(cell.state_dict() | {"peephole": torch.ones(3)})
 
 
 def test_numbers_that_tensorflow_recorded() -> None:
