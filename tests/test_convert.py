@@ -185,6 +185,31 @@ def test_keras_bidirectional(keras: Any, rng: np.random.Generator, use_bias: boo
     assert_outputs((y.swapaxes(0, 1), np.stack([h_f, h_b]), np.stack([c_f, c_b])), [back], (x, h0, c0), "float32")
 
 
+@pytest.mark.parametrize(
+    ("activation", "recurrent_activation"),
+    [
+        ("relu", "hard_sigmoid"),
+        ("elu", "sigmoid"),
+        ("softsign", "tanh"),
+        ("softplus", "hard_sigmoid"),
+        ("linear", "softsign"),
+    ],
+)
+def test_activations_are_those_of_keras(
+    keras: Any, rng: np.random.Generator, activation: str, recurrent_activation: str
+) -> None:
+    options = {"activation": activation, "recurrent_activation": recurrent_activation}
+    weights = draw_weights(rng)
+    x, h0, c0 = draw_inputs(rng, [(weights,)])
+    layer = keras.layers.LSTM(H, return_sequences=True, return_state=True, **options)
+    layer.build((B, T, I))
+    layer.set_weights(convert.to_keras(weights))
+    theirs = [keras.ops.convert_to_numpy(a) for a in layer(x.swapaxes(0, 1), initial_state=[h0[0], c0[0]])]
+    y, (h_n, c_n) = lstm_ext.lstm(x, (h0[0], c0[0]), *weights[:4], **options)
+    for ours, expected in zip((y.swapaxes(0, 1), h_n, c_n), theirs, strict=True):
+        assert_close(ours, expected, "float32", terms=I + H)
+
+
 def test_keras_initial_weights_have_the_forget_bias_in_b_ih(keras: Any) -> None:
     layer = keras.layers.LSTM(H)
     layer.build((B, T, I))
@@ -285,6 +310,35 @@ def test_onnx(rng: np.random.Generator, direction: str, biases: int) -> None:
         ours, state = lstm_ext.lstm(x, (h0[0], c0[0]), *w[:4], reverse=True)
         for a, b in ((y, ours), (h_n[0], state[0]), (c_n[0], state[1])):
             assert_close(a, b, "float32", terms=I + H)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+def test_onnxs_own_cases() -> None:
+    """The numbers of its backend tests: biases, peepholes, layouts, directions."""
+    onnx, cases = pytest.importorskip("onnx"), pytest.importorskip("onnx.backend.test.case.node")
+    seen = set()
+    for case in cases.collect_testcases("LSTM"):
+        (node,), ((inputs, outputs),) = case.model.graph.node, case.data_sets
+        attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        given = dict(zip((name for name in node.input if name), inputs, strict=True))
+        expected = dict(zip((name for name in node.output if name), outputs, strict=True))
+        layer = convert.from_onnx({name: given.get(name) for name in "WRBP"}, attributes)
+        batch_first = attributes.get("layout", 0) == 1
+        x, axis = given["X"].swapaxes(0, 1) if batch_first else given["X"], 1 if batch_first else 0
+        results = []
+        for d, w in enumerate(layer):
+            reverse = d == 1 or attributes.get("direction") == b"reverse"
+            results.append(lstm_ext.lstm(x, None, *w[:4], reverse=reverse, peephole=getattr(w, "peephole", None)))
+        y = np.stack([y for y, _ in results], axis=1)  # [T, D, B, H]
+        found = {
+            "Y": np.moveaxis(y, 2, 0) if batch_first else y,
+            "Y_h": np.stack([h for _, (h, _) in results], axis=axis),
+            "Y_c": np.stack([c for _, (_, c) in results], axis=axis),
+        }
+        for name, array in expected.items():
+            assert_close(found[name], array, "float32", terms=16, name=f"{case.name} {name}")
+        seen.add(case.name)
+    assert {"test_lstm_defaults", "test_lstm_with_initial_bias", "test_lstm_with_peepholes"} <= seen
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
