@@ -18,10 +18,12 @@ from lstm_bench import ceilings, report, rows
 from lstm_bench.arms import ARMS, SERVED, STRATEGIES, USUAL, Arm, problem_on_gpu
 from lstm_bench.cases import (
     AXES,
+    CELLS,
     DTYPES,
     GPU_SUITES,
     LATENCY,
     MODES,
+    OPTIONS,
     PRESETS,
     SERVING,
     SUITES,
@@ -32,7 +34,8 @@ from lstm_bench.cases import (
     select,
     usable_cores,
 )
-from lstm_bench.oracle import check, deviations, problem
+from lstm_bench.loops import LOOPS
+from lstm_bench.oracle import SEED, check, deviations, problem
 from lstm_bench.rows import OURS, Row
 from lstm_bench.timing import kernels, latencies, measure, once
 from tqdm import tqdm
@@ -44,6 +47,7 @@ SECONDS = {
     "workloads": 0.3,
     "full": 0.3,
     "serving": 0.2,
+    "options": 0.1,
     "gpu-quick": 0.1,
     "gpu": 0.2,
     "gpu-strategies": 0.1,
@@ -60,6 +64,7 @@ leaves the rows done so far, and exits with 130. Examples:
   python benchmarks/run.py                                   # quick: a minute
   python benchmarks/run.py --preset workloads                # what people run
   python benchmarks/run.py --preset serving                  # frozen
+  python benchmarks/run.py --preset options                  # of a cell
   python benchmarks/run.py --preset full --json result.json  # half an hour
   python benchmarks/run.py --preset full --suite training cell --threads 1
   python benchmarks/run.py --batch 1 8 --hidden 64 65 --mode training
@@ -99,9 +104,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         nargs="+",
-        choices=[*SUITES, *SERVING, *GPU_SUITES, *WORKLOADS],
+        choices=[*SUITES, *SERVING, *CELLS, *GPU_SUITES, *WORKLOADS],
         metavar="SUITE",
-        help=f"parts of the preset: {', '.join([*SUITES, *SERVING, *GPU_SUITES])}; or the name of a workload",
+        help=f"parts of the preset: {', '.join([*SUITES, *SERVING, *CELLS, *GPU_SUITES])}; or the name of a workload",
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cpu, but cuda for the presets whose names begin with gpu"
@@ -122,13 +127,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", dest=axis, nargs="+", type=at_least(least), metavar=axis[0].upper())
     parser.add_argument("--directions", nargs="+", type=int, choices=[1, 2])
     parser.add_argument("--busy", nargs="+", type=at_least(0), metavar="N", help="cores that other processes keep busy")
+    parser.add_argument("--options", nargs="+", choices=["", *OPTIONS], metavar="OPTIONS", help=", ".join(OPTIONS))
     parser.add_argument(
         "--arms",
         nargs="+",
-        choices=ARMS,
+        choices=ARMS | LOOPS,
         metavar="ARM",
         help=f"default: those installed of {', '.join(USUAL)}; for --preset gpu-strategies {', '.join(STRATEGIES)}; "
-        f"with --preset serving {', '.join(SERVED)} as well",
+        f"with --preset serving {', '.join(SERVED)} as well; with --preset options lstm_ext, {', '.join(LOOPS)}",
     )
     presets = ", ".join(f"{seconds} with {name}" for name, seconds in SECONDS.items())
     parser.add_argument("--seconds", type=float, help=f"measured for each arm of each row (default: {presets})")
@@ -146,7 +152,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.suite and not options.preset:
-        presets = {"gpu": GPU_SUITES, "workloads": WORKLOADS, "serving": SERVING, "full": SUITES}
+        presets = {"gpu": GPU_SUITES, "workloads": WORKLOADS, "serving": SERVING, "options": CELLS, "full": SUITES}
         options.preset = next(name for name, suites in presets.items() if options.suite[0] in suites)
     options.device = options.device or ("cuda" if (options.preset or "").startswith("gpu") else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -155,6 +161,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--once: expected with --device cuda")
     usual = ["lstm_ext", *STRATEGIES] if options.preset == "gpu-strategies" else list(USUAL)
     usual += SERVED if options.preset == "serving" else []
+    usual = [OURS, *LOOPS] if options.preset == "options" else usual
     options.arms = options.arms or usual
     return options
 
@@ -217,7 +224,7 @@ def run_case(case: Case, arms: Sequence[Arm], seconds: float, number: int, profi
     torch.backends.cudnn.allow_tf32 = case.dtype == "tf32"  # as torch is set at its start: not for other products,
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32" and case.mode == "cell"  # of which its cell is made
     torch.compiler.reset()  # or compiled modules of earlier rows would count against a limit
-    inputs, expected = problem_on_gpu(case) if on_gpu else problem(case)
+    inputs, expected = problem_on_gpu(case) if on_gpu and not case.options else problem(case)
     row.active = float(inputs.valid.mean())
     calls = {}
     for arm in arms:
@@ -226,6 +233,7 @@ def run_case(case: Case, arms: Sequence[Arm], seconds: float, number: int, profi
             continue
         try:
             call = arm.prepare(case, inputs)
+            torch.manual_seed(SEED)
             with torch.inference_mode(not case.trains):
                 named = arm.named(case, inputs, call())
             row.deviations[arm.name] = deviations(named, expected)
@@ -259,7 +267,7 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     arms = []
-    for arm in (ARMS[name] for name in options.arms):
+    for arm in ((ARMS | LOOPS)[name] for name in options.arms):
         if reason := arm.missing():
             console.print(f"{arm.name}: {reason}", style="dim")
         else:
@@ -307,7 +315,7 @@ def main() -> int:
     if done:
         tables = [report.ceilings(meta["ceilings"])] if meta["ceilings"] else []
         tables += [report.results(done), report.peers(done), report.geomeans(done), report.kernels(done)]
-        tables += [report.strategies(done), report.frozen(done), report.latencies(done)]
+        tables += [report.strategies(done), report.frozen(done), report.options(done), report.latencies(done)]
         tables += [report.deviations(done)] if options.errors else []
         tables += [report.targets(done)] if options.targets else []
         for table in tables:

@@ -131,6 +131,22 @@ def test_workloads_are_shown_by_their_names(tmp_path: Path) -> None:
     assert "whole grid" not in output
 
 
+def test_options_are_timed_beside_the_plain_layer_and_a_loop_in_torch(tmp_path: Path) -> None:
+    """All of them are right, masks included."""
+    names = list(module("lstm_bench.cases").OPTIONS)
+    sizes = ("--batch", "3", "--steps", "4", "--hidden", "9", "--threads", "1", "--mode", "inference", "training")
+    arguments = ("--options", "", *names, *sizes, "--seconds", "0.001", "--arms", "lstm_ext", "torch", "torch-loop")
+    status, output, errors = run("run.py", *arguments, "--json", "rows.json", cwd=tmp_path)
+    assert status == 0, errors
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["options"] for row in rows] == 2 * ["", *names]
+    for row in rows:
+        assert row["errors"] == {}
+        assert set(row["us"]) == {"lstm_ext", "torch-loop" if row["options"] else "torch"}
+    assert [line for line in output.splitlines() if len(line) > 80] == []
+    assert all(f"{name} " in output.partition("over the plain layer")[2] for name in names)
+
+
 @pytest.mark.parametrize(
     ("option", "size", "least"), [("--hidden", "0", 1), ("--threads", "two", 1), ("--proj", "-1", 0)]
 )

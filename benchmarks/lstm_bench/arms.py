@@ -31,6 +31,8 @@ from .timing import captured
 
 Call = Callable[[], Any]
 
+NO_OPTIONS = "no options of a cell"
+
 
 class Arm(ABC):
     """One implementation. `prepare` does once what a user does once; the call it returns is what is timed."""
@@ -40,6 +42,7 @@ class Arm(ABC):
     deviation: float | None = None  # of one that rounds weights: the most that `deviations` may say, instead
     modes = frozenset({"cell", "inference"})
     dtypes = frozenset({"float32"})
+    has_options = False  # of a cell
 
     def missing(self) -> str:
         """Why the arm cannot run here at all; "" if it can."""
@@ -54,6 +57,8 @@ class Arm(ABC):
             return f"not set up for {case.device}"
         if case.mode not in self.modes:
             return f"no {case.mode}"
+        if case.options and not self.has_options:
+            return NO_OPTIONS
         return "" if case.dtype in self.dtypes else f"no {case.dtype}"
 
     def plan(self, case: Case) -> dict[str, Any]:
@@ -84,6 +89,10 @@ class Torch(Arm):
     def refusal(self, case: Case) -> str:
         if case.mode in (STEPS, STEPS_BACKWARD):
             return "steps alone are those of our kernels"
+        if case.options and not self.has_options:
+            return NO_OPTIONS
+        if case.device != "cpu" and case.cell is not None and case.cell.draws:
+            return "the oracle draws masks by the generator of a CPU"
         return "no TF32 on a CPU" if (case.device, case.dtype) == ("cpu", "tf32") else ""
 
     def _load(self, kind: Any, case: Case, inputs: Inputs, **options: Any) -> torch.nn.Module:
@@ -135,6 +144,7 @@ class LstmExt(Torch):
     name = "lstm_ext"
     slack = 1
     modules = lstm_ext
+    has_options = True
     strategy = ""  # the plan's
 
     def version(self) -> str:
@@ -160,6 +170,9 @@ class LstmExt(Torch):
         options = {"proj_size": case.P, "dtype": case.stored, "tf32": case.dtype == "tf32"}
         backward, strategy = case.mode == STEPS_BACKWARD, self.strategy or None
         return asdict(lstm_ext.plan(case.T, case.B, case.H, **options, backward=backward, strategy=strategy))
+
+    def _load(self, kind: Any, case: Case, inputs: Inputs, **options: Any) -> torch.nn.Module:
+        return super()._load(kind, case, inputs, **options, **case.given_options).train(case.trains)
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
         if case.mode not in (STEPS, STEPS_BACKWARD):

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import product
 from typing import Any
 
 from lstm_ext import testing
 from lstm_ext.call import BOTH, FORWARD
+from lstm_ext.cell import Cell, make_cell
 
 STEPS, STEPS_BACKWARD = "steps", "steps-backward"
 MODES = ("cell", "inference", "training", "packed", "compiled", STEPS, STEPS_BACKWARD)
 DTYPES = ("float32", "tf32", "float64", "bfloat16", "float16")
+
+# Options of a cell, as `LSTM` takes them, by what a row calls them. Those in MASKED do nothing but in training.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "activations": {"activation": "softsign", "recurrent_activation": "hard_sigmoid"},
+    "forget_bias": {"forget_bias": 1.0},
+    "peephole": {"peephole": True},
+    "cell_clip": {"cell_clip": 3.0},
+    "coupled": {"coupled": True},
+    "zoneout": {"zoneout": 0.1},
+    "layer_norm": {"layer_norm": True},
+    "dropouts": {"recurrent_dropout": 0.25, "candidate_dropout": 0.1},
+}
+MASKED = ("dropouts",)
 
 
 @dataclass(frozen=True)
 class Case:
     """One row: T steps of a batch of B sequences, inputs I wide, H units in each layer and direction.
 
-    P = 0 is no projection; `directions` is 1 or 2; `busy` is how many cores other processes keep busy meanwhile.
+    P = 0 is no projection; `directions` is 1 or 2; `busy` is how many cores other processes keep busy meanwhile;
+    `options` is a name in OPTIONS, or "" for the plain LSTM.
     dtype tf32 is float32 that torch may multiply as TF32 (on a GPU); float32 is exact.
     Modes: `cell` is one step of an LSTMCell; `inference` and `training` (forward and backward) are calls of an LSTM,
     with a PackedSequence in `packed`, through torch.compile in `compiled`; `steps` and `steps-backward` are what our
@@ -40,6 +55,18 @@ class Case:
     device: str = "cpu"
     threads: int = 1
     busy: int = 0
+    options: str = ""
+
+    @property
+    def given_options(self) -> dict[str, Any]:
+        """As `LSTM` takes them."""
+        return OPTIONS[self.options] if self.options else {}
+
+    @property
+    def cell(self) -> Cell | None:
+        """What the options make of the cell; None is the plain one."""
+        made = make_cell(**self.given_options, projected=self.P > 0)
+        return made._replace(training=self.trains).simplified()
 
     @property
     def trains(self) -> bool:
@@ -66,7 +93,7 @@ class Case:
         """What each of the layers is, as the tests name it."""
         directions, packed = BOTH if self.directions == 2 else FORWARD, self.mode == "packed"
         sizes = [(self.T, self.B, width, self.H, self.P) for width in self.layer_inputs]
-        return [testing.Case(*each, directions=directions, packed=packed) for each in sizes]
+        return [testing.Case(*each, directions=directions, packed=packed, cell=self.cell) for each in sizes]
 
     @property
     def step_flops(self) -> float:
@@ -82,7 +109,7 @@ class Case:
     def __str__(self) -> str:
         text = f"{self.mode} T{self.T} B{self.B} I{self.I} H{self.H}"
         options = {f"P{self.P}": self.P, f"layers{self.layers}": self.layers > 1, "both": self.directions == 2}
-        options |= {self.dtype: self.dtype != "float32", f"busy{self.busy}": self.busy}
+        options |= {self.dtype: self.dtype != "float32", f"busy{self.busy}": self.busy, self.options: self.options}
         return " ".join([text, *(name for name, present in options.items() if present), f"threads{self.threads}"])
 
 
@@ -159,6 +186,14 @@ SERVING: dict[str, list[Case]] = {
     "serving_narrow": grid("serving_narrow", "inference", T=4096, B=1, I=1, H=[8, 16, 24, 32, 40, 64, 96]),
     "serving_blocks": grid("serving_blocks", "inference", T=64, B=1, I=1, H=[16, 24]),
     LATENCY: grid(LATENCY, "inference", T=1, B=1, H=[32, 256], busy=[0, 1]),
+}
+
+# What an option costs over the plain layer beside it, and what a loop in torch costs.
+CELLS: dict[str, list[Case]] = {
+    "options": [
+        *grid("options", "inference", T=50, B=[1, 16, 64], H=[64, 128, 256], options=["", *OPTIONS][: -len(MASKED)]),
+        *grid("options", "training", T=50, B=[1, 16, 64], H=[64, 128, 256], options=["", *OPTIONS]),
+    ],
 }
 
 QUICK = [
@@ -244,13 +279,14 @@ PRESETS = {
     "workloads": [case for work in WORKLOADS.values() for case in work],
     "full": [case for suite in SUITES.values() for case in suite],
     "serving": [case for suite in SERVING.values() for case in suite],
+    "options": [case for suite in CELLS.values() for case in suite],
     "gpu-quick": GPU_QUICK,
     "gpu": [case for suite in GPU_SUITES.values() for case in suite],
     "gpu-strategies": GPU_STRATEGIES,
     "gpu-accuracy": GPU_ACCURACY,
     "gpu-stock": GPU_STOCK,
 }
-AXES = ("dtype", "B", "T", "I", "H", "P", "layers", "directions", "mode", "busy", "suite")
+AXES = ("dtype", "B", "T", "I", "H", "P", "layers", "directions", "mode", "busy", "options", "suite")
 
 
 def usable_cores() -> list[int]:
@@ -285,4 +321,5 @@ def on(cases: Iterable[Case], device: str, threads: Sequence[int]) -> Iterator[C
 
 def case_from(row: Mapping[str, Any]) -> Case:
     """The case of a row of a JSON file."""
-    return Case(**{field.name: row[field.name] for field in fields(Case)})
+    given = [field.name for field in fields(Case) if field.name in row or field.default is MISSING]
+    return Case(**{name: row[name] for name in given})

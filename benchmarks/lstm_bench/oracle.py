@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lstm_ext import reference
-from lstm_ext.call import LayerCall, Needs, OutputGrads, Save, Saved
+from lstm_ext.call import LayerCall, Needs, OutputGrads, Outputs, Save, Saved
 from lstm_ext.testing import assert_close, round_to, to_float64
 
 from .cases import Case
@@ -21,6 +22,8 @@ Named = dict[str, Any]
 # What the tests allow ours, times this for the others: they approximate tanh more roughly, or round gates and cells to
 # the half types. A wrong gate order or state is still orders of magnitude off.
 SLACK = 8
+
+SEED = 0  # of torch's generator before a call whose results are checked
 
 
 def judged_as(case: Case) -> str:
@@ -33,7 +36,8 @@ class Inputs:
     """The arrays of one call, each number one that the case's dtype can hold.
 
     x [T, B, I]; h0 [L*D, B, P], c0 [L*D, B, H]; weights as `torch.nn.LSTM` orders its parameters;
-    lengths [B], descending from T, if packed, else None; dy [T, B, D*P], the gradient of y in training.
+    lengths [B], descending from T, if packed, else None; dy [T, B, D*P], the gradient of y in training; seed [1], of
+    the masks of a cell that draws some, else None: what a layer draws first after torch.manual_seed(SEED).
     """
 
     x: Array
@@ -42,6 +46,7 @@ class Inputs:
     weights: list[Array]
     lengths: Array | None
     dy: Array
+    seed: Array | None
 
     @property
     def batch_sizes(self) -> Array | None:
@@ -76,7 +81,16 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         weights,
         lengths,
         normal(case.T, case.B, case.directions * case.width),
+        draw_seed(case),
     )
+
+
+def draw_seed(case: Case) -> Array | None:
+    """By a generator that is as torch's own on the CPU after torch.manual_seed(SEED)."""
+    if case.cell is None or not case.cell.draws:
+        return None
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(2**63 - 1, (1,), generator=generator).numpy()
 
 
 def by_layer(weights: list[Array], layers: int) -> list[list[Array]]:
@@ -94,7 +108,8 @@ def answers(case: Case, inputs: Inputs) -> Named:
 
     runs = []
     for n, layer in enumerate(case.by_layer):
-        call = LayerCall(y, h0[n], c0[n], weights[n], None, None, inputs.batch_sizes, layer.directions, False)
+        masks, how = (None, None, inputs.batch_sizes), (layer.directions, False, layer.cell, inputs.seed)
+        call = LayerCall(y, h0[n], c0[n], weights[n], *masks, *how)
         runs.append((call, reference.layer_forward(call, Save.ALL if training else Save.NOTHING)))
         y = runs[-1][1].y
     named = {
@@ -106,9 +121,9 @@ def answers(case: Case, inputs: Inputs) -> Named:
         return named
     gradient: Array | None = inputs.dy.astype(np.float64)
     dweights: list[Array] = []
-    for call, (*_, cells, gates) in reversed(runs):
-        grads = OutputGrads(gradient, None, None, None)
-        gradient, _, _, own = reference.layer_backward(call, Saved(cells, gates), grads, Needs.X | Needs.WEIGHTS)
+    for call, outputs in reversed(runs):
+        saved, grads = Saved.of(Outputs(*outputs), call.cell), OutputGrads(gradient, None, None, None)
+        gradient, _, _, own = reference.layer_backward(call, saved, grads, Needs.X | Needs.WEIGHTS)
         dweights = [*(own or []), *dweights]
     return named | {"dx": gradient} | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
 

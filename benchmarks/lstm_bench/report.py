@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,12 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .rows import BASE, FROZEN, OURS, UNSTEADY, Row, geomean, is_peer
+from .rows import BASE, FROZEN, LOOPS, OURS, UNSTEADY, Row, geomean, is_peer
 from .targets import evaluate
 
 LONG_TEXTS = ("work", "at its least", "kernels")
-TEXTS = ("device", "dtype", "mode", "arm", "verdict", *LONG_TEXTS)
-CASE_COLUMNS = ("work", "device", "dtype", "mode", "T", "B", "I", "H", "P", "layers", "directions", "busy", "threads")
+TEXTS = ("device", "dtype", "mode", "options", "arm", "verdict", *LONG_TEXTS)
+SIZES = ("T", "B", "I", "H", "P", "layers", "directions")
+CASE_COLUMNS = ("work", "device", "dtype", "mode", "options", *SIZES, "busy", "threads")
 HEADINGS = {"layers": "L", "directions": "D", "threads": "thr"}
 WIDTH = 80
 
@@ -64,7 +66,7 @@ def case_columns(rows: Sequence[Row]) -> tuple[str, list[str]]:
     """What all rows have in common, as text, and the names of the axes on which they differ."""
     values = {name: {getattr(row.case, name) for row in rows} for name in CASE_COLUMNS}
     shown = [name for name in CASE_COLUMNS if len(values[name]) > 1]
-    unremarkable = {"work": {""}, "P": {0}, "busy": {0}, "layers": {1}, "directions": {1}}
+    unremarkable = {"work": {""}, "options": {""}, "P": {0}, "busy": {0}, "layers": {1}, "directions": {1}}
     constant = [
         f"{name} {next(iter(values[name]))}"
         for name in CASE_COLUMNS
@@ -226,6 +228,29 @@ def frozen(rows: Sequence[Row]) -> Table | None:
         cells = [number(own), f"{min(peers) / own:.2f}" if peers else "–"]
         cells += [f"{row.us[arm] / own:.2f}" if arm in row.us else "–" for arm in arms]
         table.add_row(*case_cells(row, shown), *cells, end_section=last_of_mode)
+    return table
+
+
+def options(rows: Sequence[Row]) -> Table | None:
+    """What each option costs over the plain layer, and loops in torch over ours; None if none was measured."""
+    plain = {replace(row.case, options=""): row.us[OURS] for row in rows if not row.case.options and OURS in row.us}
+    groups: dict[tuple[str, str, str], list[list[float]]] = {}
+    for row in (row for row in rows if row.case.options and OURS in row.us):
+        own, key = row.us[OURS], (row.case.options, row.case.mode, str(row.case.threads))
+        alone = plain.get(replace(row.case, options=""))
+        figures = [own / alone if alone else None, *(row.us[arm] / own if arm in row.us else None for arm in LOOPS)]
+        for column, figure in zip(groups.setdefault(key, [[] for _ in figures]), figures, strict=True):
+            column += [] if figure is None else [figure]
+    if not groups:
+        return None
+    title = f"Times of options over the plain layer's, and of loops in torch over {OURS}'s: geomean (worst)"
+    table = new_table(title, "options", "mode", "threads", "over plain", *(arm.replace("torch-", "") for arm in LOOPS))
+    for key, columns in groups.items():
+        spans = (
+            f"{geomean(column):.2f} ({worst(column):.2f})" if column else "–"
+            for column, worst in zip(columns, (max, min, min), strict=True)
+        )
+        table.add_row(*key, *spans)
     return table
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from .cases import Case, case_from
 
 OURS, BASE, FROZEN = "lstm_ext", "torch", "lstm_ext-frozen"
+LOOPS = ("torch-loop", "torch-loop-compiled")
 UNSTEADY = 0.2  # quartiles further apart than this share of the median
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cases import WORKLOADS, Case
-from .rows import FROZEN, OURS, Row, geomean, is_peer
+from .cases import OPTIONS, WORKLOADS, Case
+from .rows import FROZEN, LOOPS, OURS, Row, geomean, is_peer
 
 Times = dict[Case, dict[str, float]]  # by case, its suite left blank
 
@@ -60,13 +60,13 @@ def _next_width(row: Row, times: Times) -> float | None:
 
 
 def _whole_grid(row: Row, times: Times) -> float | None:
-    return None if row.case.busy or row.case.work else row.ratio
+    return None if row.case.busy or row.case.work or row.case.options else row.ratio
 
 
 def _best_peer(row: Row, times: Times) -> float | None:
     peers = [us for arm, us in row.us.items() if is_peer(arm)]
     wanted = row.case.mode in ("cell", "inference") and not (row.case.busy or row.case.work)
-    wanted = wanted and row.case.dtype == "float32"
+    wanted = wanted and row.case.dtype == "float32" and not row.case.options
     return min(peers) / row.us[OURS] if wanted and OURS in row.us and len(peers) > 1 else None
 
 
@@ -76,6 +76,27 @@ def _over(ours: str, *others: str, suites: tuple[str, ...]) -> Callable[[Row, Ti
     def figure(row: Row, times: Times) -> float | None:
         found = [us for arm, us in row.us.items() if (arm in others if others else is_peer(arm))]
         return min(found) / row.us[ours] if row.case.suite in suites and ours in row.us and found else None
+
+    return figure
+
+
+def _over_plain(*options: str) -> Callable[[Row, Times], float | None]:
+    """The time of the plain layer over that of one with such options."""
+
+    def figure(row: Row, times: Times) -> float | None:
+        plain = _same(times, row.case, options="") if row.case.options in options else None
+        return plain / row.us[OURS] if plain and OURS in row.us else None
+
+    return figure
+
+
+def _over_loops(*batches: int) -> Callable[[Row, Times], float | None]:
+    """The time of the same cell in torch's operations, the faster of the two ways."""
+
+    def figure(row: Row, times: Times) -> float | None:
+        loops = [us for arm, us in row.us.items() if arm in LOOPS]
+        wanted = row.case.options and row.case.B in batches and OURS in row.us and loops
+        return min(loops) / row.us[OURS] if wanted else None
 
     return figure
 
@@ -126,6 +147,10 @@ TARGETS = [
         1.3,
     ),
     Target("bfloat16 over our float32, frozen", _over(f"{FROZEN}-bfloat16", FROZEN, suites=("serving_wide",)), 1.6),
+    Target("options over the plain layer", _over_plain(*(OPTIONS.keys() - {"layer_norm"})), 0.85),
+    Target("layer_norm over the plain layer", _over_plain("layer_norm"), 0.65),
+    Target("options over a loop in torch, B ≤ 16", _over_loops(1, 16), 8),
+    Target("options over a loop in torch, B = 64", _over_loops(64), 3),
     Target("speed kept with a busy neighbour", _undisturbed, 1 / 2.5, stretch=1 / 2.1),
     Target("share of the floor, ≥ 1 MFLOP a step", _floor, 0.75, stretch=0.9),
     Target("H to H + 1 without a cliff", _next_width, 1 / 1.3),
