@@ -157,7 +157,8 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and (torch is None or not backends()["cuda"].available):
         raise RuntimeError(f"--device cuda: {'torch is missing' if torch is None else backends()['cuda'].reason}")
     other = "NumPy" if torch is None else "torch"
-    where = arguments.device if torch is None else f"{arguments.device}, {torch.get_num_threads()} threads"
+    num_threads = 0 if torch is None else torch.get_num_threads()
+    where = arguments.device + (f", {num_threads} thread{'s' * (num_threads > 1)}" if num_threads else "")
     print(f"Microseconds of a layer, float32, {where}; medians of rounds in turn")
     print(f"{'T':>5}{'B':>5}{'I = H':>7}  {'work':10}{'lstm_ext':>12}{other:>12}{f'{other} / lstm_ext':>20}")
     total, wrong, unsteady = quick_bench.count(torch), 0, 0
