@@ -29,15 +29,6 @@
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
-// f(count as a constant), of 1 .. most
-template <int most, class F>
-LSTM_EXT_INLINE void with_count(int count, const F& f) {
-  if constexpr (most > 1) {
-    if (count < most) return with_count<most - 1>(count, f);
-  }
-  f(std::integral_constant<int, most>{});
-}
-
 // ---- bfloat16 ---------------------------------------------------------------------------------------------
 
 // tile[m] += a[m], K floats, times a panel of pairs of vectors

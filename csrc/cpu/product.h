@@ -65,13 +65,13 @@ void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const C* pane
   }
 }
 
-template <int vectors, class F, int most = kTileRows>
-void multiply_rows(int rows, const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel,
-                   Compute<F>* tile) {
+// f(count as a constant), of 1 .. most
+template <int most, class F>
+LSTM_EXT_INLINE void with_count(int count, const F& f) {
   if constexpr (most > 1) {
-    if (rows < most) return multiply_rows<vectors, F, most - 1>(rows, a, k_stride, K, panel, tile);
+    if (count < most) return with_count<most - 1>(count, f);
   }
-  multiply_tile<most, vectors>(a, k_stride, K, panel, tile);
+  f(std::integral_constant<int, most>{});
 }
 
 // The same for a panel of 1 to 4 vectors. A tile is [rows][4][lanes], contiguous.
@@ -79,12 +79,9 @@ template <class F>
 void multiply_panel(int rows, int vectors, const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel,
                     Compute<F>* tile) {
   if (K <= 0) return;
-  switch (vectors) {
-    case 1: return multiply_rows<1>(rows, a, k_stride, K, panel, tile);
-    case 2: return multiply_rows<2>(rows, a, k_stride, K, panel, tile);
-    case 3: return multiply_rows<3>(rows, a, k_stride, K, panel, tile);
-    default: return multiply_rows<4>(rows, a, k_stride, K, panel, tile);
-  }
+  with_count<4>(vectors, [&](auto width) {
+    with_count<kTileRows>(rows, [&](auto count) { multiply_tile<count, width>(a, k_stride, K, panel, tile); });
+  });
 }
 
 // tile[m] = start[m * start_stride], for a panel of so many vectors
@@ -207,15 +204,13 @@ struct InPlaceProduct {
   using Factors = std::initializer_list<InPlace<S>>;
   static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
 
-  template <int most = kTileRows>
   static void multiply(int rows, Factors factors, const PanelGroups& groups, C* tile) {
-    if constexpr (most > 1) {
-      if (rows < most) return multiply<most - 1>(rows, factors, groups, tile);
-    }
-    for (int g = 0; g < 4; ++g) {
-      const int64_t count = groups.count[g];
-      if (count > 0) multiply_group<most>(factors, groups.first[g], count, tile + g * groups.width);
-    }
+    with_count<kTileRows>(rows, [&](auto count) {
+      for (int g = 0; g < 4; ++g) {
+        const int64_t units = groups.count[g];
+        if (units > 0) multiply_group<count>(factors, groups.first[g], units, tile + g * groups.width);
+      }
+    });
   }
 
  private:
@@ -309,14 +304,14 @@ struct KernelWeights {
 
   // tile[m] of each panel first .. last - 1 += a[m] times rows k = 0 .. K of it; the tiles of a panel's rows lie at
   // `tiles`, those of the next one `panel_stride` further. Each sum is one chain in the order of k, as if packed.
-  template <int most = kTileRows>
   void multiply(int rows, const F* const* a, int64_t first, int64_t last, C* tiles, int64_t panel_stride) const {
-    if constexpr (most > 1) {
-      if (rows < most) return multiply<most - 1>(rows, a, first, last, tiles, panel_stride);
-    }
-    int64_t k = 0;
-    for (; k + kDepth * kPer <= K; k += kDepth * kPer) add<most, kDepth>(a, k, first, last, tiles, panel_stride);
-    for (; k < K; k += kPer) add<most, 1>(a, k, first, last, tiles, panel_stride);
+    with_count<kTileRows>(rows, [&](auto count) {
+      int64_t k = 0;
+      for (; k + kDepth * kPer <= K; k += kDepth * kPer) {
+        this->template add<count, kDepth>(a, k, first, last, tiles, panel_stride);
+      }
+      for (; k < K; k += kPer) this->template add<count, 1>(a, k, first, last, tiles, panel_stride);
+    });
   }
 
  private:
