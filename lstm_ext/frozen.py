@@ -1,27 +1,23 @@
-"""`freeze`: modules for inference alone, their weights packed once, and streams that keep their state between calls."""
+"""Modules for inference alone, their weights packed once, and streams that keep their state between calls."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _native, nn
+from . import _native
 from ._torch_private import _is_any_autocast_enabled
-from .call import FORWARD, LayerCall, is_tensor, kind
-from .cell import Cell, Norm
+from .call import FORWARD, LayerCall, check_kind, is_tensor, kind
 from .engines import forced, onnx
-from .frozen_stack import WEIGHTS, Spec, Stack, dequantized, frozen_forward, quantized, remember, run_layers
-from .swap import plain_class
-from .tensorflow import LSTMStateTuple, TensorFlowCell
+from .frozen_stack import Spec, Stack, dequantized, frozen_forward, remember, run_layers
+from .tensorflow import LSTMStateTuple
 from .torch_op import is_eager
 
 M = TypeVar("M", bound=Module)
@@ -34,7 +30,7 @@ _NONE: list[Any] = []
 class Frozen(Module):
     """What frozen modules share: weights that nothing can change, in a portable layout and packed for this machine."""
 
-    _frozen = False  # whether `__init__` is done
+    _held: frozenset[str] = frozenset()  # the names of what cannot be set, once it is there
     hidden_size: int
 
     def __init__(self, spec: Spec, tensors: Sequence[Tensor], error: float | None = None):
@@ -50,7 +46,8 @@ class Frozen(Module):
         for name in ("input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size", "batch_first"):
             setattr(self, name, getattr(spec, name))
         self.weights = spec.weights
-        self._frozen = True
+        own = "_spec", "_text", "_tensors", "_stack", "_run", "_held", "error", "dtype", "nbytes", "engine"
+        self._held = frozenset((*own, *Spec._fields, *spec.names()))
         remember(stack, stack.tensors, self._text, keep=False)
 
     # What nothing changes ----------------------------------------------------------------------------
@@ -62,10 +59,17 @@ class Frozen(Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Hooks and the like may be set; weights and sizes not."""
-        if self._frozen and (isinstance(value, (Tensor, Module)) or name in (*Spec._fields, "error", "_tensors")):
+        """Hooks and the like may be set; weights, sizes and the mode of training not."""
+        is_mode = name == "training" and value
+        if self._held and (name in self._held or is_mode or isinstance(value, (Tensor, Module))):
             self._refuse(f"{name} cannot be set")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """The same."""
+        if name in self._held:
+            self._refuse(f"{name} cannot be deleted")
+        super().__delattr__(name)
 
     def train(self: M, mode: bool = True) -> M:
         """Only `eval()` is possible."""
@@ -76,6 +80,14 @@ class Frozen(Module):
     def register_parameter(self, name: str, param: Any) -> None:
         """There are none."""
         self._refuse(f"it takes no parameter {name!r}")
+
+    def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
+        """There are none."""
+        self._refuse(f"it takes no buffer {name!r}")
+
+    def add_module(self, name: str, module: Any) -> None:
+        """There are none."""
+        self._refuse(f"it takes no module {name!r}")
 
     def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
         """`to`, `half`, `cuda` and so on: only what changes nothing."""
@@ -116,9 +128,8 @@ class Frozen(Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """With portable weights: they are packed for the machine that loads them."""
-        kept = {
-            name: value for name, value in vars(self).items() if name not in ("_stack", "_run", "_tensors", "_text")
-        }
+        made = "_stack", "_run", "_tensors", "_text", "_held"
+        kept = {name: value for name, value in vars(self).items() if name not in made}
         return {**kept, "_spec": tuple(self._spec), "_portable": self._tensors, "_format": _FORMAT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,7 +141,7 @@ class Frozen(Module):
                 "another version of lstm_ext"
             )
         spec, tensors = Spec(*state.pop("_spec")), state.pop("_portable")
-        super().__setstate__({**state, "_frozen": False})
+        super().__setstate__(state)
         self._prepare(spec, tensors, state["error"])
 
     # What it says --------------------------------------------------------------------------------------
@@ -184,9 +195,10 @@ class Frozen(Module):
 
     def _compute_otherwise(self, call: LayerCall) -> tuple[Any, Any, Any]:
         """Of a call that is watched, of arrays that are not plain, or of a module that is not packed."""
-        if not is_tensor(call.x):
-            if not isinstance(call.x, np.ndarray):
-                raise TypeError(f"input: expected a torch.Tensor or numpy.ndarray, got {kind(call.x)}")
+        if not all(a is None or isinstance(a, Tensor) for a in (*call[:3], *call[4:7])):
+            for name, a in call.named():
+                if a is not None:
+                    check_kind(name, a, None if name == "x" else call.x)
             return self._stack.run(call.map(np.asarray))
         if _is_any_autocast_enabled():
             call = call._replace(**{name: _cast(getattr(call, name), self.dtype) for name in ("x", "h0", "c0")})
@@ -265,10 +277,11 @@ class FrozenLSTM(Frozen):
         h0, c0 = (None, None) if hx is None else _pair(hx)
         if lengths is not None or resets is not None:
             lengths, resets = _mask(lengths, input), _mask(resets, input)
-        rank = input.ndim if hasattr(input, "ndim") else 0
+        rank = getattr(input, "ndim", None)
         if rank == 2:
             return self._forward_unbatched(input, h0, c0, lengths, resets)
         if rank != 3:
+            check_kind("input", input)
             raise ValueError(f"input: expected 2 or 3 dimensions, got {rank}")
         y, h_n, c_n = self._compute(
             (input, h0, c0, _NONE, lengths, resets, None, FORWARD, self._spec.batch_first, None, None)
@@ -319,7 +332,8 @@ class FrozenLSTMCell(Frozen):
 
     def step(self, x: Any, h0: Any, c0: Any, resets: Any) -> tuple[Any, Any]:
         """(h, c) after a step."""
-        if (rank := x.ndim) != 1 and rank != 2:
+        if (rank := getattr(x, "ndim", None)) != 1 and rank != 2:
+            check_kind("input", x)
             raise ValueError(f"input: expected 1 or 2 dimensions, got {rank}")
         h, _, c = self._compute((x, h0, c0, _NONE, None, resets, None, FORWARD, False, None, None))
         return h, c
@@ -334,7 +348,10 @@ class FrozenTensorFlowCell(FrozenLSTMCell):
         torch.Size([16, 64])
     """
 
-    state_is_tuple = True
+    @property
+    def state_is_tuple(self) -> bool:
+        """Whether the state is a pair; else [c, h] joined."""
+        return self._spec.state_is_tuple
 
     def forward(self, input: Any, state: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
         """(h', state), the state as the cell has it: (c, h), or both joined."""
@@ -343,7 +360,11 @@ class FrozenTensorFlowCell(FrozenLSTMCell):
         elif self.state_is_tuple:
             c0, h0 = _pair(state, "state: expected the pair (c, h)")
         else:
-            c0, h0 = state[:, : self.hidden_size], state[:, self.hidden_size :]
+            check_kind("state", state, input)
+            U = self.hidden_size
+            if len(state.shape) != 2 or state.shape[1] != 2 * U:
+                raise RuntimeError(f"state: expected shape [B, 2*num_units] with {2 * U}, got {list(state.shape)}")
+            c0, h0 = state[:, :U], state[:, U:]
         h, c = self.step(input, h0, c0, None)
         if self.state_is_tuple:
             return h, LSTMStateTuple(c, h)
@@ -402,7 +423,12 @@ class Stream:
             ValueError: `out` that cannot be written to, or overlaps x; a length out of range.
         """
         if self._step is not None and forced.get() is None and not (self._is_unbatched(x)):
-            y: Any = self._step(x, self._batch_first, out, lengths, resets)
+            try:
+                y: Any = self._step(x, self._batch_first, out, lengths, resets)
+            except RuntimeError as error:
+                if is_eager():
+                    raise
+                raise RuntimeError(_WATCHED) from error
             if y is not NotImplemented:
                 found: A = y
                 return found
@@ -448,6 +474,10 @@ class Stream:
         if out is not None and (tuple(out.shape) != tuple(y.shape) or out.dtype != y.dtype):
             expected = f"shape {list(y.shape)} and dtype {y.dtype}"
             raise RuntimeError(f"out: expected {expected}, got {list(out.shape)} and {out.dtype}")
+        if out is not None and _overlap(out, x):
+            raise ValueError("out: expected memory apart from that of x")
+        if out is not None and not is_tensor(out) and not out.flags.writeable:
+            raise ValueError("out: expected a writable array")
         h.copy_(torch.as_tensor(new_h))
         c.copy_(torch.as_tensor(new_c))
         if out is None:
@@ -485,8 +515,33 @@ class Stream:
             for own in self._now():
                 own[:, slice(None) if rows is None else torch.as_tensor(rows)] = 0
 
+    def __reduce__(self) -> Any:
+        """With the state: `copy.copy` goes on from here beside it, with the same weights."""
+        return _restored, (self.frozen, self.batch_size, self.state)
+
     def __repr__(self) -> str:
         return f"Stream({self.frozen!r}, batch_size={self.batch_size})"
+
+
+_WATCHED = (
+    "stream: torch.func, compilers and modes do not see its state: call the frozen module itself, with the state as hx"
+)
+
+
+def _restored(frozen: Frozen, batch_size: int, state: tuple[Tensor, Tensor]) -> Stream:
+    stream = frozen.stream(batch_size)
+    stream.state = state
+    return stream
+
+
+def _overlap(a: Any, b: Any) -> bool:
+    if not is_tensor(a):
+        return bool(np.may_share_memory(a, b))
+    ends = []
+    for each in (a, b):
+        last = sum((size - 1) * step for size, step in zip(each.shape, each.stride(), strict=True))
+        ends.append(each.data_ptr() + (last + 1) * each.element_size())
+    return bool(a.numel() and b.numel() and a.data_ptr() < ends[1] and b.data_ptr() < ends[0])
 
 
 class _Held:
@@ -502,181 +557,3 @@ class _Held:
     def __exit__(self, *_: object) -> None:
         if self._native is not None:
             self._native.release()
-
-
-# Freezing ------------------------------------------------------------------------------------------------------------
-
-
-_CLASSES: tuple[Any, ...] = (torch_rnn.LSTM, torch_rnn.LSTMCell, nn.LSTM, nn.LSTMCell, TensorFlowCell)
-
-
-@overload
-def freeze(module: torch_rnn.LSTM | nn.LSTM, weights: str | None = None) -> FrozenLSTM: ...
-@overload
-def freeze(module: torch_rnn.LSTMCell, weights: str | None = None) -> FrozenLSTMCell: ...
-@overload
-def freeze(module: TensorFlowCell, weights: str | None = None) -> FrozenTensorFlowCell: ...
-@overload
-def freeze(module: M, weights: str | None = None) -> M: ...
-def freeze(module: Module, weights: str | None = None) -> Any:
-    """For inference: the same computation with its weights packed once, for the CPU.
-
-    Args:
-        module: `torch.nn.LSTM`, `LSTMCell`, those of lstm_ext, `BasicLSTMCell` or `LayerNormBasicLSTMCell`; or a
-            model, of which a copy is made in which all such modules are frozen. It is taken as in `eval()`: without
-            dropouts.
-        weights: how the matrices are stored: "float32", "bfloat16" or "int8" (with a scale for each row of weights,
-            h and x as integers of up to 16 bits, sums in int32, gates in float32); x, the state and the output are
-            float32 then. None is the dtype of the module.
-
-    Returns:
-        A `FrozenLSTM`, `FrozenLSTMCell` or `FrozenTensorFlowCell`; or the copy of the model. Where the weights cannot
-        be packed (on a GPU, without compiled kernels) it keeps them all the same and runs the ordinary engines, and
-        its `engine` says so.
-
-    Raises:
-        TypeError: not a module.
-        ValueError: an unknown kind of weights; int8 of weights with NaN; int8 or bfloat16 on a GPU, whose kernels
-            multiply what x is.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.LSTM(28, 64))
-        >>> lstm_ext.freeze(model)[0].engine
-        'cpu, packed float32'
-    """
-    if not isinstance(module, Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    if weights is not None and weights not in WEIGHTS:
-        raise ValueError(f"weights: expected None, {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
-    if isinstance(module, _CLASSES):
-        if obstacle := _obstacle(module):
-            raise TypeError(f"module: expected one that can be frozen: {obstacle}")
-        return _freeze_one(module, weights)
-    memo: dict[int, Any] = {}
-    for path, each in module.named_modules():
-        if not isinstance(each, _CLASSES) or id(each) in memo:
-            continue
-        if obstacle := _obstacle(each):
-            warnings.warn(f"freeze leaves {path} alone: {obstacle}", stacklevel=2)
-        else:
-            memo[id(each)] = _freeze_one(each, weights)
-    if not memo:
-        warnings.warn(f"freeze found no LSTM to freeze in {type(module).__name__}", stacklevel=2)
-    return copy.deepcopy(module, memo)
-
-
-def _obstacle(module: Module) -> str:
-    """Why a module cannot be frozen; "" if it can."""
-    cls = plain_class(module)
-    if cls.__module__.partition(".")[0] not in ("torch", "lstm_ext"):
-        return f"{cls.__name__} is a subclass, which may compute something else"
-    if "forward" in vars(module):
-        return "its forward method was replaced"
-    if isinstance(module, TensorFlowCell):
-        if module.has_uninitialized_params():
-            return "its weights are not made yet: call it once, or give input_size"
-        if module._cells[0] is None:
-            return f"its activation is a function of its own: {module.activation!r}"
-    return ""
-
-
-def _cell_of_module(module: Any) -> Cell | None:
-    """What it computes without training, in torch's layout of weights; None is the plain LSTM."""
-    if isinstance(module, TensorFlowCell):
-        cell: Cell | None = module._cells[0]
-        assert cell is not None
-        return cell._replace(tensorflow=False, candidate_dropout=0.0).simplified()
-    options = getattr(module, "_options", None)
-    return None if options is None else options.cells[0]
-
-
-def _weights_of(module: Any) -> list[list[Tensor]]:
-    """The weights of each layer and direction, in torch's layout."""
-    if isinstance(module, TensorFlowCell):
-        call = LayerCall(None, None, None, module._weights(), None, None, None, FORWARD, False, module._cells[0])
-        w = call.split_cell()[0]
-        w = w._replace(b_hh=w.w_ih.new_zeros(len(w.w_ih)))  # torch has two biases
-        return [[a for a in w if a is not None]]
-    if isinstance(module, torch_rnn.LSTMCell):
-        own = nn.LSTMCell._weights(module)  # type: ignore[arg-type]
-        extra = getattr(module, "_options", None)
-        return [[*own, *(getattr(module, name) for name in (extra.extra_weights if extra else ()))]]
-    return [[getattr(module, name) for name in names] for names in module._all_weights]
-
-
-@torch.no_grad()
-def _freeze_one(module: Any, weights: str | None) -> Frozen:
-    cell, by_direction = _cell_of_module(module), _weights_of(module)
-    own = by_direction[0][0]
-    is_cell, tensorflow = not isinstance(module, torch_rnn.RNNBase), isinstance(module, TensorFlowCell)
-    dtype = str(own.dtype).removeprefix("torch.")
-    if weights in ("int8", "bfloat16") and own.device.type != "cpu" and weights != dtype:
-        way = "module.bfloat16()" if weights == "bfloat16" else "module.cpu()"
-        raise ValueError(
-            f"weights: expected those of the module on {own.device}, where kernels multiply numbers of one dtype, got "
-            f"{weights!r}: freeze {way}"
-        )
-    if weights is not None and weights != dtype:
-        dtype = "float32"
-    wide = [[_copy(a, dtype) for a in w] for w in by_direction]
-    bias = tensorflow or bool(module.bias)
-    if cell is not None and cell.forget_bias and bias and cell.norm == Norm.NONE:
-        H = wide[0][1].shape[0] // 4
-        for w in wide:  # it counts at each step
-            w[2][H : 2 * H] += cell.forget_bias
-        cell = cell._replace(forget_bias=0.0).simplified()
-    proj_size = 0 if is_cell else module.proj_size
-    spec = Spec(
-        "TensorFlowCell" if tensorflow else "LSTMCell" if is_cell else "LSTM",
-        wide[0][0].shape[1],
-        wide[0][1].shape[0] // 4,
-        1 if is_cell else module.num_layers,
-        not is_cell and module.bidirectional,
-        bias,
-        proj_size,
-        not is_cell and module.batch_first,
-        dtype,
-        weights or dtype,
-        None if cell is None else tuple(float(number) for number in cell),
-        () if cell is None else cell.extra_weights,
-    )
-    flat = [a for w in wide for a in w]
-    tensors = _stored(spec, flat)
-    classes = {"LSTM": FrozenLSTM, "LSTMCell": FrozenLSTMCell, "TensorFlowCell": FrozenTensorFlowCell}
-    frozen = classes[spec.kind](spec, tensors, _error_of(spec, tensors, flat))
-    if tensorflow:
-        frozen.state_is_tuple = module.state_is_tuple
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        getattr(frozen, name).update(getattr(module, name))
-    return frozen
-
-
-def _copy(a: Tensor, dtype: str) -> Tensor:
-    return a.detach().to(getattr(torch, dtype), copy=True).contiguous()
-
-
-def _stored(spec: Spec, flat: list[Tensor]) -> list[Tensor]:
-    """The weights in the order of `spec.names()`, as they are stored."""
-    if not spec.narrow:
-        return flat
-    names = [name for name in spec.names() if "_scale" not in name]
-    stored: list[Tensor] = []
-    for name, a in zip(names, flat, strict=True):
-        if not name.startswith("weight"):
-            stored.append(a)
-        elif spec.weights == "int8":
-            stored += quantized(name, a)
-        else:
-            stored.append(a.to(torch.bfloat16))
-    return stored
-
-
-def _error_of(spec: Spec, tensors: list[Tensor], flat: list[Tensor]) -> float | None:
-    """The largest difference to the output with weights that are not narrow, on some random sequences."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, spec.input_size) if spec.kind != "LSTM" else (8, 2, spec.input_size)
-    x = torch.randn(shape, generator=generator).to(device=flat[0].device, dtype=getattr(torch, spec.dtype))
-    call = LayerCall(x, None, None, [], None, None, None, FORWARD, False)
-    expected = run_layers(call, flat, spec)[0]
-    difference = (Stack(spec, tensors).run(call)[0] - expected).abs()
-    return float(difference.max()) if difference.numel() else 0.0

@@ -39,6 +39,7 @@ class Spec(NamedTuple):
         weights: how the matrices are stored: as `dtype`, or narrower.
         cell: the numbers of a `Cell` in torch's layout, None of the plain LSTM.
         extra: the names of the weights that the cell has besides.
+        state_is_tuple: of a cell of TensorFlow's: whether its state is a pair.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Spec(NamedTuple):
     weights: str
     cell: tuple[float, ...] | None = None
     extra: tuple[str, ...] = ()
+    state_is_tuple: bool = True
 
     @property
     def narrow(self) -> bool:
