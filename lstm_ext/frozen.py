@@ -17,6 +17,7 @@ from ._torch_private import _is_any_autocast_enabled
 from .call import FORWARD, LayerCall, check_kind, is_tensor, kind
 from .engines import forced, onnx
 from .frozen_stack import Spec, Stack, dequantized, frozen_forward, remember, run_layers
+from .nn import as_leaf, is_proxy
 from .tensorflow import LSTMStateTuple
 from .torch_op import is_eager
 
@@ -272,16 +273,15 @@ class FrozenLSTM(Frozen):
         Raises:
             RuntimeError, TypeError, ValueError: as `LSTM`.
         """
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, resets)
+        rank = getattr(input, "ndim", None)
+        if type(rank) is not int:
+            return self._forward_of_no_array(input, hx, lengths, resets)
         h0, c0 = (None, None) if hx is None else _pair(hx)
         if lengths is not None or resets is not None:
             lengths, resets = _mask(lengths, input), _mask(resets, input)
-        rank = getattr(input, "ndim", None)
         if rank == 2:
             return self._forward_unbatched(input, h0, c0, lengths, resets)
         if rank != 3:
-            check_kind("input", input)
             raise ValueError(f"input: expected 2 or 3 dimensions, got {rank}")
         y, h_n, c_n = self._compute(
             (input, h0, c0, _NONE, lengths, resets, None, FORWARD, self._spec.batch_first, None, None)
@@ -290,6 +290,14 @@ class FrozenLSTM(Frozen):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def _forward_of_no_array(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Any:
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, lengths, resets)
+        if is_proxy(input):
+            return as_leaf(self, input, hx, lengths=lengths, resets=resets)
+        check_kind("input", input)
+        raise TypeError(f"input: expected an array with dimensions, got {kind(input)}")
 
     def _forward_unbatched(self, x: Any, h0: Any, c0: Any, lengths: Any, resets: Any) -> tuple[Any, Any]:
         """x [T, I], as a batch of one."""
@@ -324,6 +332,8 @@ class FrozenLSTMCell(Frozen):
 
     def forward(self, input: Any, hx: Any = None, *, resets: Any = None) -> tuple[Any, Any]:
         """(h_1, c_1) of a step [B, I] or [I]; hx is (h_0, c_0), None for zeros; resets is bool [B] or []."""
+        if type(input) is not Tensor and is_proxy(input):
+            return as_leaf(self, input, hx, resets=resets)
         h0, c0 = (None, None) if hx is None else _pair(hx)
         return self.step(input, h0, c0, None if resets is None else _mask(resets, input))
 
@@ -355,6 +365,8 @@ class FrozenTensorFlowCell(FrozenLSTMCell):
 
     def forward(self, input: Any, state: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
         """(h', state), the state as the cell has it: (c, h), or both joined."""
+        if type(input) is not Tensor and is_proxy(input):
+            return as_leaf(self, input, state)
         if state is None:
             c0 = h0 = None
         elif self.state_is_tuple:
