@@ -16,7 +16,7 @@ from . import _native
 from ._torch_private import _is_any_autocast_enabled
 from .call import FORWARD, LayerCall, check_kind, is_tensor, kind
 from .engines import forced, onnx
-from .frozen_stack import Spec, Stack, dequantized, frozen_forward, remember, run_layers
+from .frozen_stack import Spec, Stack, dequantized, frozen_forward, remember, run_layers, tensor_of
 from .nn import as_leaf, is_proxy
 from .tensorflow import LSTMStateTuple
 from .torch_op import is_eager
@@ -234,7 +234,7 @@ def _pair(hx: Any, what: str = "hx: expected a pair of arrays (h_0, c_0)") -> tu
 
 def _mask(mask: Any, x: Any) -> Any:
     """Lengths or resets given as a list or an array of the other kind, beside x."""
-    if mask is None or type(mask) is type(x):
+    if mask is None or type(mask) is type(x) or not isinstance(mask, (list, tuple, int, np.ndarray, Tensor)):
         return mask
     return torch.as_tensor(mask, device=x.device) if is_tensor(x) else np.asarray(mask)
 
@@ -411,7 +411,8 @@ class Stream:
         self._is_cell, self._batch_first = isinstance(frozen, FrozenLSTMCell), spec.batch_first
         device = frozen._tensors[0].device
         shapes = [(spec.num_layers, batch_size, width) for width in (spec.width, spec.hidden_size)]
-        self._states = [torch.zeros(shape, dtype=frozen.dtype, device=device) for shape in (*shapes, *shapes)]
+        with torch.inference_mode(False):  # they are written to in either mode
+            self._states = [torch.zeros(shape, dtype=frozen.dtype, device=device) for shape in (*shapes, *shapes)]
         native = frozen._stack.native
         self._native: Any = None if native is None else _native.C.Stream(native, tuple(self._states))
         self._step = None if self._native is None else self._native.step
@@ -421,7 +422,7 @@ class Stream:
 
         Args:
             x: a torch tensor or a NumPy array [T, B, I], [B, T, I] if the module is `batch_first`, or [T, I] of a
-                stream of one; of a cell one step [B, I].
+                stream of one; of a cell one step [B, I], or [I] of a stream of one.
             out: an array like the result, in memory apart from that of x, to write it to.
             lengths: integer [B], how many of the steps each sequence takes; the others stay as they are.
             resets: bool [T, B] or [B, T] (of a cell [B]), where a sequence begins anew before a step.
@@ -447,19 +448,20 @@ class Stream:
         return self._call_otherwise(x, out, lengths, resets)
 
     def _is_unbatched(self, x: Any) -> bool:
-        return not self._is_cell and getattr(x, "ndim", 0) == 2
+        return bool(getattr(x, "ndim", 0) == (1 if self._is_cell else 2))
 
     def _call_otherwise(self, x: Any, out: Any, lengths: Any, resets: Any) -> Any:
-        """Steps [T, I]; masks in other forms; a module that is not packed."""
+        """Without a batch: steps [T, I], of a cell [I]; masks in other forms; a module that is not packed."""
         if not is_tensor(x) and not isinstance(x, np.ndarray):
             raise TypeError(f"x: expected a torch.Tensor or numpy.ndarray, got {kind(x)}")
-        if out is not None and type(out) is not type(x):
+        if out is not None and kind(out) != kind(x):
             raise TypeError(f"out: expected {kind(x)} as x is, got {kind(out)}")
         lengths, resets = _mask(lengths, x), _mask(resets, x)
         if self._is_unbatched(x):
             if self.batch_size != 1:
-                raise RuntimeError(f"x: expected 3 dimensions in a stream of {self.batch_size} sequences, got 2")
-            batch = 0 if self._batch_first else 1
+                expected = f"{x.ndim + 1} dimensions in a stream of {self.batch_size} sequences"
+                raise RuntimeError(f"x: expected {expected}, got {x.ndim}")
+            batch = 0 if self._batch_first or self._is_cell else 1
             wide = [None if a is None else (a[None] if batch == 0 else a[:, None]) for a in (x, out, resets)]
             y = self(wide[0], out=wide[1], lengths=lengths, resets=wide[2])
             return out if out is not None else y.squeeze(batch)
@@ -472,6 +474,8 @@ class Stream:
     def _call_module(self, x: Any, out: Any, lengths: Any, resets: Any) -> Any:
         """By the module's ordinary engines."""
         h, c = self._now()
+        if x.ndim != (2 if self._is_cell else 3):
+            raise RuntimeError(f"x: expected {2 if self._is_cell else 3} dimensions, got {x.ndim}")
         B = x.shape[0] if self._is_cell or self._batch_first else x.shape[1]
         if self.batch_size != B:
             raise RuntimeError(f"x: expected a batch of {self.batch_size} as the stream has, got {B}")
@@ -510,7 +514,10 @@ class Stream:
 
     @state.setter
     def state(self, state: Any) -> None:
-        new = [torch.as_tensor(a) for a in _pair(state, "state: expected a pair of arrays (h, c)")]
+        given = _pair(state, "state: expected a pair of arrays (h, c)")
+        for name, a in zip("hc", given, strict=True):
+            check_kind(f"state, {name}", a)
+        new = [a.detach() if is_tensor(a) else tensor_of(a) for a in given]
         with _Held(self):
             for name, a, own in zip("hc", new, self._now(), strict=True):
                 if a.shape != own.shape or a.dtype != own.dtype:

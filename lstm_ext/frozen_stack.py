@@ -193,11 +193,17 @@ class Stack:
     def run_by_engines(self, call: LayerCall) -> StackOutputs:
         """The same by the ordinary engines, layer by layer."""
         if isinstance(call.x, np.ndarray):
-            y, h_n, c_n = self.run_by_engines(call.map(torch.from_numpy))
+            y, h_n, c_n = self.run_by_engines(call.map(tensor_of))
             return y.numpy(), None if h_n is None else h_n.numpy(), c_n.numpy()
         if self._wide is None and not torch.compiler.is_compiling():
             self._wide = dequantized(self.tensors, self.spec)
         return run_layers(call, self._wide or dequantized(self.tensors, self.spec), self.spec)
+
+
+def tensor_of(a: Any) -> Tensor:
+    """An array, in whichever byte order or layout."""
+    a = np.asarray(a, a.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(a if a.flags.writeable else a.copy())
 
 
 def run_layers(
