@@ -239,6 +239,16 @@ def _mask(mask: Any, x: Any) -> Any:
     return torch.as_tensor(mask, device=x.device) if is_tensor(x) else np.asarray(mask)
 
 
+def _with_batch(name: str, a: Any, x: Any, rank: int, axis: int) -> Any:
+    """An array beside x, which has no batch, as of a batch of one."""
+    if a is None:
+        return None
+    check_kind(name, a, x)
+    if a.ndim != rank:
+        raise RuntimeError(f"{name}: expected {rank} dimensions beside an input without a batch, got {a.ndim}")
+    return a[None] if axis == 0 else a[:, None]
+
+
 class FrozenLSTM(Frozen):
     """What `freeze` makes of an `LSTM`: its forward, without gradients, on torch tensors or NumPy arrays.
 
@@ -301,14 +311,14 @@ class FrozenLSTM(Frozen):
 
     def _forward_unbatched(self, x: Any, h0: Any, c0: Any, lengths: Any, resets: Any) -> tuple[Any, Any]:
         """x [T, I], as a batch of one."""
-        if self.batch_first:
-            x, resets = x[None], None if resets is None else resets[None]
-        else:
-            x, resets = x[:, None], None if resets is None else resets[:, None]
-        h0, c0 = (None if a is None else a[:, None] for a in (h0, c0))
-        lengths = None if lengths is None else lengths.reshape(1)
-        y, (h_n, c_n) = self.forward(x, None if h0 is None else (h0, c0), lengths=lengths, resets=resets)
-        return y.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+        batch = 0 if self.batch_first else 1
+        hx = None if h0 is None else (_with_batch("h0", h0, x, 2, 1), _with_batch("c0", c0, x, 2, 1))
+        resets = _with_batch("resets", resets, x, 1, batch)
+        if lengths is not None:
+            check_kind("lengths", lengths, x)
+            lengths = lengths.reshape(1)
+        y, (h_n, c_n) = self.forward(_with_batch("input", x, x, 2, batch), hx, lengths=lengths, resets=resets)
+        return y.squeeze(batch), (h_n.squeeze(1), c_n.squeeze(1))
 
     def _forward_packed(self, packed: PackedSequence, hx: Any, lengths: Any, resets: Any) -> tuple[Any, Any]:
         if lengths is not None or resets is not None:
@@ -462,8 +472,9 @@ class Stream:
                 expected = f"{x.ndim + 1} dimensions in a stream of {self.batch_size} sequences"
                 raise RuntimeError(f"x: expected {expected}, got {x.ndim}")
             batch = 0 if self._batch_first or self._is_cell else 1
-            wide = [None if a is None else (a[None] if batch == 0 else a[:, None]) for a in (x, out, resets)]
-            y = self(wide[0], out=wide[1], lengths=lengths, resets=wide[2])
+            wide_x, wide_out = (_with_batch(name, a, x, x.ndim, batch) for name, a in (("x", x), ("out", out)))
+            wide_resets = _with_batch("resets", resets, x, x.ndim - 1, batch)
+            y: Any = self(wide_x, out=wide_out, lengths=lengths, resets=wide_resets)
             return out if out is not None else y.squeeze(batch)
         if self._step is not None and forced.get() is None:
             y = self._step(x, self._batch_first, out, lengths, resets)
