@@ -196,10 +196,11 @@ class Frozen(Module):
 
     def _compute_otherwise(self, call: LayerCall) -> tuple[Any, Any, Any]:
         """Of a call that is watched, of arrays that are not plain, or of a module that is not packed."""
-        if not all(a is None or isinstance(a, Tensor) for a in (*call[:3], *call[4:7])):
-            for name, a in call.named():
+        if not is_tensor(call.x) or not all(a is None or is_tensor(a) for a in (*call[1:3], *call[4:7])):
+            check_kind("input", call.x)
+            for name, a in call.named()[1:]:
                 if a is not None:
-                    check_kind(name, a, None if name == "x" else call.x)
+                    check_kind(name, a, call.x)
             return self._stack.run(call.map(np.asarray))
         if _is_any_autocast_enabled():
             call = call._replace(**{name: _cast(getattr(call, name), self.dtype) for name in ("x", "h0", "c0")})

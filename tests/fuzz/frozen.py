@@ -102,7 +102,12 @@ class Subject:
         h0 = c0 = None
         if rng.random() < 0.6:
             h0, c0 = (own.standard_normal((*states, width)) for width in (spec.width, spec.hidden_size))
-        arrays = {"x": x, "h0": h0, "c0": c0, "lengths": lengths, "resets": resets}
+        batch_sizes = None
+        if tensors and not self.is_cell and not fewest and B and rng.random() < 0.2:
+            lengths = resets = None
+            batch_sizes = (np.arange(T)[:, None] < np.append(own.integers(1, T + 1, B - 1), T)).sum(1)
+            x = own.standard_normal((batch_sizes.sum(), spec.input_size))
+        arrays = {"x": x, "h0": h0, "c0": c0, "lengths": lengths, "resets": resets, "batch_sizes": batch_sizes}
         return {name: given(a) for name, a in arrays.items()}
 
     def run(self, module: Any, named: Named) -> Named:
@@ -110,10 +115,15 @@ class Subject:
         h0, c0, first_c = named["h0"], named["c0"], self.spec.kind == "TensorFlowCell"
         pair = None if h0 is None and c0 is None else (c0, h0) if first_c else (h0, c0)
         masks = {name: named[name] for name in ("lengths", "resets") if named[name] is not None}
+        x, batch_sizes = named["x"], named["batch_sizes"]
+        if batch_sizes is not None:
+            if not isinstance(batch_sizes, torch.Tensor):
+                raise TypeError("torch makes no PackedSequence of it")
+            x = torch.nn.utils.rnn.PackedSequence(x, batch_sizes)
         with torch.no_grad(), lstm_ext.engines.cpu.use_plan(**self.plan):
-            output, state = module(named["x"], named.get("state", pair), **masks)
+            output, state = module(x, named.get("state", pair), **masks)
         if not self.is_cell:
-            return {"y": output, "h_n": state[0], "c_n": state[1]}
+            return {"y": output if batch_sizes is None else output.data, "h_n": state[0], "c_n": state[1]}
         return {"y": output, "c_n": state[0] if first_c else state}
 
     def oracle(self) -> Named:
@@ -188,6 +198,7 @@ def stream(rng: Random, tensors: bool) -> Target:
         return overlapping(rng, tensors)
     subject = Subject(rng, tensors, forward=True)
     frozen, spec, named = subject.frozen, subject.spec, dict(subject.named)
+    del named["batch_sizes"]
     axis = 1 if spec.batch_first else 0
     batch_size = named["x"].shape[0 if subject.is_cell else 1 - axis]
     named["out"] = None
