@@ -331,10 +331,8 @@ def test_the_plan_of_a_frozen_module() -> None:
 # Accuracy and bad input ----------------------------------------------------------------------------------------------
 
 
-@needs_native
-@pytest.mark.filterwarnings("ignore")  # torch means to move quantize_dynamic elsewhere
-def test_int8_is_no_less_accurate_than_torchs() -> None:
-    """Of a small character model that has learned its text."""
+def learned_text() -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+    """Layers and a head that have learned to tell the next character of a text: x [T, B, 32] and ids [T, B]."""
     text = ("the state of a cell goes on from step to step and the gates say what is kept of it. " * 4)[:256]
     ids = torch.tensor([ord(letter) % 32 for letter in text]).reshape(8, 32).T  # [T, B]
     x = torch.nn.functional.one_hot(ids, 32).float()
@@ -347,6 +345,13 @@ def test_int8_is_no_less_accurate_than_torchs() -> None:
         loss.backward()
         optimizer.step()
     assert loss < 1
+    return lstm, head, x, ids
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore")  # torch means to move quantize_dynamic elsewhere
+def test_int8_is_no_less_accurate_than_torchs() -> None:
+    lstm, head, x, _ = learned_text()
     with torch.no_grad():
         exact = copy.deepcopy(lstm).double()(x.double())[0]
         stock = lstm_ext.to_torch(copy.deepcopy(lstm))
