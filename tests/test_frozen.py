@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -331,6 +333,17 @@ def test_the_plan_of_a_frozen_module() -> None:
 # Accuracy and bad input ----------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small steps of training: more threads wait for each other where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def learned_text() -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """Layers and a head that have learned to tell the next character of a text: x [T, B, 32] and ids [T, B]."""
     text = ("the state of a cell goes on from step to step and the gates say what is kept of it. " * 4)[:256]
@@ -339,11 +352,12 @@ def learned_text() -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     lstm, head = lstm_ext.LSTM(32, 48, 2), torch.nn.Linear(48, 32)
     optimizer = torch.optim.Adam([*lstm.parameters(), *head.parameters()], 0.02)
-    for _ in range(100):
-        loss = torch.nn.functional.cross_entropy(head(lstm(x[:-1])[0]).flatten(0, 1), ids[1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    with one_thread():
+        for _ in range(100):
+            loss = torch.nn.functional.cross_entropy(head(lstm(x[:-1])[0]).flatten(0, 1), ids[1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     assert loss < 1
     return lstm, head, x, ids
 
