@@ -492,6 +492,8 @@ class Stream:
         if self.batch_size != B:
             raise RuntimeError(f"x: expected a batch of {self.batch_size} as the stream has, got {B}")
         if self._is_cell:
+            if lengths is not None:
+                raise ValueError("lengths: expected None in a stream of a cell, whose calls are one step")
             hx = (h[0], c[0]) if is_tensor(x) else (h[0].numpy(), c[0].numpy())
             cell: Any = self.frozen
             y, new_c = cell.step(x, *hx, resets)
@@ -506,12 +508,11 @@ class Stream:
             raise ValueError("out: expected memory apart from that of x")
         if out is not None and not is_tensor(out) and not out.flags.writeable:
             raise ValueError("out: expected a writable array")
+        if out is not None:
+            out[...] = y  # may fail, and the state is then as before
         h.copy_(torch.as_tensor(new_h))
         c.copy_(torch.as_tensor(new_c))
-        if out is None:
-            return y
-        out[...] = y
-        return out
+        return y if out is None else out
 
     def _now(self) -> tuple[Tensor, Tensor]:
         n = 0 if self._native is None else 2 * self._native.current()

@@ -154,6 +154,10 @@ def test_out_is_refused_whoever_computes(backend: str) -> None:
                 stream(x, out=flat[29:69].reshape(5, 2, 4))
             with pytest.raises(RuntimeError, match="out: expected"):
                 stream(x, out=out[:4])
+            with pytest.raises((RuntimeError, ValueError)):  # torch's or NumPy's own words where these write
+                stream(
+                    x, out=torch.zeros(1).expand(5, 2, 4) if flat is tensors else np.broadcast_to(memory[:1], (5, 2, 4))
+                )
             assert torch.equal(stream.state[0], before[0])
         memory.setflags(write=False)
         with pytest.raises(ValueError, match="out: expected a writable array"):
@@ -164,6 +168,8 @@ def test_out_is_refused_whoever_computes(backend: str) -> None:
             stream_of().state = [0.0], [0.0]
         # A step of a cell without a batch, in a stream of one.
         cell = lstm_ext.freeze(lstm_ext.LSTMCell(3, 4)).stream()
+        with pytest.raises(ValueError, match="lengths: expected"):
+            cell(torch.zeros(1, 3), lengths=torch.ones(1, dtype=torch.int64))
         x, out = torch.randn(3), torch.zeros(4)
         assert cell(x, out=out, resets=torch.tensor(True)) is out
         assert torch.equal(cell.state[0][0, 0], out)
