@@ -25,7 +25,8 @@ PYBIND11_MODULE(core, m) {
       .def("plans", &lstm_ext::ops::Frozen::plans, "T"_a, "B"_a, "num_threads"_a)
       .def("bytes", &lstm_ext::ops::Frozen::bytes);
   py::class_<lstm_ext::ops::Stream>(m, "Stream")
-      .def(py::init<std::shared_ptr<lstm_ext::ops::Frozen>, const py::tuple&>(), "frozen"_a, "states"_a)
+      .def(py::init<std::shared_ptr<lstm_ext::ops::Frozen>, const py::tuple&>(), py::arg("frozen").none(false),
+           "states"_a)
       .def("step", &lstm_ext::ops::Stream::step, "x"_a, "batch_first"_a, "out"_a, "lengths"_a, "resets"_a,
            "num_threads"_a = 0)
       .def("current", &lstm_ext::ops::Stream::current)

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from . import onnx as onnx
     from . import ops as ops
     from . import testing as testing
-    from .frozen import FrozenLSTM, FrozenLSTMCell, FrozenTensorFlowCell, Stream, freeze
+    from .freezing import freeze
+    from .frozen import FrozenLSTM, FrozenLSTMCell, FrozenTensorFlowCell, Stream
     from .nn import LSTM, LSTMCell
     from .swap import replace_lstm, to_torch
     from .tensorflow import BasicLSTMCell, LayerNormBasicLSTMCell, LSTMStateTuple, MultiRNNCell, dynamic_rnn
@@ -84,7 +85,8 @@ _PLACES = {
         ("BasicLSTMCell", "LayerNormBasicLSTMCell", "LSTMStateTuple", "MultiRNNCell", "dynamic_rnn"), "tensorflow"
     ),
     **dict.fromkeys(("replace_lstm", "to_torch"), "swap"),
-    **dict.fromkeys(("FrozenLSTM", "FrozenLSTMCell", "FrozenTensorFlowCell", "Stream", "freeze"), "frozen"),
+    **dict.fromkeys(("FrozenLSTM", "FrozenLSTMCell", "FrozenTensorFlowCell", "Stream"), "frozen"),
+    "freeze": "freezing",
     "tune": "tuning",
 }
 _NEED_TORCH = {*_PLACES, "onnx", "ops"}

@@ -1,27 +1,24 @@
-"""`freeze`: modules for inference alone, their weights packed once, and streams that keep their state between calls."""
+"""Modules for inference alone, their weights packed once, and streams that keep their state between calls."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _native, nn
+from . import _native
 from ._torch_private import _is_any_autocast_enabled
-from .call import FORWARD, LayerCall, is_tensor, kind
-from .cell import Cell, Norm
+from .call import FORWARD, LayerCall, check_kind, is_tensor, kind
 from .engines import forced, onnx
-from .frozen_stack import WEIGHTS, Spec, Stack, dequantized, frozen_forward, quantized, remember, run_layers
-from .swap import plain_class
-from .tensorflow import LSTMStateTuple, TensorFlowCell
+from .frozen_stack import Spec, Stack, dequantized, frozen_forward, remember, run_layers, tensor_of
+from .nn import as_leaf, is_proxy
+from .tensorflow import LSTMStateTuple
 from .torch_op import is_eager
 
 M = TypeVar("M", bound=Module)
@@ -34,7 +31,7 @@ _NONE: list[Any] = []
 class Frozen(Module):
     """What frozen modules share: weights that nothing can change, in a portable layout and packed for this machine."""
 
-    _frozen = False  # whether `__init__` is done
+    _held: frozenset[str] = frozenset()  # the names of what cannot be set, once it is there
     hidden_size: int
 
     def __init__(self, spec: Spec, tensors: Sequence[Tensor], error: float | None = None):
@@ -50,7 +47,8 @@ class Frozen(Module):
         for name in ("input_size", "hidden_size", "num_layers", "bidirectional", "bias", "proj_size", "batch_first"):
             setattr(self, name, getattr(spec, name))
         self.weights = spec.weights
-        self._frozen = True
+        own = "_spec", "_text", "_tensors", "_stack", "_run", "_held", "error", "dtype", "nbytes", "engine"
+        self._held = frozenset((*own, *Spec._fields, *spec.names()))
         remember(stack, stack.tensors, self._text, keep=False)
 
     # What nothing changes ----------------------------------------------------------------------------
@@ -62,10 +60,17 @@ class Frozen(Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Hooks and the like may be set; weights and sizes not."""
-        if self._frozen and (isinstance(value, (Tensor, Module)) or name in (*Spec._fields, "error", "_tensors")):
+        """Hooks and the like may be set; weights, sizes and the mode of training not."""
+        is_mode = name == "training" and value
+        if self._held and (name in self._held or is_mode or isinstance(value, (Tensor, Module))):
             self._refuse(f"{name} cannot be set")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """The same."""
+        if name in self._held:
+            self._refuse(f"{name} cannot be deleted")
+        super().__delattr__(name)
 
     def train(self: M, mode: bool = True) -> M:
         """Only `eval()` is possible."""
@@ -76,6 +81,14 @@ class Frozen(Module):
     def register_parameter(self, name: str, param: Any) -> None:
         """There are none."""
         self._refuse(f"it takes no parameter {name!r}")
+
+    def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
+        """There are none."""
+        self._refuse(f"it takes no buffer {name!r}")
+
+    def add_module(self, name: str, module: Any) -> None:
+        """There are none."""
+        self._refuse(f"it takes no module {name!r}")
 
     def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
         """`to`, `half`, `cuda` and so on: only what changes nothing."""
@@ -116,9 +129,8 @@ class Frozen(Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """With portable weights: they are packed for the machine that loads them."""
-        kept = {
-            name: value for name, value in vars(self).items() if name not in ("_stack", "_run", "_tensors", "_text")
-        }
+        made = "_stack", "_run", "_tensors", "_text", "_held"
+        kept = {name: value for name, value in vars(self).items() if name not in made}
         return {**kept, "_spec": tuple(self._spec), "_portable": self._tensors, "_format": _FORMAT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,7 +142,7 @@ class Frozen(Module):
                 "another version of lstm_ext"
             )
         spec, tensors = Spec(*state.pop("_spec")), state.pop("_portable")
-        super().__setstate__({**state, "_frozen": False})
+        super().__setstate__(state)
         self._prepare(spec, tensors, state["error"])
 
     # What it says --------------------------------------------------------------------------------------
@@ -184,9 +196,11 @@ class Frozen(Module):
 
     def _compute_otherwise(self, call: LayerCall) -> tuple[Any, Any, Any]:
         """Of a call that is watched, of arrays that are not plain, or of a module that is not packed."""
-        if not is_tensor(call.x):
-            if not isinstance(call.x, np.ndarray):
-                raise TypeError(f"input: expected a torch.Tensor or numpy.ndarray, got {kind(call.x)}")
+        if not is_tensor(call.x) or not all(a is None or is_tensor(a) for a in (*call[1:3], *call[4:7])):
+            check_kind("input", call.x)
+            for name, a in call.named()[1:]:
+                if a is not None:
+                    check_kind(name, a, call.x)
             return self._stack.run(call.map(np.asarray))
         if _is_any_autocast_enabled():
             call = call._replace(**{name: _cast(getattr(call, name), self.dtype) for name in ("x", "h0", "c0")})
@@ -221,9 +235,19 @@ def _pair(hx: Any, what: str = "hx: expected a pair of arrays (h_0, c_0)") -> tu
 
 def _mask(mask: Any, x: Any) -> Any:
     """Lengths or resets given as a list or an array of the other kind, beside x."""
-    if mask is None or type(mask) is type(x):
+    if mask is None or type(mask) is type(x) or not isinstance(mask, (list, tuple, int, np.ndarray, Tensor)):
         return mask
     return torch.as_tensor(mask, device=x.device) if is_tensor(x) else np.asarray(mask)
+
+
+def _with_batch(name: str, a: Any, x: Any, rank: int, axis: int) -> Any:
+    """An array beside x, which has no batch, as of a batch of one."""
+    if a is None:
+        return None
+    check_kind(name, a, x)
+    if a.ndim != rank:
+        raise RuntimeError(f"{name}: expected {rank} dimensions beside an input without a batch, got {a.ndim}")
+    return a[None] if axis == 0 else a[:, None]
 
 
 class FrozenLSTM(Frozen):
@@ -260,12 +284,12 @@ class FrozenLSTM(Frozen):
         Raises:
             RuntimeError, TypeError, ValueError: as `LSTM`.
         """
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, resets)
+        rank = getattr(input, "ndim", None)
+        if type(rank) is not int:
+            return self._forward_of_no_array(input, hx, lengths, resets)
         h0, c0 = (None, None) if hx is None else _pair(hx)
         if lengths is not None or resets is not None:
             lengths, resets = _mask(lengths, input), _mask(resets, input)
-        rank = input.ndim if hasattr(input, "ndim") else 0
         if rank == 2:
             return self._forward_unbatched(input, h0, c0, lengths, resets)
         if rank != 3:
@@ -278,16 +302,24 @@ class FrozenLSTM(Frozen):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _forward_of_no_array(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Any:
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, lengths, resets)
+        if is_proxy(input):
+            return as_leaf(self, input, hx, lengths=lengths, resets=resets)
+        check_kind("input", input)
+        raise TypeError(f"input: expected an array with dimensions, got {kind(input)}")
+
     def _forward_unbatched(self, x: Any, h0: Any, c0: Any, lengths: Any, resets: Any) -> tuple[Any, Any]:
         """x [T, I], as a batch of one."""
-        if self.batch_first:
-            x, resets = x[None], None if resets is None else resets[None]
-        else:
-            x, resets = x[:, None], None if resets is None else resets[:, None]
-        h0, c0 = (None if a is None else a[:, None] for a in (h0, c0))
-        lengths = None if lengths is None else lengths.reshape(1)
-        y, (h_n, c_n) = self.forward(x, None if h0 is None else (h0, c0), lengths=lengths, resets=resets)
-        return y.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+        batch = 0 if self.batch_first else 1
+        hx = None if h0 is None else (_with_batch("h0", h0, x, 2, 1), _with_batch("c0", c0, x, 2, 1))
+        resets = _with_batch("resets", resets, x, 1, batch)
+        if lengths is not None:
+            check_kind("lengths", lengths, x)
+            lengths = lengths.reshape(1)
+        y, (h_n, c_n) = self.forward(_with_batch("input", x, x, 2, batch), hx, lengths=lengths, resets=resets)
+        return y.squeeze(batch), (h_n.squeeze(1), c_n.squeeze(1))
 
     def _forward_packed(self, packed: PackedSequence, hx: Any, lengths: Any, resets: Any) -> tuple[Any, Any]:
         if lengths is not None or resets is not None:
@@ -311,6 +343,8 @@ class FrozenLSTMCell(Frozen):
 
     def forward(self, input: Any, hx: Any = None, *, resets: Any = None) -> tuple[Any, Any]:
         """(h_1, c_1) of a step [B, I] or [I]; hx is (h_0, c_0), None for zeros; resets is bool [B] or []."""
+        if type(input) is not Tensor and is_proxy(input):
+            return as_leaf(self, input, hx, resets=resets)
         h0, c0 = (None, None) if hx is None else _pair(hx)
         return self.step(input, h0, c0, None if resets is None else _mask(resets, input))
 
@@ -319,7 +353,8 @@ class FrozenLSTMCell(Frozen):
 
     def step(self, x: Any, h0: Any, c0: Any, resets: Any) -> tuple[Any, Any]:
         """(h, c) after a step."""
-        if (rank := x.ndim) != 1 and rank != 2:
+        if (rank := getattr(x, "ndim", None)) != 1 and rank != 2:
+            check_kind("input", x)
             raise ValueError(f"input: expected 1 or 2 dimensions, got {rank}")
         h, _, c = self._compute((x, h0, c0, _NONE, None, resets, None, FORWARD, False, None, None))
         return h, c
@@ -334,16 +369,25 @@ class FrozenTensorFlowCell(FrozenLSTMCell):
         torch.Size([16, 64])
     """
 
-    state_is_tuple = True
+    @property
+    def state_is_tuple(self) -> bool:
+        """Whether the state is a pair; else [c, h] joined."""
+        return self._spec.state_is_tuple
 
     def forward(self, input: Any, state: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
         """(h', state), the state as the cell has it: (c, h), or both joined."""
+        if type(input) is not Tensor and is_proxy(input):
+            return as_leaf(self, input, state)
         if state is None:
             c0 = h0 = None
         elif self.state_is_tuple:
             c0, h0 = _pair(state, "state: expected the pair (c, h)")
         else:
-            c0, h0 = state[:, : self.hidden_size], state[:, self.hidden_size :]
+            check_kind("state", state, input)
+            U = self.hidden_size
+            if len(state.shape) != 2 or state.shape[1] != 2 * U:
+                raise RuntimeError(f"state: expected shape [B, 2*num_units] with {2 * U}, got {list(state.shape)}")
+            c0, h0 = state[:, :U], state[:, U:]
         h, c = self.step(input, h0, c0, None)
         if self.state_is_tuple:
             return h, LSTMStateTuple(c, h)
@@ -378,7 +422,8 @@ class Stream:
         self._is_cell, self._batch_first = isinstance(frozen, FrozenLSTMCell), spec.batch_first
         device = frozen._tensors[0].device
         shapes = [(spec.num_layers, batch_size, width) for width in (spec.width, spec.hidden_size)]
-        self._states = [torch.zeros(shape, dtype=frozen.dtype, device=device) for shape in (*shapes, *shapes)]
+        with torch.inference_mode(False):  # they are written to in either mode
+            self._states = [torch.zeros(shape, dtype=frozen.dtype, device=device) for shape in (*shapes, *shapes)]
         native = frozen._stack.native
         self._native: Any = None if native is None else _native.C.Stream(native, tuple(self._states))
         self._step = None if self._native is None else self._native.step
@@ -388,7 +433,7 @@ class Stream:
 
         Args:
             x: a torch tensor or a NumPy array [T, B, I], [B, T, I] if the module is `batch_first`, or [T, I] of a
-                stream of one; of a cell one step [B, I].
+                stream of one; of a cell one step [B, I], or [I] of a stream of one.
             out: an array like the result, in memory apart from that of x, to write it to.
             lengths: integer [B], how many of the steps each sequence takes; the others stay as they are.
             resets: bool [T, B] or [B, T] (of a cell [B]), where a sequence begins anew before a step.
@@ -402,28 +447,35 @@ class Stream:
             ValueError: `out` that cannot be written to, or overlaps x; a length out of range.
         """
         if self._step is not None and forced.get() is None and not (self._is_unbatched(x)):
-            y: Any = self._step(x, self._batch_first, out, lengths, resets)
+            try:
+                y: Any = self._step(x, self._batch_first, out, lengths, resets)
+            except RuntimeError as error:
+                if is_eager():
+                    raise
+                raise RuntimeError(_WATCHED) from error
             if y is not NotImplemented:
                 found: A = y
                 return found
         return self._call_otherwise(x, out, lengths, resets)
 
     def _is_unbatched(self, x: Any) -> bool:
-        return not self._is_cell and getattr(x, "ndim", 0) == 2
+        return bool(getattr(x, "ndim", 0) == (1 if self._is_cell else 2))
 
     def _call_otherwise(self, x: Any, out: Any, lengths: Any, resets: Any) -> Any:
-        """Steps [T, I]; masks in other forms; a module that is not packed."""
+        """Without a batch: steps [T, I], of a cell [I]; masks in other forms; a module that is not packed."""
         if not is_tensor(x) and not isinstance(x, np.ndarray):
             raise TypeError(f"x: expected a torch.Tensor or numpy.ndarray, got {kind(x)}")
-        if out is not None and type(out) is not type(x):
+        if out is not None and kind(out) != kind(x):
             raise TypeError(f"out: expected {kind(x)} as x is, got {kind(out)}")
         lengths, resets = _mask(lengths, x), _mask(resets, x)
         if self._is_unbatched(x):
             if self.batch_size != 1:
-                raise RuntimeError(f"x: expected 3 dimensions in a stream of {self.batch_size} sequences, got 2")
-            batch = 0 if self._batch_first else 1
-            wide = [None if a is None else (a[None] if batch == 0 else a[:, None]) for a in (x, out, resets)]
-            y = self(wide[0], out=wide[1], lengths=lengths, resets=wide[2])
+                expected = f"{x.ndim + 1} dimensions in a stream of {self.batch_size} sequences"
+                raise RuntimeError(f"x: expected {expected}, got {x.ndim}")
+            batch = 0 if self._batch_first or self._is_cell else 1
+            wide_x, wide_out = (_with_batch(name, a, x, x.ndim, batch) for name, a in (("x", x), ("out", out)))
+            wide_resets = _with_batch("resets", resets, x, x.ndim - 1, batch)
+            y: Any = self(wide_x, out=wide_out, lengths=lengths, resets=wide_resets)
             return out if out is not None else y.squeeze(batch)
         if self._step is not None and forced.get() is None:
             y = self._step(x, self._batch_first, out, lengths, resets)
@@ -434,10 +486,14 @@ class Stream:
     def _call_module(self, x: Any, out: Any, lengths: Any, resets: Any) -> Any:
         """By the module's ordinary engines."""
         h, c = self._now()
+        if x.ndim != (2 if self._is_cell else 3):
+            raise RuntimeError(f"x: expected {2 if self._is_cell else 3} dimensions, got {x.ndim}")
         B = x.shape[0] if self._is_cell or self._batch_first else x.shape[1]
         if self.batch_size != B:
             raise RuntimeError(f"x: expected a batch of {self.batch_size} as the stream has, got {B}")
         if self._is_cell:
+            if lengths is not None:
+                raise ValueError("lengths: expected None in a stream of a cell, whose calls are one step")
             hx = (h[0], c[0]) if is_tensor(x) else (h[0].numpy(), c[0].numpy())
             cell: Any = self.frozen
             y, new_c = cell.step(x, *hx, resets)
@@ -448,12 +504,15 @@ class Stream:
         if out is not None and (tuple(out.shape) != tuple(y.shape) or out.dtype != y.dtype):
             expected = f"shape {list(y.shape)} and dtype {y.dtype}"
             raise RuntimeError(f"out: expected {expected}, got {list(out.shape)} and {out.dtype}")
+        if out is not None and _overlap(out, x):
+            raise ValueError("out: expected memory apart from that of x")
+        if out is not None and not is_tensor(out) and not out.flags.writeable:
+            raise ValueError("out: expected a writable array")
+        if out is not None:
+            out[...] = y  # may fail, and the state is then as before
         h.copy_(torch.as_tensor(new_h))
         c.copy_(torch.as_tensor(new_c))
-        if out is None:
-            return y
-        out[...] = y
-        return out
+        return y if out is None else out
 
     def _now(self) -> tuple[Tensor, Tensor]:
         n = 0 if self._native is None else 2 * self._native.current()
@@ -468,7 +527,10 @@ class Stream:
 
     @state.setter
     def state(self, state: Any) -> None:
-        new = [torch.as_tensor(a) for a in _pair(state, "state: expected a pair of arrays (h, c)")]
+        given = _pair(state, "state: expected a pair of arrays (h, c)")
+        for name, a in zip("hc", given, strict=True):
+            check_kind(f"state, {name}", a)
+        new = [a.detach() if is_tensor(a) else tensor_of(a) for a in given]
         with _Held(self):
             for name, a, own in zip("hc", new, self._now(), strict=True):
                 if a.shape != own.shape or a.dtype != own.dtype:
@@ -485,8 +547,33 @@ class Stream:
             for own in self._now():
                 own[:, slice(None) if rows is None else torch.as_tensor(rows)] = 0
 
+    def __reduce__(self) -> Any:
+        """With the state: `copy.copy` goes on from here beside it, with the same weights."""
+        return _restored, (self.frozen, self.batch_size, self.state)
+
     def __repr__(self) -> str:
         return f"Stream({self.frozen!r}, batch_size={self.batch_size})"
+
+
+_WATCHED = (
+    "stream: torch.func, compilers and modes do not see its state: call the frozen module itself, with the state as hx"
+)
+
+
+def _restored(frozen: Frozen, batch_size: int, state: tuple[Tensor, Tensor]) -> Stream:
+    stream = frozen.stream(batch_size)
+    stream.state = state
+    return stream
+
+
+def _overlap(a: Any, b: Any) -> bool:
+    if not is_tensor(a):
+        return bool(np.may_share_memory(a, b))
+    ends = []
+    for each in (a, b):
+        last = sum((size - 1) * step for size, step in zip(each.shape, each.stride(), strict=True))
+        ends.append(each.data_ptr() + (last + 1) * each.element_size())
+    return bool(a.numel() and b.numel() and a.data_ptr() < ends[1] and b.data_ptr() < ends[0])
 
 
 class _Held:
@@ -502,181 +589,3 @@ class _Held:
     def __exit__(self, *_: object) -> None:
         if self._native is not None:
             self._native.release()
-
-
-# Freezing ------------------------------------------------------------------------------------------------------------
-
-
-_CLASSES: tuple[Any, ...] = (torch_rnn.LSTM, torch_rnn.LSTMCell, nn.LSTM, nn.LSTMCell, TensorFlowCell)
-
-
-@overload
-def freeze(module: torch_rnn.LSTM | nn.LSTM, weights: str | None = None) -> FrozenLSTM: ...
-@overload
-def freeze(module: torch_rnn.LSTMCell, weights: str | None = None) -> FrozenLSTMCell: ...
-@overload
-def freeze(module: TensorFlowCell, weights: str | None = None) -> FrozenTensorFlowCell: ...
-@overload
-def freeze(module: M, weights: str | None = None) -> M: ...
-def freeze(module: Module, weights: str | None = None) -> Any:
-    """For inference: the same computation with its weights packed once, for the CPU.
-
-    Args:
-        module: `torch.nn.LSTM`, `LSTMCell`, those of lstm_ext, `BasicLSTMCell` or `LayerNormBasicLSTMCell`; or a
-            model, of which a copy is made in which all such modules are frozen. It is taken as in `eval()`: without
-            dropouts.
-        weights: how the matrices are stored: "float32", "bfloat16" or "int8" (with a scale for each row of weights,
-            h and x as integers of up to 16 bits, sums in int32, gates in float32); x, the state and the output are
-            float32 then. None is the dtype of the module.
-
-    Returns:
-        A `FrozenLSTM`, `FrozenLSTMCell` or `FrozenTensorFlowCell`; or the copy of the model. Where the weights cannot
-        be packed (on a GPU, without compiled kernels) it keeps them all the same and runs the ordinary engines, and
-        its `engine` says so.
-
-    Raises:
-        TypeError: not a module.
-        ValueError: an unknown kind of weights; int8 of weights with NaN; int8 or bfloat16 on a GPU, whose kernels
-            multiply what x is.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.LSTM(28, 64))
-        >>> lstm_ext.freeze(model)[0].engine
-        'cpu, packed float32'
-    """
-    if not isinstance(module, Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    if weights is not None and weights not in WEIGHTS:
-        raise ValueError(f"weights: expected None, {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
-    if isinstance(module, _CLASSES):
-        if obstacle := _obstacle(module):
-            raise TypeError(f"module: expected one that can be frozen: {obstacle}")
-        return _freeze_one(module, weights)
-    memo: dict[int, Any] = {}
-    for path, each in module.named_modules():
-        if not isinstance(each, _CLASSES) or id(each) in memo:
-            continue
-        if obstacle := _obstacle(each):
-            warnings.warn(f"freeze leaves {path} alone: {obstacle}", stacklevel=2)
-        else:
-            memo[id(each)] = _freeze_one(each, weights)
-    if not memo:
-        warnings.warn(f"freeze found no LSTM to freeze in {type(module).__name__}", stacklevel=2)
-    return copy.deepcopy(module, memo)
-
-
-def _obstacle(module: Module) -> str:
-    """Why a module cannot be frozen; "" if it can."""
-    cls = plain_class(module)
-    if cls.__module__.partition(".")[0] not in ("torch", "lstm_ext"):
-        return f"{cls.__name__} is a subclass, which may compute something else"
-    if "forward" in vars(module):
-        return "its forward method was replaced"
-    if isinstance(module, TensorFlowCell):
-        if module.has_uninitialized_params():
-            return "its weights are not made yet: call it once, or give input_size"
-        if module._cells[0] is None:
-            return f"its activation is a function of its own: {module.activation!r}"
-    return ""
-
-
-def _cell_of_module(module: Any) -> Cell | None:
-    """What it computes without training, in torch's layout of weights; None is the plain LSTM."""
-    if isinstance(module, TensorFlowCell):
-        cell: Cell | None = module._cells[0]
-        assert cell is not None
-        return cell._replace(tensorflow=False, candidate_dropout=0.0).simplified()
-    options = getattr(module, "_options", None)
-    return None if options is None else options.cells[0]
-
-
-def _weights_of(module: Any) -> list[list[Tensor]]:
-    """The weights of each layer and direction, in torch's layout."""
-    if isinstance(module, TensorFlowCell):
-        call = LayerCall(None, None, None, module._weights(), None, None, None, FORWARD, False, module._cells[0])
-        w = call.split_cell()[0]
-        w = w._replace(b_hh=w.w_ih.new_zeros(len(w.w_ih)))  # torch has two biases
-        return [[a for a in w if a is not None]]
-    if isinstance(module, torch_rnn.LSTMCell):
-        own = nn.LSTMCell._weights(module)  # type: ignore[arg-type]
-        extra = getattr(module, "_options", None)
-        return [[*own, *(getattr(module, name) for name in (extra.extra_weights if extra else ()))]]
-    return [[getattr(module, name) for name in names] for names in module._all_weights]
-
-
-@torch.no_grad()
-def _freeze_one(module: Any, weights: str | None) -> Frozen:
-    cell, by_direction = _cell_of_module(module), _weights_of(module)
-    own = by_direction[0][0]
-    is_cell, tensorflow = not isinstance(module, torch_rnn.RNNBase), isinstance(module, TensorFlowCell)
-    dtype = str(own.dtype).removeprefix("torch.")
-    if weights in ("int8", "bfloat16") and own.device.type != "cpu" and weights != dtype:
-        way = "module.bfloat16()" if weights == "bfloat16" else "module.cpu()"
-        raise ValueError(
-            f"weights: expected those of the module on {own.device}, where kernels multiply numbers of one dtype, got "
-            f"{weights!r}: freeze {way}"
-        )
-    if weights is not None and weights != dtype:
-        dtype = "float32"
-    wide = [[_copy(a, dtype) for a in w] for w in by_direction]
-    bias = tensorflow or bool(module.bias)
-    if cell is not None and cell.forget_bias and bias and cell.norm == Norm.NONE:
-        H = wide[0][1].shape[0] // 4
-        for w in wide:  # it counts at each step
-            w[2][H : 2 * H] += cell.forget_bias
-        cell = cell._replace(forget_bias=0.0).simplified()
-    proj_size = 0 if is_cell else module.proj_size
-    spec = Spec(
-        "TensorFlowCell" if tensorflow else "LSTMCell" if is_cell else "LSTM",
-        wide[0][0].shape[1],
-        wide[0][1].shape[0] // 4,
-        1 if is_cell else module.num_layers,
-        not is_cell and module.bidirectional,
-        bias,
-        proj_size,
-        not is_cell and module.batch_first,
-        dtype,
-        weights or dtype,
-        None if cell is None else tuple(float(number) for number in cell),
-        () if cell is None else cell.extra_weights,
-    )
-    flat = [a for w in wide for a in w]
-    tensors = _stored(spec, flat)
-    classes = {"LSTM": FrozenLSTM, "LSTMCell": FrozenLSTMCell, "TensorFlowCell": FrozenTensorFlowCell}
-    frozen = classes[spec.kind](spec, tensors, _error_of(spec, tensors, flat))
-    if tensorflow:
-        frozen.state_is_tuple = module.state_is_tuple
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        getattr(frozen, name).update(getattr(module, name))
-    return frozen
-
-
-def _copy(a: Tensor, dtype: str) -> Tensor:
-    return a.detach().to(getattr(torch, dtype), copy=True).contiguous()
-
-
-def _stored(spec: Spec, flat: list[Tensor]) -> list[Tensor]:
-    """The weights in the order of `spec.names()`, as they are stored."""
-    if not spec.narrow:
-        return flat
-    names = [name for name in spec.names() if "_scale" not in name]
-    stored: list[Tensor] = []
-    for name, a in zip(names, flat, strict=True):
-        if not name.startswith("weight"):
-            stored.append(a)
-        elif spec.weights == "int8":
-            stored += quantized(name, a)
-        else:
-            stored.append(a.to(torch.bfloat16))
-    return stored
-
-
-def _error_of(spec: Spec, tensors: list[Tensor], flat: list[Tensor]) -> float | None:
-    """The largest difference to the output with weights that are not narrow, on some random sequences."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, spec.input_size) if spec.kind != "LSTM" else (8, 2, spec.input_size)
-    x = torch.randn(shape, generator=generator).to(device=flat[0].device, dtype=getattr(torch, spec.dtype))
-    call = LayerCall(x, None, None, [], None, None, None, FORWARD, False)
-    expected = run_layers(call, flat, spec)[0]
-    difference = (Stack(spec, tensors).run(call)[0] - expected).abs()
-    return float(difference.max()) if difference.numel() else 0.0

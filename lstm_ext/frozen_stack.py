@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from . import _native
+from . import _native, route
 from ._torch_private import _AutoDispatchBelowAutograd
-from .call import BOTH, FORWARD, LayerCall
+from .call import BOTH, FORWARD, CallTuple, LayerCall, Outputs, OutputsTuple, Save
 from .cell import Activation, cell_of
 from .engines import choose_under, forced
-from .route import run as run_layer
-from .torch_op import or_empty
+from .torch_op import Batch, foldable, one_by_one, or_empty, plain
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 _BOUNDED = frozenset({Activation.TANH, Activation.SIGMOID, Activation.HARD_SIGMOID, Activation.SOFTSIGN})
 
-Outputs = tuple[Any, Any, Any]  # y, h_n (None of a step), c_n
+StackOutputs = tuple[Any, Any, Any]  # y, h_n (None of a step), c_n
 
 
 class Spec(NamedTuple):
@@ -39,6 +39,7 @@ class Spec(NamedTuple):
         weights: how the matrices are stored: as `dtype`, or narrower.
         cell: the numbers of a `Cell` in torch's layout, None of the plain LSTM.
         extra: the names of the weights that the cell has besides.
+        state_is_tuple: of a cell of TensorFlow's: whether its state is a pair.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Spec(NamedTuple):
     weights: str
     cell: tuple[float, ...] | None = None
     extra: tuple[str, ...] = ()
+    state_is_tuple: bool = True
 
     @property
     def narrow(self) -> bool:
@@ -180,7 +182,7 @@ class Stack:
         device, dtype = self.tensors[0].device.type, getattr(torch, self.spec.dtype)
         return f"{choose_under(None, device, dtype).name or 'torch'}, not packed: {self.reason}"
 
-    def run(self, call: LayerCall) -> Outputs:
+    def run(self, call: LayerCall) -> StackOutputs:
         """The outputs of plain tensors or arrays; `call` has neither weights nor cell, and the state of all layers."""
         if self.native is not None and forced.get() in (None, "cpu"):
             outputs = self.native.run(call)
@@ -188,17 +190,28 @@ class Stack:
                 return outputs
         return self.run_by_engines(call)
 
-    def run_by_engines(self, call: LayerCall) -> Outputs:
+    def run_by_engines(self, call: LayerCall) -> StackOutputs:
         """The same by the ordinary engines, layer by layer."""
         if isinstance(call.x, np.ndarray):
-            y, h_n, c_n = self.run_by_engines(call.map(torch.from_numpy))
+            y, h_n, c_n = self.run_by_engines(call.map(tensor_of))
             return y.numpy(), None if h_n is None else h_n.numpy(), c_n.numpy()
         if self._wide is None and not torch.compiler.is_compiling():
             self._wide = dequantized(self.tensors, self.spec)
         return run_layers(call, self._wide or dequantized(self.tensors, self.spec), self.spec)
 
 
-def run_layers(call: LayerCall, weights: Sequence[Tensor], spec: Spec) -> Outputs:
+def tensor_of(a: Any) -> Tensor:
+    """An array, in whichever byte order or layout."""
+    a = np.asarray(a, a.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(a if a.flags.writeable else a.copy())
+
+
+def run_layers(
+    call: LayerCall,
+    weights: Sequence[Tensor],
+    spec: Spec,
+    run_layer: Callable[[CallTuple], OutputsTuple] = route.run,
+) -> StackOutputs:
     """A call of a frozen module as one call for each layer."""
     cell, directions = None if spec.cell is None else cell_of(spec.cell), BOTH if spec.bidirectional else FORWARD
     each, D = len(weights) // spec.num_layers, spec.num_directions
@@ -286,7 +299,7 @@ def _call(arguments: Sequence[Any]) -> LayerCall:
 @torch.library.impl("lstm_ext::frozen_forward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Of a step h_n is an empty tensor."""
-    y, h_n, c_n = stack_of(arguments[3], arguments[8]).run(_call(arguments))
+    y, h_n, c_n = stack_of(arguments[3], arguments[8]).run(_call([plain(a) for a in arguments]))
     return y, or_empty(h_n, y), c_n
 
 
@@ -318,3 +331,66 @@ def _without_gradient(*arguments: Any) -> Any:
 
 
 _library.impl(frozen_forward.name(), _without_gradient, "Autograd")
+
+
+def layer_by_layer(
+    forward: Callable[[LayerCall, Save], OutputsTuple], arguments: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op gives, by an engine's forward pass for each layer, with weights of the dtype of x."""
+    spec = Spec.from_text(arguments[8])
+
+    def run(asked: CallTuple) -> OutputsTuple:
+        call = LayerCall(*asked)
+        if call.is_step:
+            return Outputs(*forward(call.with_time(), Save.NOTHING)).without_time(call)
+        return forward(call, Save.NOTHING)
+
+    y, h_n, c_n = run_layers(_call(arguments), dequantized(arguments[3], spec), spec, run)
+    return y, or_empty(h_n, y), c_n
+
+
+@torch.library.register_vmap("lstm_ext::frozen_forward")
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    """Mapped calls as one of a larger batch."""
+    call, size = _call(arguments), info.batch_size
+    x, h0, c0, weights, lengths, resets, batch_sizes, *_ = in_dims
+    dims = LayerCall(x, h0, c0, weights, lengths, resets, batch_sizes, FORWARD, call.batch_first)
+    if not foldable(size, call, dims):
+        return one_by_one(frozen_forward, size, in_dims, arguments)
+    rank = call.x.dim() - (dims.x is not None)
+    if call.batch_sizes is None and rank < 3:
+        return _step_of_all(call, dims, size, rank, arguments)
+    batch = Batch(call, size)
+    y, h_n, c_n = frozen_forward(*_arguments(batch.fold_call(dims), arguments))
+    unfolded, out_dims = batch.unfold((y, h_n, c_n), (batch.axis, 1, 1))
+    return tuple(unfolded), tuple(out_dims)
+
+
+def _arguments(call: LayerCall, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    return *call[:3], arguments[3], *call[4:7], *arguments[7:]
+
+
+def _step_of_all(call: LayerCall, dims: LayerCall, size: int, rank: int, arguments: Sequence[Any]) -> Any:
+    """Steps [B, I] or [I], `size` of them."""
+
+    def merged(a: Any, dim: int | None) -> Any:
+        if a is None:
+            return None
+        a = a.expand(size, *a.shape) if dim is None else a.movedim(dim, 0)
+        return a.flatten(0, 1) if rank == 2 else a
+
+    x, h0, c0 = (merged(a, dim) for a, dim in zip(call[:3], dims[:3], strict=True))
+    merged_call = call._replace(x=x, h0=h0, c0=c0, resets=merged(call.resets, dims.resets))
+    h, nothing, c = frozen_forward(*_arguments(merged_call, arguments))
+    if rank == 2:
+        h, c = (a.unflatten(0, (size, len(a) // size)) for a in (h, c))
+    return (h, nothing, c), (0, None, 0)
+
+
+@register_flop_formula(torch.ops.lstm_ext.frozen_forward, get_raw=True)
+def _(*arguments: Any, out_val: Any = None) -> int:
+    """Two for each multiply-add of a matrix, as of the layer's op."""
+    names = Spec.from_text(arguments[8]).names()
+    of_matrices = (name.startswith("weight") and "_scale" not in name for name in names)
+    numbers = sum(a.numel() for a, counts in zip(arguments[3], of_matrices, strict=True) if counts)
+    return 2 * arguments[0].shape[:-1].numel() * numbers

@@ -303,8 +303,8 @@ class LSTM(torch_rnn.RNNBase):
             if type(input) is not Tensor:
                 if isinstance(input, PackedSequence):
                     return self._forward_packed(input, hx, lengths, resets, return_cells)
-                if _is_proxy(input):
-                    return _as_leaf(self, input, hx, lengths=lengths, resets=resets, return_cells=return_cells or None)
+                if is_proxy(input):
+                    return as_leaf(self, input, hx, lengths=lengths, resets=resets, return_cells=return_cells or None)
             rank = input.dim()
             if rank == 2:
                 return self._forward_unbatched(input, hx, lengths, resets, return_cells)
@@ -669,8 +669,8 @@ class LSTMCell(torch_rnn.LSTMCell):
             resets: bool [B] or [], where that state is zero instead.
         """
         try:
-            if type(input) is not Tensor and _is_proxy(input):
-                return _as_leaf(self, input, hx, resets=resets)
+            if type(input) is not Tensor and is_proxy(input):
+                return as_leaf(self, input, hx, resets=resets)
             if (rank := input.dim()) != 2 and rank != 1:
                 raise ValueError(f"input: expected 1 or 2 dimensions, got {rank}")
             h: Any = None
@@ -757,7 +757,7 @@ def _ask_torch(forward: Callable[..., Any], why: str, module: torch.nn.Module, *
     return result
 
 
-def _is_proxy(input: Any) -> bool:
+def is_proxy(input: Any) -> bool:
     """Whether torch.fx records this call."""
     return isinstance(input, fx.Proxy)
 
@@ -767,7 +767,7 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> Any:
+def as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> Any:
     """The call as one node of a graph that torch.fx records, as it is for the modules of torch."""
     args = (input,) if hx is None else (input, hx)
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, _given(**options))

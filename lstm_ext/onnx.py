@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .call import Save
 from .engines import onnx
+from .frozen_stack import frozen_forward, layer_by_layer
 from .torch_op import forward_of, layer_forward
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What puts ONNX's LSTM in the place of our op, in a program that names it.
+    """What puts ONNX's LSTM in the place of our ops, in a program that names them.
 
     `torch.onnx.export(module, arguments, dynamo=True)` does so by itself. A program that `torch.export` has made gets
     it by `program.run_decompositions(lstm_ext.onnx.decompositions())`.
@@ -25,4 +26,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         empty = call.x.new_empty(0)
         return outputs.y, outputs.h_n, outputs.c_n, empty, empty
 
-    return {layer_forward: forward}
+    def frozen(*arguments: Any) -> tuple[Tensor, ...]:
+        return layer_by_layer(onnx.forward, arguments)
+
+    return {layer_forward: forward, frozen_forward: frozen}

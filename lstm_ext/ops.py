@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .call import FORWARD, LayerCall
 from .engines import in_torch
-from .frozen_stack import Spec, dequantized, frozen_forward, run_layers
+from .frozen_stack import frozen_forward, layer_by_layer
 from .torch_op import (
     backward_of,
     backward_results,
@@ -17,7 +16,6 @@ from .torch_op import (
     forward_results,
     layer_backward,
     layer_forward,
-    or_empty,
 )
 
 __all__ = ["decompositions", "frozen_forward", "layer_backward", "layer_forward"]
@@ -40,12 +38,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _frozen(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A call of `layer_forward` for each layer, with weights of the dtype of x."""
-    x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, text = arguments
-    spec = Spec.from_text(text)
-    call = LayerCall(x, h0, c0, [], lengths, resets, batch_sizes, FORWARD, batch_first)
-    y, h_n, c_n = run_layers(call, dequantized(weights, spec), spec)
-    return y, or_empty(h_n, y), c_n
+    return layer_by_layer(in_torch.forward, arguments)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -176,12 +176,12 @@ def _cell_arguments(call: LayerCall) -> tuple[Any, ...]:
     return () if call.cell is None else (_numbers(call.cell), call.seed)
 
 
-def _plain(a: Any) -> Any:
+def plain(a: Any) -> Any:
     """A tensor of a subclass, or each in a list, as the plain tensor that it is here, below all dispatch."""
     if type(a) in PLAIN:
         return a
     if type(a) is list:
-        return [_plain(b) for b in a]
+        return [plain(b) for b in a]
     return a.as_subclass(Tensor) if isinstance(a, Tensor) else a
 
 
@@ -222,7 +222,7 @@ def _say_in_torch(direction: str, call: LayerCall) -> None:
 
 @torch.library.impl("lstm_ext::layer_forward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    call, save = forward_of([_plain(a) for a in arguments])
+    call, save = forward_of([plain(a) for a in arguments])
     engine = choose(call.x.device.type, call.x.dtype).engine
     outputs = NotImplemented if engine is None else engine.forward(call, save)
     if outputs is NotImplemented:  # such a cell
@@ -235,7 +235,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("lstm_ext::layer_backward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    call, saved, grads, needs = backward_of([_plain(a) for a in arguments])
+    call, saved, grads, needs = backward_of([plain(a) for a in arguments])
     engine = choose(call.x.device.type, call.x.dtype).engine
     results = NotImplemented if engine is None else engine.backward(call, saved, grads, needs)
     if results is NotImplemented:
@@ -594,7 +594,7 @@ def _select(a: Any, dim: Any, n: int, size: int) -> Any:
     return a.select(dim, n) if size else a.new_zeros(a.shape[:dim] + a.shape[dim + 1 :])
 
 
-def _one_by_one(op: Callable[..., Any], size: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> Any:
+def one_by_one(op: Callable[..., Any], size: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> Any:
     """Calls the op for each entry of the mapped dimension and stacks the results in front."""
 
     def stack(column: tuple[Any, ...]) -> Any:
@@ -609,7 +609,7 @@ def _one_by_one(op: Callable[..., Any], size: int, in_dims: Sequence[Any], argum
     return stacked, tuple([0] * len(a) if isinstance(a, list) else 0 for a in stacked)
 
 
-class _Batch:
+class Batch:
     """Mapped calls as one call of a larger batch."""
 
     def __init__(self, call: LayerCall, size: int):
@@ -620,9 +620,11 @@ class _Batch:
         self.saved_axis = 1 if self.packed else 2  # in cells and gates
 
     def fold(self, a: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
+        """`a`, whose batch is that axis, with the mapped dimension in it."""
         return _fold(a, dim, axis, self.size, self.packed)
 
     def fold_call(self, dims: LayerCall) -> LayerCall:
+        """The call of all rows; `dims` are the mapped dimensions of its arrays."""
         call = self.call
         return call._replace(
             x=self.fold(call.x, dims.x, self.axis),
@@ -634,11 +636,12 @@ class _Batch:
         )
 
     def unfold(self, outputs: Sequence[Tensor], axes: Sequence[int]) -> tuple[list[Tensor], list[int | None]]:
+        """The way back, of outputs whose batches are these axes; and where their mapped dimensions are."""
         unfolded = [_unfold(a, axis, self.size, self.packed) for a, axis in zip(outputs, axes, strict=True)]
         return [a for a, _ in unfolded], [dim for _, dim in unfolded]
 
 
-def _foldable(size: int, call: LayerCall, dims: LayerCall) -> bool:
+def foldable(size: int, call: LayerCall, dims: LayerCall) -> bool:
     """Mapped rows with shared weights are one larger batch; but masks are drawn by the number of a row."""
     weights = dims.weights if isinstance(dims.weights, (list, tuple)) else [dims.weights]
     return size > 0 and dims.batch_sizes is None and all(dim is None for dim in weights) and call.seed is None
@@ -647,9 +650,9 @@ def _foldable(size: int, call: LayerCall, dims: LayerCall) -> bool:
 @torch.library.register_vmap("lstm_ext::layer_forward")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     (call, save), dims, size = forward_of(arguments), LayerCall(*in_dims[:9]), info.batch_size
-    if not _foldable(size, call, dims):
-        return _one_by_one(layer_forward, size, in_dims, arguments)
-    batch = _Batch(call, size)
+    if not foldable(size, call, dims):
+        return one_by_one(layer_forward, size, in_dims, arguments)
+    batch = Batch(call, size)
     outputs = layer_forward(*forward_arguments(batch.fold_call(dims), save))
     unfolded, out_dims = batch.unfold(outputs, (batch.axis, 1, 1, batch.saved_axis, batch.saved_axis))
     return tuple(unfolded), tuple(out_dims)
@@ -661,9 +664,9 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     size = info.batch_size
     g, (x, h0, c0, weights), (y, cells, gates), masks = in_dims[:4], in_dims[4:8], in_dims[8:11], in_dims[11:16]
     dims = LayerCall(x, h0, c0, weights, *masks)
-    if needs & Needs.WEIGHTS or not _foldable(size, call, dims):  # the kernel adds up over the batch
-        return _one_by_one(layer_backward, size, in_dims, arguments)
-    batch = _Batch(call, size)
+    if needs & Needs.WEIGHTS or not foldable(size, call, dims):  # the kernel adds up over the batch
+        return one_by_one(layer_backward, size, in_dims, arguments)
+    batch = Batch(call, size)
     axis, saved_axis = batch.axis, batch.saved_axis
     folded = (
         batch.fold_call(dims),

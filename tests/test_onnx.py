@@ -1,7 +1,9 @@
-"""torch.onnx.export of the modules: standard LSTM nodes, checked with onnxruntime."""
+"""torch.onnx.export of the modules: standard LSTM nodes, checked with onnxruntime; its int8 beside ours."""
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from torch.nn.utils.rnn import pack_sequence  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import lstm_ext  # noqa: E402
+
+from .test_frozen import learned_text, one_thread, with_weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 I, H = 3, 5  # noqa: E741
@@ -281,3 +285,112 @@ def test_padding_never_matters(tmp_path: Path) -> None:
     exported(model, (x, lengths), ({0: DYNAMIC, 1: DYNAMIC}, ({0: DYNAMIC},)), path)
     x[torch.arange(4)[:, None] >= lengths] = np.nan
     assert_runs_as(model, path, x, lengths)
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_frozen_layers_are_nodes(weights: str | None, tmp_path: Path) -> None:
+    """In float32, with the weights that are stored, which is said."""
+    model, path = lstm_ext.freeze(lstm_ext.LSTM(I, H, 2, bidirectional=True), weights), tmp_path / "frozen.onnx"
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        loaded = exported(model, (torch.randn(4, 3, I),), ({0: DYNAMIC, 1: DYNAMIC},), path)
+    said = [str(each.message) for each in warned if "ONNX gets" in str(each.message)]
+    assert said == ([] if weights is None else ["ONNX gets the weights as float32, not int8"])
+    assert nodes(loaded)["LSTM"] == 2
+    layers = model if weights is None else with_weights(lstm_ext.LSTM(I, H, 2, bidirectional=True), model)
+    for T, B in ((4, 3), (7, 1)):
+        assert_runs_as(layers.eval(), path, torch.randn(T, B, I))
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_frozen_programs_for_onnx(cell: bool) -> None:
+    frozen: Any = lstm_ext.freeze((lstm_ext.LSTMCell if cell else lstm_ext.LSTM)(I, H), "bfloat16")
+    program = torch.export.export(frozen, (torch.randn((2, I) if cell else (4, 2, I)),))
+    decomposed = str(program.run_decompositions(lstm_ext.onnx.decompositions()).graph)
+    assert "lstm_ext" not in decomposed
+    assert decomposed.count("onnx_symbolic") == 1
+    projected: Any = lstm_ext.freeze(lstm_ext.LSTM(I, H, proj_size=2))
+    program = torch.export.export(projected, (torch.randn(4, 2, I),))
+    with pytest.raises(NotImplementedError, match="proj_size: expected 0"):
+        program.run_decompositions(lstm_ext.onnx.decompositions())
+
+
+# Accuracy ------------------------------------------------------------------------------------------------------------
+
+
+def digits() -> tuple[Any, Any, Any, Any]:
+    """A layer and a head that tell the digits of scikit-learn, what they read, and what is right."""
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    x = torch.tensor(data.images / 16, dtype=torch.float32).transpose(0, 1).contiguous()  # [8, B, 8]
+    target = torch.tensor(data.target)
+    torch.manual_seed(0)
+    lstm, head = lstm_ext.LSTM(8, 64), nn.Linear(64, 10)
+    optimizer = torch.optim.Adam([*lstm.parameters(), *head.parameters()], 0.01)
+    with one_thread():
+        for _ in range(12):
+            for rows in torch.randperm(1400).split(50):
+                loss = nn.functional.cross_entropy(head(lstm(x[:, rows])[0][-1]), target[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return lstm, head, x, target
+
+
+def characters() -> tuple[Any, Any, Any, Any]:
+    """The same of the characters of a text, read after its end."""
+    lstm, head, x, ids = learned_text()
+    return lstm, head, x[:-1], ids[1:]
+
+
+def nodes_of_constants(lstm: Any, x: Any) -> bytes:
+    """The model whose weights are constants in the file, as quantize_dynamic wants them."""
+    constants, layers, y = {"direction": np.array([1])}, [], "x"
+    for n, layer in enumerate(lstm_ext.convert.from_state_dict(lstm.state_dict())):
+        arrays = {f"{name}{n}": a for name, a in lstm_ext.convert.to_onnx(layer).items()}
+        constants |= arrays
+        layers.append(onnx.helper.make_node("LSTM", [y, *arrays], [f"wide{n}"], hidden_size=lstm.hidden_size))
+        layers.append(onnx.helper.make_node("Squeeze", [f"wide{n}", "direction"], [y := f"y{n}"]))
+    rows, numbers = list(x.shape[:-1]), onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        layers,
+        "lstm",
+        [onnx.helper.make_tensor_value_info("x", numbers, x.shape)],
+        [onnx.helper.make_tensor_value_info(y, numbers, [*rows, lstm.hidden_size])],
+        [onnx.numpy_helper.from_array(a, name) for name, a in constants.items()],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    return bytes(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString())
+
+
+@pytest.mark.parametrize("trained", [digits, characters])
+def test_int8_is_no_less_accurate_than_onnxruntimes(trained: Any, tmp_path: Path) -> None:
+    """Of trained layers, against float64: no larger an error than DynamicQuantizeLSTM's and torch's; the same told."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    lstm, head, x, target = trained()
+    path, quantised = tmp_path / "float.onnx", tmp_path / "int8.onnx"
+    path.write_bytes(nodes_of_constants(lstm, x))
+    quantize_dynamic(path, quantised, weight_type=QuantType.QInt8, per_channel=True)
+    assert nodes(onnx.load(quantised))["DynamicQuantizeLSTM"] == lstm.num_layers
+    session = ort.InferenceSession(quantised, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        exact = copy.deepcopy(lstm).double()(x.double())[0]
+        whole = nn.Sequential(lstm_ext.to_torch(copy.deepcopy(lstm)))
+        others = {
+            "onnxruntime": torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]),
+            "torch": torch.ao.quantization.quantize_dynamic(whole, {nn.LSTM})(x)[0],
+        }
+        ours = {weights: lstm_ext.freeze(lstm, weights)(x)[0] for weights in ("float32", "bfloat16", "int8")}
+
+        def share(y: Any) -> float:
+            y = y[-1] if trained is digits else y
+            return float((head(y).argmax(-1) == target).double().mean())
+
+        shares = {name: share(y) for name, y in ours.items()}
+    error = (ours["int8"] - exact).abs()
+    for name, theirs in others.items():
+        assert error.max() <= (theirs - exact).abs().max(), name
+        assert error.mean() <= (theirs - exact).abs().mean(), name
+    assert shares["float32"] > 0.9
+    assert abs(shares["int8"] - shares["float32"]) <= 0.003
+    assert abs(shares["bfloat16"] - shares["float32"]) <= 0.003

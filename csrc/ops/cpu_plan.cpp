@@ -43,21 +43,22 @@ int threads_for(const LayerArgs& args, int asked) {
 
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool projected, const std::string& dtype,
                   int num_directions, bool backward, int num_threads) {
-  expect_at_least(1, T, "T");
-  expect_at_least(0, B, "B");
   expect_at_least(0, I, "I");
   expect_at_least(1, H, "H");
   expect_at_least(projected ? 1 : 0, P, "P");
-  expect_at_least(0, num_threads, "num_threads");
   if (num_directions != 1 && num_directions != 2) throw py::value_error("num_directions: expected 1 or 2");
   const SequenceShape shape{T, B, I, H, projected ? P : H, projected};
-  expect_countable(shape, saturated_product(T, B));
   const cpu::Problem problem{dtype_named(dtype), shape, num_directions, backward,
                              num_threads ? num_threads : cpu::default_threads()};
   return described_plan(problem);
 }
 
 py::dict described_plan(const cpu::Problem& problem) {
+  const SequenceShape& shape = problem.shape;
+  expect_at_least(1, shape.T, "T");
+  expect_at_least(0, shape.B, "B");
+  expect_at_least(0, problem.num_threads, "num_threads");
+  expect_countable(shape, saturated_product(shape.T, shape.B));
   const cpu::Plan plan = cpu::make_plan(problem, cpu::kernels().shape);
   py::dict why, result;
   why["engine"] = plan.why.engine;

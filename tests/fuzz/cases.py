@@ -4,38 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
+from frozen import frozen, stream
 from mutations import ODD, bytes_of, relaid, spoilt
+from target import DOCUMENTED, Named, Target, within
 
 import lstm_ext.ops  # from now on the core takes tensors
 from lstm_ext import _native
 from lstm_ext.call import BOTH, FORWARD, REVERSE, LayerCall, Needs, Save, Saved
-from lstm_ext.testing import Case, Inputs, assert_all_close, make_inputs, run_oracle
+from lstm_ext.testing import Case, Inputs, make_inputs, run_oracle
 
 C: Any = _native.C
-Named = dict[str, Any]
 
-# What a wrong call may raise. Of modules, as torch's own, also what Python says of a state that is no pair of tensors.
-DOCUMENTED = (TypeError, ValueError, RuntimeError, MemoryError)
+# Of modules, as torch's own, a wrong call may raise also what Python says of a state that is no pair of tensors.
 AS_TORCH = (*DOCUMENTED, AttributeError, IndexError, KeyError)
-
-
-@dataclass
-class Target:
-    """One entry point: its arguments by name, how it is called with them, and what it should give."""
-
-    case: Case
-    dtype: str
-    named: Named
-    call: Callable[[Named], tuple[Named, Named]]  # outputs and gradients, by the names of the oracle
-    oracle: Callable[[], tuple[Named, Named]]
-    errors: tuple[type[Exception], ...] = DOCUMENTED
-    whole: str = "state"  # an argument that stands for several of those, if it is given
 
 
 # Cases that are valid ------------------------------------------------------------------------------------------------
@@ -122,7 +109,7 @@ def core(rng: Random, tensors: bool) -> Target:
         found |= {f"d{name}": a for name, a in numbered(gradients[3] or []).items()}
         return dict(zip(names, outputs, strict=True)), found
 
-    return Target(case, dtype, named, call, lambda: run_oracle(drawn), whole="call")
+    return Target(named, call, lambda: run_oracle(drawn), within(case, dtype), whole="call")
 
 
 def lstm(rng: Random, tensors: bool) -> Target:
@@ -148,7 +135,7 @@ def lstm(rng: Random, tensors: bool) -> Target:
         }
         return outputs, differentiate(outputs, given, leaves) if learn and x is given.x else {}
 
-    return Target(case, dtype, named, call, lambda: run_oracle(replace(drawn, dcells=None)))
+    return Target(named, call, lambda: run_oracle(replace(drawn, dcells=None)), within(case, dtype))
 
 
 def cell(rng: Random, tensors: bool) -> Target:
@@ -185,7 +172,7 @@ def cell(rng: Random, tensors: bool) -> Target:
         return {"y": h, "c_n": c}, {}
 
     errors = DOCUMENTED if which == "lstm_cell" else AS_TORCH
-    return Target(case, dtype, named, call, lambda: run_oracle(expected), errors)
+    return Target(named, call, lambda: run_oracle(expected), within(case, dtype), errors)
 
 
 def assign(module: torch.nn.Module, names: Any, weights: list[Any]) -> None:
@@ -221,10 +208,10 @@ def module(rng: Random, tensors: bool) -> Target:
         grads = {f"dweights[{n}]": getattr(layer, name) for n, name in enumerate(names)}
         return outputs, differentiate(outputs, given, grads) if watched else {}
 
-    return Target(case, dtype, named, call, lambda: run_oracle(replace(drawn, dcells=None)), AS_TORCH)
+    return Target(named, call, lambda: run_oracle(replace(drawn, dcells=None)), within(case, dtype), AS_TORCH)
 
 
-TARGETS = (core, core, lstm, lstm, cell, module)
+TARGETS = (*(core, core, lstm, lstm, cell, module) * 4, frozen, stream)  # frozen modules take thrice as long
 
 
 def lie(rng: Random) -> None:
@@ -245,6 +232,13 @@ def lie(rng: Random) -> None:
         lambda: lstm_ext.plan(*sizes()[:3], device=rng.choice(("cpu", 0, "cuda")), backward=odd(), num_threads=3),
         lambda: C.layer_forward(tuple(odd() for _ in range(9)), rng.choice(tuple(Save)), odd()),
         lambda: C.layer_backward(*(odd() for _ in range(5))),
+        lambda: C.Frozen(odd(), odd(), odd(), odd()),
+        lambda: C.Frozen([(odd(), odd(), odd())], FORWARD, rng.choice(("float32", "x")), rng.choice(("int8", "plain"))),
+        lambda: FROZEN.stream(odd()),
+        lambda: PACKED.run(rng.choice((odd(), tuple(odd() for _ in range(11)))), odd()),
+        lambda: PACKED.plans(*sizes()[:2], rng.randint(-1, 99)),
+        lambda: C.Stream(rng.choice((PACKED, odd())), rng.choice((odd(), tuple(odd() for _ in range(4))))),
+        lambda: C.Stream(PACKED, STATES).step(*(odd() for _ in range(6))),
     )
     try:
         rng.choice(lies)()
@@ -253,6 +247,9 @@ def lie(rng: Random) -> None:
         C.take_tensor_types((torch.Tensor, torch.nn.Parameter), torch.get_num_threads)
 
 
+FROZEN: Any = lstm_ext.freeze(lstm_ext.LSTM(2, 3), "int8")
+PACKED = FROZEN._stack.native
+STATES = tuple(np.zeros((1, 1, 3), np.float32) for _ in range(4))
 PLAN = ("engine", "in_place", "one_sum", "chunk_steps", "depth", "threads", "by_rows")
 
 
@@ -293,17 +290,22 @@ def run(seed: int, n: int) -> str:
             outcome = "accepted"
         except target.errors:
             outcome = "refused"
-        for name, a in named.items():
-            assert contents(a) == before[name], f"{name} was written to"
+        assert_kept(target, named, before)
         return outcome
 
 
 def judge_valid(target: Target) -> str:
     before = {name: contents(a) for name, a in target.named.items()}
-    actual = target.call(target.named)
-    for name, a in target.named.items():
-        assert contents(a) == before[name], f"{name} was written to"
-    given = tuple({name: a for name, a in part.items() if a is not None} for part in actual)
-    # shapes drawn at random: see TOLERANCES
-    assert_all_close(given, target.oracle(), target.case, target.dtype, gradient_magnitude=3.0)
+    outputs, gradients = target.call(target.named)
+    assert_kept(target, target.named, before)
+    target.compare((present(outputs), present(gradients)), target.oracle())
     return "right"
+
+
+def assert_kept(target: Target, named: Named, before: Named) -> None:
+    for name, a in named.items():
+        assert name in target.written or contents(a) == before[name], f"{name} was written to"
+
+
+def present(arrays: Named) -> Named:
+    return {name: a for name, a in arrays.items() if a is not None}
