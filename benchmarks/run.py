@@ -34,13 +34,15 @@ from lstm_bench.cases import (
     select,
     usable_cores,
 )
-from lstm_bench.loops import LOOPS
+from lstm_bench.loops import LOOP_ARMS
 from lstm_bench.oracle import SEED, check, deviations, problem
 from lstm_bench.rows import OURS, Row
 from lstm_bench.timing import kernels, latencies, measure, once
 from tqdm import tqdm
 
 import lstm_ext
+
+ALL_ARMS = ARMS | LOOP_ARMS
 
 SECONDS = {
     "quick": 0.1,
@@ -131,10 +133,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--arms",
         nargs="+",
-        choices=ARMS | LOOPS,
+        choices=ALL_ARMS,
         metavar="ARM",
         help=f"default: those installed of {', '.join(USUAL)}; for --preset gpu-strategies {', '.join(STRATEGIES)}; "
-        f"with --preset serving {', '.join(SERVED)} as well; with --preset options lstm_ext, {', '.join(LOOPS)}",
+        f"with --preset serving {', '.join(SERVED)} as well; with --preset options lstm_ext, {', '.join(LOOP_ARMS)}",
     )
     presets = ", ".join(f"{seconds} with {name}" for name, seconds in SECONDS.items())
     parser.add_argument("--seconds", type=float, help=f"measured for each arm of each row (default: {presets})")
@@ -161,7 +163,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--once: expected with --device cuda")
     usual = ["lstm_ext", *STRATEGIES] if options.preset == "gpu-strategies" else list(USUAL)
     usual += SERVED if options.preset == "serving" else []
-    usual = [OURS, *LOOPS] if options.preset == "options" else usual
+    usual = [OURS, *LOOP_ARMS] if options.preset == "options" else usual
     options.arms = options.arms or usual
     return options
 
@@ -267,7 +269,7 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     arms = []
-    for arm in ((ARMS | LOOPS)[name] for name in options.arms):
+    for arm in (ALL_ARMS[name] for name in options.arms):
         if reason := arm.missing():
             console.print(f"{arm.name}: {reason}", style="dim")
         else:

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from lstm_ext.cell import LAYER_NORM_EPSILON, Cell
 from lstm_ext.masks import Mask, happens
 
-from .arms import Call, Torch
+from .arms import Arm, Call, Torch
 from .cases import Case
-from .oracle import Inputs, Named
+from .oracle import Inputs
+from .rows import LOOPS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -29,7 +30,7 @@ State = tuple[Tensor, Tensor]
 class TorchLoop(Torch):
     """x W_ih' of all steps at once, the rest step by step. Masks are there before the clock runs."""
 
-    name = "torch-loop"
+    name = LOOPS[0]
     has_options = True
 
     def refusal(self, case: Case) -> str:
@@ -73,15 +74,11 @@ class TorchLoop(Torch):
 
         return train
 
-    def named(self, case: Case, inputs: Inputs, result: Any) -> Named:
-        named = super().named(case, inputs, result)
-        return {name: a.detach() for name, a in named.items()}
-
 
 class TorchLoopCompiled(TorchLoop):
     """The same with torch.compile of the step."""
 
-    name = "torch-loop-compiled"
+    name = LOOPS[1]
 
     def compiled(self, step: Callable[..., State]) -> Callable[..., State]:
         return torch.compile(step)
@@ -90,8 +87,9 @@ class TorchLoopCompiled(TorchLoop):
 def make_step(case: Case, *extra: Tensor) -> Callable[..., State]:
     """One step: (w_hh, products of x with the biases, h, c, the masks) to (h, c)."""
     cell: Any = case.cell or Cell()
-    names = case.given_options
-    act, gate_act = (ACTIVATIONS[names.get(name, default)] for name, default in ACTIVATION_DEFAULTS)
+    options = case.given_options
+    act = ACTIVATIONS[options.get("activation", "tanh")]
+    gate_act = ACTIVATIONS[options.get("recurrent_activation", "sigmoid")]
     peephole, norms = (extra[0] if cell.peephole else None), (extra if cell.norm else None)
     held_h, held_c = (cell.zoneout_h, cell.zoneout_c) if not cell.training else (0.0, 0.0)
 
@@ -121,9 +119,6 @@ def make_step(case: Case, *extra: Tensor) -> Callable[..., State]:
     return step
 
 
-ACTIVATION_DEFAULTS = (("activation", "tanh"), ("recurrent_activation", "sigmoid"))
-
-
 def draw_masks(case: Case, seed: Any, x: Tensor) -> list[Tensor | None]:
     """Of h for all steps [B, H], of g [T, B, H], and where h and c are held [T, B, H]: those that the oracle has."""
     cell = case.cell
@@ -147,4 +142,4 @@ def draw_masks(case: Case, seed: Any, x: Tensor) -> list[Tensor | None]:
     ]
 
 
-LOOPS = {arm.name: arm for arm in (TorchLoop(), TorchLoopCompiled())}
+LOOP_ARMS: dict[str, Arm] = {arm.name: arm for arm in (TorchLoop(), TorchLoopCompiled())}

@@ -233,7 +233,7 @@ def frozen(rows: Sequence[Row]) -> Table | None:
 
 def options(rows: Sequence[Row]) -> Table | None:
     """What each option costs over the plain layer, and loops in torch over ours; None if none was measured."""
-    plain = {replace(row.case, options=""): row.us[OURS] for row in rows if not row.case.options and OURS in row.us}
+    plain = {row.case: row.us[OURS] for row in rows if not row.case.options and OURS in row.us}
     groups: dict[tuple[str, str, str], list[list[float]]] = {}
     for row in (row for row in rows if row.case.options and OURS in row.us):
         own, key = row.us[OURS], (row.case.options, row.case.mode, str(row.case.threads))
