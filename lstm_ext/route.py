@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -212,7 +213,8 @@ def _recorded(engine: Engine, call: CallTuple, save: Save) -> OutputsTuple:
 
 def _with_cell(engine: Engine, call: LayerCall, save: Save, asks: bool) -> OutputsTuple:
     """An engine, with its backward pass if a gradient is asked for; torch's operations if it takes no such cell."""
-    outputs = _recorded(engine, call, ALL if asks else save)
+    with torch.no_grad() if asks else nullcontext():  # as within a function of autograd
+        outputs = _recorded(engine, call, ALL if asks else save)
     if outputs is NotImplemented:
         return _composed(call, save)
     if not asks:
