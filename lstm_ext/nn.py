@@ -222,7 +222,7 @@ class LSTM(torch_rnn.RNNBase):
         if len(flat) == len(parameters) and all(map(is_, flat, parameters.values())):
             return flat
         now = [getattr(self, name, None) for name in self._flat_weights_names]
-        made_from = [ref and ref() for ref in self._flat_weight_refs] or [None] * len(now)
+        made_from = [None if ref is None else ref() for ref in self._flat_weight_refs] or [None] * len(now)
         changed = any(w is not None and w is not old for w, old in zip(now, made_from, strict=True))
         return now if changed else flat
 
@@ -480,7 +480,7 @@ class LSTM(torch_rnn.RNNBase):
         L, directions, options = self.num_layers, BOTH if self.bidirectional else FORWARD, self._options
         batch_first = self.batch_first and batch_sizes is None
         masks = (lengths, resets, batch_sizes, directions, batch_first)
-        cell = None if options is None else options.cells[self.training]
+        cell = None if options is None else options.cells[1 if self.training else 0]
         h0, c0 = (None, None) if hx is None else hx
         if options is not None and self.training:
             weights = options.drop(weights, len(self._all_weights))
@@ -712,7 +712,7 @@ class LSTMCell(torch_rnn.LSTMCell):
         self, x: Tensor, h: Any, c: Any, weights: list[Any], resets: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor]:
         """A step of a cell with options."""
-        cell = options.cells[self.training]
+        cell = options.cells[1 if self.training else 0]
         weights = [*weights, *(getattr(self, name) for name in options.extra_weights)]
         weights = options.drop(weights, 1) if self.training else weights
         seed = None if cell is None else draw_seed(cell, x)

@@ -206,7 +206,7 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
 
     def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """See the class for shapes: (h', state)."""
-        cell = self._cells[self.training]  # None if it has a function of the user's
+        cell = self._cells[1 if self.training else 0]  # None if it has a function of the user's
         fused = input.is_cpu and _get_tracing_state() is None
         if cell is None or not (fused and (COMPILED or has_kernel(input, "operations"))):
             self._check_step(input, state)
@@ -576,7 +576,7 @@ def dynamic_rnn(
     cell._check_step(first, None)
     cell._check_state("initial_state", initial_state, len(first))
     c, h = cell._split(initial_state)
-    computed = cell._cells[cell.training]
+    computed = cell._cells[1 if cell.training else 0]
     if computed is None:
         return _loop(cell, inputs, lengths, c, h, time_major)
     seed = draw_seed(computed, inputs) if computed.training else None
