@@ -701,11 +701,17 @@ def _is_transformed() -> bool:
     return get_dynamic_layer_stack_depth() > 0
 
 
+@assume_constant_result
+def _is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which the compiler of torch 2.11 takes for True."""
+    return is_exporting()
+
+
 def forward(call: LayerCall, save: Save) -> Outputs:
     """The outputs, with the cells if asked for, of a call that something watches."""
     # What is traced or exported serves with gradients or without, so it saves nothing: `_first_derivative` runs the
     # forward pass again. vmap hides whether what it maps asks for gradients.
-    recorded = is_exporting() if is_compiling() else _get_tracing_state() is not None
+    recorded = _is_exporting() if is_compiling() else _get_tracing_state() is not None
     asked = _is_grad_enabled() and (_is_transformed() or requires_grad(call))
     y, h_n, c_n, cells, _ = layer_forward(*forward_arguments(call, Save.ALL if asked and not recorded else save))
     return Outputs(y, h_n, c_n, cells if save else None, None)
