@@ -29,7 +29,7 @@ import inspect
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
-from math import isfinite
+from math import inf
 from typing import Any, NamedTuple
 
 
@@ -167,7 +167,8 @@ def read_activation(name: str, given: Any) -> tuple[Activation, float, float]:
 
 def _number(name: str, value: Any) -> float:
     """`value` as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+    # compilers have no isfinite of a number that varies from call to call
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -inf < value < inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
 

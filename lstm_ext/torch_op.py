@@ -165,10 +165,13 @@ def _cell(numbers: Sequence[float] | None) -> Cell | None:
     return None if numbers is None else cell_of(tuple(numbers))
 
 
-@assume_constant_result
 def _numbers(cell: Cell) -> list[float]:
-    """As the ops take them; compilers do not see into enums."""
-    return [float(number) for number in cell]
+    """As the ops take them: what a compiler takes for inputs of its program becomes a part of it."""
+    numbers = [number + 0.0 for number in cell]  # compilers do not see into float() of an enum
+    if not is_dynamo_compiling():
+        return numbers
+    guard_scalar = torch.fx.experimental.symbolic_shapes.guard_scalar  # compilers alone have imported it
+    return [guard_scalar(number) for number in numbers]
 
 
 def _cell_arguments(call: LayerCall) -> tuple[Any, ...]:

@@ -126,6 +126,23 @@ def test_outputs_may_be_changed_in_place(backend: str) -> None:
     assert_same(actual, expected)
 
 
+def test_the_numbers_of_an_option_are_part_of_the_program() -> None:
+    """A compiler takes those for its inputs that may change."""
+    layer, weights = lstm(zoneout=0.1, cell_clip=0.5), (torch.randn(16, 3), torch.randn(16, 4))
+    cell = lstm_ext.BasicLSTMCell(4, input_size=8)
+
+    def call(x: torch.Tensor, clip: float) -> Any:
+        cell.forget_bias = clip
+        h, _ = cell(layer(x)[0][-1])
+        return h, lstm_ext.lstm(x, None, *weights, cell_clip=clip)
+
+    layer.eval()
+    compiled, x = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager"), torch.randn(5, 2, 3)
+    for clip in (0.1, 0.2):
+        actual = compiled(x, clip)
+        assert_same(actual, call(x, clip))
+
+
 PACKED_OUTPUTS: dict[str, Any] = {
     "rows": lambda packed, state: packed.data,
     "h_n": lambda packed, state: state[0],
