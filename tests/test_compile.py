@@ -291,6 +291,8 @@ def test_autocast(training: bool) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_dropout_draws_as_uncompiled(backend: str, batch_first: bool) -> None:
     """The same masks from the same seed, where torch draws as it does uncompiled."""
+    if backend == "inductor" and batch_first and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 draws otherwise, also where F.dropout of a transposed tensor's copy is all there is")
     module, x = lstm(dropout=0.5, batch_first=batch_first), torch.randn(5, 2, 3)
     options = {"fallback_random": True} if backend == "inductor" else None
     compiled = torch.compile(module, fullgraph=True, backend=backend, options=options)
