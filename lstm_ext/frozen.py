@@ -187,7 +187,8 @@ class Frozen(Module):
 
     def _compute(self, call: tuple[Any, ...]) -> tuple[Any, Any, Any]:
         """(y, h_n, c_n) of a call as the core takes it: without weights and cell."""
-        if self._run is not None and is_eager() and forced.get() is None and not _is_any_autocast_enabled():
+        # is_eager comes first: the compiler of torch 2.11 takes no method of a native module, not even to look at
+        if is_eager() and self._run is not None and forced.get() is None and not _is_any_autocast_enabled():
             outputs: Any = self._run(call)
             if outputs is not NotImplemented:
                 found: tuple[Any, Any, Any] = outputs
