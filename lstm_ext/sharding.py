@@ -52,7 +52,8 @@ def _run(op: Any, arguments: Sequence[Any]) -> list[Any]:
                 raise RuntimeError(f"{op}: expected DTensors alone, got a torch.Tensor among them")
             a = DTensor.from_local(a, mesh, [Replicate()] * mesh.ndim, run_check=False)
         placed = [Shard(axis) if s and axis is not None and axis < a.dim() else Replicate() for s in sharded]
-        return a.redistribute(mesh, placed).to_local()
+        # detached, as all is below autograd: in a backward pass torch 2.11 redistributes none that asks for a gradient
+        return a.detach().redistribute(mesh, placed).to_local()
 
     x, sequence = named["x"], axes["x"]
     results = op(*(local(a, axes.get(name)) for name, a in named.items()))
