@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -18,7 +19,13 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import route
-from ._torch_private import _get_tracing_state, _is_any_autocast_enabled, one_dnn_takes_bfloat16, peek_interpreter_stack
+from ._torch_private import (
+    _VF,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    one_dnn_takes_bfloat16,
+    peek_interpreter_stack,
+)
 from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_kind, check_step_state
 from .cell import show_options
 from .engines import logged, warn, warn_once
@@ -511,7 +518,9 @@ class LSTM(torch_rnn.RNNBase):
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """The dtypes of torch's autocast on the CPU: its own where oneDNN's LSTM runs, else those of torch's cell."""
         dtype, batch_sizes = torch.get_autocast_dtype("cpu"), masks[2]
-        even = batch_sizes is None or (not is_compiling() and bool((batch_sizes == batch_sizes[:1]).all()))
+        even = batch_sizes is None or (
+            not is_compiling() and bool((batch_sizes == batch_sizes[:1]).all()) and _one_dnn_takes_packed()
+        )
         one_dnn = x.dtype in _ONE_DNN_DTYPES and x.numel() and even and not self.proj_size and not self._options
         h0, c0 = hx or (None, None)
         call = LayerCall(x, h0, c0, weights, None, None, None, FORWARD, False)
@@ -533,6 +542,19 @@ class LSTM(torch_rnn.RNNBase):
         """TorchScript compiles torch's own LSTM, on our weights."""
         _refuse_options(self._options)
         return _for_torch_script(torch_rnn.LSTM, self)
+
+
+@cache
+def _one_dnn_takes_packed() -> bool:
+    """Whether torch gives packed rows of one length to oneDNN's LSTM too: 2.11 does not."""
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(sizes, dtype=torch.float32, device="cpu")
+
+    batch_sizes, hx, weights = torch.ones(1, dtype=torch.int64, device="cpu"), [zeros(1, 1, 1)] * 2, [zeros(4, 1)] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        y = _VF.lstm(zeros(1, 1), batch_sizes, hx, weights, False, 1, 0.0, False, False)[0]
+    return bool(y.dtype == torch.bfloat16)
 
 
 def _pair(hx: Any) -> State:
