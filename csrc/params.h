@@ -16,9 +16,8 @@ struct RowMap {
 
   constexpr int64_t at(int64_t t, int64_t b) const { return from_start(packed_offset ? packed_offset[t] : t, b); }
   // `start` is packed_offset[t] where that is given, else t.
-  constexpr int64_t from_start(int64_t start, int64_t b) const {
-    return start * (packed_offset ? b_stride : t_stride) + b * b_stride;
-  }
+  constexpr int64_t from_start(int64_t start, int64_t b) const { return start * start_stride() + b * b_stride; }
+  constexpr int64_t start_stride() const { return packed_offset ? b_stride : t_stride; }
 };
 
 struct Matrix {

@@ -45,7 +45,7 @@ class CellStep {
       if (possible) keys.of[static_cast<int>(draw)] = key_of(draw, at, b);
     };
     find(cell_.recurrent.possible, Draw::kRecurrentDropout, 0);
-    if (!moment.active) return keys;
+    if (!moment.active()) return keys;
     find(cell_.candidate.possible, Draw::kCandidateDropout, t);
     find(cell_.zoneout_h.draws && cell_.zoneout_h.wanted, Draw::kZoneoutH, t);
     find(cell_.zoneout_c.draws && cell_.zoneout_c.wanted, Draw::kZoneoutC, t);
@@ -76,7 +76,7 @@ class CellStep {
                                                     const GateValues<Sum>& peephole, Pre<Tile> pre, Sum c,
                                                     Sum& hidden) const {
     hidden = 0;
-    if (!moment.active) return {};
+    if (!moment.active()) return {};
     const CellNumbers<Sum>& number = numbers();
     if (cell_.tensorflow) pre = swapped(pre);
     pre.f += number.forget_bias;
@@ -108,7 +108,7 @@ class CellStep {
   // h as step s found it and multiplied it; y is of the forward pass.
   __device__ __forceinline__ Sum h_before(const InitialState& state, const Moment& moment, int64_t s,
                                           const Place& at) const {
-    if (!moment.active || moment.forgets) return 0;
+    if (!moment.active() || moment.forgets()) return 0;
     const Sum h = s == 0
                       ? state_at<Number>(state.h0, at.b, at.unit)
                       : widen(*element<Number>(cell_.direction[d_].y, cell_.y_map, moment.start_before, at.b, at.unit));
@@ -120,10 +120,10 @@ class CellStep {
   __device__ __forceinline__ Sum output_backward(const Moment& moment, const Place& at, bool projected, Sum d_h,
                                                  Sum& kept) const {
     kept = 0;
-    if (!moment.active) return 0;
+    if (!moment.active()) return 0;
     const CellNumbers<Sum>& number = numbers();
     const Sum passed = next(cell_.zoneout_h, Draw::kZoneoutH, number.zoneout_h, at, Sum(0), d_h);
-    if (!moment.forgets) kept = kept_part(cell_.zoneout_h, Draw::kZoneoutH, number.zoneout_h, at, d_h);
+    if (!moment.forgets()) kept = kept_part(cell_.zoneout_h, Draw::kZoneoutH, number.zoneout_h, at, d_h);
     if (!projected || !(number.proj_clip > 0)) return passed;
     const Sum y = widen(*element<Number>(cell_.direction[d_].y, cell_.y_map, moment.start, at.b, at.unit));
     return is_cut(y, widen(narrow<Number>(number.proj_clip))) ? 0 : passed;  // y is as exact
@@ -134,7 +134,7 @@ class CellStep {
                                                         const Place& at, const GateValues<Sum>& peephole,
                                                         const RowMap& rows, const BackwardInputs<Sum>& inputs, Sum d_h,
                                                         Sum& d_c) const {
-    if (!moment.active) {
+    if (!moment.active()) {
       d_c = 0;
       store_cells(moment, at, rows, 0, 0);
       return {};
@@ -144,7 +144,7 @@ class CellStep {
     const Sum mask = g_mask(at),
               raw_c = cell_.zoneout_c.wanted ? unclipped_c(inputs.gates, mask, inputs.c_prev) : inputs.c;
     const Sum new_c = clipped(raw_c, number.cell_clip), out = activate<Math>(number.activation, new_c);
-    if (moment.last) d_c = state_at<Number>(from.dc_n, at.b, at.unit);
+    if (moment.last()) d_c = state_at<Number>(from.dc_n, at.b, at.unit);
     d_c += inputs.d_cells;
     const Sum kept = kept_part(cell_.zoneout_c, Draw::kZoneoutC, number.zoneout_c, at, d_c);
     Sum d_new = next(cell_.zoneout_c, Draw::kZoneoutC, number.zoneout_c, at, Sum(0), d_c);
@@ -161,7 +161,7 @@ class CellStep {
     grad.f = (cell_.coupled ? of_f - of_i : of_f) * d_gate(f);
     Sum d_c_prev = d_new * f + kept;
     if (has_peephole) d_c_prev += grad.i * peephole.i + grad.f * peephole.f;
-    d_c = moment.forgets ? 0 : d_c_prev;
+    d_c = moment.forgets() ? 0 : d_c_prev;
     store_cells(moment, at, rows, inputs.c_prev, new_c);
     return {{cell_.tensorflow ? swapped(grad) : grad, d_c_prev}, o * out};
   }

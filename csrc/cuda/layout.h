@@ -23,6 +23,8 @@ inline constexpr int kBatchColumns = 8;  // sequences in a tile of the batch: th
 inline constexpr int kGroupRows = 32;    // rows of the weights that a warp multiplies at a time
 // Numbers between the end of a row of partial sums and the next: keeps the lanes of a warp on different banks.
 inline constexpr int kPartialPadding = 4;
+// Pairs of words from other blocks that a thread of a backward pass waits for at a time.
+inline constexpr int kMailInFlight = 6;
 // Of so many steps the moments are found at a time.
 inline constexpr int kMomentSteps = 16;
 // Rows of the weights of which one warp has the sums, in the kernels that take a launch for each step.
@@ -60,11 +62,13 @@ enum class Exchange : int {
 // of that time in a packed sequence, else the time itself.
 struct Moment {
   int64_t start, start_before, start_after;  // of this step, and of those before and after it where there are some
-  bool active;                               // the step is within the length
-  bool last;                                 // the length ends with it
-  bool follows;                              // the step before it is within the length too
-  bool forgets;                              // a reset stands at it
-  bool forgets_next;                         // a reset stands at the one after it
+  uint32_t flags;                            // together, as each is needed in every step
+
+  constexpr bool active() const { return flags & 1; }         // the step is within the length
+  constexpr bool last() const { return flags & 2; }           // the length ends with it
+  constexpr bool follows() const { return flags & 4; }        // the step before it is within the length too
+  constexpr bool forgets() const { return flags & 8; }        // a reset stands at it
+  constexpr bool forgets_next() const { return flags & 16; }  // a reset stands at the one after it
 };
 
 // How the elements of a vector are divided among the ranks: each has `width` units, and of a unit all that belongs to
@@ -127,8 +131,11 @@ struct ProductLayout {
   int shared_steps;
   int partial_stride;                               // of the sums, from one sequence to the next
   int tiles_offset, operand_offset, operand_bytes;  // in shared memory; of one operand buffer
-  int inbox_offset, inbox_bytes;                    // backward, kCluster: of one buffer of what others have sent
-  int64_t words_offset;                             // kGrid: in the exchange memory, in 64-bit words
+  int inbox_offset, inbox_bytes;  // backward, kCluster: of one buffer of what others have sent; kGrid:
+                                  // of the sums of what groups of ranks have sent
+  int mail_groups;                // backward, kGrid: so many groups
+  Divisor mail_pairs;             // and pairs of words that one rank sends another
+  int64_t words_offset;           // kGrid: in the exchange memory, in 64-bit words
 };
 
 // So long a block waits for another. Where all blocks run, an exchange takes microseconds; but somebody may be looking
@@ -157,10 +164,11 @@ struct Layout {
   int bias_offset;                  // forward: [units], 4 gates each
   int inputs_offset, inputs_bytes;  // of one buffer: for each sequence the rows of 4 gates, backward of c, d_cells, dy
   int gate_row, cell_row, h_row;    // bytes of these rows
-  int state_offset;                 // c, or its gradient: [sequences, units]
-  int cells_offset;                 // backward: c of this step [sequences, units]
-  int moments_offset;               // [kMomentSteps + 1, team_batch]
-  int barriers_offset;              // kCluster: [products, 2]
+  Divisor input_pieces, gate_pieces;  // 16 bytes each, of all rows of a sequence, and of one of a gate
+  int state_offset;                   // c, or its gradient: [sequences, units]
+  int cells_offset;                   // backward: c of this step [sequences, units]
+  int moments_offset;                 // [kMomentSteps + 1, team_batch]
+  int barriers_offset;                // kCluster: [products, 2]
   int shared_bytes;
   int log_rows;     // kGrid forward: rows of a k tile in the exchange memory
   uint64_t* words;  // kGrid: zero at the launch; [direction, team, exchange_words]; filled in at the launch

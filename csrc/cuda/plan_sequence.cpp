@@ -141,8 +141,16 @@ class Planner {
       product.operand_bytes = as_int(int64_t{product.k_tiles} * sizes_.columns * sequences * sizes_.on_chip_bytes);
       product.tiles_offset = memory.take(int64_t{kWarps} * product.shared_steps * sizes_.row_tiles * kTileBytes);
       product.operand_offset = memory.take(int64_t{cluster && !backward ? 2 : 1} * product.operand_bytes);
-      product.inbox_bytes = as_int(backward && cluster ? layout.ranks * batch * product.rows.width * sum_bytes : 0);
-      product.inbox_offset = memory.take(int64_t{2} * product.inbox_bytes);
+      const int64_t part = batch * product.rows.width;  // numbers that one rank sends another
+      int64_t parts = backward && cluster ? layout.ranks : 0;
+      if (backward && candidate.exchange == Exchange::kGrid) {
+        product.mail_pairs = Divisor(as_int(part * sum_bytes / 8));
+        const int64_t of_threads = std::max(kThreads / product.mail_pairs.value, 1);
+        product.mail_groups = as_int(std::min<int64_t>(of_threads, ceil_div(layout.ranks, kMailInFlight)));
+        parts = product.mail_groups;
+      }
+      product.inbox_bytes = as_int(parts * part * sum_bytes);
+      product.inbox_offset = memory.take(int64_t{cluster ? 2 : 1} * product.inbox_bytes);
       product.words_offset = layout.exchange_words;
       layout.exchange_words += 2 * words(layout, product);
       product.partial_stride = product.row_groups * kGroupRows + kPartialPadding;
@@ -157,7 +165,10 @@ class Planner {
     layout.cell_row = as_int(backward ? round_up(units * sum_bytes, 16) : 0);
     layout.h_row = as_int(
         backward ? round_up(int64_t{layout.product[0].rows.items.value} * item_units() * number_bytes + 4, 16) : 0);
-    layout.inputs_bytes = as_int(batch * (4 * layout.gate_row + 2 * layout.cell_row + layout.h_row));
+    const int sequence = 4 * layout.gate_row + 2 * layout.cell_row + layout.h_row;
+    layout.inputs_bytes = as_int(batch * sequence);
+    layout.gate_pieces = Divisor(layout.gate_row / 16);
+    layout.input_pieces = Divisor(sequence / 16);
     const int64_t buffers = candidate.exchange == Exchange::kGrid ? 3 : 2;  // as sequence.cuh takes turns
     layout.inputs_offset = memory.take(buffers * layout.inputs_bytes);
     layout.state_offset = memory.take(batch * units * sum_bytes);
@@ -182,8 +193,7 @@ class Planner {
       const int64_t row_words = int64_t{sizes_.columns} * sizes_.on_chip_bytes / 4;
       return (int64_t{product.k_tiles} << layout.log_rows) * row_words;
     }
-    const int64_t together = 8 / sizes_.sum_bytes;  // ranks whose sums are read together
-    return ceil_div(layout.ranks, together) * layout.ranks * layout.team_batch * product.rows.width * 2;
+    return int64_t{layout.ranks} * layout.ranks * layout.team_batch * product.rows.width * sizes_.sum_bytes / 4;
   }
 
   // Of one product of a step with what comes before and after it: an exchange, and the pointwise part.

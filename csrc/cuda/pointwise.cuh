@@ -40,13 +40,15 @@ __device__ inline Moment moment_at(const Masks& masks, const int64_t* packed_off
     return masks.resets && step >= 0 && step < length &&
            masks.resets[time(step) * masks.reset_t_stride + b * masks.reset_b_stride] != 0;
   };
-  return {start(s),   start(s - 1),  start(s + 1), s >= 0 && s < length, s + 1 == length, s >= 1 && s - 1 < length,
-          forgets(s), forgets(s + 1)};
+  const auto flag = [](bool set, int place) { return static_cast<uint32_t>(set) << place; };
+  return {start(s), start(s - 1), start(s + 1),
+          flag(s >= 0 && s < length, 0) | flag(s + 1 == length, 1) | flag(s >= 1 && s - 1 < length, 2) |
+              flag(forgets(s), 3) | flag(forgets(s + 1), 4)};
 }
 
 // Whether the sequence has a row at that step: past its length a packed one has none.
 __device__ __forceinline__ bool has_row(const RowMap& map, const Moment& moment) {
-  return moment.active || !map.packed_offset;
+  return moment.active() || !map.packed_offset;
 }
 
 // `start` is that of a Moment.
@@ -134,13 +136,13 @@ template <class Tile>
 __device__ __forceinline__ CellState<typename Tile::Sum> forward_cell(const Moment& moment, const Pre<Tile>& pre,
                                                                       typename Tile::Sum c) {
   const auto state = cell_state<typename Tile::Math>(pre, c);  // whether it counts or not: no branch
-  return moment.active ? state : CellState<typename Tile::Sum>{};
+  return moment.active() ? state : CellState<typename Tile::Sum>{};
 }
 
 // What the next step starts from.
 template <class Sum>
 __device__ __forceinline__ Sum carried(const Moment& moment, Sum value) {
-  return moment.active && !moment.forgets_next ? value : 0;
+  return moment.active() && !moment.forgets_next() ? value : 0;
 }
 
 template <class Tile, int N>
@@ -160,7 +162,7 @@ __device__ __forceinline__ void store_cells(const LayerForward& layer, const For
     if (to.gates) store_gates<Number>(to.gates, layer.gates_map, moment.start, b, layer.shape.H, unit, gates, valid);
     if (to.cells) store_units(element<Sum>(to.cells, layer.cells_map, moment.start, b, unit), c, valid);
   }
-  if (moment.last) store_units(static_cast<Number*>(to.c_n) + b * layer.shape.H + unit, c, valid);
+  if (moment.last()) store_units(static_cast<Number*>(to.c_n) + b * layer.shape.H + unit, c, valid);
 }
 
 template <class Tile, int N>
@@ -171,23 +173,23 @@ __device__ __forceinline__ void store_output(const LayerForward& layer, const Fo
   Units<typename Tile::Sum, N> y = h;
 #pragma unroll
   for (int n = 0; n < N; ++n)
-    if (!moment.active) y.at[n] = 0;
+    if (!moment.active()) y.at[n] = 0;
   if (has_row(layer.y_map, moment)) store_units(element<Number>(to.y, layer.y_map, moment.start, b, p), y, valid);
-  if (moment.last && to.h_n) store_units(static_cast<Number*>(to.h_n) + b * layer.shape.P + p, h, valid);
+  if (moment.last() && to.h_n) store_units(static_cast<Number*>(to.h_n) + b * layer.shape.P + p, h, valid);
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------
 
 // Whether no step before this one leaves an h to it.
-__device__ __forceinline__ bool begins(const Moment& moment, int64_t s) { return s == 0 || !moment.active; }
+__device__ __forceinline__ bool begins(const Moment& moment, int64_t s) { return s == 0 || !moment.active(); }
 
 // The gradient of one step's h: what comes back through time, and from the outputs.
 template <class Number, class Sum>
 __device__ __forceinline__ Sum backward_output(const BackwardDirection& from, const Moment& moment, int64_t b,
                                                int64_t p, Sum d_h, Sum dy) {
-  if (!moment.active) return 0;
+  if (!moment.active()) return 0;
   d_h += dy;
-  return moment.last ? d_h + state_at<Number>(from.dh_n, b, p) : d_h;
+  return moment.last() ? d_h + state_at<Number>(from.dh_n, b, p) : d_h;
 }
 
 // h that step s started from where no step before it stores it, and the gradient of its own.
@@ -199,7 +201,7 @@ __device__ __forceinline__ void store_output_grads(const BackwardPass& pass, int
   const BackwardOutputs& to = pass.outputs[d];
   if (!has_row(pass.h_map, moment)) return;
   if (begins(moment, s) || pass.layer.shape.projected) {
-    const bool from_h0 = s == 0 && moment.active && !moment.forgets;
+    const bool from_h0 = s == 0 && moment.active() && !moment.forgets();
     Units<typename Tile::Sum, N> h;
 #pragma unroll
     for (int n = 0; n < N; ++n)
@@ -242,18 +244,18 @@ __device__ __forceinline__ BackwardCell<typename Tile::Sum> backward_cell(
     const BackwardInputs<typename Tile::Sum>& inputs, typename Tile::Sum d_h, typename Tile::Sum& d_c) {
   using Sum = typename Tile::Sum;
   const Sum tanh_c = Tile::Math::tanh(inputs.c);
-  if (moment.active && moment.last) d_c = state_at<typename Tile::Number>(from.dc_n, b, unit);
+  if (moment.active() && moment.last()) d_c = state_at<typename Tile::Number>(from.dc_n, b, unit);
   const BackwardCell<Sum> counted{cell_backward(inputs.gates, inputs.c_prev, tanh_c, d_h, d_c + inputs.d_cells),
                                   inputs.gates.o * tanh_c};  // whether it counts or not: no branch
-  const BackwardCell<Sum> cell = moment.active ? counted : BackwardCell<Sum>{};
-  d_c = moment.forgets ? 0 : cell.grad.d_c_prev;
+  const BackwardCell<Sum> cell = moment.active() ? counted : BackwardCell<Sum>{};
+  d_c = moment.forgets() ? 0 : cell.grad.d_c_prev;
   return cell;
 }
 
 // The gates' gradients as the step before is to know them.
 template <class Sum>
 __device__ __forceinline__ GateValues<Sum> carried_back(const Moment& moment, const BackwardCell<Sum>& cell) {
-  return moment.forgets ? GateValues<Sum>{} : cell.grad.d_pre;
+  return moment.forgets() ? GateValues<Sum>{} : cell.grad.d_pre;
 }
 
 // kOptions: of a cell with options, whose h_prev is stored by store_cell_output_grads.
@@ -270,9 +272,9 @@ __device__ __forceinline__ void store_cell_grads(const BackwardPass& pass, int d
   for (int n = 0; n < N; ++n) {
     d_gates.at[n] = cells.at[n].grad.d_pre;
     hidden.at[n] = cells.at[n].hidden;
-    carried_hidden.at[n] = moment.forgets_next ? 0 : hidden.at[n];
+    carried_hidden.at[n] = moment.forgets_next() ? 0 : hidden.at[n];
   }
-  if (!kOptions && moment.active && !moment.last)
+  if (!kOptions && moment.active() && !moment.last())
     store_units(element<Number>(to.hidden_prev, pass.hidden_map, moment.start_after, b, unit), carried_hidden, valid);
   if (!has_row(pass.d_gates_map, moment)) return;
   store_gates<Number>(to.d_gates, pass.d_gates_map, moment.start, b, pass.layer.shape.H, unit, d_gates, valid);

@@ -24,19 +24,29 @@ namespace lstm_ext::cuda {
 
 // ---- Weights from global memory ---------------------------------------------------------------------------------
 
-// `N` numbers that lie together, in one load where their address allows it.
-template <int N, class T>
-__device__ __forceinline__ void load_together(T (&to)[N], const T* from) {
+// `N` numbers that lie together from each of `from(0)` on, `M` times: each in one load where all addresses allow it,
+// and none waits for another.
+template <class T, int M, int N, class From>
+__device__ __forceinline__ void load_together(T (&to)[M][N], const From& from) {
   struct alignas(N * sizeof(T)) Together {
     T at[N];
   };
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Together) == 0) {
-    const Together all = *reinterpret_cast<const Together*>(from);
+  uintptr_t addresses = 0;
 #pragma unroll
-    for (int n = 0; n < N; ++n) to[n] = all.at[n];
+  for (int m = 0; m < M; ++m) addresses |= reinterpret_cast<uintptr_t>(from(m));
+  if (addresses % sizeof(Together) == 0) {
+    Together all[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) all[m] = *reinterpret_cast<const Together*>(from(m));
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < N; ++n) to[m][n] = all[m].at[n];
   } else {
 #pragma unroll
-    for (int n = 0; n < N; ++n) to[n] = from[n];
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < N; ++n) to[m][n] = from(m)[n];
   }
 }
 
@@ -63,18 +73,16 @@ __device__ __noinline__ GroupWeights<Tile> fetch_weights(const ProductLayout& pr
   // Rows or columns of one group lie side by side.
   const bool columns_together = product.column_stride == 1 && product.columns.groups == 1 && column[kColumns - 1] >= 0;
   const bool rows_together = product.row_stride == 1 && product.rows.groups == 1 && row[kRows - 1] >= 0;
+  const auto or_first = [](int64_t index) { return max(index, int64_t{0}); };  // loads what does not count, too
   if (columns_together) {
+    load_together(numbers, [&](int i) { return data + or_first(row[i]) * product.row_stride + column[0]; });
+  } else if (rows_together) {
+    Number together[kColumns][kRows];
+    load_together(together, [&](int j) { return data + row[0] + or_first(column[j]) * product.column_stride; });
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-      if (row[i] >= 0) load_together(numbers[i], data + row[i] * product.row_stride + column[0]);
-  } else if (rows_together) {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      Number together[kRows];
-      if (column[j] >= 0) load_together(together, data + row[0] + column[j] * product.column_stride);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) numbers[i][j] = together[i];
-    }
+      for (int j = 0; j < kColumns; ++j) numbers[i][j] = together[j][i];
   } else {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
@@ -145,14 +153,19 @@ __device__ __forceinline__ Numbers total(const Sum* partial, int splits, int spl
     for (int n = 0; n < Numbers::kCount; ++n) to.at[n] += from.at[n];
   };
   Numbers sum = read(0);
+  if (splits == 1) return sum;
+  if (splits == 2) {
+    add(sum, read(1));
+    return sum;
+  }
 #pragma unroll
-  for (int known = 1; known < kWarps; known *= 2) {  // as many again
-    if (splits <= known) break;
+  for (int first = 0; first < kWarps; first += kWarps / 2) {
+    if (first == splits) break;
     Numbers more[kWarps / 2];
 #pragma unroll
-    for (int n = 0; n < known; ++n) more[n] = read(known + n);
+    for (int n = first == 0; n < kWarps / 2; ++n) more[n] = read(first + n);
 #pragma unroll
-    for (int n = 0; n < known; ++n) add(sum, more[n]);
+    for (int n = first == 0; n < kWarps / 2; ++n) add(sum, more[n]);
   }
   return sum;
 }

@@ -49,6 +49,11 @@ __device__ __forceinline__ void st_relaxed_gpu(uint64_t* address, uint64_t value
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+__device__ __forceinline__ void st_relaxed_gpu(TwoWords* address, const TwoWords& value) {
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(value.first), "l"(value.second)
+               : "memory");
+}
+
 // ---- Waiting no longer than can be meant ----------------------------------------------------------------------------
 
 inline constexpr uint32_t kPollsPerLook = 1024;  // that fail before somebody looks at the clock

@@ -8,20 +8,25 @@
 
 namespace lstm_ext::cuda {
 
-// By the lanes of a warp: copies `bytes` bytes to shared memory, at 16 bytes, behind the 2 by which an address of
-// numbers of 2 bytes may miss a multiple of 4 (see `read_copy`). What such a copy reads before them is in the same
-// array.
-__device__ __forceinline__ void copy_row(char* to, const void* from, int bytes) {
-  if (bytes <= 0) return;
-  const int lane = threadIdx.x % 32;
+// 16 bytes of a row that is copied for each step, or fewer at its end: their number, and those after them in the row,
+// is `bytes`. They come from `from`, `stride` times the start of the step further, or of the step before it.
+struct RowPiece {
+  const char* from = nullptr;
+  int64_t stride = 0;
+  int bytes = -16;
+  bool of_step_before = false;
+};
+
+// To shared memory, at 16 bytes. A row of numbers of 2 bytes may miss a multiple of 4 by 2: it stands so much further
+// behind there (see `read_copy`), and what a copy reads before it is in the same array.
+__device__ __forceinline__ void copy_piece(char* to, const char* from, int bytes) {
   const auto address = reinterpret_cast<uintptr_t>(from);
-  if ((address | static_cast<uintptr_t>(bytes)) % 16 == 0) {
-    for (int at = lane * 16; at < bytes; at += 32 * 16) cp_async_16(to + at, static_cast<const char*>(from) + at, 16);
-  } else {
-    const int ahead = static_cast<int>(address % 4);
-    const char* first = static_cast<const char*>(from) - ahead;
-    for (int at = lane * 4; at < bytes + ahead; at += 32 * 4)
-      cp_async_4(to + at, first + at, min(4, bytes + ahead - at));
+  if (address % 16 == 0 && bytes >= 16) return cp_async_16(to, from, 16);
+  const int ahead = static_cast<int>(address % 4);
+#pragma unroll
+  for (int at = 0; at < 16; at += 4) {
+    const int left = bytes + ahead - at;
+    if (left > 0) cp_async_4(to + at, from - ahead + at, min(4, left));
   }
 }
 
@@ -92,6 +97,15 @@ class SequenceBlock {
       body(n, j, int64_t{unit}, share.limit - unit);
     }
   }
+  // For the first of a thread's items alone.
+  template <class Body>
+  __device__ __forceinline__ void for_first_item(const Share& share, const Body& body) const {
+    const int each = share.items.value, index = static_cast<int>(threadIdx.x);
+    if (index >= count_ * each) return;
+    const int n = share.items.quotient(index), j = (index - n * each) * kItem;
+    const int unit = team_.rank() * share.width + j;
+    body(n, j, int64_t{unit}, share.limit - unit);
+  }
 
   // Of this batch: how many sequences, and which of the layer's is its number n.
   __device__ int count() const { return count_; }
@@ -109,6 +123,7 @@ class SequenceBlock {
   }
   __device__ void find_moments_from(int64_t s) {
     __syncthreads();  // nobody reads the last ones
+    first_buffer_ = buffer_of(s);
     first_moment_ = s;
     const int n = threadIdx.x % 32;
     for (int later = threadIdx.x / 32; later <= kMomentSteps && n < count_; later += kWarps) {
@@ -131,12 +146,30 @@ class SequenceBlock {
     __syncthreads();  // they are there
   }
 
-  // Row `row` of the copies for sequence n at step s: a gate, or after the four of them c, d_cells and dy.
+  // The rows that a step reads of a sequence: four of gates, and after them c, d_cells and dy. owner.row(n, row) is the
+  // first piece of one, without bytes where there is none. To be called before the first copies of a batch.
+  template <class Owner>
+  __device__ __forceinline__ void find_copies(const Owner& owner) {
+    first_piece_ = piece_of(owner, static_cast<int>(threadIdx.x));
+  }
+
+  // Of the rows that step s will read, if there is such a step; always one group of copies. A thread has a piece; where
+  // there are more of them, it finds the others as it goes.
+  template <class Owner>
+  __device__ __forceinline__ void copy_inputs(const Owner& owner, int64_t s) const {
+    if (s >= 0 && s < shape_.T) {
+      const int count = count_ * layout_.input_pieces.value;
+      int index = static_cast<int>(threadIdx.x);
+      if (index < count) copy(first_piece_, index, s);
+      for (index += kThreads; index < count; index += kThreads) copy(piece_of(owner, index), index, s);
+    }
+    cp_async_commit();
+  }
+
+  // Row `row` of the copies for sequence n at step s.
   __device__ __forceinline__ char* copy_of(int64_t s, int n, int row) const {
-    const int sequence = 4 * layout_.gate_row + 2 * layout_.cell_row + layout_.h_row;
     const int place = row < 4 ? row * layout_.gate_row : 4 * layout_.gate_row + (row - 4) * layout_.cell_row;
-    const int buffer = static_cast<int>(team_.by_mail() ? s % 3 : s % 2);
-    return team_.shared() + layout_.inputs_offset + buffer * layout_.inputs_bytes + n * sequence + place;
+    return copies_of(s) + n * layout_.input_pieces.value * 16 + place;
   }
 
   // c between the steps, or its gradient, from unit j on of sequence n; and backward c of the step itself.
@@ -180,6 +213,40 @@ class SequenceBlock {
     }
   }
 
+  template <class Owner>
+  __device__ __forceinline__ RowPiece piece_of(const Owner& owner, int index) const {
+    const int n = layout_.input_pieces.quotient(index), at = index - n * layout_.input_pieces.value;
+    int row = layout_.gate_pieces.quotient(at), piece = at - row * layout_.gate_pieces.value;
+    if (kDirection < 0 && row >= 4) {
+      const int pieces = layout_.cell_row / 16;
+      piece = at - 4 * layout_.gate_pieces.value, row = 4;
+      while (row < 6 && piece >= pieces) piece -= pieces, ++row;
+    }
+    RowPiece found = owner.row(n, row);
+    if (found.bytes <= 0) return {};
+    found.from += piece * 16;
+    found.bytes -= piece * 16;
+    return found;
+  }
+
+  __device__ __forceinline__ void copy(const RowPiece& piece, int index, int64_t s) const {
+    const Moment& moment = this->moment(s, layout_.input_pieces.quotient(index));
+    const bool there = piece.of_step_before ? moment.follows() : moment.active();
+    if (!there || piece.bytes <= -4) return;  // a row may end up to 2 bytes further behind
+    const int64_t start = piece.of_step_before ? moment.start_before : moment.start;
+    copy_piece(copies_of(s) + index * 16, piece.from + start * piece.stride, piece.bytes);
+  }
+
+  // Which buffer has the copies for step s: two take turns; three, where they are copied before all warps are through
+  // with the step before.
+  __device__ __forceinline__ int buffer_of(int64_t s) const {
+    const int later = static_cast<int>(s - first_moment_) * kDirection;
+    return static_cast<int>(static_cast<unsigned>(first_buffer_ + later) % (team_.by_mail() ? 3u : 2u));
+  }
+  __device__ __forceinline__ char* copies_of(int64_t s) const {
+    return team_.shared() + layout_.inputs_offset + buffer_of(s) * layout_.inputs_bytes;
+  }
+
   __device__ Moment* moments(int64_t s) const {
     return reinterpret_cast<Moment*>(team_.shared() + layout_.moments_offset) +
            static_cast<int>(s - first_moment_) * kDirection * layout_.team_batch;
@@ -208,6 +275,8 @@ class SequenceBlock {
   int64_t first_ = 0;  // sequence of this batch
   int count_ = 0;
   int64_t first_moment_ = 0;
+  int first_buffer_ = 0;  // of the step that has the first moment
+  RowPiece first_piece_;
 };
 
 }  // namespace lstm_ext::cuda

@@ -48,7 +48,8 @@ class BackwardWalk {
     block_.find_moments_from(last);
     if constexpr (kOptions) find_draw_keys_from(last);
     start(last);
-    copy_inputs(last);
+    block_.find_copies(*this);
+    block_.copy_inputs(*this, last);
     cp_async_wait<0>();
     __syncthreads();  // they are there
     for (int64_t s = last; s >= 0; --s) {
@@ -60,20 +61,23 @@ class BackwardWalk {
       } else {
         block_.find_moments(s);
       }
-      copy_inputs(s - 1);
-      if (s < last) block_.team().receive(Product::kRecurrent);
+      const Given given = given_to_first(s);  // while what others send is on its way, as are these copies
+      block_.copy_inputs(*this, s - 1);
+      if (s < last) block_.team().receive(Product::kRecurrent, block_.count());
+      Made made;
       if (block_.projected()) {
-        take_projected_step(s);
+        take_projected_step(s, made);
       } else {
-        take_step(s);
+        take_step(s, given, made);
       }
       __syncthreads();  // the operand is there, and nobody reads the sums of the step after
       block_.template multiply<Product::kRecurrent>();
       cp_async_wait<0>();
       __syncthreads();  // the sums of all warps are there, and what the next step reads
       block_.team().send(Product::kRecurrent, block_.count());
+      store(s, made);
     }
-    block_.team().receive(Product::kRecurrent);
+    block_.team().receive(Product::kRecurrent, block_.count());
     finish();
   }
 
@@ -86,7 +90,7 @@ class BackwardWalk {
       Sums c{};
 #pragma unroll
       for (int i = 0; i < kItem; ++i)
-        if (moment.active && i < valid)
+        if (moment.active() && i < valid)
           c.at[i] = *element<Sum>(from_.cells, pass_.layer.cells_map, moment.start, block_.sequence(n), unit + i);
       block_.cells(n, j) = c;
       block_.state(n, j) = {};
@@ -98,58 +102,53 @@ class BackwardWalk {
 
   // ---- What a step reads --------------------------------------------------------------------------------------------
 
-  static constexpr int kCells = 4, kCellGrads = 5, kOutputGrads = 6, kRows = 7;
+  static constexpr int kCells = 4, kCellGrads = 5, kOutputGrads = 6;
 
-  // Where a row of the copies for sequence n at step s comes from, from this rank's first unit on: the gates and
-  // d_cells of the step, dy, and the cells of the step before.
-  __device__ __forceinline__ const Number* gate_row(const Moment& moment, int n, int gate) const {
-    return element<Number>(from_.gates, pass_.layer.gates_map, moment.start, block_.sequence(n),
+  // From this rank's first unit on: the gates and d_cells of the step, dy, and the cells of the step before.
+  friend Block;
+  __device__ __forceinline__ RowPiece row(int n, int row) const {
+    const LayerBackward& layer = pass_.layer;
+    const auto from = [&](const auto* first, const RowMap& map, int units) -> RowPiece {
+      constexpr int kBytes = int{sizeof(*first)};
+      return {reinterpret_cast<const char*>(first), map.start_stride() * kBytes, units * kBytes, row == kCells};
+    };
+    if (row < kCells) return from(gate_row(0, n, row), layer.gates_map, there(hidden()));
+    if (row == kCells) return from(cell_row(from_.cells, layer.cells_map, n), layer.cells_map, there(hidden()));
+    if (row == kCellGrads && from_.d_cells)
+      return from(cell_row(from_.d_cells, layer.d_cells_map, n), layer.d_cells_map, there(hidden()));
+    if (row == kOutputGrads && from_.dy) return from(dy_row(0, n), layer.dy_map, there(h()));
+    return {};
+  }
+  __device__ __forceinline__ const Number* gate_row(int64_t start, int n, int gate) const {
+    return element<Number>(from_.gates, pass_.layer.gates_map, start, block_.sequence(n),
                            gate * shape_.H + first(hidden()));
   }
-  __device__ __forceinline__ const Number* dy_row(const Moment& moment, int n) const {
-    return element<Number>(from_.dy, pass_.layer.dy_map, moment.start, block_.sequence(n), first(h()));
+  __device__ __forceinline__ const Number* dy_row(int64_t start, int n) const {
+    return element<Number>(from_.dy, pass_.layer.dy_map, start, block_.sequence(n), first(h()));
   }
-  __device__ __forceinline__ const Sum* cell_row(const void* rows, const RowMap& map, int64_t start, int n) const {
-    return element<Sum>(rows, map, start, block_.sequence(n), first(hidden()));
-  }
-
-  // Of the rows that step s will read, if there is such a step; always one group of copies.
-  __device__ __forceinline__ void copy_inputs(int64_t s) const {
-    if (s >= 0) {
-      const int units = there(hidden());
-      for (int index = threadIdx.x / 32; index < kRows * block_.count(); index += kWarps) {
-        const int n = index / kRows, row = index % kRows;
-        const Moment& moment = block_.moment(s, n);
-        char* to = block_.copy_of(s, n, row);
-        if (row < kCells && moment.active) copy_row(to, gate_row(moment, n, row), units * int{sizeof(Number)});
-        if (row == kCells && moment.follows)
-          copy_row(to, cell_row(from_.cells, pass_.layer.cells_map, moment.start_before, n), units * int{sizeof(Sum)});
-        if (row == kCellGrads && moment.active && from_.d_cells)
-          copy_row(to, cell_row(from_.d_cells, pass_.layer.d_cells_map, moment.start, n), units * int{sizeof(Sum)});
-        if (row == kOutputGrads && moment.active && from_.dy)
-          copy_row(to, dy_row(moment, n), there(h()) * int{sizeof(Number)});
-      }
-    }
-    cp_async_commit();
+  __device__ __forceinline__ const Sum* cell_row(const void* rows, const RowMap& map, int n) const {
+    return element<Sum>(rows, map, 0, block_.sequence(n), first(hidden()));
   }
 
-  __device__ __forceinline__ Units<BackwardInputs<Sum>, kItem> inputs(int64_t s, const Moment& moment, int n, int j,
-                                                                      int64_t unit, int valid) const {
+  using Inputs = Units<BackwardInputs<Sum>, kItem>;
+
+  __device__ __forceinline__ Inputs inputs(int64_t s, const Moment& moment, int n, int j, int64_t unit,
+                                           int valid) const {
     Sums gates[4], before{}, d_cells{};
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
-      gates[gate] = read_copy<kItem>(block_.copy_of(s, n, gate), gate_row(moment, n, gate), j);
-    if (moment.follows) before = read_sums(block_.copy_of(s, n, kCells), j);
+      gates[gate] = read_copy<kItem>(block_.copy_of(s, n, gate), gate_row(moment.start, n, gate), j);
+    if (moment.follows()) before = read_sums(block_.copy_of(s, n, kCells), j);
     if (from_.d_cells) d_cells = read_sums(block_.copy_of(s, n, kCellGrads), j);
     Sums& kept = block_.cells(n, j);
     const Sums c = kept;
     kept = before;
-    Units<BackwardInputs<Sum>, kItem> result;
+    Inputs result;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
       Sum c_prev = before.at[i];
       if (s == 0) c_prev = i < valid ? state_at<Number>(from_.state.c0, block_.sequence(n), unit + i) : 0;
-      if (moment.forgets) c_prev = 0;
+      if (moment.forgets()) c_prev = 0;
       result.at[i] = {{gates[0].at[i], gates[1].at[i], gates[2].at[i], gates[3].at[i]}, c.at[i], c_prev, d_cells.at[i]};
     }
     return result;
@@ -161,19 +160,53 @@ class BackwardWalk {
 
   // ---- A step -------------------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void take_step(int64_t s) {
+  // What an item has before what others send: what it reads, and where its sequence stands.
+  struct Given {
+    Moment moment;
+    Inputs inputs;
+    Sums dy;
+  };
+
+  __device__ __forceinline__ Given given(int64_t s, int n, int j, int64_t unit, int valid) {
+    const Moment moment = block_.moment(s, n);
+    return {moment, inputs(s, moment, n, j, unit, valid), output_grads(s, moment, n, j)};
+  }
+
+  __device__ __forceinline__ Given given_to_first(int64_t s) {
+    Given found{};
+    if (block_.projected()) return found;
+    block_.for_first_item(hidden(),
+                          [&](int n, int j, int64_t unit, int valid) { found = given(s, n, j, unit, valid); });
+    return found;
+  }
+
+  // What a thread has made of an item, and has still to store.
+  struct Made {
+    int n, valid = 0;
+    int64_t unit;
+    Moment moment;
+    Cells cells;
+    Sums d_h;  // without a projection
+  };
+
+  // Each thread's last item is stored after the product is sent: others wait for that.
+  __device__ __forceinline__ void take_step(int64_t s, Given now, Made& made) {
+    bool first = true;
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
-      const Moment& moment = block_.moment(s, n);
-      const Sums d_h = output(s, moment, n, j, unit, valid);
-      update(s, moment, n, j, unit, valid, d_h);
-      store_output(s, moment, n, unit, d_h, valid);
+      if (!first) {
+        store(s, made);
+        now = given(s, n, j, unit, valid);
+      }
+      first = false;
+      const Sums d_h = output(s, now.moment, n, j, unit, valid, now.dy);
+      made = {n, valid, unit, now.moment, update(s, now.moment, n, j, unit, valid, now.inputs, d_h), d_h};
     });
   }
 
-  __device__ __forceinline__ void take_projected_step(int64_t s) {
+  __device__ __forceinline__ void take_projected_step(int64_t s, Made& made) {
     block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
-      const Moment& moment = block_.moment(s, n);
-      const Sums d_h = output(s, moment, n, j, p, valid);
+      const Moment moment = block_.moment(s, n);
+      const Sums d_h = output(s, moment, n, j, p, valid, output_grads(s, moment, n, j));
       block_.team().put(Product::kProjection, n, j, d_h);
       store_output(s, moment, n, p, d_h, valid);
     });
@@ -181,10 +214,22 @@ class BackwardWalk {
     block_.template multiply<Product::kProjection>();
     __syncthreads();  // the sums of all warps are there
     block_.team().send(Product::kProjection, block_.count());
-    block_.team().receive(Product::kProjection);
+    block_.team().receive(Product::kProjection, block_.count());
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
-      update(s, block_.moment(s, n), n, j, unit, valid, block_.team().sum(Product::kProjection, n, j));
+      store(s, made);
+      const Moment moment = block_.moment(s, n);
+      const Sums d_hidden = block_.team().sum(Product::kProjection, n, j);
+      made = {
+          n, valid, unit, moment, update(s, moment, n, j, unit, valid, inputs(s, moment, n, j, unit, valid), d_hidden),
+          {}};
     });
+  }
+
+  __device__ __forceinline__ void store(int64_t s, const Made& made) const {
+    if (made.valid <= 0) return;
+    store_cell_grads<Tile, kOptions>(pass_, blockIdx.y, made.moment, s, block_.sequence(made.n), made.unit, made.cells,
+                                     made.valid);
+    if (!block_.projected()) store_output(s, made.moment, made.n, made.unit, made.d_h, made.valid);
   }
 
   __device__ __forceinline__ void store_output(int64_t s, const Moment& moment, int n, int64_t p, const Sums& d_h,
@@ -201,13 +246,18 @@ class BackwardWalk {
     }
   }
 
+  __device__ __forceinline__ Sums output_grads(int64_t s, const Moment& moment, int n, int j) const {
+    if (!from_.dy) return {};
+    return read_copy<kItem>(block_.copy_of(s, n, kOutputGrads), dy_row(moment.start, n), j);
+  }
+
   // The gradient of elements p and following of h, which are numbers j and following of this rank's; of cells with
   // options that of what the step has computed as h.
-  __device__ __forceinline__ Sums output(int64_t s, const Moment& moment, int n, int j, int64_t p, int valid) const {
-    Sums d_h{}, dy{};
+  __device__ __forceinline__ Sums output(int64_t s, const Moment& moment, int n, int j, int64_t p, int valid,
+                                         const Sums& dy) const {
+    Sums d_h{};
     if (s + 1 < shape_.T) d_h = block_.team().sum(Product::kRecurrent, n, j);
     if constexpr (kOptions) add_kept(s, n, j, p, valid, d_h);
-    if (from_.dy) dy = read_copy<kItem>(block_.copy_of(s, n, kOutputGrads), dy_row(moment, n), j);
 #pragma unroll
     for (int i = 0; i < kItem; ++i)
       d_h.at[i] =
@@ -218,9 +268,8 @@ class BackwardWalk {
 
   // Units j and following of this rank: from the gradient of their h to those of their gates, for the operand, and of
   // their c, which the state gets.
-  __device__ __forceinline__ void update(int64_t s, const Moment& moment, int n, int j, int64_t unit, int valid,
-                                         const Sums& d_h) {
-    const Units<BackwardInputs<Sum>, kItem> given = inputs(s, moment, n, j, unit, valid);
+  __device__ __forceinline__ Cells update(int64_t s, const Moment& moment, int n, int j, int64_t unit, int valid,
+                                          const Inputs& given, const Sums& d_h) {
     Sums& state = block_.state(n, j);
     Sums d_c = state;
     Cells cells;
@@ -245,7 +294,7 @@ class BackwardWalk {
     }
     state = d_c;
     block_.team().put(Product::kRecurrent, n, 4 * j, sent);
-    store_cell_grads<Tile, kOptions>(pass_, blockIdx.y, moment, s, block_.sequence(n), unit, cells, valid);
+    return cells;
   }
 
   // ---- Of cells with options ----------------------------------------------------------------------------------------

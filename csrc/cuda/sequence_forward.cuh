@@ -28,6 +28,7 @@ class ForwardWalk {
         layer_(params.layer),
         layout_(params.layout),
         to_(params.layer.direction[blockIdx.y]),
+        stores_cells_(to_.gates || to_.cells),
         block_(layout_, layer_.shape, layer_.masks, layer_.gates_map.packed_offset, to_.reverse, to_.weights) {
     for (int j = threadIdx.x; j < hidden().width; j += kThreads) {
       const int64_t unit = block_.team().rank() * hidden().width + j;
@@ -49,7 +50,10 @@ class ForwardWalk {
     block_.find_moments_from(0);
     if constexpr (kOptions) find_draw_keys_from(0);
     start();
-    copy_inputs(0);
+    block_.find_copies(*this);
+    block_.copy_inputs(*this, 0);
+    cp_async_wait<0>();
+    __syncthreads();  // they are there
     for (int64_t s = 0; s < layer_.shape.T; ++s) {
       if constexpr (kOptions) {
         if (block_.moments_end_at(s)) {
@@ -59,24 +63,25 @@ class ForwardWalk {
       } else {
         block_.find_moments(s);
       }
+      const Given given = given_to_first(s);  // while what others send is on its way, as are these copies
       if constexpr (kExchange != Exchange::kBlock) {
-        if (!block_.team().alone()) copy_inputs(s + 1);  // while what others send is on its way
+        if (!block_.team().alone()) block_.copy_inputs(*this, s + 1);
       }
       block_.team().receive(Product::kRecurrent, block_.count(), s > 0);
       if constexpr (kExchange == Exchange::kBlock || kExchange == Exchange::kAny) {
-        if (block_.team().alone()) copy_inputs(s + 1);
+        if (block_.team().alone()) block_.copy_inputs(*this, s + 1);
       }
       block_.template multiply<Product::kRecurrent>();
-      cp_async_wait<1>();  // those of this step; the next one's are under way
-      __syncthreads();     // they are there, and the sums of all warps; nobody reads the operand any more
+      cp_async_wait<0>();
+      __syncthreads();  // the sums of all warps are there, and what the next step reads; nobody reads the operand any
+                        // more
       const bool send = s + 1 < layer_.shape.T;
       if (block_.projected()) {
         take_projected_step(s, send);
       } else {
-        take_step(s, send);
+        take_step(s, given, send);
       }
     }
-    cp_async_wait<0>();
   }
 
  private:
@@ -84,7 +89,8 @@ class ForwardWalk {
   __device__ void start() {
     block_.team().fill(Product::kRecurrent, block_.count(), [&](int k, int n) {
       const int64_t p = h().index_of(k);
-      Sum value = p < 0 || block_.moment(0, n).forgets ? Sum(0) : state_at<Number>(to_.state.h0, block_.sequence(n), p);
+      Sum value =
+          p < 0 || block_.moment(0, n).forgets() ? Sum(0) : state_at<Number>(to_.state.h0, block_.sequence(n), p);
       if constexpr (kOptions) {
         if (p >= 0 && cell().drops_h()) value *= cell().h_mask(place(0, n, p));
       }
@@ -92,14 +98,14 @@ class ForwardWalk {
     });
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
       const Sums c0 = initial(to_.state.c0, n, unit, valid);
-      block_.state(n, j) = block_.moment(0, n).forgets ? Sums{} : c0;
+      block_.state(n, j) = block_.moment(0, n).forgets() ? Sums{} : c0;
       if (block_.is_empty(n))
         store_units(static_cast<Number*>(to_.c_n) + block_.sequence(n) * layer_.shape.H + unit, c0, valid);
     });
     block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
       if constexpr (kOptions) {
         if (cell().keeps_h())
-          block_.h_state(h(), n, j) = block_.moment(0, n).forgets ? Sums{} : initial(to_.state.h0, n, p, valid);
+          block_.h_state(h(), n, j) = block_.moment(0, n).forgets() ? Sums{} : initial(to_.state.h0, n, p, valid);
       }
       if (block_.is_empty(n))
         store_units(static_cast<Number*>(to_.h_n) + block_.sequence(n) * layer_.shape.P + p,
@@ -115,21 +121,15 @@ class ForwardWalk {
     return values;
   }
 
-  // The rows of xw that step s will read, if there is such a step; always one group of copies.
-  __device__ __forceinline__ void copy_inputs(int64_t s) const {
-    if (s < layer_.shape.T) {
-      const int64_t first = int64_t{block_.team().rank()} * hidden().width;
-      const int bytes = min(hidden().width, hidden().limit - static_cast<int>(first)) * int{sizeof(Sum)};
-      for (int row = threadIdx.x / 32; row < 4 * block_.count(); row += kWarps) {
-        const int n = row / 4, gate = row % 4;
-        const Moment& moment = block_.moment(s, n);
-        if (!moment.active) continue;
-        const Sum* from = element<Sum>(params_.xw[blockIdx.y], layer_.gates_map, moment.start, block_.sequence(n),
-                                       gate * layer_.shape.H + first);
-        copy_row(block_.copy_of(s, n, gate), from, bytes);
-      }
-    }
-    cp_async_commit();
+  // Of xw: what this rank's units get from x, gate after gate.
+  friend Block;
+  __device__ __forceinline__ RowPiece row(int n, int gate) const {
+    const RowMap& map = layer_.gates_map;
+    const int64_t first = int64_t{block_.team().rank()} * hidden().width;
+    const Sum* from = element<Sum>(params_.xw[blockIdx.y], map, 0, block_.sequence(n), gate * layer_.shape.H + first);
+    const int units = min(hidden().width, hidden().limit - static_cast<int>(first));
+    return {reinterpret_cast<const char*>(from), map.start_stride() * int64_t{sizeof(Sum)}, units * int{sizeof(Sum)},
+            false};
   }
 
   using Cells = Units<CellState<Sum>, kItem>;
@@ -138,43 +138,77 @@ class ForwardWalk {
   struct Made {
     int n, valid = 0;
     int64_t unit;
+    Moment moment;
     Cells cells;
     Sums h;
   };
 
+  // What an item has before the product: what x and the bias give its gates, its c, and where its sequence stands.
+  struct Given {
+    Sums gates[4];
+    Sums c;
+    Moment moment;
+  };
+
+  __device__ __forceinline__ Given given(int64_t s, int n, int j) const {
+    using Gates = Units<Sum, 4 * kItem>;
+    const Gates b = *reinterpret_cast<const Gates*>(bias() + 4 * j);
+    Given given;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      given.gates[gate] = *reinterpret_cast<const Sums*>(block_.copy_of(s, n, gate) + j * int{sizeof(Sum)});
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) given.gates[gate].at[i] += b.at[4 * i + gate];
+    }
+    given.c = block_.state(n, j);
+    given.moment = block_.moment(s, n);
+    return given;
+  }
+
+  __device__ __forceinline__ Given given_to_first(int64_t s) const {
+    Given found{};
+    if (block_.projected()) return found;
+    block_.for_first_item(hidden(), [&](int n, int j, int64_t, int) { found = given(s, n, j); });
+    return found;
+  }
+
   // Each thread's last item is stored after it is sent: others wait for it.
-  __device__ __forceinline__ void take_step(int64_t s, bool send) {
+  __device__ __forceinline__ void take_step(int64_t s, Given now, bool send) {
     Made made;
+    bool first = true;
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
-      store(s, made);
-      const Moment& moment = block_.moment(s, n);
+      if (!first) {
+        store(made);
+        now = given(s, n, j);
+      }
+      first = false;
+      made = {n, valid, unit, now.moment, {}, {}};
+      made.cells = update(s, now, n, j, unit, valid, made.h);
       if constexpr (kOptions) {
-        made = {n, valid, unit, {}, {}};
-        made.cells = update(s, moment, n, j, unit, valid, made.h);
-        made.h = finished_h(s, moment, n, j, unit, valid, made.h);
-        if (send) block_.team().put(Product::kRecurrent, n, j, multiplied_h(s, moment, n, unit, made.h));
+        made.h = finished_h(s, now.moment, n, j, unit, valid, made.h);
+        if (send) block_.team().put(Product::kRecurrent, n, j, multiplied_h(s, now.moment, n, unit, made.h));
       } else {
-        made = {n, valid, unit, update(s, moment, n, j, unit, valid, made.h), {}};
-        made.h = outputs_of(moment, made.cells);
-        if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, made.h));
+        made.h = outputs_of(now.moment, made.cells);
+        if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(now.moment, made.h));
       }
     });
     if (send) block_.team().send(Product::kRecurrent, block_.count());
-    store(s, made);
+    store(made);
   }
 
-  __device__ __forceinline__ void store(int64_t s, const Made& made) const {
+  __device__ __forceinline__ void store(const Made& made) const {
     if (made.valid <= 0) return;
-    const Moment& moment = block_.moment(s, made.n);
-    store_cells<Tile>(layer_, to_, moment, block_.sequence(made.n), made.unit, made.cells, made.valid);
-    store_output<Tile>(layer_, to_, moment, block_.sequence(made.n), made.unit, made.h, made.valid);
+    if (stores_cells_ || made.moment.last())
+      store_cells<Tile>(layer_, to_, made.moment, block_.sequence(made.n), made.unit, made.cells, made.valid);
+    store_output<Tile>(layer_, to_, made.moment, block_.sequence(made.n), made.unit, made.h, made.valid);
   }
 
   __device__ __forceinline__ void take_projected_step(int64_t s, bool send) {
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
-      const Moment& moment = block_.moment(s, n);
+      const Given now = given(s, n, j);
+      const Moment& moment = now.moment;
       Sums hidden;
-      const Cells cells = update(s, moment, n, j, unit, valid, hidden);
+      const Cells cells = update(s, now, n, j, unit, valid, hidden);
       if constexpr (!kOptions) hidden = outputs_of(moment, cells);
       block_.team().put(Product::kProjection, n, j, hidden);
       store_cells<Tile>(layer_, to_, moment, block_.sequence(n), unit, cells, valid);
@@ -184,7 +218,7 @@ class ForwardWalk {
     block_.template multiply<Product::kProjection>();
     __syncthreads();  // the sums of all warps are there
     block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {
-      const Moment& moment = block_.moment(s, n);
+      const Moment moment = block_.moment(s, n);
       Sums sums = block_.team().template product<Sums>(Product::kProjection, n, j);
       if constexpr (kOptions) {
         sums = finished_h(s, moment, n, j, p, valid, sums);
@@ -199,36 +233,29 @@ class ForwardWalk {
 
   // Units j and following of this rank: from the sums of their gates to their c, which the state gets as well, and of
   // cells with options to `hidden`. Units that are none are zero.
-  __device__ __forceinline__ Cells update(int64_t s, const Moment& moment, int n, int j, int64_t unit, int valid,
+  __device__ __forceinline__ Cells update(int64_t s, const Given& given, int n, int j, int64_t unit, int valid,
                                           Sums& hidden) const {
-    Sums from_x[4];
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate)
-      from_x[gate] = *reinterpret_cast<const Sums*>(block_.copy_of(s, n, gate) + j * int{sizeof(Sum)});
     using Gates =
         Units<Sum, 4 * kItem>;  // i f g o of one unit after the other, as they stand in the rows of the product
     const Gates h = block_.team().template product<Gates>(Product::kRecurrent, n, 4 * j);
-    const Gates b = *reinterpret_cast<const Gates*>(bias() + 4 * j);
-    Sums& c = block_.state(n, j);
-    const Sums before = c;
     Sums after;
     Cells cells;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
       Sum pre[4];
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) pre[gate] = from_x[gate].at[i] + h.at[4 * i + gate] + b.at[4 * i + gate];
+      for (int gate = 0; gate < 4; ++gate) pre[gate] = given.gates[gate].at[i] + h.at[4 * i + gate];
       if constexpr (kOptions) {
-        cells.at[i] = cell().forward(moment, place(s, n, unit + i), block_.peephole(j + i),
-                                     {pre[0], pre[1], pre[2], pre[3]}, before.at[i], hidden.at[i]);
+        cells.at[i] = cell().forward(given.moment, place(s, n, unit + i), block_.peephole(j + i),
+                                     {pre[0], pre[1], pre[2], pre[3]}, given.c.at[i], hidden.at[i]);
         if (i >= valid) hidden.at[i] = 0;
       } else {
-        cells.at[i] = forward_cell<Tile>(moment, {pre[0], pre[1], pre[2], pre[3]}, before.at[i]);
+        cells.at[i] = forward_cell<Tile>(given.moment, {pre[0], pre[1], pre[2], pre[3]}, given.c.at[i]);
       }
       if (i >= valid) cells.at[i] = {};
-      after.at[i] = carried(moment, cells.at[i].c);
+      after.at[i] = carried(given.moment, cells.at[i].c);
     }
-    c = after;
+    block_.state(n, j) = after;
     return cells;
   }
 
@@ -237,7 +264,7 @@ class ForwardWalk {
     Sums h{};
 #pragma unroll
     for (int i = 0; i < kItem; ++i)
-      if (moment.active) h.at[i] = cell_output<typename Tile::Math>(cells.at[i].gates.o, cells.at[i].c);
+      if (moment.active()) h.at[i] = cell_output<typename Tile::Math>(cells.at[i].gates.o, cells.at[i].c);
     return h;
   }
 
@@ -271,7 +298,7 @@ class ForwardWalk {
     const Sums before = keeps ? block_.h_state(h(), n, j) : Sums{};
 #pragma unroll
     for (int i = 0; i < kItem; ++i)
-      values.at[i] = moment.active && i < valid
+      values.at[i] = moment.active() && i < valid
                          ? cell().output(place(s, n, p + i), block_.projected(), before.at[i], values.at[i])
                          : 0;
     if (keeps) block_.h_state(h(), n, j) = carried_h(moment, values);
@@ -300,7 +327,8 @@ class ForwardWalk {
   const Params& params_;
   const LayerForward& layer_;
   const Layout& layout_;
-  const ForwardDirection& to_;
+  const ForwardDirection to_;  // not by reference: what a step needs of it stays in registers
+  const bool stores_cells_;
   Block block_;
 };
 

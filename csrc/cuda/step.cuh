@@ -66,7 +66,7 @@ __device__ __forceinline__ void step_products(const Params& params, Block& block
       const int64_t b = block.sequence(n);
       if (projection) return static_cast<const Number*>(params.hidden) + (d * shape.B + b) * shape.H;
       if (of_x) return element<Number>(layer.x, layer.x_map, moment.start, b, 0);
-      if (!moment.active || moment.forgets) return nullptr;
+      if (!moment.active() || moment.forgets()) return nullptr;
       if constexpr (kHasOptions<Params>) {
         if (params.cell.h_state) return multiplied_h<Tile>(params, params.s, d, b);
       }
@@ -98,12 +98,12 @@ __device__ __forceinline__ typename Tile::Sum step_h(const WithCell<StepForward>
                                                      const Place& at, int d, typename Tile::Sum computed) {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
-  if (!moment.active) return 0;
+  if (!moment.active()) return 0;
   const LayerForward& layer = params.layer;
   const ForwardDirection& to = layer.direction[d];
   const CellStep<Tile, false> step(params.cell, d);
   Sum before = 0;
-  if (step.keeps_h() && !moment.forgets)
+  if (step.keeps_h() && !moment.forgets())
     before =
         params.s == 0
             ? state_at<Number>(to.state.h0, at.b, at.unit)
@@ -144,7 +144,7 @@ __device__ __forceinline__ void step_gates(const Params& params, Block& block, i
     const Moment& moment = block.moment(n);
     const int64_t b = block.sequence(n);
     Loaded loaded{s == 0 ? state_at<Number>(to.state.c0, b, unit) : *c_of(b, unit), {}};
-    if (moment.active && params.xw[d])
+    if (moment.active() && params.xw[d])
       loaded.xw = read_gates<Sum>(params.xw[d], layer.gates_map, moment.start, b, H, unit);
     return loaded;
   };
@@ -154,12 +154,11 @@ __device__ __forceinline__ void step_gates(const Params& params, Block& block, i
     const int64_t b = block.sequence(n);
     if (s == 0 && length_of(layer.masks, layer.shape.T, b) == 0)
       static_cast<Number*>(to.c_n)[b * H + unit] = narrow<Number>(loaded.c);
-    const Sum c = moment.forgets ? 0 : loaded.c;
+    const Sum c = moment.forgets() ? 0 : loaded.c;
     Pre<Tile> pre{};
-    if (moment.active) {
-      const Pre<Tile> h{block.product(n, j), block.product(n, width + j), block.product(n, 2 * width + j),
-                        block.product(n, 3 * width + j)};
-      pre = plus(loaded.xw, plus(h, bias));
+    if (moment.active()) {
+      const Units<Sum, 4> h = block.template product<4>(n, j, width);
+      pre = plus(loaded.xw, plus(Pre<Tile>{h.at[0], h.at[1], h.at[2], h.at[3]}, bias));
     }
     Units<CellState<Sum>, 1> cell;
     Units<Sum, 1> out;
@@ -170,7 +169,7 @@ __device__ __forceinline__ void step_gates(const Params& params, Block& block, i
       if (!layer.shape.projected) out.at[0] = step_h<Tile>(params, moment, at, d, out.at[0]);
     } else {
       cell.at[0] = forward_cell<Tile>(moment, pre, c);
-      out.at[0] = moment.active ? cell_output<typename Tile::Math>(cell.at[0].gates.o, cell.at[0].c) : 0;
+      out.at[0] = moment.active() ? cell_output<typename Tile::Math>(cell.at[0].gates.o, cell.at[0].c) : 0;
     }
     store_cells<Tile>(layer, to, moment, b, unit, cell, 1);
     if (params.state) *c_of(b, unit) = carried(moment, cell.at[0].c);
@@ -191,7 +190,7 @@ __device__ __forceinline__ void step_projection(const Params& params, Block& blo
   struct Nothing {};
   block.template finish_units<Nothing>([](int, int64_t) { return Nothing(); },
                                        [&](int n, int j, int64_t p, Nothing) {
-                                         Units<typename Tile::Sum, 1> h{{block.product(n, j)}};
+                                         Units<typename Tile::Sum, 1> h = block.product(n, j);
                                          if constexpr (kHasOptions<Params>) {
                                            const Moment& moment = block.moment(n);
                                            const Place at = place_of<Tile>(params, moment, d, block.sequence(n), p);
@@ -216,7 +215,7 @@ __device__ __forceinline__ void take_step_forward(const Params& params, Block& b
   const bool gates = params.part.product == Product::kRecurrent;
   if (gates && params.xw[d]) {
     block.for_units([&](int n, int64_t unit) {
-      if (block.moment(n).active)
+      if (block.moment(n).active())
         prefetch_gates<typename Tile::Sum>(params.xw[d], layer.gates_map, block.moment(n).start, block.sequence(n),
                                            layer.shape.H, unit);
     });
@@ -278,7 +277,7 @@ __device__ __forceinline__ void prefetch_cell_backward(const StepBackward& param
   using Sum = typename Tile::Sum;
   const LayerBackward& layer = params.pass.layer;
   const BackwardDirection& from = layer.direction[d];
-  if (!moment.active) return;
+  if (!moment.active()) return;
   prefetch_gates<Number>(from.gates, layer.gates_map, moment.start, b, layer.shape.H, unit);
   prefetch_to_l2(element<Sum>(from.cells, layer.cells_map, moment.start, b, unit));
   if (params.s > 0) prefetch_to_l2(element<Sum>(from.cells, layer.cells_map, moment.start_before, b, unit));
@@ -313,10 +312,10 @@ __device__ __forceinline__ void step_cell_backward(const Params& params, const M
   const BackwardDirection& from = layer.direction[d];
   const SequenceShape& shape = layer.shape;
   BackwardInputs<Sum> inputs{};
-  if (moment.active) {
+  if (moment.active()) {
     inputs.gates = read_gates<Number>(from.gates, layer.gates_map, moment.start, b, shape.H, unit);
     inputs.c = *element<Sum>(from.cells, layer.cells_map, moment.start, b, unit);
-    if (!moment.forgets)
+    if (!moment.forgets())
       inputs.c_prev = params.s > 0 ? *element<Sum>(from.cells, layer.cells_map, moment.start_before, b, unit)
                                    : state_at<Number>(from.state.c0, b, unit);
     if (from.d_cells) inputs.d_cells = *element<Sum>(from.d_cells, layer.d_cells_map, moment.start, b, unit);
@@ -352,8 +351,8 @@ __device__ __forceinline__ void step_products_backward(const Params& params, Blo
     const Moment &moment = block.moment(n), &next = block.next_moment(n);
     const int64_t b = block.sequence(n);
     const void *d_h = pass.outputs[d].d_h, *d_gates = pass.outputs[d].d_gates;
-    if (projection) return moment.active ? element<Number>(d_h, pass.h_map, moment.start, b, 0) : nullptr;
-    return next.active && !next.forgets ? element<Number>(d_gates, pass.d_gates_map, next.start, b, 0) : nullptr;
+    if (projection) return moment.active() ? element<Number>(d_h, pass.h_map, moment.start, b, 0) : nullptr;
+    return next.active() && !next.forgets() ? element<Number>(d_gates, pass.d_gates_map, next.start, b, 0) : nullptr;
   };
   block.add(projection ? weights.w_hr : weights.w_hh, projection ? shape.P : 4 * shape.H, row_of);
 }
@@ -374,7 +373,7 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
   block.template finish_units<Sum>(load, [&](int n, int j, int64_t p, Sum d_c) {
     const int64_t b = block.sequence(n);
     const auto from_next_step = [&] {
-      Sum d_h = block.product(n, j);
+      Sum d_h = block.product(n, j).at[0];
       if constexpr (kOptions) {
         d_h *= CellStep<Tile, false>(params.cell, d).h_mask({0, b, p});
         if (params.cell.h_state && params.s + 1 < shape.T) d_h += kept_d_h<Tile>(params, d, b, p);
@@ -388,7 +387,7 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
     } else {
       const Moment& moment = block.moment(n);
       Sum dy = 0;
-      if (moment.active && from.dy) dy = widen(*element<Number>(from.dy, pass.layer.dy_map, moment.start, b, p));
+      if (moment.active() && from.dy) dy = widen(*element<Number>(from.dy, pass.layer.dy_map, moment.start, b, p));
       Sum d_h = backward_output<Number>(from, moment, b, p, from_next_step(), dy);
       if constexpr (kOptions) {
         const CellStep<Tile, false> step(params.cell, d);
@@ -414,7 +413,7 @@ __device__ __forceinline__ void step_hidden_backward(const Params& params, Block
     return params.s + 1 < shape.T ? *d_c_of<Tile>(params, d, block.sequence(n), unit) : Sum(0);
   };
   block.template finish_units<Sum>(load, [&](int n, int j, int64_t unit, Sum d_c) {
-    step_cell_backward<Tile>(params, block.moment(n), d, block.sequence(n), unit, block.product(n, j), d_c);
+    step_cell_backward<Tile>(params, block.moment(n), d, block.sequence(n), unit, block.product(n, j).at[0], d_c);
   });
 }
 

@@ -6,12 +6,21 @@
 
 namespace lstm_ext::cuda {
 
-// The sum over the splits of one row and sequence, in a fixed order: results do not depend on which warp was first.
-template <class Sum>
-__device__ __forceinline__ Sum total_of_row(const Sum* partial, int splits, int split_stride) {
-  Sum sum = partial[0];
-  for (int split = 1; split < splits; ++split) sum += partial[split * split_stride];
-  return sum;
+// Sums over the blocks of the cluster and of each over its splits, always in this order: of `kRows` rows, so far apart,
+// of one sequence, whose first sum is at `partial`. Not inlined: its loops are large, and stand in many places.
+template <class Sum, int kRows>
+__device__ __noinline__ Units<Sum, kRows> sums_of_rows(const Sum* partial, int apart, int blocks, int splits,
+                                                       int split_stride) {
+  Units<Sum, kRows> sums{};
+  for (int rank = 0; rank < blocks; ++rank) {
+    const Sum* at = blocks == 1 ? partial : shared_of_rank(partial, rank);
+#pragma unroll 2
+    for (int split = 0; split < splits; ++split, at += split_stride) {
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) sums.at[n] += at[n * apart];
+    }
+  }
+  return sums;
 }
 
 // Used as: a block of its own, `add` for each matrix that is multiplied, then `finish_units`, in which `product` is
@@ -25,7 +34,6 @@ class StepBlock {
   static constexpr int kStageNumbers = kStageBytes / sizeof(Number);  // along k
   static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
   static constexpr int kTiles = kStageNumbers / Tile::kK;  // k tiles of a stage
-  static constexpr int kAhead = kBatchTiles < 8 ? 4 : 2;   // the sums need the registers
 
   __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks,
                        const int64_t* packed_offset, bool reverse, int64_t s)
@@ -66,15 +74,11 @@ class StepBlock {
     let_next_launch_start();
   }
 
-  // The product's row j for sequence n: over the blocks of the cluster, and of each over its splits, in this order.
-  __device__ __forceinline__ Sum product(int n, int j) const {
-    const Sum* at = partial() + n * stride() + j;
-    const int splits = part_.splits(), split_stride = sequences_ * stride();
-    if (part_.k_blocks() == 1) return total_of_row(at, splits, split_stride);
-    Sum sum = 0;
-    for (int rank = 0; rank < part_.k_blocks(); ++rank)
-      sum += total_of_row(shared_of_rank(at, rank), splits, split_stride);
-    return sum;
+  // The product's rows j, j + apart .. for sequence n.
+  template <int kRows = 1>
+  __device__ __forceinline__ Units<Sum, kRows> product(int n, int j, int apart = 0) const {
+    return sums_of_rows<Sum, kRows>(partial() + n * stride() + j, apart, part_.k_blocks(), part_.splits(),
+                                    sequences_ * stride());
   }
 
   // A thread has one unit of the tile, of every so many sequences of this block's share; past the last it has none.
@@ -88,26 +92,23 @@ class StepBlock {
     for (int n = first_sequence(); n < count_; n += sequence_step()) body(n, unit());
   }
 
-  // Calls finish(n, j, unit, load(n, unit)) for its sequences n, where row j of the product is the unit's first.
-  // kAhead sequences' numbers are loaded at a time: the first before the sums meet.
+  // Calls finish(n, j, unit, load(n, unit)) for its sequences n, where row j of the product is the unit's first. What
+  // the next sequence needs is loaded meanwhile; the first, before the sums meet. In a loop of its own, though short:
+  // more code than fits beside the multiprocessor takes longer to come than to run.
   template <class Loaded, class Load, class Finish>
   __device__ __forceinline__ void finish_units(const Load& load, const Finish& finish) {
     const int64_t unit = this->unit();
     const int step = sequence_step(), end = has_unit() ? count_ : 0;
-    Loaded loaded[kAhead];
-    const auto load_from = [&](int first) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (first + i * step < end) loaded[i] = load(first + i * step, unit);
-    };
-    int first = first_sequence();
-    load_from(first);
+    int n = first_sequence();
+    Loaded loaded{};
+    if (n < end) loaded = load(n, unit);
     finish_sums();
-    while (first < end) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (first + i * step < end) finish(first + i * step, unit_in_tile(), unit, loaded[i]);
-      load_from(first += kAhead * step);
+#pragma unroll 1
+    for (; n < end; n += step) {
+      Loaded next{};
+      if (n + step < end) next = load(n + step, unit);
+      finish(n, unit_in_tile(), unit, loaded);
+      loaded = next;
     }
     if (part_.k_blocks() > 1) cluster_sync();  // no block ends while others read its sums
   }

@@ -142,27 +142,28 @@ class Team {
   }
 
   // kGrid: reads up to kCount pairs of words, each as often as it takes until both bear the number of the exchange.
-  // `at(n)` is the address of number n, null for none; of those that are not `both` the second word does not count.
-  template <int kCount, class At, class Both>
+  // `at(n)` is the address of number n, and `there(n)` whether it counts.
+  template <int kCount, class At, class There>
   __device__ __forceinline__ void read_words(TwoWords (&words)[kCount], uint32_t e, const At& at,
-                                             const Both& both) const {
-    const auto is_new = [&](uint64_t word) { return static_cast<uint32_t>(word >> 32) == e; };
-    const TwoWords* address[kCount];
+                                             const There& there) const {
+    const auto is_new = [&](const TwoWords& pair) {
+      return static_cast<uint32_t>(pair.first >> 32) == e && static_cast<uint32_t>(pair.second >> 32) == e;
+    };
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      address[n] = at(n);
-      words[n].first = words[n].second = address[n] ? 0 : uint64_t{e} << 32;
+      words[n].first = words[n].second = uint64_t{e} << 32;
+      if (there(n)) words[n] = ld_relaxed_gpu(at(n));
     }
     Patience patience(layout_, rank_, static_cast<int>(e));
     while (true) {
-#pragma unroll
-      for (int n = 0; n < kCount; ++n)  // all that are missing are asked for together: each takes a way to L2 and back
-        if (!is_new(words[n].first) || (both(n) && !is_new(words[n].second))) words[n] = ld_relaxed_gpu(address[n]);
       bool all = true;
 #pragma unroll
-      for (int n = 0; n < kCount; ++n) all = all && is_new(words[n].first) && (!both(n) || is_new(words[n].second));
+      for (int n = 0; n < kCount; ++n) all = all && is_new(words[n]);
       if (all) return;
       patience.poll_failed();
+#pragma unroll
+      for (int n = 0; n < kCount; ++n)  // all that are missing are asked for together: each takes a way to L2 and back
+        if (!is_new(words[n])) words[n] = ld_relaxed_gpu(at(n));
     }
   }
 
@@ -259,7 +260,7 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
  private:
   static constexpr int kRowBytes = Tile::kK * int{sizeof(OnChip)};  // of a sequence in a k tile
   static constexpr int kRowWords = kRowBytes / 4;
-  static constexpr int kInFlight = 4;  // loads of 16 bytes that a thread waits for at a time
+  static constexpr int kInFlight = 8;  // loads of 16 bytes that a thread waits for at a time
 
   __device__ OnChip* buffer(Product which, int e) const {
     const ProductLayout& product = layout_[which];
@@ -291,35 +292,30 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     return this->mail(which) + e % 2 * ((product.k_tiles << layout_.log_rows) * kRowWords);
   }
 
-  // Copies the words of all ranks to the operand, each as soon as it bears the number of this exchange.
+  // Copies the words of all ranks to the operand, each as soon as it bears the number of this exchange. A thread has
+  // the same pair of words of every so many k tiles.
   __device__ __forceinline__ void read_mail(Product which, int rows) {
     constexpr int kPairs = kRowWords / 2;                // of words, in a row
     constexpr int kPairUnits = 8 / int{sizeof(OnChip)};  // 2 words, all of one rank
+    static_assert(kPairs * kSequences <= kThreads);
     const ProductLayout& product = layout_[which];
-    const int e = exchanges_[number_of(which)];
-    const auto* from = reinterpret_cast<const TwoWords*>(letters(which, e));
-    char* to = reinterpret_cast<char*>(operand(which));
+    const int e = exchanges_[number_of(which)], thread = static_cast<int>(threadIdx.x);
+    const int sequence = thread / kPairs & ((1 << layout_.log_rows) - 1), pair = thread % kPairs;
     const int pairs = layout_.ranks * product.columns.width / kPairUnits;  // of one sequence
-    const int tiles = (pairs + kPairs - 1) / kPairs, count = (tiles << layout_.log_rows) * kPairs;
-    for (int start = threadIdx.x; start < count; start += kThreads * kInFlight) {
-      const auto place = [&](int n, int& tile, int& sequence, int& pair) {
-        const int index = start + n * kThreads, row = index / kPairs;
-        tile = row >> layout_.log_rows, sequence = row & ((1 << layout_.log_rows) - 1), pair = index % kPairs;
-        return index < count && sequence < rows && tile * kPairs + pair < pairs;
-      };
+    const int tiles = sequence < rows ? (pairs - pair + kPairs - 1) / kPairs : 0;
+    const int tiles_apart = kThreads / kPairs >> layout_.log_rows;
+    const auto* from = reinterpret_cast<const TwoWords*>(letters(which, e)) + thread;
+    int tile = thread / kPairs >> layout_.log_rows;
+    char* to = reinterpret_cast<char*>(operand(which)) + sequence * kRowBytes + pair * 8;
+    for (; tile < tiles; tile += kInFlight * tiles_apart, from += kInFlight * kThreads) {
       TwoWords words[kInFlight];
-      const auto at = [&](int n) {
-        int tile, sequence, pair;
-        return place(n, tile, sequence, pair) ? from + start + n * kThreads : nullptr;
-      };
-      this->read_words(words, static_cast<uint32_t>(e), at, [](int) { return true; });
+      const auto there = [&](int n) { return tile + n * tiles_apart < tiles; };
+      this->read_words(words, static_cast<uint32_t>(e), [&](int n) { return from + n * kThreads; }, there);
 #pragma unroll
-      for (int n = 0; n < kInFlight; ++n) {
-        int tile, sequence, pair;
-        if (!place(n, tile, sequence, pair)) continue;
-        *reinterpret_cast<uint2*>(to + (tile * kSequences + sequence) * kRowBytes + pair * 8) = {
-            static_cast<uint32_t>(words[n].first), static_cast<uint32_t>(words[n].second)};
-      }
+      for (int n = 0; n < kInFlight; ++n)
+        if (there(n))
+          *reinterpret_cast<uint2*>(to + (tile + n * tiles_apart) * (kSequences * kRowBytes)) = {
+              static_cast<uint32_t>(words[n].first), static_cast<uint32_t>(words[n].second)};
     }
   }
 };
@@ -375,35 +371,41 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
     }
   }
 
-  // Before any `sum` of what was sent last.
-  __device__ __forceinline__ void receive(Product which) const {
+  // Before any `sum` of what was sent last, by all threads.
+  __device__ __forceinline__ void receive(Product which, int rows) const {
     if constexpr (Base::template kMayBe<Exchange::kCluster>) {
       if (clustered()) this->wait_for_bytes(which);
+    }
+    if constexpr (Base::template kMayBe<Exchange::kGrid>) {
+      if (by_mail()) {
+        read_mail(which, rows);
+        __syncthreads();  // the sums of all groups are there
+      }
     }
   }
 
   // The product's rows j and following of this rank, for sequence n: the sums of what all ranks have sent last.
   __device__ __forceinline__ Units<Sum, kItem> sum(Product which, int n, int j) const {
     if (alone()) return this->template product<Units<Sum, kItem>>(which, n, j);
-    if constexpr (Base::template kMayBe<Exchange::kGrid>) {
-      if (by_mail()) return sum_of_mail(which, n, j);
-    }
     const ProductLayout& product = layout_[which];
-    const Sum* from = inbox(which, exchanges_[number_of(which)]) + n * product.rows.width + j;
-    const int of_rank = layout_.team_batch * product.rows.width;
+    const int of_part = layout_.team_batch * product.rows.width;
+    const Sum* from =
+        (by_mail() ? group_sums(which) : inbox(which, exchanges_[number_of(which)])) + n * product.rows.width + j;
+    const int parts = by_mail() ? product.mail_groups : layout_.ranks;
     Units<Sum, kItem> sums{};
-    for (int rank = 0; rank < layout_.ranks; ++rank, from += of_rank) {
-      const Units<Sum, kItem> part = *reinterpret_cast<const Units<Sum, kItem>*>(from);
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part, from += of_part) {
+      const Units<Sum, kItem> more = *reinterpret_cast<const Units<Sum, kItem>*>(from);
 #pragma unroll
-      for (int i = 0; i < kItem; ++i) sums.at[i] += part.at[i];
+      for (int i = 0; i < kItem; ++i) sums.at[i] += more.at[i];
     }
     return sums;
   }
 
  private:
   static constexpr int kSumWords = sizeof(Sum) / 4;
-  static constexpr int kSourcesTogether = 2 / kSumWords;  // ranks whose words for a number are read together
-  static constexpr int kInFlight = 8;
+  static constexpr int kPairNumbers = 2 / kSumWords;  // that two words hold
+  static constexpr int kInFlight = kMailInFlight;
 
   // [rank that sent][sequence][unit]
   __device__ Sum* inbox(Product which, int e) const {
@@ -428,66 +430,58 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
     if (threadIdx.x == 0) mbarrier_expect(this->barrier(which, e % 2), layout_.ranks * rows * pieces * 16);
   }
 
-  // The words of exchange e for a rank: [ranks that sent together][sequence][unit][rank of these, word].
-  __device__ uint64_t* letters(Product which, int e, int rank) const {
-    const int together = (layout_.ranks + kSourcesTogether - 1) / kSourcesTogether;
-    const int numbers = together * layout_.team_batch * layout_[which].rows.width;
-    return this->mail(which) + (int64_t{e % 2} * layout_.ranks + rank) * numbers * 2;
+  // kGrid: [group of ranks][sequence][unit], of what each group has sent.
+  __device__ Sum* group_sums(Product which) const {
+    return reinterpret_cast<Sum*>(shared_ + layout_[which].inbox_offset);
   }
 
+  // The words of exchange e for a rank: [rank that sent][sequence][unit][word].
+  __device__ uint64_t* letters(Product which, int e, int rank) const {
+    const int64_t numbers = int64_t{layout_.ranks} * layout_.team_batch * layout_[which].rows.width;
+    return this->mail(which) + (int64_t{e % 2} * layout_.ranks + rank) * numbers * kSumWords;
+  }
+
+  // 16 bytes of sums at a time, which are 4 words.
   __device__ __forceinline__ void send_mail(Product which, int rows, int e) const {
     const ProductLayout& product = layout_[which];
     const int width = product.rows.width, pieces = product.rows.pieces.value;
     for (int n = 0; n < rows; ++n) {
       for (int index = threadIdx.x; index < layout_.ranks * pieces; index += kThreads) {
         const int rank = product.rows.pieces.quotient(index), j = (index - rank * pieces) * Piece<Sum>::kCount;
-        const Piece<Sum> sums = this->product(which, n, rank * width + j);
-        uint64_t* to = letters(which, e, rank) + ((rank_ / kSourcesTogether * layout_.team_batch + n) * width + j) * 2 +
-                       rank_ % kSourcesTogether * kSumWords;
-#pragma unroll
-        for (int i = 0; i < Piece<Sum>::kCount; ++i) {
-          struct Words {
-            uint32_t at[kSumWords];
-          };
-          const Words words = bits_as<Words>(sums.at[i]);
-#pragma unroll
-          for (int word = 0; word < kSumWords; ++word)
-            st_relaxed_gpu(to + i * 2 + word, uint64_t{static_cast<uint32_t>(e)} << 32 | words.at[word]);
-        }
+        const uint4 sums = bits_as<uint4>(this->product(which, n, rank * width + j));
+        auto* to = reinterpret_cast<TwoWords*>(letters(which, e, rank)) +
+                   ((rank_ * layout_.team_batch + n) * width + j) / kPairNumbers;
+        const uint64_t number = uint64_t{static_cast<uint32_t>(e)} << 32;
+        st_relaxed_gpu(to, {number | sums.x, number | sums.y});
+        st_relaxed_gpu(to + 1, {number | sums.z, number | sums.w});
       }
     }
   }
 
-  // Slot n of what is read together has item n % kItem, from the ranks of group n / kItem.
-  __device__ __forceinline__ Units<Sum, kItem> sum_of_mail(Product which, int n, int j) const {
-    constexpr int kGroups = kInFlight / kItem, kRanks = kGroups * kSourcesTogether;
+  // Adds up what each group of ranks has sent: a thread has a pair of words of every so manyth rank, in their order.
+  __device__ __forceinline__ void read_mail(Product which, int rows) const {
     const ProductLayout& product = layout_[which];
-    const int e = exchanges_[number_of(which)], width = product.rows.width, ranks = layout_.ranks;
-    const int of_group = layout_.team_batch * width;
-    const auto* from = reinterpret_cast<const TwoWords*>(letters(which, e, rank_)) + n * width + j;
-    Units<Sum, kItem> sums{};
-    for (int rank = 0; rank < ranks; rank += kRanks) {
-      const auto rank_of = [&](int slot) { return rank + slot / kItem * kSourcesTogether; };
-      TwoWords words[kInFlight];
-      const auto at = [&](int slot) {
-        return rank_of(slot) < ranks ? from + rank_of(slot) / kSourcesTogether * of_group + slot % kItem : nullptr;
-      };
-      const auto both = [&](int slot) { return kSumWords == 2 || rank_of(slot) + 1 < ranks; };
-      this->read_words(words, static_cast<uint32_t>(e), at, both);
+    const int e = exchanges_[number_of(which)], pairs = product.mail_pairs.value, groups = product.mail_groups;
+    const int there = rows * product.rows.width / kPairNumbers;
+    const auto* letters = reinterpret_cast<const TwoWords*>(this->letters(which, e, rank_));
+    for (int index = threadIdx.x; index < groups * pairs; index += kThreads) {
+      const int group = product.mail_pairs.quotient(index), pair = index - group * pairs;
+      if (pair >= there) continue;
+      Units<Sum, kPairNumbers> sums{};
+      for (int rank = group; rank < layout_.ranks; rank += kInFlight * groups) {
+        TwoWords words[kInFlight];
+        const auto at = [&](int n) { return letters + (rank + n * groups) * pairs + pair; };
+        this->read_words(words, static_cast<uint32_t>(e), at, [&](int n) { return rank + n * groups < layout_.ranks; });
 #pragma unroll
-      for (int slot = 0; slot < kInFlight; ++slot) {
-        Sum& sum = sums.at[slot % kItem];
-        const uint2 bits{static_cast<uint32_t>(words[slot].first), static_cast<uint32_t>(words[slot].second)};
-        if (rank_of(slot) >= ranks) continue;
-        if constexpr (kSumWords == 2) {
-          sum += bits_as<Sum>(bits);
-        } else {
-          sum += bits_as<Sum>(bits.x);
-          if (both(slot)) sum += bits_as<Sum>(bits.y);
+        for (int n = 0; n < kInFlight; ++n) {  // those that are not there are zero
+          const uint2 bits{static_cast<uint32_t>(words[n].first), static_cast<uint32_t>(words[n].second)};
+          const auto more = bits_as<Units<Sum, kPairNumbers>>(bits);
+#pragma unroll
+          for (int i = 0; i < kPairNumbers; ++i) sums.at[i] += more.at[i];
         }
       }
+      reinterpret_cast<Units<Sum, kPairNumbers>*>(group_sums(which))[index] = sums;
     }
-    return sums;
   }
 };
 

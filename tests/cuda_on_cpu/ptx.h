@@ -32,6 +32,11 @@ inline void st_relaxed_gpu(uint64_t* address, uint64_t value, Location where = L
   cuda_on_cpu::store(address, value, cuda_on_cpu::Order::kRelaxed, where);
 }
 
+inline void st_relaxed_gpu(TwoWords* address, const TwoWords& value, Location where = Location::current()) {
+  st_relaxed_gpu(&address->first, value.first, where);
+  st_relaxed_gpu(&address->second, value.second, where);
+}
+
 // ---- Waiting
 
 inline constexpr uint32_t kPollsPerLook = 1;  // time passes only while nobody can run: see `stir` in device.cpp
