@@ -18,13 +18,16 @@
 namespace lstm_ext::cuda {
 
 inline constexpr int kThreads = 256;  // of every block
-inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kWarpsLog2 = 3, kWarps = 1 << kWarpsLog2;
+static_assert(kWarps == kThreads / 32);
 inline constexpr int kBatchColumns = 8;  // sequences in a tile of the batch: the N of mma.sync m16n8k16
 inline constexpr int kGroupRows = 32;    // rows of the weights that a warp multiplies at a time
 // Numbers between the end of a row of partial sums and the next: keeps the lanes of a warp on different banks.
 inline constexpr int kPartialPadding = 4;
+// Where so many threads have all items of a step, the others read what other blocks send.
+inline constexpr int kEarlyThreads = 64;
 // Pairs of words from other blocks that a thread of a backward pass waits for at a time.
-inline constexpr int kMailInFlight = 6;
+inline constexpr int kMailInFlight = 4;
 // Of so many steps the moments are found at a time.
 inline constexpr int kMomentSteps = 16;
 // Rows of the weights of which one warp has the sums, in the kernels that take a launch for each step.
@@ -151,7 +154,7 @@ struct Timeout {
 // A team, and the shared memory of each of its blocks, from address 0 on:
 //
 //   tiles | operand (forward, kCluster: 2) | inbox (backward, kCluster: 2) | the same with a projection
-//   | partial sums | bias | what the next steps read: 2 or 3 | state | cells | moments | barriers
+//   | partial sums | bias | what the next steps read: 3 times | state | cells | moments | barriers
 struct Layout {
   Exchange exchange;
   int ranks;         // blocks of a team
@@ -195,7 +198,8 @@ struct StepPart {
   constexpr int k_blocks() const { return 1 << k_blocks_log2; }
   constexpr int warps_n() const { return 1 << warps_n_log2; }
   constexpr int block_rows() const { return kStepRows << warps_m_log2; }
-  constexpr int splits() const { return kWarps >> (warps_m_log2 + warps_n_log2); }
+  constexpr int splits_log2() const { return kWarpsLog2 - warps_m_log2 - warps_n_log2; }
+  constexpr int splits() const { return 1 << splits_log2(); }
 };
 
 // The shared memory of a block that takes one step: the moments of this step and the next, where each row of weights

@@ -169,8 +169,7 @@ class Planner {
     layout.inputs_bytes = as_int(batch * sequence);
     layout.gate_pieces = Divisor(layout.gate_row / 16);
     layout.input_pieces = Divisor(sequence / 16);
-    const int64_t buffers = candidate.exchange == Exchange::kGrid ? 3 : 2;  // as sequence.cuh takes turns
-    layout.inputs_offset = memory.take(buffers * layout.inputs_bytes);
+    layout.inputs_offset = memory.take(int64_t{3} * layout.inputs_bytes);  // as sequence.cuh takes turns
     layout.state_offset = memory.take(batch * units * sum_bytes);
     layout.cells_offset = memory.take(backward ? batch * units * sum_bytes : 0);
     layout.moments_offset = memory.take((kMomentSteps + 1) * batch * static_cast<int64_t>(sizeof(Moment)));

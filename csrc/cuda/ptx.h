@@ -277,6 +277,16 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// The same, but what they wrote may be seen later: for blocks whose memory others have read, or written, before they
+// end.
+__device__ __forceinline__ void cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
 // Stores 16 bytes into shared memory of the cluster, at an address from shared_address_of_rank, and counts them at a
 // barrier of the same block once they are there. Ordered with nothing else.
 __device__ __forceinline__ void st_async(uint32_t to, const uint4& value, uint32_t barrier) {

@@ -1,7 +1,7 @@
 // One block of a team: its weights, its end of the exchange, where each of its sequences stands, and what it will read
 // of global memory. The walks of both passes (sequence_forward.cuh, sequence_backward.cuh) have one, and say what
 // happens in a step. Nothing that a step reads of global memory is read in that step: copies of the next step's rows to
-// shared memory are under way meanwhile, in two buffers that take turns.
+// shared memory are under way meanwhile.
 #pragma once
 
 #include "team.cuh"
@@ -150,16 +150,16 @@ class SequenceBlock {
   // first piece of one, without bytes where there is none. To be called before the first copies of a batch.
   template <class Owner>
   __device__ __forceinline__ void find_copies(const Owner& owner) {
-    first_piece_ = piece_of(owner, static_cast<int>(threadIdx.x));
+    first_piece_ = piece_of(owner, first_copied());
   }
 
   // Of the rows that step s will read, if there is such a step; always one group of copies. A thread has a piece; where
-  // there are more of them, it finds the others as it goes.
+  // there are more of them, it finds the others as it goes. The last warps come first, as items are with the first.
   template <class Owner>
   __device__ __forceinline__ void copy_inputs(const Owner& owner, int64_t s) const {
     if (s >= 0 && s < shape_.T) {
       const int count = count_ * layout_.input_pieces.value;
-      int index = static_cast<int>(threadIdx.x);
+      int index = first_copied();
       if (index < count) copy(first_piece_, index, s);
       for (index += kThreads; index < count; index += kThreads) copy(piece_of(owner, index), index, s);
     }
@@ -213,6 +213,8 @@ class SequenceBlock {
     }
   }
 
+  static __device__ __forceinline__ int first_copied() { return kThreads - 1 - static_cast<int>(threadIdx.x); }
+
   template <class Owner>
   __device__ __forceinline__ RowPiece piece_of(const Owner& owner, int index) const {
     const int n = layout_.input_pieces.quotient(index), at = index - n * layout_.input_pieces.value;
@@ -237,11 +239,11 @@ class SequenceBlock {
     copy_piece(copies_of(s) + index * 16, piece.from + start * piece.stride, piece.bytes);
   }
 
-  // Which buffer has the copies for step s: two take turns; three, where they are copied before all warps are through
-  // with the step before.
+  // Which buffer has the copies for step s. Three take turns: those of a step are made before all warps are through
+  // with the step two before it.
   __device__ __forceinline__ int buffer_of(int64_t s) const {
     const int later = static_cast<int>(s - first_moment_) * kDirection;
-    return static_cast<int>(static_cast<unsigned>(first_buffer_ + later) % (team_.by_mail() ? 3u : 2u));
+    return static_cast<int>(static_cast<unsigned>(first_buffer_ + later) % 3u);
   }
   __device__ __forceinline__ char* copies_of(int64_t s) const {
     return team_.shared() + layout_.inputs_offset + buffer_of(s) * layout_.inputs_bytes;

@@ -182,8 +182,7 @@ class BackwardWalk {
 
   // What a thread has made of an item, and has still to store.
   struct Made {
-    int n, valid = 0;
-    int64_t unit;
+    int n, valid = 0, unit;
     Moment moment;
     Cells cells;
     Sums d_h;  // without a projection
@@ -199,7 +198,8 @@ class BackwardWalk {
       }
       first = false;
       const Sums d_h = output(s, now.moment, n, j, unit, valid, now.dy);
-      made = {n, valid, unit, now.moment, update(s, now.moment, n, j, unit, valid, now.inputs, d_h), d_h};
+      made = {n,  valid, static_cast<int>(unit), now.moment, update(s, now.moment, n, j, unit, valid, now.inputs, d_h),
+              d_h};
     });
   }
 
@@ -219,16 +219,15 @@ class BackwardWalk {
       store(s, made);
       const Moment moment = block_.moment(s, n);
       const Sums d_hidden = block_.team().sum(Product::kProjection, n, j);
-      made = {
-          n, valid, unit, moment, update(s, moment, n, j, unit, valid, inputs(s, moment, n, j, unit, valid), d_hidden),
-          {}};
+      const Inputs given = inputs(s, moment, n, j, unit, valid);
+      made = {n, valid, static_cast<int>(unit), moment, update(s, moment, n, j, unit, valid, given, d_hidden), {}};
     });
   }
 
   __device__ __forceinline__ void store(int64_t s, const Made& made) const {
     if (made.valid <= 0) return;
-    store_cell_grads<Tile, kOptions>(pass_, blockIdx.y, made.moment, s, block_.sequence(made.n), made.unit, made.cells,
-                                     made.valid);
+    const int64_t b = block_.sequence(made.n);
+    store_cell_grads<Tile, kOptions>(pass_, blockIdx.y, made.moment, s, b, made.unit, made.cells, made.valid);
     if (!block_.projected()) store_output(s, made.moment, made.n, made.unit, made.d_h, made.valid);
   }
 

@@ -64,13 +64,10 @@ class ForwardWalk {
         block_.find_moments(s);
       }
       const Given given = given_to_first(s);  // while what others send is on its way, as are these copies
-      if constexpr (kExchange != Exchange::kBlock) {
-        if (!block_.team().alone()) block_.copy_inputs(*this, s + 1);
-      }
-      block_.team().receive(Product::kRecurrent, block_.count(), s > 0);
-      if constexpr (kExchange == Exchange::kBlock || kExchange == Exchange::kAny) {
-        if (block_.team().alone()) block_.copy_inputs(*this, s + 1);
-      }
+      block_.copy_inputs(*this, s + 1);
+      const bool late =
+          block_.count() * hidden().items.value <= kEarlyThreads;  // those still store what they have made
+      block_.team().receive(Product::kRecurrent, block_.count(), s > 0, late);
       block_.template multiply<Product::kRecurrent>();
       cp_async_wait<0>();
       __syncthreads();  // the sums of all warps are there, and what the next step reads; nobody reads the operand any
@@ -136,8 +133,7 @@ class ForwardWalk {
 
   // What a thread has made of an item, and has still to store.
   struct Made {
-    int n, valid = 0;
-    int64_t unit;
+    int n, valid = 0, unit;
     Moment moment;
     Cells cells;
     Sums h;
@@ -182,7 +178,7 @@ class ForwardWalk {
         now = given(s, n, j);
       }
       first = false;
-      made = {n, valid, unit, now.moment, {}, {}};
+      made = {n, valid, static_cast<int>(unit), now.moment, {}, {}};
       made.cells = update(s, now, n, j, unit, valid, made.h);
       if constexpr (kOptions) {
         made.h = finished_h(s, now.moment, n, j, unit, valid, made.h);
@@ -198,9 +194,10 @@ class ForwardWalk {
 
   __device__ __forceinline__ void store(const Made& made) const {
     if (made.valid <= 0) return;
+    const int64_t b = block_.sequence(made.n);
     if (stores_cells_ || made.moment.last())
-      store_cells<Tile>(layer_, to_, made.moment, block_.sequence(made.n), made.unit, made.cells, made.valid);
-    store_output<Tile>(layer_, to_, made.moment, block_.sequence(made.n), made.unit, made.h, made.valid);
+      store_cells<Tile>(layer_, to_, made.moment, b, made.unit, made.cells, made.valid);
+    store_output<Tile>(layer_, to_, made.moment, b, made.unit, made.h, made.valid);
   }
 
   __device__ __forceinline__ void take_projected_step(int64_t s, bool send) {
@@ -214,7 +211,7 @@ class ForwardWalk {
       store_cells<Tile>(layer_, to_, moment, block_.sequence(n), unit, cells, valid);
     });
     block_.team().send(Product::kProjection, block_.count());
-    block_.team().receive(Product::kProjection, block_.count(), true);
+    block_.team().receive(Product::kProjection, block_.count(), true, false);
     block_.template multiply<Product::kProjection>();
     __syncthreads();  // the sums of all warps are there
     block_.for_items(h(), [&](int n, int j, int64_t p, int valid) {

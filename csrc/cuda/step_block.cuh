@@ -7,18 +7,22 @@
 namespace lstm_ext::cuda {
 
 // Sums over the blocks of the cluster and of each over its splits, always in this order: of `kRows` rows, so far apart,
-// of one sequence, whose first sum is at `partial`. Not inlined: its loops are large, and stand in many places.
+// of one sequence, whose first sum is at `partial`.
 template <class Sum, int kRows>
-__device__ __noinline__ Units<Sum, kRows> sums_of_rows(const Sum* partial, int apart, int blocks, int splits,
-                                                       int split_stride) {
+__device__ __forceinline__ Units<Sum, kRows> sums_of_rows(const Sum* partial, int apart, int blocks, int splits_log2,
+                                                          int split_stride) {
   Units<Sum, kRows> sums{};
-  for (int rank = 0; rank < blocks; ++rank) {
-    const Sum* at = blocks == 1 ? partial : shared_of_rank(partial, rank);
-#pragma unroll 2
-    for (int split = 0; split < splits; ++split, at += split_stride) {
+  const auto add = [&](const Sum* at) {
 #pragma unroll
-      for (int n = 0; n < kRows; ++n) sums.at[n] += at[n * apart];
-    }
+    for (int n = 0; n < kRows; ++n) sums.at[n] += at[n * apart];
+  };
+  if (blocks == 1) {
+#pragma unroll 2
+    for (int split = 0; split < 1 << splits_log2; ++split) add(partial + split * split_stride);
+  } else {
+#pragma unroll 4
+    for (int n = 0; n < blocks << splits_log2; ++n)  // the loads of several are under way at a time
+      add(shared_of_rank(partial, n >> splits_log2) + (n & ((1 << splits_log2) - 1)) * split_stride);
   }
   return sums;
 }
@@ -77,7 +81,7 @@ class StepBlock {
   // The product's rows j, j + apart .. for sequence n.
   template <int kRows = 1>
   __device__ __forceinline__ Units<Sum, kRows> product(int n, int j, int apart = 0) const {
-    return sums_of_rows<Sum, kRows>(partial() + n * stride() + j, apart, part_.k_blocks(), part_.splits(),
+    return sums_of_rows<Sum, kRows>(partial() + n * stride() + j, apart, part_.k_blocks(), part_.splits_log2(),
                                     sequences_ * stride());
   }
 
@@ -110,7 +114,7 @@ class StepBlock {
       finish(n, unit_in_tile(), unit, loaded);
       loaded = next;
     }
-    if (part_.k_blocks() > 1) cluster_sync();  // no block ends while others read its sums
+    if (part_.k_blocks() > 1) cluster_meet();  // no block ends while others read its sums
   }
 
  private:

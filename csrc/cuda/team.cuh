@@ -96,7 +96,7 @@ class Team {
   // No block of a cluster leaves while another may still store into it.
   __device__ void leave() const {
     if constexpr (kMayBe<Exchange::kCluster>) {
-      if (clustered()) cluster_sync();
+      if (clustered()) cluster_meet();
     }
   }
 
@@ -246,13 +246,20 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     }
   }
 
-  // Waits until the operand of a product holds what all ranks have sent last, if they have sent.
-  __device__ __forceinline__ void receive(Product which, int rows, bool sent) {
+  // Waits until the operand of a product holds what all ranks have sent last, if they have sent. `half`: the last half
+  // of the threads reads the mail.
+  __device__ __forceinline__ void receive(Product which, int rows, bool sent, bool late) {
     if constexpr (Base::template kMayBe<Exchange::kCluster>) {
       if (clustered() && sent) return this->wait_for_bytes(which);
     }
     if constexpr (Base::template kMayBe<Exchange::kGrid>) {
-      if (by_mail() && sent) read_mail(which, rows);
+      if (by_mail() && sent) {
+        if (late && layout_.log_rows <= kLateRowsLog2) {
+          read_mail<kLateReaders>(which, rows);
+        } else {
+          read_mail<kThreads>(which, rows);
+        }
+      }
     }
     __syncthreads();  // all that this block itself wrote to the operand is there; and the partial sums are free again
   }
@@ -260,7 +267,8 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
  private:
   static constexpr int kRowBytes = Tile::kK * int{sizeof(OnChip)};  // of a sequence in a k tile
   static constexpr int kRowWords = kRowBytes / 4;
-  static constexpr int kInFlight = 8;  // loads of 16 bytes that a thread waits for at a time
+  static constexpr int kLateReaders = kThreads - kEarlyThreads, kLateRowsLog2 = 4;
+  static_assert(kLateReaders % (kRowWords / 2 << kLateRowsLog2) == 0);
 
   __device__ OnChip* buffer(Product which, int e) const {
     const ProductLayout& product = layout_[which];
@@ -294,23 +302,26 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
 
   // Copies the words of all ranks to the operand, each as soon as it bears the number of this exchange. A thread has
   // the same pair of words of every so many k tiles.
+  template <int kReaders>
   __device__ __forceinline__ void read_mail(Product which, int rows) {
+    constexpr int kInFlight = 8;                         // loads of 16 bytes that a thread waits for at a time
     constexpr int kPairs = kRowWords / 2;                // of words, in a row
     constexpr int kPairUnits = 8 / int{sizeof(OnChip)};  // 2 words, all of one rank
     static_assert(kPairs * kSequences <= kThreads);
     const ProductLayout& product = layout_[which];
-    const int e = exchanges_[number_of(which)], thread = static_cast<int>(threadIdx.x);
+    const int e = exchanges_[number_of(which)], thread = static_cast<int>(threadIdx.x) - (kThreads - kReaders);
+    if (thread < 0) return;
     const int sequence = thread / kPairs & ((1 << layout_.log_rows) - 1), pair = thread % kPairs;
     const int pairs = layout_.ranks * product.columns.width / kPairUnits;  // of one sequence
     const int tiles = sequence < rows ? (pairs - pair + kPairs - 1) / kPairs : 0;
-    const int tiles_apart = kThreads / kPairs >> layout_.log_rows;
+    const int tiles_apart = kReaders / kPairs >> layout_.log_rows;
     const auto* from = reinterpret_cast<const TwoWords*>(letters(which, e)) + thread;
     int tile = thread / kPairs >> layout_.log_rows;
     char* to = reinterpret_cast<char*>(operand(which)) + sequence * kRowBytes + pair * 8;
-    for (; tile < tiles; tile += kInFlight * tiles_apart, from += kInFlight * kThreads) {
+    for (; tile < tiles; tile += kInFlight * tiles_apart, from += kInFlight * kReaders) {
       TwoWords words[kInFlight];
       const auto there = [&](int n) { return tile + n * tiles_apart < tiles; };
-      this->read_words(words, static_cast<uint32_t>(e), [&](int n) { return from + n * kThreads; }, there);
+      this->read_words(words, static_cast<uint32_t>(e), [&](int n) { return from + n * kReaders; }, there);
 #pragma unroll
       for (int n = 0; n < kInFlight; ++n)
         if (there(n))
@@ -464,13 +475,15 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
     const int e = exchanges_[number_of(which)], pairs = product.mail_pairs.value, groups = product.mail_groups;
     const int there = rows * product.rows.width / kPairNumbers;
     const auto* letters = reinterpret_cast<const TwoWords*>(this->letters(which, e, rank_));
-    for (int index = threadIdx.x; index < groups * pairs; index += kThreads) {
+    // The last warps come first, as items are with the first.
+    for (int index = kThreads - 1 - threadIdx.x; index < groups * pairs; index += kThreads) {
       const int group = product.mail_pairs.quotient(index), pair = index - group * pairs;
       if (pair >= there) continue;
       Units<Sum, kPairNumbers> sums{};
       for (int rank = group; rank < layout_.ranks; rank += kInFlight * groups) {
         TwoWords words[kInFlight];
-        const auto at = [&](int n) { return letters + (rank + n * groups) * pairs + pair; };
+        const int first = rank * pairs + pair, apart = groups * pairs;
+        const auto at = [&](int n) { return letters + (first + n * apart); };
         this->read_words(words, static_cast<uint32_t>(e), at, [&](int n) { return rank + n * groups < layout_.ranks; });
 #pragma unroll
         for (int n = 0; n < kInFlight; ++n) {  // those that are not there are zero

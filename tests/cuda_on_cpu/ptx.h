@@ -113,6 +113,11 @@ inline void cluster_sync(Location where = Location::current()) {
   cuda_on_cpu::cluster_wait(true, where);
 }
 
+inline void cluster_meet(Location where = Location::current()) {
+  cuda_on_cpu::cluster_arrive(false, where);
+  cuda_on_cpu::cluster_wait(false, where);
+}
+
 // Here an address in the cluster is its offset in the block's shared memory, and above that the rank of the block.
 inline uint32_t shared_address_of_rank(const void* shared, int rank, Location where = Location::current()) {
   return cuda_on_cpu::address_of_rank(shared, rank, where);
