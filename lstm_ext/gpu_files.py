@@ -42,7 +42,7 @@ def _driver(version: int) -> str:
     text = ""
     with suppress(OSError, UnicodeDecodeError):
         text = _DRIVER.read_text(encoding="utf-8")
-    found = re.search(r"Kernel Module\D*?([\d.]+)", text)
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
     return f"{found[1] if found else 'unknown'}, CUDA {version}"
 
 

@@ -77,6 +77,7 @@ def tune(
     if not backend.available:
         raise RuntimeError(f"tune: the backend 'cuda' is not available: {backend.reason}")
     cuda = import_module(f"{__package__}.engines.cuda")
+    import_module(f"{__package__}.torch_op")  # from its import on the native module takes tensors
     as_tf32 = cuda.tf32_allowed() if tf32 is None else tf32
     file = measured.path_of(device) if path is None else Path(path)
     passes = [(name, shape, back) for name in names for shape in layers for back in (False, True)[: 1 + backward]]
@@ -174,8 +175,11 @@ def _times(name: str, shape: Shape, directions: int, backward: bool, tf32: bool,
             _native.C.cuda_plan(T, B, H, P, P > 0, name, tf32, directions, backward, strategy, device)
         except RuntimeError:  # it cannot run this, or not rightly
             continue
-        if isinstance(run(strategy), str):  # as its self-check has just found
+        ran = run(strategy)
+        if isinstance(ran, str):  # as its self-check has just found
             continue
+        if ran is NotImplemented:
+            raise RuntimeError("tune: the compiled module takes no tensors of torch, so that there is nothing to time")
         once = _elapsed(run, strategy, 1, device)
         repeats[strategy] = min(_MOST_REPEATS, 1 + int(_LEAST_MICROSECONDS / max(once, 1.0)))
     rounds: dict[str, list[float]] = {strategy: [] for strategy in repeats}

@@ -401,6 +401,24 @@ def test_tune_passes_over_what_cannot_run(core: WholeCore, clock: dict[str, floa
     assert row.microseconds == {"step": 2.0}
 
 
+def test_tune_does_not_time_what_does_not_run(core: WholeCore, clock: dict[str, float]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native.C, "cuda_layer_forward", lambda *_: NotImplemented)
+        with pytest.raises(RuntimeError, match="tune: the compiled module takes no tensors"):
+            lstm_ext.tune([SHAPE], tf32=False, device=core.device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [("x86_64 Kernel Module", "535.129.03"), ("Open Kernel Module for x86_64", "580.159.04")]
+)
+def test_the_driver_is_found(kind: str, number: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "version").write_text(
+        f"NVRM version: NVIDIA UNIX {kind}  {number}  Release Build\nGCC version:  gcc version 12.2.0\n"
+    )
+    monkeypatch.setattr(gpu_files, "_DRIVER", tmp_path / "version")
+    assert gpu_files._driver(13000) == f"{number}, CUDA 13000"
+
+
 def test_the_report_has_a_row_for_each_kernel(core: WholeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     ways = [(way, kernel) for way, kernel in self_check.ways(core.device) if way.dtype == "bfloat16"][:6]
     monkeypatch.setattr(self_check, "ways", lambda device: iter(ways))

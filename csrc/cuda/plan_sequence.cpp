@@ -9,8 +9,9 @@ namespace lstm_ext::cuda {
 namespace {
 
 constexpr double kSyncClocks = 40, kProductClocks = 100;
-constexpr double kForwardClocks = 470, kBackwardClocks = 650, kItemClocks = 150;  // the pointwise part
-constexpr double kClusterClocks = 500, kGridClocks = 1100;
+constexpr double kForwardClocks = 2350, kBackwardClocks = 3600, kItemClocks = 150;  // around the product
+constexpr double kClusterClocks = 700, kGridClocks = 900;
+constexpr double kMailBytesPerClock = 2000, kMailBytesPerClockBackward = 700;  // of all blocks together
 constexpr double kLoadClocksPerNumber = 0.6;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
@@ -213,7 +214,8 @@ class Planner {
     if (layout.exchange == Exchange::kCluster) clocks += kClusterClocks + bytes / kClusterBytesPerClock;
     if (layout.exchange == Exchange::kGrid) {
       const double blocks = double(layout.ranks) * std::max(layout.teams, 1) * problem_.directions;
-      clocks += kGridClocks + 2 * std::max(bytes / kL2BytesPerClockOfSm, bytes * blocks / kL2BytesPerClock);
+      const double rate = problem_.backward ? kMailBytesPerClockBackward : kMailBytesPerClock;
+      clocks += kGridClocks + 2 * std::max(bytes / kL2BytesPerClockOfSm, bytes * blocks / rate);
     }
     return clocks;
   }

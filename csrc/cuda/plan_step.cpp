@@ -8,8 +8,9 @@ namespace lstm_ext::cuda {
 namespace {
 
 constexpr double kLaunchMicroseconds = 2.5, kGapMicroseconds = 1.2, kOverlapMicroseconds = 0.6;  // between launches
-constexpr double kStepStartClocks = 1000, kStageClocks = 300, kClusterSyncClocks = 350;
-constexpr double kEpilogueClocks = 700, kEpilogueItemClocks = 90;
+constexpr double kStepStartClocks = 4000, kStageClocks = 300, kClusterSyncClocks = 800;
+constexpr double kStageSlowdown = 2.5, kStageSlowdownBackward = 4;
+constexpr double kEpilogueClocks = 1500, kEpilogueItemClocks = 1500, kEpilogueItemClocksBackward = 4000;
 constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
 
 // Places in a launch are ints: the most units, or blocks, that a launch of a step counts.
@@ -61,16 +62,17 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const double shared =
       (stage_bytes + kStageBytes * (rows * part.warps_n() + sequences * part.block_rows() / kStepRows)) /
       kSharedBytesPerClock;
-  const double stage = std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
+  const double slowdown = problem.backward ? kStageSlowdownBackward : kStageSlowdown;
+  const double stage = slowdown * std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
   const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, kStageClocks / blocks_of_sm),
                                     tiles * stages * stage_bytes / kL2BytesPerClock);
   const double units = rows / part.rows.groups * sequences / part.k_blocks();
   const double options = problem.cell ? kCellClocks + problem.cell->draws * kDrawClocks : 0;
-  const double epilogue =
-      kEpilogueClocks + blocks_of_sm * std::ceil(units / kThreads) * (kEpilogueItemClocks + options) +
-      (part.k_blocks() > 1
-           ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences * sizes.sum_bytes / kClusterBytesPerClock
-           : 0);
+  const double item = problem.backward ? kEpilogueItemClocksBackward : kEpilogueItemClocks;
+  const double epilogue = kEpilogueClocks + blocks_of_sm * std::ceil(units / kThreads) * (item + options) +
+                          (part.k_blocks() > 1 ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences *
+                                                                              sizes.sum_bytes / kClusterBytesPerClock
+                                               : 0);
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
   const double clocks = kStepStartClocks + streaming + epilogue;
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
