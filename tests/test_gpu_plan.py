@@ -65,7 +65,7 @@ def test_every_gpu_has_a_plan_within_its_limits(name: str, dtype: str) -> None:
 
 def test_a_cluster_of_multiprocessors_lies_within_a_group_of_them() -> None:
     """The 132 of an H100 are 8 groups, each of which holds two clusters of 8."""
-    plan = lstm_ext.plan(512, 400, 400, dtype="bfloat16", device="H100", strategy="cluster")
+    plan = lstm_ext.plan(512, 400, 300, dtype="bfloat16", device="H100", strategy="cluster")
     assert plan.team == 8
     assert plan.blocks == 8 * 2 * 8
 
