@@ -65,13 +65,13 @@ class ForwardWalk {
       }
       const Given given = given_to_first(s);  // while what others send is on its way, as are these copies
       block_.copy_inputs(*this, s + 1);
-      const bool late =
-          block_.count() * hidden().items.value <= kEarlyThreads;  // those still store what they have made
+      // Threads that have items still store what they have made.
+      const bool late = block_.count() * hidden().items.value <= kEarlyThreads;
       block_.team().receive(Product::kRecurrent, block_.count(), s > 0, late);
       block_.template multiply<Product::kRecurrent>();
       cp_async_wait<0>();
-      __syncthreads();  // the sums of all warps are there, and what the next step reads; nobody reads the operand any
-                        // more
+      // The sums of all warps are there, and what the next step reads; nobody reads the operand any more.
+      __syncthreads();
       const bool send = s + 1 < layer_.shape.T;
       if (block_.projected()) {
         take_projected_step(s, send);

@@ -97,8 +97,8 @@ class StepBlock {
   }
 
   // Calls finish(n, j, unit, load(n, unit)) for its sequences n, where row j of the product is the unit's first. What
-  // the next sequence needs is loaded meanwhile; the first, before the sums meet. In a loop of its own, though short:
-  // more code than fits beside the multiprocessor takes longer to come than to run.
+  // the next sequence needs is loaded meanwhile; the first, before the sums meet. Not unrolled: more code than the
+  // instruction cache holds takes longer to fetch than to run.
   template <class Loaded, class Load, class Finish>
   __device__ __forceinline__ void finish_units(const Load& load, const Finish& finish) {
     const int64_t unit = this->unit();

@@ -246,8 +246,8 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     }
   }
 
-  // Waits until the operand of a product holds what all ranks have sent last, if they have sent. `half`: the last half
-  // of the threads reads the mail.
+  // Waits until the operand of a product holds what all ranks have sent last, if they have sent. `late`: only the
+  // last warps read the mail, where its rows can be divided evenly among them.
   __device__ __forceinline__ void receive(Product which, int rows, bool sent, bool late) {
     if constexpr (Base::template kMayBe<Exchange::kCluster>) {
       if (clustered() && sent) return this->wait_for_bytes(which);
