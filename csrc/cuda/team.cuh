@@ -254,7 +254,7 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     }
     if constexpr (Base::template kMayBe<Exchange::kGrid>) {
       if (by_mail() && sent) {
-        if (late && layout_.log_rows <= kLateRowsLog2) {
+        if (kExchange == Exchange::kGrid && late && layout_.log_rows <= kLateRowsLog2) {
           read_mail<kLateReaders>(which, rows);
         } else {
           read_mail<kThreads>(which, rows);
@@ -304,7 +304,8 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
   // the same pair of words of every so many k tiles.
   template <int kReaders>
   __device__ __forceinline__ void read_mail(Product which, int rows) {
-    constexpr int kInFlight = 8;                         // loads of 16 bytes that a thread waits for at a time
+    constexpr int kInFlight =
+        kExchange == Exchange::kGrid ? 8 : 4;            // loads of 16 bytes that a thread waits for at a time
     constexpr int kPairs = kRowWords / 2;                // of words, in a row
     constexpr int kPairUnits = 8 / int{sizeof(OnChip)};  // 2 words, all of one rank
     static_assert(kPairs * kSequences <= kThreads);
