@@ -14,14 +14,15 @@
 namespace lstm_ext::cuda {
 
 // Blocks that a multiprocessor holds at a time: two, where 128 registers are enough for the sums and what goes with
-// them. From sm_100 on they are not for numbers of 4 bytes.
+// them. From sm_100 on they are not for numbers of 4 bytes, and nowhere for two batch tiles without tensor cores.
 #if __CUDA_ARCH__ >= 1000
 inline constexpr int kMostBytesOfTwoBlocks = 2;
 #else
 inline constexpr int kMostBytesOfTwoBlocks = 4;
 #endif
 template <class Tile, int kBatchTiles>
-inline constexpr int kStepBlocks = kBatchTiles < 8 && sizeof(typename Tile::Number) <= kMostBytesOfTwoBlocks ? 2 : 1;
+inline constexpr int kStepBlocks =
+    kBatchTiles < (Tile::kRowTiles == 2 ? 8 : 2) && sizeof(typename Tile::Number) <= kMostBytesOfTwoBlocks ? 2 : 1;
 
 // Asks for the four gates of a unit.
 template <class T>

@@ -304,8 +304,8 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
   // the same pair of words of every so many k tiles.
   template <int kReaders>
   __device__ __forceinline__ void read_mail(Product which, int rows) {
-    constexpr int kInFlight =
-        kExchange == Exchange::kGrid ? 8 : 4;            // loads of 16 bytes that a thread waits for at a time
+    // Loads of 16 bytes that a thread waits for at a time: as many as there are registers for.
+    constexpr int kInFlight = kExchange == Exchange::kGrid && sizeof(OnChip) == 2 ? 8 : 4;
     constexpr int kPairs = kRowWords / 2;                // of words, in a row
     constexpr int kPairUnits = 8 / int{sizeof(OnChip)};  // 2 words, all of one rank
     static_assert(kPairs * kSequences <= kThreads);
