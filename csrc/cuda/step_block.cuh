@@ -20,8 +20,7 @@ __device__ __forceinline__ Units<Sum, kRows> sums_of_rows(const Sum* partial, in
 #pragma unroll 2
     for (int split = 0; split < 1 << splits_log2; ++split) add(partial + split * split_stride);
   } else {
-    constexpr int kTogether = kRows == 1 ? 4 : 2;  // whose loads are under way at a time
-#pragma unroll kTogether
+#pragma unroll(kRows == 1 ? 4 : 2)  // whose loads are under way at a time
     for (int n = 0; n < blocks << splits_log2; ++n)
       add(shared_of_rank(partial, n >> splits_log2) + (n & ((1 << splits_log2) - 1)) * split_stride);
   }
