@@ -276,7 +276,7 @@ def main() -> int:
             arms.append(arm)
     meter = ceilings.Meter(sorted({1, *options.threads})) if options.device == "cpu" else None
     if meter is None:
-        console.print("No floors: what a GPU can do at most is not measured yet.")
+        console.print("No floors: they are computed for CPUs alone.")
     elif meter.reason:
         console.print(f"No floors: {meter.reason}", markup=False)
     seconds = options.seconds or SECONDS[options.preset or "quick"]

@@ -24,7 +24,7 @@ class Plan:
         registers: of a thread; None for a GPU by name, since the GPU's own driver tells them.
         shared_bytes: shared memory of a block.
         microseconds_per_step: for one step of the whole batch: measured on this GPU, or predicted by the cost model
-            (csrc/cuda/COST_MODEL.md), whose constants are assumed, and an H100's.
+            (csrc/cuda/COST_MODEL.md), whose constants are fitted to bfloat16 on an H100.
         source: of the time, and of the choice: "model", or "measured at" which shape, the nearest of those that `tune`
             has timed, and when.
         sm_margin: multiprocessors that are left to others: see `set_sm_margin`.

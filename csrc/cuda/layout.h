@@ -153,7 +153,7 @@ struct Timeout {
 
 // A team, and the shared memory of each of its blocks, from address 0 on:
 //
-//   tiles | operand (forward, kCluster: 2) | inbox (backward, kCluster: 2) | the same with a projection
+//   tiles | operand (forward, kCluster: 2) | inbox (backward, kCluster: 2, kGrid: 1) | the same with a projection
 //   | partial sums | bias | what the next steps read: 3 times | state | cells | moments | barriers
 struct Layout {
   Exchange exchange;

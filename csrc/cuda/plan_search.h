@@ -8,7 +8,7 @@
 
 namespace lstm_ext::cuda {
 
-// Clocks and bytes of an H100; assumed, until they are measured. COST_MODEL.md says what each stands for.
+// Clocks and bytes of an H100; COST_MODEL.md says what each stands for, and what was measured.
 inline constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 3000, kL2BytesPerClockOfSm = 48;
 inline constexpr double kClusterBytesPerClock = 32;
 inline constexpr double kCellClocks = 60,
