@@ -73,25 +73,25 @@ __device__ __forceinline__ void trap() {
 
 // ---- Copies from global to shared memory that nobody waits for (cp.async) -------------------------------------------
 //
-// Each copies `bytes` bytes, up to the size in its name, and puts zeros up to that size; both addresses are multiples
-// of it. What a thread has copied since its last commit is a group; cp_async_wait<n> returns when all but its latest n
-// groups have landed, for this thread: others see them after a barrier. Turing copies at once.
+// Each copies so many bytes as its name says, of which both addresses are multiples. What a thread has copied since its
+// last commit is a group; cp_async_wait<n> returns when all but its latest n groups have landed, for this thread: others
+// see them after a barrier. Turing copies at once.
 
 #if __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes) {
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
 }
-__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int bytes) {
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(global) : "memory");
 }
 // Through L2 alone.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
-// 16 bytes or zeros: cheaper than a number of bytes.
+// 16 bytes or zeros.
 __device__ __forceinline__ void cp_async_16_if(bool there, void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, p;\n}" ::"r"(to),
@@ -104,23 +104,14 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 }
 #else
-template <class Whole>
-__device__ __forceinline__ void copy_now(void* shared, const void* global, int bytes) {
-  if (bytes == sizeof(Whole)) {
-    *static_cast<Whole*>(shared) = *static_cast<const Whole*>(global);
-  } else {
-    for (int n = 0; n < static_cast<int>(sizeof(Whole)); ++n)
-      static_cast<char*>(shared)[n] = n < bytes ? static_cast<const char*>(global)[n] : char{0};
-  }
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global) {
+  *static_cast<uint32_t*>(shared) = *static_cast<const uint32_t*>(global);
 }
-__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes) {
-  copy_now<uint32_t>(shared, global, bytes);
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global) {
+  *static_cast<uint2*>(shared) = *static_cast<const uint2*>(global);
 }
-__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int bytes) {
-  copy_now<uint2>(shared, global, bytes);
-}
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
-  copy_now<uint4>(shared, global, bytes);
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 }
 __device__ __forceinline__ void cp_async_16_if(bool there, void* shared, const void* global) {
   *static_cast<uint4*>(shared) = there ? *static_cast<const uint4*>(global) : uint4{};

@@ -21,12 +21,14 @@ struct RowPiece {
 // behind there (see `read_copy`), and what a copy reads before it is in the same array.
 __device__ __forceinline__ void copy_piece(char* to, const char* from, int bytes) {
   const auto address = reinterpret_cast<uintptr_t>(from);
-  if (address % 16 == 0 && bytes >= 16) return cp_async_16(to, from, 16);
+  if (address % 16 == 0 && bytes >= 16) return cp_async_16(to, from);
   const int ahead = static_cast<int>(address % 4);
+  from -= ahead;
 #pragma unroll
   for (int at = 0; at < 16; at += 4) {
     const int left = bytes + ahead - at;
-    if (left > 0) cp_async_4(to + at, from - ahead + at, min(4, left));
+    if (left >= 4) cp_async_4(to + at, from + at);
+    if (left == 2) *reinterpret_cast<uint16_t*>(to + at) = *reinterpret_cast<const uint16_t*>(from + at);
   }
 }
 

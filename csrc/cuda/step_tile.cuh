@@ -62,15 +62,15 @@ inline constexpr int kCopyUnroll = 1;
 inline constexpr int kCopyUnroll = 4;
 #endif
 
-// A chunk of which `bytes` are there, and the rest is zero, from an address that need not be a multiple of 16.
+// A chunk of which `bytes` are there, and the rest is zero, from an address that need not be a multiple of 16. What is
+// there ends at that of a row: nothing behind it is read.
 template <class Number>
 __device__ __noinline__ void copy_unaligned_chunk(char* to, const char* from, int bytes) {
-  const auto bytes_of = [&](int at, int size) { return max(0, min(size, bytes - at)); };
   const uintptr_t address = reinterpret_cast<uintptr_t>(from);
-  if (address % 8 == 0) {
-    for (int at = 0; at < kChunkBytes; at += 8) cp_async_8(to + at, from + at, bytes_of(at, 8));
-  } else if (address % 4 == 0) {
-    for (int at = 0; at < kChunkBytes; at += 4) cp_async_4(to + at, from + at, bytes_of(at, 4));
+  if (bytes >= kChunkBytes && address % 8 == 0) {
+    for (int at = 0; at < kChunkBytes; at += 8) cp_async_8(to + at, from + at);
+  } else if (bytes >= kChunkBytes && address % 4 == 0) {
+    for (int at = 0; at < kChunkBytes; at += 4) cp_async_4(to + at, from + at);
   } else {
     constexpr int kNumbers = kChunkBytes / sizeof(Number);
     struct alignas(kChunkBytes) Numbers {

@@ -119,7 +119,7 @@ void shuffle_from_outside_the_mask(Params p) {
 void copy_without_wait(Params p) {
   const int i = threadIdx.x;
   p.out[i] = value_of(i);
-  lstm_ext::cuda::cp_async_4(shared_floats() + i, p.out + i, 4);
+  lstm_ext::cuda::cp_async_4(shared_floats() + i, p.out + i);
   lstm_ext::cuda::cp_async_commit();
   if (p.broken) {
     __syncthreads();

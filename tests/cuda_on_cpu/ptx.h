@@ -50,14 +50,14 @@ inline void trap(Location where = Location::current()) {
 
 // ---- cp.async
 
-inline void cp_async_4(void* shared, const void* global, int bytes, Location where = Location::current()) {
-  cuda_on_cpu::copy_async(shared, global, bytes, 4, where);
+inline void cp_async_4(void* shared, const void* global, Location where = Location::current()) {
+  cuda_on_cpu::copy_async(shared, global, 4, 4, where);
 }
-inline void cp_async_8(void* shared, const void* global, int bytes, Location where = Location::current()) {
-  cuda_on_cpu::copy_async(shared, global, bytes, 8, where);
+inline void cp_async_8(void* shared, const void* global, Location where = Location::current()) {
+  cuda_on_cpu::copy_async(shared, global, 8, 8, where);
 }
-inline void cp_async_16(void* shared, const void* global, int bytes, Location where = Location::current()) {
-  cuda_on_cpu::copy_async(shared, global, bytes, 16, where);
+inline void cp_async_16(void* shared, const void* global, Location where = Location::current()) {
+  cuda_on_cpu::copy_async(shared, global, 16, 16, where);
 }
 inline void cp_async_16_if(bool there, void* shared, const void* global, Location where = Location::current()) {
   cuda_on_cpu::copy_async(shared, global, there ? 16 : 0, 16, where);
