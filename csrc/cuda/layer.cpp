@@ -99,7 +99,6 @@ Plan plan_on(const SequenceShape& shape, int directions, bool backward, const La
   const Arithmetic arithmetic = arithmetic_of(options.dtype, options.tf32, limits.compute_capability);
   Problem problem{arithmetic, shape, directions, backward, limits, {}};
   problem.cell = options.cell;
-  // Only the kernels of the pass for all T are asked about.
   problem.resident_blocks = [device](const Problem& of, Strategy strategy, int tiles, int cluster, int64_t shared) {
     return with_kernel(of, strategy, tiles, [&](const auto& kernel) {
       return (cluster > 1 ? 1 : of.device.sms) * resident(kernel, device, shared, cluster);
@@ -141,7 +140,7 @@ Layout layout_of(const Plan& plan, const LayerWeights& weights, bool tensorflow,
   layout.kernel = kernel;
   set_strides(layout.product[0], weights.w_hh, plan.backward != tensorflow);
   set_strides(layout.product[1], weights.w_hr, plan.backward);
-  layout.words = static_cast<uint64_t*>(workspace);
+  layout.mail = static_cast<char*>(workspace);
   if (layout.exchange == Exchange::kGrid) fill_zero(workspace, plan.workspace_bytes, stream);  // no word bears a number
   return layout;
 }

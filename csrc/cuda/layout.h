@@ -26,10 +26,12 @@ inline constexpr int kGroupRows = 32;    // rows of the weights that a warp mult
 inline constexpr int kPartialPadding = 4;
 // Where so many threads have all items of a step, the others read what other blocks send.
 inline constexpr int kEarlyThreads = 64;
-// Pairs of words from other blocks that a thread of a backward pass waits for at a time.
+// So many times 16 bytes from other blocks a thread of a backward pass waits for at a time.
 inline constexpr int kMailInFlight = 4;
-// Of so many steps the moments are found at a time.
-inline constexpr int kMomentSteps = 16;
+// Pointers to where a step stores what it makes of a sequence (pointwise.cuh).
+inline constexpr int kRowsBytes = 24;
+// Of so many steps the moments are found at a time, with those of the steps before and after them.
+inline constexpr int kMomentSteps = 16, kMoments = kMomentSteps + 2;
 // Rows of the weights of which one warp has the sums, in the kernels that take a launch for each step.
 inline constexpr int kStepRows = 32;
 
@@ -57,7 +59,7 @@ constexpr int number_of(Product which) { return static_cast<int>(which); }
 enum class Exchange : int {
   kBlock,    // the team is one block: shared memory
   kCluster,  // one cluster: stores into the others' shared memory, and a barrier there
-  kGrid,     // blocks anywhere: words through L2 that carry the number of their exchange
+  kGrid,     // blocks anywhere: numbers through L2 that tell of which exchange they are
   kAny,      // of a kernel that reads it from its Layout
 };
 
@@ -137,8 +139,8 @@ struct ProductLayout {
   int inbox_offset, inbox_bytes;  // backward, kCluster: of one buffer of what others have sent; kGrid:
                                   // of the sums of what groups of ranks have sent
   int mail_groups;                // backward, kGrid: so many groups
-  Divisor mail_pairs;             // and pairs of words that one rank sends another
-  int64_t words_offset;           // kGrid: in the exchange memory, in 64-bit words
+  Divisor mail_pieces;            // and so many pieces of 16 bytes one rank sends another
+  int64_t mail_offset;            // kGrid: in a team's exchange memory, in bytes
 };
 
 // So long a block waits for another. Where all blocks run, an exchange takes microseconds; but somebody may be looking
@@ -170,17 +172,18 @@ struct Layout {
   Divisor input_pieces, gate_pieces;  // 16 bytes each, of all rows of a sequence, and of one of a gate
   int state_offset;                   // c, or its gradient: [sequences, units]
   int cells_offset;                   // backward: c of this step [sequences, units]
-  int moments_offset;                 // [kMomentSteps + 1, team_batch]
+  int moments_offset;                 // [kMoments, team_batch]
+  int rows_offset;                    // where each of these steps stores [kMoments, team_batch]
   int barriers_offset;                // kCluster: [products, 2]
   int shared_bytes;
-  int log_rows;     // kGrid forward: rows of a k tile in the exchange memory
-  uint64_t* words;  // kGrid: zero at the launch; [direction, team, exchange_words]; filled in at the launch
-  int64_t exchange_words;
+  int log_rows;  // kGrid forward: rows of a k tile in the exchange memory
+  char* mail;    // kGrid: zero at the launch; [direction, team, exchange_bytes]; filled in at the launch
+  int64_t exchange_bytes;
   Timeout* timeout;      // filled in at the launch
   const char* kernel;    // its name, of the host
   int peephole_offset;   // of cells with options: [units], 4 numbers each
   int h_state_offset;    // and what is kept of h, or of its gradient, from step to step: [sequences, units of h]
-  int draw_keys_offset;  // and of random numbers [kMomentSteps + 1, team_batch], where it draws some
+  int draw_keys_offset;  // and of random numbers [kMomentSteps, team_batch], where it draws some
 
   constexpr const ProductLayout& operator[](Product which) const { return product[number_of(which)]; }
 };

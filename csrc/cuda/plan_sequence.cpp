@@ -8,10 +8,10 @@
 namespace lstm_ext::cuda {
 namespace {
 
-constexpr double kSyncClocks = 40, kProductClocks = 100;
-constexpr double kForwardClocks = 2350, kBackwardClocks = 3600, kItemClocks = 150;  // around the product
-constexpr double kClusterClocks = 700, kGridClocks = 900;
-constexpr double kMailBytesPerClock = 2000, kMailBytesPerClockBackward = 700;  // of all blocks together
+constexpr double kSyncClocks = 40, kProductClocks = 115, kProductSlowdown = 2.2;
+constexpr double kForwardClocks = 2230, kBackwardClocks = 3140, kItemClocks = 95;  // around the product
+constexpr double kClusterClocks = 890, kGridClocks = 930;
+constexpr double kMailBytesPerClock = 3500, kMailBytesPerClockBackward = 630;  // of all blocks together
 constexpr double kLoadClocksPerNumber = 0.6;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
@@ -145,15 +145,15 @@ class Planner {
       const int64_t part = batch * product.rows.width;  // numbers that one rank sends another
       int64_t parts = backward && cluster ? layout.ranks : 0;
       if (backward && candidate.exchange == Exchange::kGrid) {
-        product.mail_pairs = Divisor(as_int(part * sum_bytes / 8));
-        const int64_t of_threads = std::max(kThreads / product.mail_pairs.value, 1);
+        product.mail_pieces = Divisor(as_int(part * sum_bytes / 16));
+        const int64_t of_threads = std::max(kThreads / product.mail_pieces.value, 1);
         product.mail_groups = as_int(std::min<int64_t>(of_threads, ceil_div(layout.ranks, kMailInFlight)));
         parts = product.mail_groups;
       }
       product.inbox_bytes = as_int(parts * part * sum_bytes);
       product.inbox_offset = memory.take(int64_t{cluster ? 2 : 1} * product.inbox_bytes);
-      product.words_offset = layout.exchange_words;
-      layout.exchange_words += 2 * words(layout, product);
+      product.mail_offset = layout.exchange_bytes;
+      layout.exchange_bytes += 2 * mail_bytes(layout, product);
       product.partial_stride = product.row_groups * kGroupRows + kPartialPadding;
       partial = std::max(partial, splits * sequences * product.partial_stride * sum_bytes);
     }
@@ -173,12 +173,13 @@ class Planner {
     layout.inputs_offset = memory.take(int64_t{3} * layout.inputs_bytes);  // as sequence.cuh takes turns
     layout.state_offset = memory.take(batch * units * sum_bytes);
     layout.cells_offset = memory.take(backward ? batch * units * sum_bytes : 0);
-    layout.moments_offset = memory.take((kMomentSteps + 1) * batch * static_cast<int64_t>(sizeof(Moment)));
+    layout.moments_offset = memory.take(kMoments * batch * static_cast<int64_t>(sizeof(Moment)));
+    layout.rows_offset = memory.take(int64_t{kMoments} * batch * kRowsBytes);
     layout.barriers_offset = memory.take(4 * sizeof(uint64_t));
     if (problem_.cell) {
       const Share& h = backward ? layout.product[0].rows : layout.product[0].columns;
-      layout.draw_keys_offset = memory.take(
-          problem_.cell->draws > 0 ? (kMomentSteps + 1) * batch * static_cast<int64_t>(sizeof(DrawKeys)) : 0);
+      layout.draw_keys_offset =
+          memory.take(problem_.cell->draws > 0 ? kMomentSteps * batch * static_cast<int64_t>(sizeof(DrawKeys)) : 0);
       layout.peephole_offset = memory.take(units * 4 * sum_bytes);
       layout.h_state_offset =
           memory.take(problem_.cell->keeps_h ? batch * h.items.value * item_units() * sum_bytes : 0);
@@ -186,21 +187,21 @@ class Planner {
     layout.shared_bytes = as_int(memory.used);
   }
 
-  // Of 64 bits that a team needs for one exchange of a product.
-  int64_t words(const Layout& layout, const ProductLayout& product) const {
+  // That a team needs for one exchange of a product.
+  int64_t mail_bytes(const Layout& layout, const ProductLayout& product) const {
     if (layout.exchange != Exchange::kGrid) return 0;
     if (!problem_.backward) {
-      const int64_t row_words = int64_t{sizes_.columns} * sizes_.on_chip_bytes / 4;
-      return (int64_t{product.k_tiles} << layout.log_rows) * row_words;
+      const int64_t row_bytes = int64_t{sizes_.columns} * sizes_.on_chip_bytes;
+      return 2 * (int64_t{product.k_tiles} << layout.log_rows) * row_bytes;
     }
-    return int64_t{layout.ranks} * layout.ranks * layout.team_batch * product.rows.width * sizes_.sum_bytes / 4;
+    return int64_t{layout.ranks} * layout.ranks * layout.team_batch * product.rows.width * sizes_.sum_bytes;
   }
 
   // Of one product of a step with what comes before and after it: an exchange, and the pointwise part.
   double product_clocks(const Layout& layout, const ProductLayout& product) const {
     const double rows = double(product.row_groups) * kGroupRows, columns = double(product.k_tiles) * sizes_.columns;
     const double batch = round_up(layout.team_batch, kBatchColumns);
-    const double fma = rows * columns * batch / fma_per_clock(problem_.arithmetic);
+    const double fma = kProductSlowdown * rows * columns * batch / fma_per_clock(problem_.arithmetic);
     const double from_shared =
         double(kWarps) * product.shared_steps * sizes_.row_tiles * kTileBytes / kSharedBytesPerClock;
     const double items = std::ceil(double(product.rows.items.value) * layout.team_batch / kThreads);
@@ -215,7 +216,8 @@ class Planner {
     if (layout.exchange == Exchange::kGrid) {
       const double blocks = double(layout.ranks) * std::max(layout.teams, 1) * problem_.directions;
       const double rate = problem_.backward ? kMailBytesPerClockBackward : kMailBytesPerClock;
-      clocks += kGridClocks + 2 * std::max(bytes / kL2BytesPerClockOfSm, bytes * blocks / rate);
+      const double mail = problem_.backward ? bytes : 2 * bytes;
+      clocks += kGridClocks + std::max(mail / kL2BytesPerClockOfSm, mail * blocks / rate);
     }
     return clocks;
   }
@@ -348,8 +350,7 @@ Plan sequence_plan(const Problem& problem, Strategy strategy, const Choice& choi
   config.shared_bytes = layout.shared_bytes;
   config.cluster = strategy == Strategy::kCluster ? layout.ranks : 1;
   config.cooperative = strategy == Strategy::kGrid;
-  if (strategy == Strategy::kGrid)
-    plan.workspace_bytes = problem.directions * layout.teams * layout.exchange_words * int64_t{sizeof(*layout.words)};
+  if (strategy == Strategy::kGrid) plan.workspace_bytes = problem.directions * layout.teams * layout.exchange_bytes;
   return plan;
 }
 

@@ -90,28 +90,60 @@ using Pre = GateValues<typename Tile::Sum>;
 
 // Stored as T: the gates, or what x contributes to them, of one unit.
 template <class T>
-__device__ __forceinline__ auto read_gates(const void* gates, const RowMap& map, int64_t start, int64_t b, int64_t H,
-                                           int64_t unit) {
+__device__ __forceinline__ GateValues<T> read_gates(const void* gates, const RowMap& map, int64_t start, int64_t b,
+                                                    int64_t H, int64_t unit) {
   const T* at = element<T>(gates, map, start, b, unit);
-  return GateValues<decltype(widen(T()))>{widen(at[0]), widen(at[H]), widen(at[2 * H]), widen(at[3 * H])};
+  return {at[0], at[H], at[2 * H], at[3 * H]};
 }
 
+template <class T>
+__device__ __forceinline__ auto widen_gates(const GateValues<T>& gates) {
+  return GateValues<decltype(widen(T()))>{widen(gates.i), widen(gates.f), widen(gates.g), widen(gates.o)};
+}
+
+// The same gate of N units together, as T: the way in which they are stored.
+template <class T, int N>
+using GateUnits = GateValues<Units<T, N>>;
+
 template <class T, class Sum, int N>
-__device__ __forceinline__ void store_gates(void* gates, const RowMap& map, int64_t start, int64_t b, int64_t H,
-                                            int64_t unit, const Units<GateValues<Sum>, N>& values, int valid) {
-  T* at = element<T>(gates, map, start, b, unit);
-  Units<Sum, N> i, f, g, o;
+__device__ __forceinline__ Units<T, N> narrow_units(const Units<Sum, N>& values) {
+  Units<T, N> result;
+#pragma unroll
+  for (int n = 0; n < N; ++n) result.at[n] = narrow<T>(values.at[n]);
+  return result;
+}
+template <class T, class Sum, int N>
+__device__ __forceinline__ GateUnits<T, N> narrow_gates(const Units<GateValues<Sum>, N>& values) {
+  GateUnits<T, N> result;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    i.at[n] = values.at[n].i;
-    f.at[n] = values.at[n].f;
-    g.at[n] = values.at[n].g;
-    o.at[n] = values.at[n].o;
+    result.i.at[n] = narrow<T>(values.at[n].i);
+    result.f.at[n] = narrow<T>(values.at[n].f);
+    result.g.at[n] = narrow<T>(values.at[n].g);
+    result.o.at[n] = narrow<T>(values.at[n].o);
   }
-  store_units(at, i, valid);
-  store_units(at + H, f, valid);
-  store_units(at + 2 * H, g, valid);
-  store_units(at + 3 * H, o, valid);
+  return result;
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_gates(T* to, int64_t H, const GateUnits<T, N>& values, int valid) {
+  T* const at[] = {to, to + H, to + 2 * H, to + 3 * H};
+  const Units<T, N> each[] = {values.i, values.f, values.g, values.o};
+  constexpr size_t kBytes = N * sizeof(T);
+  if (valid >= N &&
+      (N == 1 || (reinterpret_cast<uintptr_t>(to) | static_cast<uint64_t>(H) * sizeof(T)) % kBytes == 0)) {
+    struct alignas(kBytes) Together {
+      Units<T, N> units;
+    };
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) *reinterpret_cast<Together*>(at[gate]) = {each[gate]};
+  } else {
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        if (n < valid) at[gate][n] = each[gate].at[n];
+  }
 }
 
 template <class Tile>
@@ -145,36 +177,68 @@ __device__ __forceinline__ Sum carried(const Moment& moment, Sum value) {
   return moment.active() && !moment.forgets_next() ? value : 0;
 }
 
+// What a step has made of N units, as it is stored.
 template <class Tile, int N>
-__device__ __forceinline__ void store_cells(const LayerForward& layer, const ForwardDirection& to, const Moment& moment,
-                                            int64_t b, int64_t unit,
-                                            const Units<CellState<typename Tile::Sum>, N>& states, int valid) {
-  using Number = typename Tile::Number;
-  using Sum = typename Tile::Sum;
-  Units<GateValues<Sum>, N> gates;
-  Units<Sum, N> c;
+struct StoredCells {
+  GateUnits<typename Tile::Number, N> gates;
+  Units<typename Tile::Sum, N> c;
+};
+
+template <class Tile, int N>
+__device__ __forceinline__ StoredCells<Tile, N> stored_cells(const Units<CellState<typename Tile::Sum>, N>& states) {
+  Units<GateValues<typename Tile::Sum>, N> gates;
+  StoredCells<Tile, N> result;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     gates.at[n] = states.at[n].gates;
-    c.at[n] = states.at[n].c;
+    result.c.at[n] = states.at[n].c;
   }
+  result.gates = narrow_gates<typename Tile::Number>(gates);
+  return result;
+}
+
+// Where a step stores what it makes of a sequence; null where it does not.
+template <class Tile>
+struct ForwardRows {
+  typename Tile::Number* gates;
+  typename Tile::Sum* cells;
+  typename Tile::Number* y;
+};
+
+template <class Tile>
+__device__ __forceinline__ ForwardRows<Tile> forward_rows(const LayerForward& layer, const ForwardDirection& to,
+                                                          const Moment& moment, int64_t b) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  ForwardRows<Tile> rows{};
   if (has_row(layer.gates_map, moment)) {
-    if (to.gates) store_gates<Number>(to.gates, layer.gates_map, moment.start, b, layer.shape.H, unit, gates, valid);
-    if (to.cells) store_units(element<Sum>(to.cells, layer.cells_map, moment.start, b, unit), c, valid);
+    if (to.gates) rows.gates = element<Number>(to.gates, layer.gates_map, moment.start, b, 0);
+    if (to.cells) rows.cells = element<Sum>(to.cells, layer.cells_map, moment.start, b, 0);
   }
-  if (moment.last()) store_units(static_cast<Number*>(to.c_n) + b * layer.shape.H + unit, c, valid);
+  if (has_row(layer.y_map, moment)) rows.y = element<Number>(to.y, layer.y_map, moment.start, b, 0);
+  return rows;
+}
+
+template <class Tile, int N>
+__device__ __forceinline__ void store_cells(const LayerForward& layer, const ForwardDirection& to,
+                                            const ForwardRows<Tile>& rows, const Moment& moment, int64_t b,
+                                            int64_t unit, const StoredCells<Tile, N>& cells, int valid) {
+  using Number = typename Tile::Number;
+  if (rows.gates) store_gates(rows.gates + unit, layer.shape.H, cells.gates, valid);
+  if (rows.cells) store_units(rows.cells + unit, cells.c, valid);
+  if (moment.last()) store_units(static_cast<Number*>(to.c_n) + b * layer.shape.H + unit, cells.c, valid);
 }
 
 template <class Tile, int N>
 __device__ __forceinline__ void store_output(const LayerForward& layer, const ForwardDirection& to,
-                                             const Moment& moment, int64_t b, int64_t p,
-                                             const Units<typename Tile::Sum, N>& h, int valid) {
+                                             const ForwardRows<Tile>& rows, const Moment& moment, int64_t b, int64_t p,
+                                             const Units<typename Tile::Number, N>& h, int valid) {
   using Number = typename Tile::Number;
-  Units<typename Tile::Sum, N> y = h;
+  Units<Number, N> y = h;
 #pragma unroll
   for (int n = 0; n < N; ++n)
-    if (!moment.active()) y.at[n] = 0;
-  if (has_row(layer.y_map, moment)) store_units(element<Number>(to.y, layer.y_map, moment.start, b, p), y, valid);
+    if (!moment.active()) y.at[n] = narrow<Number>(typename Tile::Sum(0));
+  if (rows.y) store_units(rows.y + p, y, valid);
   if (moment.last() && to.h_n) store_units(static_cast<Number*>(to.h_n) + b * layer.shape.P + p, h, valid);
 }
 
@@ -192,15 +256,36 @@ __device__ __forceinline__ Sum backward_output(const BackwardDirection& from, co
   return moment.last() ? d_h + state_at<Number>(from.dh_n, b, p) : d_h;
 }
 
-// h that step s started from where no step before it stores it, and the gradient of its own.
-template <class Tile, int N>
-__device__ __forceinline__ void store_output_grads(const BackwardPass& pass, int d, const Moment& moment, int64_t s,
-                                                   int64_t b, int64_t p, const Units<typename Tile::Sum, N>& d_h,
-                                                   int valid) {
+// Where a step stores what it makes of a sequence; null where it does not.
+template <class Tile>
+struct BackwardRows {
+  typename Tile::Number *d_gates, *d_h, *hidden_after;  // of hidden_prev the row of the step after
+};
+
+// kOptions: of a cell with options, which stores no hidden_prev there.
+template <class Tile, bool kOptions>
+__device__ __forceinline__ BackwardRows<Tile> backward_rows(const BackwardPass& pass, int d, const Moment& moment,
+                                                            int64_t b) {
   using Number = typename Tile::Number;
   const BackwardOutputs& to = pass.outputs[d];
-  if (!has_row(pass.h_map, moment)) return;
-  if (begins(moment, s) || pass.layer.shape.projected) {
+  BackwardRows<Tile> rows{};
+  if (has_row(pass.d_gates_map, moment))
+    rows.d_gates = element<Number>(to.d_gates, pass.d_gates_map, moment.start, b, 0);
+  if (has_row(pass.h_map, moment) && to.d_h) rows.d_h = element<Number>(to.d_h, pass.h_map, moment.start, b, 0);
+  if (!kOptions && moment.active() && !moment.last())
+    rows.hidden_after = element<Number>(to.hidden_prev, pass.hidden_map, moment.start_after, b, 0);
+  return rows;
+}
+
+// h that step s started from where no step before it stores it, and the gradient of its own.
+template <class Tile, int N>
+__device__ __forceinline__ void store_output_grads(const BackwardPass& pass, int d, const BackwardRows<Tile>& rows,
+                                                   const Moment& moment, int64_t s, int64_t b, int64_t p,
+                                                   const Units<typename Tile::Number, N>& d_h, int valid) {
+  using Number = typename Tile::Number;
+  const BackwardOutputs& to = pass.outputs[d];
+  if (rows.d_h) store_units(rows.d_h + p, d_h, valid);
+  if ((begins(moment, s) || pass.layer.shape.projected) && has_row(pass.h_map, moment)) {
     const bool from_h0 = s == 0 && moment.active() && !moment.forgets();
     Units<typename Tile::Sum, N> h;
 #pragma unroll
@@ -208,20 +293,19 @@ __device__ __forceinline__ void store_output_grads(const BackwardPass& pass, int
       h.at[n] = from_h0 && n < valid ? state_at<Number>(pass.layer.direction[d].state.h0, b, p + n) : 0;
     store_units(element<Number>(to.h_prev, pass.h_map, moment.start, b, p), h, valid);
   }
-  if (to.d_h) store_units(element<Number>(to.d_h, pass.h_map, moment.start, b, p), d_h, valid);
 }
 
 // The same of a cell with options, whose steps each know the h that they started from, `before`.
 template <class Tile, int N>
-__device__ __forceinline__ void store_cell_output_grads(const BackwardPass& pass, int d, const Moment& moment,
-                                                        int64_t b, int64_t p,
+__device__ __forceinline__ void store_cell_output_grads(const BackwardPass& pass, int d, const BackwardRows<Tile>& rows,
+                                                        const Moment& moment, int64_t b, int64_t p,
                                                         const Units<typename Tile::Sum, N>& before,
-                                                        const Units<typename Tile::Sum, N>& d_h, int valid) {
+                                                        const Units<typename Tile::Number, N>& d_h, int valid) {
   using Number = typename Tile::Number;
   const BackwardOutputs& to = pass.outputs[d];
   if (!has_row(pass.h_map, moment)) return;
   store_units(element<Number>(to.h_prev, pass.h_map, moment.start, b, p), before, valid);
-  if (to.d_h) store_units(element<Number>(to.d_h, pass.h_map, moment.start, b, p), d_h, valid);
+  if (rows.d_h) store_units(rows.d_h + p, d_h, valid);
 }
 
 // What the gradients of one unit's step are made of.
@@ -258,28 +342,42 @@ __device__ __forceinline__ GateValues<Sum> carried_back(const Moment& moment, co
   return moment.forgets() ? GateValues<Sum>{} : cell.grad.d_pre;
 }
 
-// kOptions: of a cell with options, whose h_prev is stored by store_cell_output_grads.
-template <class Tile, bool kOptions, int N>
-__device__ __forceinline__ void store_cell_grads(const BackwardPass& pass, int d, const Moment& moment, int64_t s,
-                                                 int64_t b, int64_t unit,
-                                                 const Units<BackwardCell<typename Tile::Sum>, N>& cells, int valid) {
-  using Number = typename Tile::Number;
-  using Sum = typename Tile::Sum;
-  const BackwardOutputs& to = pass.outputs[d];
-  Units<GateValues<Sum>, N> d_gates;
-  Units<Sum, N> hidden, carried_hidden;
+// What a step back has made of N units, as it is stored.
+template <class Tile, int N>
+struct StoredGrads {
+  GateUnits<typename Tile::Number, N> d_gates;
+  Units<typename Tile::Number, N> hidden;
+};
+
+template <class Tile, int N>
+__device__ __forceinline__ StoredGrads<Tile, N> stored_grads(const Units<BackwardCell<typename Tile::Sum>, N>& cells) {
+  Units<GateValues<typename Tile::Sum>, N> d_gates;
+  StoredGrads<Tile, N> result;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     d_gates.at[n] = cells.at[n].grad.d_pre;
-    hidden.at[n] = cells.at[n].hidden;
-    carried_hidden.at[n] = moment.forgets_next() ? 0 : hidden.at[n];
+    result.hidden.at[n] = narrow<typename Tile::Number>(cells.at[n].hidden);
   }
-  if (!kOptions && moment.active() && !moment.last())
-    store_units(element<Number>(to.hidden_prev, pass.hidden_map, moment.start_after, b, unit), carried_hidden, valid);
-  if (!has_row(pass.d_gates_map, moment)) return;
-  store_gates<Number>(to.d_gates, pass.d_gates_map, moment.start, b, pass.layer.shape.H, unit, d_gates, valid);
-  if (!to.hidden) return;
-  store_units(element<Number>(to.hidden, pass.hidden_map, moment.start, b, unit), hidden, valid);
+  result.d_gates = narrow_gates<typename Tile::Number>(d_gates);
+  return result;
+}
+
+// kOptions: of a cell with options, whose h_prev is stored by store_cell_output_grads.
+template <class Tile, bool kOptions, int N>
+__device__ __forceinline__ void store_cell_grads(const BackwardPass& pass, int d, const BackwardRows<Tile>& rows,
+                                                 const Moment& moment, int64_t s, int64_t b, int64_t unit,
+                                                 const StoredGrads<Tile, N>& cells, int valid) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const BackwardOutputs& to = pass.outputs[d];
+  Units<Number, N> carried_hidden = cells.hidden;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+    if (moment.forgets_next()) carried_hidden.at[n] = narrow<Number>(Sum(0));
+  if (rows.hidden_after) store_units(rows.hidden_after + unit, carried_hidden, valid);
+  if (rows.d_gates) store_gates(rows.d_gates + unit, pass.layer.shape.H, cells.d_gates, valid);
+  if (!to.hidden || !rows.d_gates) return;
+  store_units(element<Number>(to.hidden, pass.hidden_map, moment.start, b, unit), cells.hidden, valid);
   if (!kOptions && begins(moment, s))
     store_units(element<Number>(to.hidden_prev, pass.hidden_map, moment.start, b, unit), Units<Sum, N>{}, valid);
 }

@@ -22,36 +22,48 @@ __device__ __forceinline__ char* dynamic_shared() {
   return reinterpret_cast<char*>(lstm_ext_dynamic_shared);
 }
 
-// ---- Words between blocks, through the L2 cache ---------------------------------------------------------------
+// ---- Numbers between blocks, through the L2 cache -------------------------------------------------------------
 
-// 64 bits read and written whole (no half of one word with half of another), ordered with nothing else.
-__device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* address) {
-  uint64_t value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-  return value;
+// Stores of 32 and 64 bits, and of 16 bytes that are numbers of kBytes bytes (4 or 8). A number is written and read
+// whole (no half of one with half of another), and ordered with nothing else: of 16 bytes one may be older than
+// another.
+__device__ __forceinline__ void st_relaxed_gpu(uint32_t* address, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
-
-struct alignas(16) TwoWords {
-  uint64_t first, second;
-};
-
-// Two of them at an address that is a multiple of 16: each is whole, one may be older than the other.
-__device__ __forceinline__ TwoWords ld_relaxed_gpu(const TwoWords* address) {
-  TwoWords value;
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-               : "=l"(value.first), "=l"(value.second)
-               : "l"(address)
-               : "memory");
-  return value;
-}
-
 __device__ __forceinline__ void st_relaxed_gpu(uint64_t* address, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
-__device__ __forceinline__ void st_relaxed_gpu(TwoWords* address, const TwoWords& value) {
-  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(value.first), "l"(value.second)
-               : "memory");
+template <int kBytes>
+__device__ __forceinline__ void st_relaxed_gpu(uint4* address, const uint4& value) {
+  if constexpr (kBytes == 4) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y),
+                 "r"(value.z), "r"(value.w)
+                 : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .u64 a, b;\nmov.b64 a, {%1, %2};\nmov.b64 b, {%3, %4};\nst.relaxed.gpu.global.v2.u64 [%0], {a, "
+        "b};\n}" ::"l"(address),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+        : "memory");
+  }
+}
+
+template <int kBytes>
+__device__ __forceinline__ uint4 ld_relaxed_gpu(const uint4* address) {
+  if constexpr (kBytes == 4) {
+    uint4 value;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address)
+                 : "memory");
+    return value;
+  } else {
+    uint64_t low, high;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(low), "=l"(high) : "l"(address) : "memory");
+    return {static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+            static_cast<uint32_t>(high >> 32)};
+  }
 }
 
 // ---- Waiting no longer than can be meant ----------------------------------------------------------------------------
@@ -74,8 +86,8 @@ __device__ __forceinline__ void trap() {
 // ---- Copies from global to shared memory that nobody waits for (cp.async) -------------------------------------------
 //
 // Each copies so many bytes as its name says, of which both addresses are multiples. What a thread has copied since its
-// last commit is a group; cp_async_wait<n> returns when all but its latest n groups have landed, for this thread: others
-// see them after a barrier. Turing copies at once.
+// last commit is a group; cp_async_wait<n> returns when all but its latest n groups have landed, for this thread:
+// others see them after a barrier. Turing copies at once.
 
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global) {

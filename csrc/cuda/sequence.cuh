@@ -2,19 +2,25 @@
 // of global memory. The walks of both passes (sequence_forward.cuh, sequence_backward.cuh) have one, and say what
 // happens in a step. Nothing that a step reads of global memory is read in that step: copies of the next step's rows to
 // shared memory are under way meanwhile.
+//
+// Between the products a thread has items, each of a few units of a sequence. Where half of the threads have room for
+// all items of a step, and for the copies, the two halves take turns: the other one stores and copies while nobody
+// waits for it.
+//
+//   step          s                                s + 1                            s + 2
+//   one half      items of s                       stores s, copies for s + 2       items of s + 2
+//   the other     stores s - 1, copies for s + 1   items of s + 1                   stores s + 1, copies for s + 3
 #pragma once
 
 #include "team.cuh"
 
 namespace lstm_ext::cuda {
 
-// 16 bytes of a row that is copied for each step, or fewer at its end: their number, and those after them in the row,
-// is `bytes`. They come from `from`, `stride` times the start of the step further, or of the step before it.
+// 16 bytes of row number `row` of those that are copied for each step, or fewer at its end: their number, and those
+// after them in the row, is `bytes`. They come from `from`, so many strides of the row further as the step starts.
 struct RowPiece {
   const char* from = nullptr;
-  int64_t stride = 0;
-  int bytes = -16;
-  bool of_step_before = false;
+  int bytes = -16, row = 0;
 };
 
 // To shared memory, at 16 bytes. A row of numbers of 2 bytes may miss a multiple of 4 by 2: it stands so much further
@@ -51,8 +57,11 @@ __device__ __forceinline__ auto read_copy(const char* row, const T* from, int j)
 }
 
 // `Team` is Gather or Scatter. kDirection is 1 or -1: whether the steps are walked upwards.
-template <class Tile, int kBatchTiles, class Team, int kDirection>
+// `Rows` is ForwardRows or BackwardRows.
+template <class Tile, int kBatchTiles, class Team, class Rows, int kDirection>
 class SequenceBlock {
+  static_assert(sizeof(Rows) == kRowsBytes);
+
  public:
   using Sum = typename Tile::Sum;
   static constexpr int kItem = Team::kItem;
@@ -82,31 +91,40 @@ class SequenceBlock {
     const int64_t each = layout_.team_batch;
     for (first_ = team_.team() * each; first_ < shape_.B; first_ += layout_.teams * each) {
       count_ = static_cast<int>(min(each, shape_.B - first_));
+      const int most = max(layout_.units.value, layout_.input_pieces.value);
+      turn_threads_ = owner.may_take_turns() && count_ * most <= kThreads / 2 ? kThreads / 2 : 0;
       owner.walk();
       __syncthreads();  // the next walk writes what the last step may still be reading
     }
     team_.leave();
   }
 
-  // Calls body(n, j, unit, valid) for this rank's units of each sequence n, kItem of them in one thread: from unit j of
-  // its share on, which is `unit` of all, and of which the vector has `valid`.
-  template <class Body>
-  __device__ __forceinline__ void for_items(const Share& share, const Body& body) const {
-    const int each = share.items.value;
-    for (int index = threadIdx.x; index < count_ * each; index += kThreads) {
-      const int n = share.items.quotient(index), j = (index - n * each) * kItem;
-      const int unit = team_.rank() * share.width + j;
-      body(n, j, int64_t{unit}, share.limit - unit);
-    }
+  // Whether the two halves of the threads take turns, and which one has the items of step s: all threads if they don't.
+  __device__ bool takes_turns() const { return turn_threads_ > 0; }
+  __device__ bool has_turn(int64_t s) const { return !takes_turns() || first_item(s) < kThreads / 2; }
+  // The thread's first item of step s, if there are so many.
+  __device__ int first_item(int64_t s) const {
+    return static_cast<int>(threadIdx.x) ^ (static_cast<int>(s & 1) * turn_threads_);
   }
-  // For the first of a thread's items alone.
+
+  // Calls body(n, j, unit, valid) for an item of a share of the units: kItem units of sequence n from unit j of this
+  // rank on, which is `unit` of all, and of which the vector has `valid`.
   template <class Body>
-  __device__ __forceinline__ void for_first_item(const Share& share, const Body& body) const {
-    const int each = share.items.value, index = static_cast<int>(threadIdx.x);
-    if (index >= count_ * each) return;
-    const int n = share.items.quotient(index), j = (index - n * each) * kItem;
+  __device__ __forceinline__ void with_item(const Share& share, int item, const Body& body) const {
+    const int n = share.items.quotient(item), j = (item - n * share.items.value) * kItem;
     const int unit = team_.rank() * share.width + j;
     body(n, j, int64_t{unit}, share.limit - unit);
+  }
+  // For all of a thread's items, of which the first is `item`.
+  template <class Body>
+  __device__ __forceinline__ void for_items_from(int item, const Share& share, const Body& body) const {
+    for (; item < count_ * share.items.value; item += kThreads)
+      with_item(share, item, [&](int n, int j, int64_t unit, int valid) { body(item, n, j, unit, valid); });
+  }
+  template <class Body>
+  __device__ __forceinline__ void for_items(const Share& share, const Body& body) const {
+    for_items_from(static_cast<int>(threadIdx.x), share,
+                   [&](int, int n, int j, int64_t unit, int valid) { body(n, j, unit, valid); });
   }
 
   // Of this batch: how many sequences, and which of the layer's is its number n.
@@ -114,23 +132,28 @@ class SequenceBlock {
   __device__ int64_t sequence(int n) const { return first_ + n; }
   __device__ bool is_empty(int n) const { return length_of(masks_, shape_.T, first_ + n) == 0; }
 
-  // Where the sequences stand at step s, and at the next one that is walked. They are found for several steps at once,
-  // as each waits for what it reads.
-  __device__ const Moment& moment(int64_t s, int n) const { return moments(s)[n]; }
-  __device__ __forceinline__ void find_moments(int64_t s) {
-    if (moments_end_at(s)) find_moments_from(s);
+  // Where the sequences stand at step s, and at those that are walked before and after it, and where these store. That
+  // is found for several steps at once, as each waits for what it reads.
+  __device__ const Moment& moment(int64_t s, int n) const { return moments()[found_at(s, n)]; }
+  __device__ const Rows& rows(int64_t s, int n) const { return stored_rows()[found_at(s, n)]; }
+  template <class Owner>
+  __device__ __forceinline__ void find_moments(const Owner& owner, int64_t s) {
+    if (moments_end_at(s)) find_moments_from(owner, s);
   }
   __device__ __forceinline__ bool moments_end_at(int64_t s) const {
     return s == first_moment_ + kMomentSteps * kDirection;
   }
-  __device__ void find_moments_from(int64_t s) {
+  template <class Owner>
+  __device__ __forceinline__ void find_moments_from(const Owner& owner, int64_t s) {
     __syncthreads();  // nobody reads the last ones
     first_buffer_ = buffer_of(s);
     first_moment_ = s;
     const int n = threadIdx.x % 32;
-    for (int later = threadIdx.x / 32; later <= kMomentSteps && n < count_; later += kWarps) {
-      const int64_t step = s + later * kDirection;
-      moments(step)[n] = moment_at(masks_, packed_offset_, shape_.T, reverse_, step, first_ + n);
+    for (int later = threadIdx.x / 32; later < kMoments && n < count_; later += kWarps) {
+      const int64_t step = s + (later - 1) * kDirection;
+      const Moment moment = moment_at(masks_, packed_offset_, shape_.T, reverse_, step, first_ + n);
+      moments()[found_at(step, n)] = moment;
+      stored_rows()[found_at(step, n)] = owner.rows_of(moment, first_ + n);
     }
     __syncthreads();  // they are there
   }
@@ -141,7 +164,7 @@ class SequenceBlock {
   template <class KeysOf>
   __device__ __forceinline__ void find_draw_keys_from(int64_t s, const KeysOf& keys_of) {
     const int n = threadIdx.x % 32;
-    for (int later = threadIdx.x / 32; later <= kMomentSteps && n < count_; later += kWarps) {
+    for (int later = threadIdx.x / 32; later < kMomentSteps && n < count_; later += kWarps) {
       const int64_t step = s + later * kDirection;
       keys(step)[n] = keys_of(moment(step, n), step, first_ + n);
     }
@@ -149,21 +172,24 @@ class SequenceBlock {
   }
 
   // The rows that a step reads of a sequence: four of gates, and after them c, d_cells and dy. owner.row(n, row) is the
-  // first piece of one, without bytes where there is none. To be called before the first copies of a batch.
+  // first piece of one, without bytes where there is none; owner.row_stride(row) are the bytes from one start to the
+  // next, and owner.of_step_before(row) tells whether it is that of the step before. To be called before the first
+  // copies of a batch.
   template <class Owner>
   __device__ __forceinline__ void find_copies(const Owner& owner) {
     first_piece_ = piece_of(owner, first_copied());
   }
 
-  // Of the rows that step s will read, if there is such a step; always one group of copies. A thread has a piece; where
-  // there are more of them, it finds the others as it goes. The last warps come first, as items are with the first.
+  // Of the rows that step s will read, if there is such a step; always one group of copies. Where threads take turns,
+  // by those that will have its items, and have none of the step that is walked meanwhile. A thread has a piece; where
+  // there are more of them, it finds the others as it goes.
   template <class Owner>
   __device__ __forceinline__ void copy_inputs(const Owner& owner, int64_t s) const {
-    if (s >= 0 && s < shape_.T) {
-      const int count = count_ * layout_.input_pieces.value;
+    if (s >= 0 && s < shape_.T && has_turn(s)) {
+      const int count = count_ * layout_.input_pieces.value, step = takes_turns() ? kThreads / 2 : kThreads;
       int index = first_copied();
-      if (index < count) copy(first_piece_, index, s);
-      for (index += kThreads; index < count; index += kThreads) copy(piece_of(owner, index), index, s);
+      if (index < count) copy(owner, first_piece_, index, s);
+      for (index += step; index < count; index += step) copy(owner, piece_of(owner, index), index, s);
     }
     cp_async_commit();
   }
@@ -215,7 +241,11 @@ class SequenceBlock {
     }
   }
 
-  static __device__ __forceinline__ int first_copied() { return kThreads - 1 - static_cast<int>(threadIdx.x); }
+  // Without turns the last warps come first, as items are with the first.
+  __device__ __forceinline__ int first_copied() const {
+    return takes_turns() ? static_cast<int>(threadIdx.x) % (kThreads / 2)
+                         : kThreads - 1 - static_cast<int>(threadIdx.x);
+  }
 
   template <class Owner>
   __device__ __forceinline__ RowPiece piece_of(const Owner& owner, int index) const {
@@ -228,17 +258,19 @@ class SequenceBlock {
     }
     RowPiece found = owner.row(n, row);
     if (found.bytes <= 0) return {};
+    found.row = row;
     found.from += piece * 16;
     found.bytes -= piece * 16;
     return found;
   }
 
-  __device__ __forceinline__ void copy(const RowPiece& piece, int index, int64_t s) const {
+  template <class Owner>
+  __device__ __forceinline__ void copy(const Owner& owner, const RowPiece& piece, int index, int64_t s) const {
     const Moment& moment = this->moment(s, layout_.input_pieces.quotient(index));
-    const bool there = piece.of_step_before ? moment.follows() : moment.active();
-    if (!there || piece.bytes <= -4) return;  // a row may end up to 2 bytes further behind
-    const int64_t start = piece.of_step_before ? moment.start_before : moment.start;
-    copy_piece(copies_of(s) + index * 16, piece.from + start * piece.stride, piece.bytes);
+    const bool before = owner.of_step_before(piece.row);
+    if (!(before ? moment.follows() : moment.active()) || piece.bytes <= -4) return;  // up to 2 bytes further behind
+    const int64_t start = before ? moment.start_before : moment.start;
+    copy_piece(copies_of(s) + index * 16, piece.from + start * owner.row_stride(piece.row), piece.bytes);
   }
 
   // Which buffer has the copies for step s. Three take turns: those of a step are made before all warps are through
@@ -251,10 +283,12 @@ class SequenceBlock {
     return team_.shared() + layout_.inputs_offset + buffer_of(s) * layout_.inputs_bytes;
   }
 
-  __device__ Moment* moments(int64_t s) const {
-    return reinterpret_cast<Moment*>(team_.shared() + layout_.moments_offset) +
-           static_cast<int>(s - first_moment_) * kDirection * layout_.team_batch;
+  // Among what is found for several steps, the place of step s and sequence n.
+  __device__ int found_at(int64_t s, int n) const {
+    return (1 + static_cast<int>(s - first_moment_) * kDirection) * layout_.team_batch + n;
   }
+  __device__ Moment* moments() const { return reinterpret_cast<Moment*>(team_.shared() + layout_.moments_offset); }
+  __device__ Rows* stored_rows() const { return reinterpret_cast<Rows*>(team_.shared() + layout_.rows_offset); }
 
   __device__ DrawKeys* keys(int64_t s) const {
     return reinterpret_cast<DrawKeys*>(team_.shared() + layout_.draw_keys_offset) +
@@ -277,7 +311,7 @@ class SequenceBlock {
   RecurrentWeights recurrent_;
   ProjectionWeights projection_;
   int64_t first_ = 0;  // sequence of this batch
-  int count_ = 0;
+  int count_ = 0, turn_threads_ = 0;
   int64_t first_moment_ = 0;
   int first_buffer_ = 0;  // of the step that has the first moment
   RowPiece first_piece_;

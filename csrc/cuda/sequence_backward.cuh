@@ -18,7 +18,8 @@ template <class Tile, int kBatchTiles, Exchange kExchange, class Params>
 class BackwardWalk {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
-  using Block = SequenceBlock<Tile, kBatchTiles, Scatter<Tile, kBatchTiles, kExchange>, -1>;
+  using Rows = BackwardRows<Tile>;
+  using Block = SequenceBlock<Tile, kBatchTiles, Scatter<Tile, kBatchTiles, kExchange>, Rows, -1>;
   static constexpr int kItem = Block::kItem;
   using Sums = Units<Sum, kItem>;
   using Cells = Units<BackwardCell<Sum>, kItem>;
@@ -42,41 +43,47 @@ class BackwardWalk {
 
   __device__ __forceinline__ void run() { block_.for_batches(*this); }
 
+  // By mail, others are waited for so long that nobody waits for what is stored meanwhile.
+  __device__ bool may_take_turns() const { return kExchange != Exchange::kGrid && !kOptions && !block_.projected(); }
+
   // One batch of sequences, through all steps.
   __device__ __forceinline__ void walk() {
     const int64_t last = shape_.T - 1;
-    block_.find_moments_from(last);
+    block_.find_moments_from(*this, last);
     if constexpr (kOptions) find_draw_keys_from(last);
     start(last);
     block_.find_copies(*this);
     block_.copy_inputs(*this, last);
     cp_async_wait<0>();
     __syncthreads();  // they are there
+    Made made;
     for (int64_t s = last; s >= 0; --s) {
       if constexpr (kOptions) {
         if (block_.moments_end_at(s)) {
-          block_.find_moments_from(s);
+          block_.find_moments_from(*this, s);
           find_draw_keys_from(s);
         }
       } else {
-        block_.find_moments(s);
+        block_.find_moments(*this, s);
       }
       const Given given = given_to_first(s);  // while what others send is on its way, as are these copies
       block_.copy_inputs(*this, s - 1);
       if (s < last) block_.team().receive(Product::kRecurrent, block_.count());
-      Made made;
       if (block_.projected()) {
         take_projected_step(s, made);
-      } else {
+      } else if (block_.has_turn(s)) {
         take_step(s, given, made);
+      } else {
+        store(s + 1, made);
       }
       __syncthreads();  // the operand is there, and nobody reads the sums of the step after
       block_.template multiply<Product::kRecurrent>();
       cp_async_wait<0>();
       __syncthreads();  // the sums of all warps are there, and what the next step reads
       block_.team().send(Product::kRecurrent, block_.count());
-      store(s, made);
+      if (!block_.takes_turns()) store(s, made);
     }
+    if (block_.takes_turns() && block_.has_turn(0)) store(0, made);
     block_.team().receive(Product::kRecurrent, block_.count());
     finish();
   }
@@ -104,21 +111,30 @@ class BackwardWalk {
 
   static constexpr int kCells = 4, kCellGrads = 5, kOutputGrads = 6;
 
-  // From this rank's first unit on: the gates and d_cells of the step, dy, and the cells of the step before.
   friend Block;
+  __device__ __forceinline__ Rows rows_of(const Moment& moment, int64_t b) const {
+    return backward_rows<Tile, kOptions>(pass_, blockIdx.y, moment, b);
+  }
+
+  // From this rank's first unit on: the gates and d_cells of the step, dy, and the cells of the step before.
   __device__ __forceinline__ RowPiece row(int n, int row) const {
-    const LayerBackward& layer = pass_.layer;
-    const auto from = [&](const auto* first, const RowMap& map, int units) -> RowPiece {
-      constexpr int kBytes = int{sizeof(*first)};
-      return {reinterpret_cast<const char*>(first), map.start_stride() * kBytes, units * kBytes, row == kCells};
+    const auto from = [](const auto* first, int units) -> RowPiece {
+      return {reinterpret_cast<const char*>(first), units * int{sizeof(*first)}};
     };
-    if (row < kCells) return from(gate_row(0, n, row), layer.gates_map, there(hidden()));
-    if (row == kCells) return from(cell_row(from_.cells, layer.cells_map, n), layer.cells_map, there(hidden()));
-    if (row == kCellGrads && from_.d_cells)
-      return from(cell_row(from_.d_cells, layer.d_cells_map, n), layer.d_cells_map, there(hidden()));
-    if (row == kOutputGrads && from_.dy) return from(dy_row(0, n), layer.dy_map, there(h()));
+    const LayerBackward& layer = pass_.layer;
+    if (row < kCells) return from(gate_row(0, n, row), there(hidden()));
+    if (row == kCells) return from(cell_row(from_.cells, layer.cells_map, n), there(hidden()));
+    if (row == kCellGrads && from_.d_cells) return from(cell_row(from_.d_cells, layer.d_cells_map, n), there(hidden()));
+    if (row == kOutputGrads && from_.dy) return from(dy_row(0, n), there(h()));
     return {};
   }
+  __device__ __forceinline__ int64_t row_stride(int row) const {
+    const LayerBackward& layer = pass_.layer;
+    if (row < kCells) return layer.gates_map.start_stride() * int64_t{sizeof(Number)};
+    if (row == kOutputGrads) return layer.dy_map.start_stride() * int64_t{sizeof(Number)};
+    return (row == kCells ? layer.cells_map : layer.d_cells_map).start_stride() * int64_t{sizeof(Sum)};
+  }
+  static __device__ __forceinline__ bool of_step_before(int row) { return row == kCells; }
   __device__ __forceinline__ const Number* gate_row(int64_t start, int n, int gate) const {
     return element<Number>(from_.gates, pass_.layer.gates_map, start, block_.sequence(n),
                            gate * shape_.H + first(hidden()));
@@ -160,46 +176,45 @@ class BackwardWalk {
 
   // ---- A step -------------------------------------------------------------------------------------------------------
 
-  // What an item has before what others send: what it reads, and where its sequence stands.
+  // What an item reads before what others send.
   struct Given {
-    Moment moment;
     Inputs inputs;
     Sums dy;
   };
 
   __device__ __forceinline__ Given given(int64_t s, int n, int j, int64_t unit, int valid) {
     const Moment moment = block_.moment(s, n);
-    return {moment, inputs(s, moment, n, j, unit, valid), output_grads(s, moment, n, j)};
+    return {inputs(s, moment, n, j, unit, valid), output_grads(s, moment, n, j)};
   }
 
   __device__ __forceinline__ Given given_to_first(int64_t s) {
     Given found{};
-    if (block_.projected()) return found;
-    block_.for_first_item(hidden(),
-                          [&](int n, int j, int64_t unit, int valid) { found = given(s, n, j, unit, valid); });
+    const int item = block_.first_item(s);
+    if (!block_.projected() && item < block_.count() * hidden().items.value)
+      block_.with_item(hidden(), item,
+                       [&](int n, int j, int64_t unit, int valid) { found = given(s, n, j, unit, valid); });
     return found;
   }
 
-  // What a thread has made of an item, and has still to store.
+  // What a thread has made of an item, and has still to store: others wait for the product of it.
   struct Made {
-    int n, valid = 0, unit;
-    Moment moment;
-    Cells cells;
-    Sums d_h;  // without a projection
+    int item = -1;
+    StoredGrads<Tile, kItem> cells;
+    Units<Number, kItem> d_h;  // without a projection
   };
 
-  // Each thread's last item is stored after the product is sent: others wait for that.
+  // Of a thread's items the last is left to be stored.
   __device__ __forceinline__ void take_step(int64_t s, Given now, Made& made) {
-    bool first = true;
-    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
-      if (!first) {
+    made.item = -1;
+    block_.for_items_from(block_.first_item(s), hidden(), [&](int item, int n, int j, int64_t unit, int valid) {
+      if (made.item >= 0) {
         store(s, made);
         now = given(s, n, j, unit, valid);
       }
-      first = false;
-      const Sums d_h = output(s, now.moment, n, j, unit, valid, now.dy);
-      made = {n,  valid, static_cast<int>(unit), now.moment, update(s, now.moment, n, j, unit, valid, now.inputs, d_h),
-              d_h};
+      const Moment moment = block_.moment(s, n);
+      const Sums d_h = output(s, moment, n, j, unit, valid, now.dy);
+      const Cells cells = update(s, moment, n, j, unit, valid, now.inputs, d_h);
+      made = {item, stored_grads<Tile>(cells), narrow_units<Number>(d_h)};
     });
   }
 
@@ -208,40 +223,46 @@ class BackwardWalk {
       const Moment moment = block_.moment(s, n);
       const Sums d_h = output(s, moment, n, j, p, valid, output_grads(s, moment, n, j));
       block_.team().put(Product::kProjection, n, j, d_h);
-      store_output(s, moment, n, p, d_h, valid);
+      store_output(s, moment, n, p, narrow_units<Number>(d_h), valid);
     });
     __syncthreads();  // the operand is there, and nobody reads the sums of the other product
     block_.template multiply<Product::kProjection>();
     __syncthreads();  // the sums of all warps are there
     block_.team().send(Product::kProjection, block_.count());
     block_.team().receive(Product::kProjection, block_.count());
-    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+    made.item = -1;
+    block_.for_items_from(block_.first_item(s), hidden(), [&](int item, int n, int j, int64_t unit, int valid) {
       store(s, made);
       const Moment moment = block_.moment(s, n);
       const Sums d_hidden = block_.team().sum(Product::kProjection, n, j);
       const Inputs given = inputs(s, moment, n, j, unit, valid);
-      made = {n, valid, static_cast<int>(unit), moment, update(s, moment, n, j, unit, valid, given, d_hidden), {}};
+      const Cells cells = update(s, moment, n, j, unit, valid, given, d_hidden);
+      made = {item, stored_grads<Tile>(cells), {}};
     });
   }
 
+  // What was made of an item of step s.
   __device__ __forceinline__ void store(int64_t s, const Made& made) const {
-    if (made.valid <= 0) return;
-    const int64_t b = block_.sequence(made.n);
-    store_cell_grads<Tile, kOptions>(pass_, blockIdx.y, made.moment, s, b, made.unit, made.cells, made.valid);
-    if (!block_.projected()) store_output(s, made.moment, made.n, made.unit, made.d_h, made.valid);
+    if (made.item < 0) return;
+    block_.with_item(hidden(), made.item, [&](int n, int, int64_t unit, int valid) {
+      const Moment moment = block_.moment(s, n);
+      store_cell_grads<Tile, kOptions>(pass_, blockIdx.y, block_.rows(s, n), moment, s, block_.sequence(n), unit,
+                                       made.cells, valid);
+      if (!block_.projected()) store_output(s, moment, n, unit, made.d_h, valid);
+    });
   }
 
-  __device__ __forceinline__ void store_output(int64_t s, const Moment& moment, int n, int64_t p, const Sums& d_h,
-                                               int valid) const {
+  __device__ __forceinline__ void store_output(int64_t s, const Moment& moment, int n, int64_t p,
+                                               const Units<Number, kItem>& d_h, int valid) const {
     const int64_t b = block_.sequence(n);
     if constexpr (kOptions) {
       Sums before;
 #pragma unroll
       for (int i = 0; i < kItem; ++i)
         before.at[i] = i < valid ? cell().h_before(from_.state, moment, s, place(s, n, p + i)) : 0;
-      store_cell_output_grads<Tile>(pass_, blockIdx.y, moment, b, p, before, d_h, valid);
+      store_cell_output_grads(pass_, blockIdx.y, block_.rows(s, n), moment, b, p, before, d_h, valid);
     } else {
-      store_output_grads<Tile>(pass_, blockIdx.y, moment, s, b, p, d_h, valid);
+      store_output_grads(pass_, blockIdx.y, block_.rows(s, n), moment, s, b, p, d_h, valid);
     }
   }
 

@@ -17,7 +17,8 @@ template <class Tile, int kBatchTiles, Exchange kExchange, class Params>
 class ForwardWalk {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
-  using Block = SequenceBlock<Tile, kBatchTiles, Gather<Tile, kBatchTiles, kExchange>, 1>;
+  using Rows = ForwardRows<Tile>;
+  using Block = SequenceBlock<Tile, kBatchTiles, Gather<Tile, kBatchTiles, kExchange>, Rows, 1>;
   static constexpr int kItem = Block::kItem;
   using Sums = Units<Sum, kItem>;
   static constexpr bool kOptions = !std::is_same_v<Params, SequenceForward>;
@@ -28,7 +29,6 @@ class ForwardWalk {
         layer_(params.layer),
         layout_(params.layout),
         to_(params.layer.direction[blockIdx.y]),
-        stores_cells_(to_.gates || to_.cells),
         block_(layout_, layer_.shape, layer_.masks, layer_.gates_map.packed_offset, to_.reverse, to_.weights) {
     for (int j = threadIdx.x; j < hidden().width; j += kThreads) {
       const int64_t unit = block_.team().rank() * hidden().width + j;
@@ -45,23 +45,27 @@ class ForwardWalk {
 
   __device__ __forceinline__ void run() { block_.for_batches(*this); }
 
+  // By mail, others are waited for so long that nobody waits for what is stored meanwhile.
+  __device__ bool may_take_turns() const { return kExchange != Exchange::kGrid && !kOptions && !block_.projected(); }
+
   // One batch of sequences, through all steps.
   __device__ __forceinline__ void walk() {
-    block_.find_moments_from(0);
+    block_.find_moments_from(*this, 0);
     if constexpr (kOptions) find_draw_keys_from(0);
     start();
     block_.find_copies(*this);
     block_.copy_inputs(*this, 0);
     cp_async_wait<0>();
     __syncthreads();  // they are there
+    Made made;
     for (int64_t s = 0; s < layer_.shape.T; ++s) {
       if constexpr (kOptions) {
         if (block_.moments_end_at(s)) {
-          block_.find_moments_from(s);
+          block_.find_moments_from(*this, s);
           find_draw_keys_from(s);
         }
       } else {
-        block_.find_moments(s);
+        block_.find_moments(*this, s);
       }
       const Given given = given_to_first(s);  // while what others send is on its way, as are these copies
       block_.copy_inputs(*this, s + 1);
@@ -75,10 +79,17 @@ class ForwardWalk {
       const bool send = s + 1 < layer_.shape.T;
       if (block_.projected()) {
         take_projected_step(s, send);
-      } else {
-        take_step(s, given, send);
+        continue;
       }
+      if (block_.has_turn(s)) {
+        take_step(s, given, send, made);
+      } else {
+        store(s - 1, made);
+      }
+      if (send) block_.team().send(Product::kRecurrent, block_.count());
+      if (!block_.takes_turns()) store(s, made);
     }
+    if (block_.takes_turns() && block_.has_turn(layer_.shape.T - 1)) store(layer_.shape.T - 1, made);
   }
 
  private:
@@ -118,32 +129,37 @@ class ForwardWalk {
     return values;
   }
 
-  // Of xw: what this rank's units get from x, gate after gate.
+  // Where a step stores.
   friend Block;
+  __device__ __forceinline__ Rows rows_of(const Moment& moment, int64_t b) const {
+    return forward_rows<Tile>(layer_, to_, moment, b);
+  }
+
+  // Of xw: what this rank's units get from x, gate after gate.
   __device__ __forceinline__ RowPiece row(int n, int gate) const {
     const RowMap& map = layer_.gates_map;
     const int64_t first = int64_t{block_.team().rank()} * hidden().width;
     const Sum* from = element<Sum>(params_.xw[blockIdx.y], map, 0, block_.sequence(n), gate * layer_.shape.H + first);
     const int units = min(hidden().width, hidden().limit - static_cast<int>(first));
-    return {reinterpret_cast<const char*>(from), map.start_stride() * int64_t{sizeof(Sum)}, units * int{sizeof(Sum)},
-            false};
+    return {reinterpret_cast<const char*>(from), units * int{sizeof(Sum)}};
   }
+  __device__ __forceinline__ int64_t row_stride(int) const {
+    return layer_.gates_map.start_stride() * int64_t{sizeof(Sum)};
+  }
+  static __device__ __forceinline__ bool of_step_before(int) { return false; }
 
   using Cells = Units<CellState<Sum>, kItem>;
 
-  // What a thread has made of an item, and has still to store.
+  // What a thread has made of an item, and has still to store: others wait for what it sends.
   struct Made {
-    int n, valid = 0, unit;
-    Moment moment;
-    Cells cells;
-    Sums h;
+    int item = -1;
+    StoredCells<Tile, kItem> cells;
+    Units<Number, kItem> h;
   };
 
-  // What an item has before the product: what x and the bias give its gates, its c, and where its sequence stands.
+  // What x and the bias give the gates of an item: known before the product.
   struct Given {
     Sums gates[4];
-    Sums c;
-    Moment moment;
   };
 
   __device__ __forceinline__ Given given(int64_t s, int n, int j) const {
@@ -156,59 +172,59 @@ class ForwardWalk {
 #pragma unroll
       for (int i = 0; i < kItem; ++i) given.gates[gate].at[i] += b.at[4 * i + gate];
     }
-    given.c = block_.state(n, j);
-    given.moment = block_.moment(s, n);
     return given;
   }
 
   __device__ __forceinline__ Given given_to_first(int64_t s) const {
     Given found{};
-    if (block_.projected()) return found;
-    block_.for_first_item(hidden(), [&](int n, int j, int64_t, int) { found = given(s, n, j); });
+    const int item = block_.first_item(s);
+    if (!block_.projected() && item < block_.count() * hidden().items.value)
+      block_.with_item(hidden(), item, [&](int n, int j, int64_t, int) { found = given(s, n, j); });
     return found;
   }
 
-  // Each thread's last item is stored after it is sent: others wait for it.
-  __device__ __forceinline__ void take_step(int64_t s, Given now, bool send) {
-    Made made;
-    bool first = true;
-    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
-      if (!first) {
-        store(made);
+  // Of a thread's items the last is left to be stored.
+  __device__ __forceinline__ void take_step(int64_t s, Given now, bool send, Made& made) {
+    made.item = -1;
+    block_.for_items_from(block_.first_item(s), hidden(), [&](int item, int n, int j, int64_t unit, int valid) {
+      if (made.item >= 0) {
+        store(s, made);
         now = given(s, n, j);
       }
-      first = false;
-      made = {n, valid, static_cast<int>(unit), now.moment, {}, {}};
-      made.cells = update(s, now, n, j, unit, valid, made.h);
+      const Moment moment = block_.moment(s, n);
+      Sums h;
+      const Cells cells = update(s, moment, now, n, j, unit, valid, h);
       if constexpr (kOptions) {
-        made.h = finished_h(s, now.moment, n, j, unit, valid, made.h);
-        if (send) block_.team().put(Product::kRecurrent, n, j, multiplied_h(s, now.moment, n, unit, made.h));
+        h = finished_h(s, moment, n, j, unit, valid, h);
+        if (send) block_.team().put(Product::kRecurrent, n, j, multiplied_h(s, moment, n, unit, h));
       } else {
-        made.h = outputs_of(now.moment, made.cells);
-        if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(now.moment, made.h));
+        h = outputs_of(moment, cells);
+        if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, h));
       }
+      made = {item, stored_cells<Tile>(cells), narrow_units<Number>(h)};
     });
-    if (send) block_.team().send(Product::kRecurrent, block_.count());
-    store(made);
   }
 
-  __device__ __forceinline__ void store(const Made& made) const {
-    if (made.valid <= 0) return;
-    const int64_t b = block_.sequence(made.n);
-    if (stores_cells_ || made.moment.last())
-      store_cells<Tile>(layer_, to_, made.moment, b, made.unit, made.cells, made.valid);
-    store_output<Tile>(layer_, to_, made.moment, b, made.unit, made.h, made.valid);
+  // What was made of an item of step s.
+  __device__ __forceinline__ void store(int64_t s, const Made& made) const {
+    if (made.item < 0) return;
+    block_.with_item(hidden(), made.item, [&](int n, int, int64_t unit, int valid) {
+      const Moment moment = block_.moment(s, n);
+      const Rows rows = block_.rows(s, n);
+      const int64_t b = block_.sequence(n);
+      store_cells(layer_, to_, rows, moment, b, unit, made.cells, valid);
+      store_output(layer_, to_, rows, moment, b, unit, made.h, valid);
+    });
   }
 
   __device__ __forceinline__ void take_projected_step(int64_t s, bool send) {
     block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
-      const Given now = given(s, n, j);
-      const Moment& moment = now.moment;
+      const Moment moment = block_.moment(s, n);
       Sums hidden;
-      const Cells cells = update(s, now, n, j, unit, valid, hidden);
+      const Cells cells = update(s, moment, given(s, n, j), n, j, unit, valid, hidden);
       if constexpr (!kOptions) hidden = outputs_of(moment, cells);
       block_.team().put(Product::kProjection, n, j, hidden);
-      store_cells<Tile>(layer_, to_, moment, block_.sequence(n), unit, cells, valid);
+      store_cells(layer_, to_, block_.rows(s, n), moment, block_.sequence(n), unit, stored_cells<Tile>(cells), valid);
     });
     block_.team().send(Product::kProjection, block_.count());
     block_.team().receive(Product::kProjection, block_.count(), true, false);
@@ -223,18 +239,19 @@ class ForwardWalk {
       } else {
         if (send) block_.team().put(Product::kRecurrent, n, j, carried_h(moment, sums));
       }
-      store_output<Tile>(layer_, to_, moment, block_.sequence(n), p, sums, valid);
+      store_output(layer_, to_, block_.rows(s, n), moment, block_.sequence(n), p, narrow_units<Number>(sums), valid);
     });
     if (send) block_.team().send(Product::kRecurrent, block_.count());
   }
 
   // Units j and following of this rank: from the sums of their gates to their c, which the state gets as well, and of
   // cells with options to `hidden`. Units that are none are zero.
-  __device__ __forceinline__ Cells update(int64_t s, const Given& given, int n, int j, int64_t unit, int valid,
-                                          Sums& hidden) const {
+  __device__ __forceinline__ Cells update(int64_t s, const Moment& moment, const Given& given, int n, int j,
+                                          int64_t unit, int valid, Sums& hidden) const {
     using Gates =
         Units<Sum, 4 * kItem>;  // i f g o of one unit after the other, as they stand in the rows of the product
     const Gates h = block_.team().template product<Gates>(Product::kRecurrent, n, 4 * j);
+    const Sums c = block_.state(n, j);
     Sums after;
     Cells cells;
 #pragma unroll
@@ -243,14 +260,14 @@ class ForwardWalk {
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate) pre[gate] = given.gates[gate].at[i] + h.at[4 * i + gate];
       if constexpr (kOptions) {
-        cells.at[i] = cell().forward(given.moment, place(s, n, unit + i), block_.peephole(j + i),
-                                     {pre[0], pre[1], pre[2], pre[3]}, given.c.at[i], hidden.at[i]);
+        cells.at[i] = cell().forward(moment, place(s, n, unit + i), block_.peephole(j + i),
+                                     {pre[0], pre[1], pre[2], pre[3]}, c.at[i], hidden.at[i]);
         if (i >= valid) hidden.at[i] = 0;
       } else {
-        cells.at[i] = forward_cell<Tile>(given.moment, {pre[0], pre[1], pre[2], pre[3]}, given.c.at[i]);
+        cells.at[i] = forward_cell<Tile>(moment, {pre[0], pre[1], pre[2], pre[3]}, c.at[i]);
       }
       if (i >= valid) cells.at[i] = {};
-      after.at[i] = carried(given.moment, cells.at[i].c);
+      after.at[i] = carried(moment, cells.at[i].c);
     }
     block_.state(n, j) = after;
     return cells;
@@ -324,8 +341,7 @@ class ForwardWalk {
   const Params& params_;
   const LayerForward& layer_;
   const Layout& layout_;
-  const ForwardDirection to_;  // not by reference: what a step needs of it stays in registers
-  const bool stores_cells_;
+  const ForwardDirection& to_;
   Block block_;
 };
 

@@ -172,12 +172,13 @@ __device__ __forceinline__ void step_gates(const Params& params, Block& block, i
       cell.at[0] = forward_cell<Tile>(moment, pre, c);
       out.at[0] = moment.active() ? cell_output<typename Tile::Math>(cell.at[0].gates.o, cell.at[0].c) : 0;
     }
-    store_cells<Tile>(layer, to, moment, b, unit, cell, 1);
+    const ForwardRows<Tile> rows = forward_rows<Tile>(layer, to, moment, b);
+    store_cells(layer, to, rows, moment, b, unit, stored_cells<Tile>(cell), 1);
     if (params.state) *c_of(b, unit) = carried(moment, cell.at[0].c);
     if (params.hidden) {
       static_cast<Number*>(params.hidden)[(d * layer.shape.B + b) * H + unit] = narrow<Number>(out.at[0]);
     } else {
-      store_output<Tile>(layer, to, moment, b, unit, out, 1);
+      store_output(layer, to, rows, moment, b, unit, narrow_units<Number>(out), 1);
     }
   };
   block.template finish_units<Loaded>(load, finish);
@@ -189,16 +190,17 @@ __device__ __forceinline__ void step_projection(const Params& params, Block& blo
   const LayerForward& layer = params.layer;
   const ForwardDirection& to = layer.direction[d];
   struct Nothing {};
-  block.template finish_units<Nothing>([](int, int64_t) { return Nothing(); },
-                                       [&](int n, int j, int64_t p, Nothing) {
-                                         Units<typename Tile::Sum, 1> h = block.product(n, j);
-                                         if constexpr (kHasOptions<Params>) {
-                                           const Moment& moment = block.moment(n);
-                                           const Place at = place_of<Tile>(params, moment, d, block.sequence(n), p);
-                                           h.at[0] = step_h<Tile>(params, moment, at, d, h.at[0]);
-                                         }
-                                         store_output<Tile>(layer, to, block.moment(n), block.sequence(n), p, h, 1);
-                                       });
+  block.template finish_units<Nothing>(
+      [](int, int64_t) { return Nothing(); },
+      [&](int n, int j, int64_t p, Nothing) {
+        const Moment& moment = block.moment(n);
+        const int64_t b = block.sequence(n);
+        Units<typename Tile::Sum, 1> h = block.product(n, j);
+        if constexpr (kHasOptions<Params>)
+          h.at[0] = step_h<Tile>(params, moment, place_of<Tile>(params, moment, d, b, p), d, h.at[0]);
+        const ForwardRows<Tile> rows = forward_rows<Tile>(layer, to, moment, b);
+        store_output(layer, to, rows, moment, b, p, narrow_units<typename Tile::Number>(h), 1);
+      });
 }
 
 // A sequence of length 0 ends with the h that it starts from.
@@ -302,25 +304,46 @@ __device__ __forceinline__ typename Tile::Sum& kept_d_h(const WithCell<StepBackw
   return static_cast<typename Tile::Sum*>(params.cell.h_state)[(d * shape.B + b) * shape.P + p];
 }
 
+// What the pointwise part of a unit reads, as it is stored: to widen it would be to wait for it.
+template <class Tile>
+struct CellBackwardLoaded {
+  GateValues<typename Tile::Number> gates;
+  typename Tile::Number dy;
+  typename Tile::Sum c, c_prev, d_cells, d_c;
+};
+
+template <class Tile>
+__device__ __forceinline__ CellBackwardLoaded<Tile> load_cell_backward(const StepBackward& params, const Moment& moment,
+                                                                       int d, int64_t b, int64_t unit) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const LayerBackward& layer = params.pass.layer;
+  const BackwardDirection& from = layer.direction[d];
+  CellBackwardLoaded<Tile> loaded{};
+  if (params.s + 1 < layer.shape.T) loaded.d_c = *d_c_of<Tile>(params, d, b, unit);
+  if (!moment.active()) return loaded;
+  loaded.gates = read_gates<Number>(from.gates, layer.gates_map, moment.start, b, layer.shape.H, unit);
+  loaded.c = *element<Sum>(from.cells, layer.cells_map, moment.start, b, unit);
+  if (!moment.forgets())
+    loaded.c_prev = params.s > 0 ? *element<Sum>(from.cells, layer.cells_map, moment.start_before, b, unit)
+                                 : state_at<Number>(from.state.c0, b, unit);
+  if (from.d_cells) loaded.d_cells = *element<Sum>(from.d_cells, layer.d_cells_map, moment.start, b, unit);
+  return loaded;
+}
+
 // The pointwise part of a unit from the gradient of its h; the gradient of c stays in memory for the next launch.
 template <class Tile, class Params>
 __device__ __forceinline__ void step_cell_backward(const Params& params, const Moment& moment, int d, int64_t b,
-                                                   int64_t unit, typename Tile::Sum d_h, typename Tile::Sum d_c) {
+                                                   int64_t unit, typename Tile::Sum d_h,
+                                                   const CellBackwardLoaded<Tile>& loaded) {
   constexpr bool kOptions = kHasOptions<Params>;
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   const LayerBackward& layer = params.pass.layer;
   const BackwardDirection& from = layer.direction[d];
   const SequenceShape& shape = layer.shape;
-  BackwardInputs<Sum> inputs{};
-  if (moment.active()) {
-    inputs.gates = read_gates<Number>(from.gates, layer.gates_map, moment.start, b, shape.H, unit);
-    inputs.c = *element<Sum>(from.cells, layer.cells_map, moment.start, b, unit);
-    if (!moment.forgets())
-      inputs.c_prev = params.s > 0 ? *element<Sum>(from.cells, layer.cells_map, moment.start_before, b, unit)
-                                   : state_at<Number>(from.state.c0, b, unit);
-    if (from.d_cells) inputs.d_cells = *element<Sum>(from.d_cells, layer.d_cells_map, moment.start, b, unit);
-  }
+  const BackwardInputs<Sum> inputs{widen_gates(loaded.gates), loaded.c, loaded.c_prev, loaded.d_cells};
+  Sum d_c = loaded.d_c;
   const auto gradients = [&] {
     if constexpr (kOptions) {
       const CellStep<Tile, false> step(params.cell, d);
@@ -331,7 +354,8 @@ __device__ __forceinline__ void step_cell_backward(const Params& params, const M
     }
   };
   const Units<BackwardCell<Sum>, 1> cell{{gradients()}};
-  store_cell_grads<Tile, kOptions>(params.pass, d, moment, params.s, b, unit, cell, 1);
+  const BackwardRows<Tile> rows = backward_rows<Tile, kOptions>(params.pass, d, moment, b);
+  store_cell_grads<Tile, kOptions>(params.pass, d, rows, moment, params.s, b, unit, stored_grads<Tile>(cell), 1);
   *d_c_of<Tile>(params, d, b, unit) = d_c;
   if (params.s > 0 || !from.dc0) return;
   if (length_of(layer.masks, shape.T, b) == 0) d_c = state_at<Number>(from.dc_n, b, unit);
@@ -368,10 +392,16 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
   const SequenceShape& shape = pass.layer.shape;
   const bool makes_cells = params.s >= 0 && !shape.projected;
   constexpr bool kOptions = kHasOptions<Params>;
-  const auto load = [&](int n, int64_t unit) {
-    return makes_cells && params.s + 1 < shape.T ? *d_c_of<Tile>(params, d, block.sequence(n), unit) : Sum(0);
+  using Loaded = CellBackwardLoaded<Tile>;
+  const auto load = [&](int n, int64_t p) {
+    if (params.s < 0) return Loaded{};
+    const Moment& moment = block.moment(n);
+    const int64_t b = block.sequence(n);
+    Loaded loaded = makes_cells ? load_cell_backward<Tile>(params, moment, d, b, p) : Loaded{};
+    if (moment.active() && from.dy) loaded.dy = *element<Number>(from.dy, pass.layer.dy_map, moment.start, b, p);
+    return loaded;
   };
-  block.template finish_units<Sum>(load, [&](int n, int j, int64_t p, Sum d_c) {
+  block.template finish_units<Loaded>(load, [&](int n, int j, int64_t p, const Loaded& loaded) {
     const int64_t b = block.sequence(n);
     const auto from_next_step = [&] {
       Sum d_h = block.product(n, j).at[0];
@@ -387,20 +417,19 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
       static_cast<Number*>(from.dh0)[b * shape.P + p] = narrow<Number>(d_h);
     } else {
       const Moment& moment = block.moment(n);
-      Sum dy = 0;
-      if (moment.active() && from.dy) dy = widen(*element<Number>(from.dy, pass.layer.dy_map, moment.start, b, p));
-      Sum d_h = backward_output<Number>(from, moment, b, p, from_next_step(), dy);
+      const BackwardRows<Tile> rows = backward_rows<Tile, kOptions>(pass, d, moment, b);
+      Sum d_h = backward_output<Number>(from, moment, b, p, from_next_step(), widen(loaded.dy));
       if constexpr (kOptions) {
         const CellStep<Tile, false> step(params.cell, d);
         Sum kept;
         d_h = step.output_backward(moment, place_of<Tile>(params, moment, d, b, p), shape.projected, d_h, kept);
         if (params.cell.h_state) kept_d_h<Tile>(params, d, b, p) = kept;
         const Units<Sum, 1> before{{step.h_before(from.state, moment, params.s, {0, b, p})}};
-        store_cell_output_grads<Tile>(pass, d, moment, b, p, before, Units<Sum, 1>{{d_h}}, 1);
+        store_cell_output_grads(pass, d, rows, moment, b, p, before, Units<Number, 1>{{narrow<Number>(d_h)}}, 1);
       } else {
-        store_output_grads<Tile>(pass, d, moment, params.s, b, p, Units<Sum, 1>{{d_h}}, 1);
+        store_output_grads(pass, d, rows, moment, params.s, b, p, Units<Number, 1>{{narrow<Number>(d_h)}}, 1);
       }
-      if (makes_cells) step_cell_backward<Tile>(params, moment, d, b, p, d_h, d_c);
+      if (makes_cells) step_cell_backward<Tile>(params, moment, d, b, p, d_h, loaded);
     }
   });
 }
@@ -408,13 +437,12 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
 // Product::kProjection: from the gradient of the hidden units to the gates'.
 template <class Tile, class Params, class Block>
 __device__ __forceinline__ void step_hidden_backward(const Params& params, Block& block, int d) {
-  using Sum = typename Tile::Sum;
-  const SequenceShape& shape = params.pass.layer.shape;
+  using Loaded = CellBackwardLoaded<Tile>;
   const auto load = [&](int n, int64_t unit) {
-    return params.s + 1 < shape.T ? *d_c_of<Tile>(params, d, block.sequence(n), unit) : Sum(0);
+    return load_cell_backward<Tile>(params, block.moment(n), d, block.sequence(n), unit);
   };
-  block.template finish_units<Sum>(load, [&](int n, int j, int64_t unit, Sum d_c) {
-    step_cell_backward<Tile>(params, block.moment(n), d, block.sequence(n), unit, block.product(n, j).at[0], d_c);
+  block.template finish_units<Loaded>(load, [&](int n, int j, int64_t unit, const Loaded& loaded) {
+    step_cell_backward<Tile>(params, block.moment(n), d, block.sequence(n), unit, block.product(n, j).at[0], loaded);
   });
 }
 

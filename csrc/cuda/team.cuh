@@ -6,8 +6,7 @@
 //             rank 2 makes [c]      ->   operand [a | b | c]
 //
 //   Scatter   rank 0 makes [p q r]  ->   p + p' + p"             each rank has a part of every dh, of its columns of
-//   the
-//             rank 1 makes [p' q' r']    q + q' + q"             weights; who owns it adds the parts up, in order
+//             rank 1 makes [p' q' r']    q + q' + q"             the weights; who owns it adds the parts up, in order
 //             rank 2 makes [p" q" r"]    r + r' + r"
 //
 // Their ways, by what protects a buffer against early reads and late writes; e is the number of the exchange:
@@ -17,9 +16,9 @@
 //             the rank that gets them; that one has announced how many come. Two buffers, by e % 2. Who sends exchange
 //             e has all of e - 1, whose senders had read e - 2: nobody reads the buffer any more, and no byte of e is
 //             counted in the phase of e - 2.
-//   kGrid     words of 32 bits of data and 32 of e through L2: a word is its own flag, read until it bears e. Two
-//             buffers, by e % 2. A word is overwritten by e only after its writer has read all of e - 1, whose words
-//             depend on all of e - 2: the order is that of data, and needs no fence.
+//   kGrid     mail through L2, two buffers by e % 2. Each number has the mark of e, and is read until it has: it is its
+//             own flag. It is overwritten by e only after its writer has read all of e - 1, whose numbers depend on all
+//             of e - 2: the order is that of data, and needs no fence.
 // Every rank takes part in every exchange, also with units that are none, which are zero: or the order would not hold.
 #pragma once
 
@@ -59,8 +58,52 @@ class Patience {
   uint64_t since_ = 0;
 };
 
-// ---- What both have
-// --------------------------------------------------------------------------------------------------
+// ---- How a number of the mail tells of which exchange it is ---------------------------------------------------------
+
+// Forward: 32 bits of numbers, and 32 of e. All ranks read them at once, and do so sooner where they are spread.
+struct Numbered {
+  static constexpr int kWholeBytes = 8;  // read and written whole
+  uint32_t e;
+
+  __device__ explicit Numbered(int exchange) : e(static_cast<uint32_t>(exchange)) {}
+
+  __device__ __forceinline__ bool is_on(const uint4& mail) const { return mail.y == e && mail.w == e; }
+  __device__ __forceinline__ uint4 nothing() const { return {0, e, 0, e}; }
+};
+
+// Backward, where there is more of it, and one reader: the last bit of a sum, which is lost. It is set in exchanges 1
+// and 2, not in 3 and 4, and so on: a place, which starts with zeros and is written at every second exchange, bears the
+// bit of e or that of e - 2.
+template <class Sum>
+struct LastBit {
+  static constexpr int kWholeBytes = int{sizeof(Sum)};
+  uint32_t bit;
+
+  __device__ explicit LastBit(int exchange) : bit(static_cast<uint32_t>(exchange + 1) >> 1 & 1) {}
+
+  // Of 16 bytes words 1 and 3 have one too, unless a sum has two words.
+  static __device__ __forceinline__ uint4 each(uint32_t bit) {
+    const uint32_t odd = sizeof(Sum) == 4 ? bit : 0;
+    return {bit, odd, bit, odd};
+  }
+  static __device__ __forceinline__ uint4 without(const uint4& words) {
+    const uint4 bits = each(1);
+    return {words.x & ~bits.x, words.y & ~bits.y, words.z & ~bits.z, words.w & ~bits.w};
+  }
+
+  __device__ __forceinline__ bool is_on(const uint4& mail) const {
+    const uint4 bits = each(1), set = each(bit);
+    return (((mail.x ^ set.x) & bits.x) | ((mail.y ^ set.y) & bits.y) | ((mail.z ^ set.z) & bits.z) |
+            ((mail.w ^ set.w) & bits.w)) == 0;
+  }
+  __device__ __forceinline__ uint4 nothing() const { return each(bit); }
+  __device__ __forceinline__ uint4 put_on(const uint4& words) const {
+    const uint4 rest = without(words), set = each(bit);
+    return {rest.x | set.x, rest.y | set.y, rest.z | set.z, rest.w | set.w};
+  }
+};
+
+// ---- What both have -------------------------------------------------------------------------------------------------
 
 template <class Tile, int kBatchTiles, Exchange kExchange>
 class Team {
@@ -68,7 +111,7 @@ class Team {
   using OnChip = typename Tile::OnChip;
   using Sum = typename Tile::Sum;
   static constexpr int kSequences = kBatchTiles * kBatchColumns;
-  // Units of a thread's items: what a word that is sent holds.
+  // Units of a thread's items: what 4 bytes hold, or more.
   static constexpr int kItem = sizeof(OnChip) == 2 ? 2 : 1;
 
   __device__ explicit Team(const Layout& layout)
@@ -135,35 +178,30 @@ class Team {
     while (!mbarrier_try_wait(barrier(which, e % 2), (e - 1) / 2 % 2)) patience.poll_failed();
   }
 
-  // The words of this team: [direction, team, exchange_words].
-  __device__ uint64_t* mail(Product which) const {
+  // The mail of a product for this team: [direction, team, exchange_bytes].
+  __device__ char* mail(Product which) const {
     const int64_t team = static_cast<int64_t>(blockIdx.y) * layout_.teams + team_;
-    return layout_.words + team * layout_.exchange_words + layout_[which].words_offset;
+    return layout_.mail + team * layout_.exchange_bytes + layout_[which].mail_offset;
   }
 
-  // kGrid: reads up to kCount pairs of words, each as often as it takes until both bear the number of the exchange.
-  // `at(n)` is the address of number n, and `there(n)` whether it counts.
-  template <int kCount, class At, class There>
-  __device__ __forceinline__ void read_words(TwoWords (&words)[kCount], uint32_t e, const At& at,
-                                             const There& there) const {
-    const auto is_new = [&](const TwoWords& pair) {
-      return static_cast<uint32_t>(pair.first >> 32) == e && static_cast<uint32_t>(pair.second >> 32) == e;
-    };
+  // kGrid: reads up to kCount times 16 bytes, each as often as it takes until they have the mark. `at(n)` is the
+  // address of number n, and `there(n)` whether it counts.
+  template <int kCount, class Mark, class At, class There>
+  __device__ __forceinline__ void read_marked(uint4 (&mail)[kCount], const Mark& mark, const At& at, const There& there,
+                                              Product which) const {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      words[n].first = words[n].second = uint64_t{e} << 32;
-      if (there(n)) words[n] = ld_relaxed_gpu(at(n));
-    }
-    Patience patience(layout_, rank_, static_cast<int>(e));
+    for (int n = 0; n < kCount; ++n) mail[n] = there(n) ? ld_relaxed_gpu<Mark::kWholeBytes>(at(n)) : mark.nothing();
+    Patience patience(layout_, rank_, exchanges_[number_of(which)]);
     while (true) {
-      bool all = true;
+      uint32_t missing = 0;
 #pragma unroll
-      for (int n = 0; n < kCount; ++n) all = all && is_new(words[n]);
-      if (all) return;
+      for (int n = 0; n < kCount; ++n)
+        if (!mark.is_on(mail[n])) missing |= 1u << n;
+      if (missing == 0) return;
       patience.poll_failed();
 #pragma unroll
       for (int n = 0; n < kCount; ++n)  // all that are missing are asked for together: each takes a way to L2 and back
-        if (!is_new(words[n])) words[n] = ld_relaxed_gpu(at(n));
+        if (missing >> n & 1) mail[n] = ld_relaxed_gpu<Mark::kWholeBytes>(at(n));
     }
   }
 
@@ -173,8 +211,7 @@ class Team {
   int exchanges_[2] = {0, 0};  // so many have been sent, of each product
 };
 
-// ---- Forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- Forward --------------------------------------------------------------------------------------------------------
 
 // All ranks' parts of a vector are put together in the operand of each. In memory it is [k tile][sequence][number]:
 // what one rank has of a k tile for all sequences lies together.
@@ -224,10 +261,10 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
         };
         const Words words = bits_as<Words>(item);
         const int row = (k / Tile::kK << layout_.log_rows) + n;
-        uint64_t* to = letters(which, next) + row * kRowWords + k % Tile::kK * int{sizeof(OnChip)} / 4;
+        uint64_t* to = mailbox(which, next) + row * kRowWords + k % Tile::kK * int{sizeof(OnChip)} / 4;
 #pragma unroll
         for (int word = 0; word < kWords; ++word)
-          st_relaxed_gpu(to + word, uint64_t{static_cast<uint32_t>(next)} << 32 | words.at[word]);
+          st_relaxed_gpu(to + word, uint64_t{Numbered(next).e} << 32 | words.at[word]);
         return;
       }
     }
@@ -294,10 +331,10 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     if (threadIdx.x == 0) mbarrier_expect(this->barrier(which, e % 2), (layout_.ranks - 1) * pieces * 16);
   }
 
-  // The words of exchange e: [k tile][sequence][word of the row], as in the operand.
-  __device__ uint64_t* letters(Product which, int e) const {
+  // What ranks send at exchange e: [k tile][sequence][word of the row], as in the operand.
+  __device__ uint64_t* mailbox(Product which, int e) const {
     const ProductLayout& product = layout_[which];
-    return this->mail(which) + e % 2 * ((product.k_tiles << layout_.log_rows) * kRowWords);
+    return reinterpret_cast<uint64_t*>(this->mail(which)) + e % 2 * ((product.k_tiles << layout_.log_rows) * kRowWords);
   }
 
   // Copies the words of all ranks to the operand, each as soon as it bears the number of this exchange. A thread has
@@ -316,24 +353,22 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     const int pairs = layout_.ranks * product.columns.width / kPairUnits;  // of one sequence
     const int tiles = sequence < rows ? (pairs - pair + kPairs - 1) / kPairs : 0;
     const int tiles_apart = kReaders / kPairs >> layout_.log_rows;
-    const auto* from = reinterpret_cast<const TwoWords*>(letters(which, e)) + thread;
+    const auto* from = reinterpret_cast<const uint4*>(mailbox(which, e)) + thread;
     int tile = thread / kPairs >> layout_.log_rows;
     char* to = reinterpret_cast<char*>(operand(which)) + sequence * kRowBytes + pair * 8;
     for (; tile < tiles; tile += kInFlight * tiles_apart, from += kInFlight * kReaders) {
-      TwoWords words[kInFlight];
+      uint4 mail[kInFlight];
       const auto there = [&](int n) { return tile + n * tiles_apart < tiles; };
-      this->read_words(words, static_cast<uint32_t>(e), [&](int n) { return from + n * kReaders; }, there);
+      this->read_marked(mail, Numbered(e), [&](int n) { return from + n * kReaders; }, there, which);
 #pragma unroll
       for (int n = 0; n < kInFlight; ++n)
         if (there(n))
-          *reinterpret_cast<uint2*>(to + (tile + n * tiles_apart) * (kSequences * kRowBytes)) = {
-              static_cast<uint32_t>(words[n].first), static_cast<uint32_t>(words[n].second)};
+          *reinterpret_cast<uint2*>(to + (tile + n * tiles_apart) * (kSequences * kRowBytes)) = {mail[n].x, mail[n].z};
     }
   }
 };
 
-// ---- Backward
-// --------------------------------------------------------------------------------------------------------
+// ---- Backward -------------------------------------------------------------------------------------------------------
 
 // The operand is this rank's own; the product of each rank is a part of every rank's units.
 template <class Tile, int kBatchTiles, Exchange kExchange>
@@ -415,9 +450,8 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
   }
 
  private:
-  static constexpr int kSumWords = sizeof(Sum) / 4;
-  static constexpr int kPairNumbers = 2 / kSumWords;  // that two words hold
   static constexpr int kInFlight = kMailInFlight;
+  using Mark = LastBit<Sum>;
 
   // [rank that sent][sequence][unit]
   __device__ Sum* inbox(Product which, int e) const {
@@ -447,54 +481,51 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
     return reinterpret_cast<Sum*>(shared_ + layout_[which].inbox_offset);
   }
 
-  // The words of exchange e for a rank: [rank that sent][sequence][unit][word].
-  __device__ uint64_t* letters(Product which, int e, int rank) const {
+  // What a rank gets at exchange e: [rank that sent][sequence][unit].
+  __device__ Sum* mailbox(Product which, int e, int rank) const {
     const int64_t numbers = int64_t{layout_.ranks} * layout_.team_batch * layout_[which].rows.width;
-    return this->mail(which) + (int64_t{e % 2} * layout_.ranks + rank) * numbers * kSumWords;
+    return reinterpret_cast<Sum*>(this->mail(which)) + (int64_t{e % 2} * layout_.ranks + rank) * numbers;
   }
 
-  // 16 bytes of sums at a time, which are 4 words.
   __device__ __forceinline__ void send_mail(Product which, int rows, int e) const {
     const ProductLayout& product = layout_[which];
     const int width = product.rows.width, pieces = product.rows.pieces.value;
+    const Mark mark(e);
     for (int n = 0; n < rows; ++n) {
       for (int index = threadIdx.x; index < layout_.ranks * pieces; index += kThreads) {
         const int rank = product.rows.pieces.quotient(index), j = (index - rank * pieces) * Piece<Sum>::kCount;
-        const uint4 sums = bits_as<uint4>(this->product(which, n, rank * width + j));
-        auto* to = reinterpret_cast<TwoWords*>(letters(which, e, rank)) +
-                   ((rank_ * layout_.team_batch + n) * width + j) / kPairNumbers;
-        const uint64_t number = uint64_t{static_cast<uint32_t>(e)} << 32;
-        st_relaxed_gpu(to, {number | sums.x, number | sums.y});
-        st_relaxed_gpu(to + 1, {number | sums.z, number | sums.w});
+        Sum* to = mailbox(which, e, rank) + (rank_ * layout_.team_batch + n) * width + j;
+        st_relaxed_gpu<Mark::kWholeBytes>(reinterpret_cast<uint4*>(to),
+                                          mark.put_on(bits_as<uint4>(this->product(which, n, rank * width + j))));
       }
     }
   }
 
-  // Adds up what each group of ranks has sent: a thread has a pair of words of every so manyth rank, in their order.
+  // Adds up what each group of ranks has sent: a thread has 16 bytes of every so manyth rank, in their order.
   __device__ __forceinline__ void read_mail(Product which, int rows) const {
     const ProductLayout& product = layout_[which];
-    const int e = exchanges_[number_of(which)], pairs = product.mail_pairs.value, groups = product.mail_groups;
-    const int there = rows * product.rows.width / kPairNumbers;
-    const auto* letters = reinterpret_cast<const TwoWords*>(this->letters(which, e, rank_));
+    const int e = exchanges_[number_of(which)], pieces = product.mail_pieces.value, groups = product.mail_groups;
+    const int there = rows * product.rows.pieces.value;
+    const auto* mailbox = reinterpret_cast<const uint4*>(this->mailbox(which, e, rank_));
+    const Mark mark(e);
     // The last warps come first, as items are with the first.
-    for (int index = kThreads - 1 - threadIdx.x; index < groups * pairs; index += kThreads) {
-      const int group = product.mail_pairs.quotient(index), pair = index - group * pairs;
-      if (pair >= there) continue;
-      Units<Sum, kPairNumbers> sums{};
+    for (int index = kThreads - 1 - threadIdx.x; index < groups * pieces; index += kThreads) {
+      const int group = product.mail_pieces.quotient(index), piece = index - group * pieces;
+      if (piece >= there) continue;
+      Piece<Sum> sums{};
       for (int rank = group; rank < layout_.ranks; rank += kInFlight * groups) {
-        TwoWords words[kInFlight];
-        const int first = rank * pairs + pair, apart = groups * pairs;
-        const auto at = [&](int n) { return letters + (first + n * apart); };
-        this->read_words(words, static_cast<uint32_t>(e), at, [&](int n) { return rank + n * groups < layout_.ranks; });
+        uint4 mail[kInFlight];
+        const int first = rank * pieces + piece, apart = groups * pieces;
+        const auto at = [&](int n) { return mailbox + (first + n * apart); };
+        this->read_marked(mail, mark, at, [&](int n) { return rank + n * groups < layout_.ranks; }, which);
 #pragma unroll
         for (int n = 0; n < kInFlight; ++n) {  // those that are not there are zero
-          const uint2 bits{static_cast<uint32_t>(words[n].first), static_cast<uint32_t>(words[n].second)};
-          const auto more = bits_as<Units<Sum, kPairNumbers>>(bits);
+          const auto more = bits_as<Piece<Sum>>(Mark::without(mail[n]));
 #pragma unroll
-          for (int i = 0; i < kPairNumbers; ++i) sums.at[i] += more.at[i];
+          for (int i = 0; i < Piece<Sum>::kCount; ++i) sums.at[i] += more.at[i];
         }
       }
-      reinterpret_cast<Units<Sum, kPairNumbers>*>(group_sums(which))[index] = sums;
+      reinterpret_cast<Piece<Sum>*>(group_sums(which))[index] = sums;
     }
   }
 };

@@ -11,30 +11,38 @@ using cuda_on_cpu::Location;
 
 inline char* dynamic_shared() { return cuda_on_cpu::current->block->shared; }
 
-// ---- Words between blocks
+// ---- Numbers between blocks
 
-inline uint64_t ld_relaxed_gpu(const uint64_t* address, Location where = Location::current()) {
-  return cuda_on_cpu::load(address, cuda_on_cpu::Order::kRelaxed, where);
-}
-
-struct alignas(16) TwoWords {
-  uint64_t first, second;
-};
-
-inline TwoWords ld_relaxed_gpu(const TwoWords* address, Location where = Location::current()) {
-  cuda_on_cpu::check_access(address, 16, 16, where);
-  const uint64_t first = ld_relaxed_gpu(&address->first, where);
-  return {first, ld_relaxed_gpu(&address->second, where)};
-}
-
-inline void st_relaxed_gpu(uint64_t* address, uint64_t value, Location where = Location::current()) {
+template <class Number>
+void st_relaxed_gpu(Number* address, Number value, Location where = Location::current()) {
   if (cuda_on_cpu::is_mute()) return;
   cuda_on_cpu::store(address, value, cuda_on_cpu::Order::kRelaxed, where);
 }
 
-inline void st_relaxed_gpu(TwoWords* address, const TwoWords& value, Location where = Location::current()) {
-  st_relaxed_gpu(&address->first, value.first, where);
-  st_relaxed_gpu(&address->second, value.second, where);
+template <int kBytes>
+struct NumbersOf16Bytes {
+  using Number = std::conditional_t<kBytes == 4, uint32_t, uint64_t>;
+  Number at[16 / kBytes];
+};
+
+template <int kBytes>
+void st_relaxed_gpu(uint4* address, const uint4& value, Location where = Location::current()) {
+  cuda_on_cpu::check_access(address, 16, 16, where);
+  NumbersOf16Bytes<kBytes> numbers;
+  memcpy(&numbers, &value, 16);
+  auto* to = reinterpret_cast<typename NumbersOf16Bytes<kBytes>::Number*>(address);
+  for (const auto number : numbers.at) st_relaxed_gpu(to++, number, where);
+}
+
+template <int kBytes>
+uint4 ld_relaxed_gpu(const uint4* address, Location where = Location::current()) {
+  cuda_on_cpu::check_access(address, 16, 16, where);
+  NumbersOf16Bytes<kBytes> numbers;
+  const auto* from = reinterpret_cast<const typename NumbersOf16Bytes<kBytes>::Number*>(address);
+  for (auto& number : numbers.at) number = cuda_on_cpu::load(from++, cuda_on_cpu::Order::kRelaxed, where);
+  uint4 value;
+  memcpy(&value, &numbers, 16);
+  return value;
 }
 
 // ---- Waiting
