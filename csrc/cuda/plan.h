@@ -97,7 +97,7 @@ struct Problem {
   int directions;
   bool backward;
   DeviceLimits device;
-  // How many blocks (cluster 1) or clusters of so many blocks of a kernel for all T the whole device runs at a time.
+  // How many blocks (cluster 1) or clusters of so many blocks of a kernel the whole device runs at a time.
   std::function<int(const Problem&, Strategy, int batch_tiles, int cluster, int64_t shared_bytes)> resident_blocks;
   // Why the kernel of this pass must not run; empty if it may.
   std::function<std::string(Strategy, int batch_tiles)> refusal = {};

@@ -8,9 +8,14 @@ namespace lstm_ext::cuda {
 namespace {
 
 constexpr double kLaunchMicroseconds = 2.5, kGapMicroseconds = 1.2, kOverlapMicroseconds = 0.6;  // between launches
-constexpr double kStepStartClocks = 4000, kStageClocks = 300, kClusterSyncClocks = 800;
-constexpr double kStageSlowdown = 2.5, kStageSlowdownBackward = 4;
-constexpr double kEpilogueClocks = 1500, kEpilogueItemClocks = 1500, kEpilogueItemClocksBackward = 4000;
+
+// Clocks, but for the first: how much longer a stage takes than the unit that is busiest in it.
+struct StepCosts {
+  double slowdown, least_stage;
+  double start, item, sums, meeting;  // of a launch, an item of a thread, its sums of one warp, a cluster's barrier
+};
+constexpr StepCosts kForwardCosts{1.4, 940, 1750, 3200, 470, 200}, kBackwardCosts{1.7, 860, 0, 2500, 175, 1700};
+
 constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
 
 // Places in a launch are ints: the most units, or blocks, that a launch of a step counts.
@@ -48,33 +53,38 @@ int64_t step_columns(const Problem& problem, Product product) {
   return problem.backward ? 4 * H : P;
 }
 
-// Microseconds of one launch: COST_MODEL.md says how.
-double step_launch_time(const Problem& problem, const StepPart& part, const StepTile& tile) {
+// Microseconds of one launch with so much shared memory in a block: COST_MODEL.md says how.
+double step_launch_time(const Problem& problem, const StepPart& part, const StepTile& tile, int64_t shared_bytes) {
+  const StepCosts& costs = problem.backward ? kBackwardCosts : kForwardCosts;
   const TileSizes& sizes = tile_sizes(problem.arithmetic);
   const double rows = part.block_rows(), sequences = tile.sequences();
   const double stages = ceil_div(step_columns(problem, part.product) * sizes.number_bytes, kStageBytes);
   const double own_stages = std::ceil(stages / part.k_blocks());
-  const double tiles = double(part.row_blocks) * ceil_div(problem.shape.B, tile.sequences()) * problem.directions;
-  const double blocks_of_sm = std::ceil(tiles * part.k_blocks() / problem.device.sms);
+  const double batches = std::max<int64_t>(1, ceil_div(problem.shape.B, tile.sequences()));
+  const double tiles = part.row_blocks * batches * problem.directions;
+  // Each tile is a block's, or a cluster's; those that do not run at a time wait for the others.
+  const int resident =
+      problem.resident_blocks(problem, Strategy::kStep, tile.batch_tiles, part.k_blocks(), shared_bytes);
+  if (resident == 0) return INFINITY;
+  const double waves = std::ceil(tiles / resident);
+  const double blocks_of_sm = std::ceil(std::min<double>(tiles, resident) * part.k_blocks() / problem.device.sms);
   const double stage_bytes = (rows + sequences) * kStageBytes;
   const double fma = rows * sequences * (kStageBytes / sizes.number_bytes) / fma_per_clock(problem.arithmetic);
   // A warp reads its rows and its sequences: each row is read warps_n times, each sequence warps_m times.
   const double shared =
       (stage_bytes + kStageBytes * (rows * part.warps_n() + sequences * part.block_rows() / kStepRows)) /
       kSharedBytesPerClock;
-  const double slowdown = problem.backward ? kStageSlowdownBackward : kStageSlowdown;
-  const double stage = slowdown * std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
-  const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, kStageClocks / blocks_of_sm),
-                                    tiles * stages * stage_bytes / kL2BytesPerClock);
+  const double stage = costs.slowdown * std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
+  const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, costs.least_stage / blocks_of_sm),
+                                    tiles / waves * stages * stage_bytes / kL2BytesPerClock);
   const double units = rows / part.rows.groups * sequences / part.k_blocks();
   const double options = problem.cell ? kCellClocks + problem.cell->draws * kDrawClocks : 0;
-  const double item = problem.backward ? kEpilogueItemClocksBackward : kEpilogueItemClocks;
-  const double epilogue = kEpilogueClocks + blocks_of_sm * std::ceil(units / kThreads) * (item + options) +
-                          (part.k_blocks() > 1 ? 2 * kClusterSyncClocks + blocks_of_sm * rows * sequences *
-                                                                              sizes.sum_bytes / kClusterBytesPerClock
-                                               : 0);
+  const bool clustered = part.k_blocks() > 1;
+  const double sums = clustered ? costs.sums * part.k_blocks() * part.splits() : 0;
+  const double epilogue =
+      blocks_of_sm * std::ceil(units / kThreads) * (costs.item + sums + options) + (clustered ? 2 * costs.meeting : 0);
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
-  const double clocks = kStepStartClocks + streaming + epilogue;
+  const double clocks = waves * (costs.start + streaming + epilogue);
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
 }
 
@@ -130,7 +140,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
         const int64_t blocks =
             part.row_blocks * std::max<int64_t>(1, ceil_div(shape.B, tile.sequences())) * part.k_blocks();
         if (shared > problem.device.shared_per_block || blocks > kMostBlocks) continue;
-        const double time = step_launch_time(problem, part, tile);
+        const double time = step_launch_time(problem, part, tile, shared);
         if (time >= best[n].time) continue;
         best[n] = {time, part, plan.config[n]};
         best[n].config.grid_x = static_cast<int>(blocks);
