@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import lstm_ext
-from lstm_ext import gpus
+from lstm_ext import _native, gpus
 
 from .conftest import needs_native
 from .test_process import succeed
@@ -68,6 +68,18 @@ def test_a_cluster_of_multiprocessors_lies_within_a_group_of_them() -> None:
     plan = lstm_ext.plan(512, 400, 300, dtype="bfloat16", device="H100", strategy="cluster")
     assert plan.team == 8
     assert plan.blocks == 8 * 2 * 8
+
+
+def test_launches_of_a_step_count_on_the_clusters_that_run_at_a_time() -> None:
+    """Groups of 16, 2 and 1 multiprocessors: of this product the more blocks divide k the faster, where they may."""
+
+    def step(groups: int) -> float:
+        layer = (100, 16, 512, 0, False, "bfloat16", False, 1, True, "step")
+        gpu = gpus.GPUS["H100"]
+        limits = (gpu.compute_capability, gpu.sms, groups, gpu.shared_bytes, gpu.boost_mhz * 1000)
+        return float(_native.C.gpu_plan(*layer, *limits)["microseconds_per_step"])
+
+    assert 1.4 * step(8) < step(66) < step(132) / 1.4
 
 
 def test_tf32_is_planned_where_it_is_there() -> None:
