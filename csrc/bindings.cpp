@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
@@ -14,6 +15,9 @@ namespace py = pybind11;
 using namespace py::literals;
 
 PYBIND11_MODULE(core, m) {
+  // NumPy's functions, which pybind11 would otherwise look for in the first call. It gives Python's lock away
+  // meanwhile, and a thread that is there when the interpreter ends would end the process (see ops/gil.h).
+  py::detail::npy_api::get();
   m.doc() = "Native kernels of lstm_ext. Arguments are documented in csrc/ops/ops.h and lstm_ext/_C.pyi.";
   m.def("layer_forward", &lstm_ext::ops::layer_forward, "call"_a, "save"_a, "num_threads"_a = 0);
   m.def("layer_backward", &lstm_ext::ops::layer_backward, "call"_a, "saved"_a, "grads"_a, "needs"_a,
