@@ -213,6 +213,13 @@ class Team {
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
+// Loads of 16 bytes that a thread waits for at a time: as many as there are registers for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kMostInFlight = 6;
+#else
+inline constexpr int kMostInFlight = 8;
+#endif
+
 // All ranks' parts of a vector are put together in the operand of each. In memory it is [k tile][sequence][number]:
 // what one rank has of a k tile for all sequences lies together.
 template <class Tile, int kBatchTiles, Exchange kExchange>
@@ -341,8 +348,7 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
   // the same pair of words of every so many k tiles.
   template <int kReaders>
   __device__ __forceinline__ void read_mail(Product which, int rows) {
-    // Loads of 16 bytes that a thread waits for at a time: as many as there are registers for.
-    constexpr int kInFlight = kExchange == Exchange::kGrid && sizeof(OnChip) == 2 ? 8 : 4;
+    constexpr int kInFlight = kExchange == Exchange::kGrid && sizeof(OnChip) == 2 ? kMostInFlight : 4;
     constexpr int kPairs = kRowWords / 2;                // of words, in a row
     constexpr int kPairUnits = 8 / int{sizeof(OnChip)};  // 2 words, all of one rank
     static_assert(kPairs * kSequences <= kThreads);
