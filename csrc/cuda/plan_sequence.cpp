@@ -10,7 +10,7 @@ namespace {
 
 constexpr double kSyncClocks = 40, kProductClocks = 115, kProductSlowdown = 2.2;
 constexpr double kForwardClocks = 2230, kBackwardClocks = 3140, kItemClocks = 95;  // around the product
-constexpr double kClusterClocks = 890, kGridClocks = 930;
+constexpr double kClusterClocks = 890, kClusterBytesPerClock = 32, kGridClocks = 930;
 constexpr double kMailBytesPerClock = 3500, kMailBytesPerClockBackward = 630;  // of all blocks together
 constexpr double kLoadClocksPerNumber = 0.6;
 

@@ -24,12 +24,8 @@ __device__ __forceinline__ char* dynamic_shared() {
 
 // ---- Numbers between blocks, through the L2 cache -------------------------------------------------------------
 
-// Stores of 32 and 64 bits, and of 16 bytes that are numbers of kBytes bytes (4 or 8). A number is written and read
-// whole (no half of one with half of another), and ordered with nothing else: of 16 bytes one may be older than
-// another.
-__device__ __forceinline__ void st_relaxed_gpu(uint32_t* address, uint32_t value) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
+// Of 64 bits, and of 16 bytes that are numbers of kBytes bytes (4 or 8). A number is written and read whole (no half of
+// one with half of another), and ordered with nothing else: of 16 bytes one may be older than another.
 __device__ __forceinline__ void st_relaxed_gpu(uint64_t* address, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
