@@ -212,9 +212,9 @@ def in_place_bytes() -> Iterator[Crossing]:
     yield Crossing("kCrossingBytes", "I = H", values, layer_of, packed, placed)
 
 
-def block_bytes() -> Iterator[Best]:
-    for B in (12, 48):
-        yield Best("kBlockBytes", "depth", (32, 64, 96, 128, 256, 1024), Layer(8, B, 1024, 1024), VECTORS | PACKED)
+def panel_depth() -> Iterator[Best]:
+    for layer in (Layer(8, 12, 1024, 1024), Layer(8, 48, 1024, 1024), Layer(4, 48, 4096, 256)):
+        yield Best("packed panels", "depth", (96, 128, 256, 512, 1024, 2048, 4096), layer, VECTORS | PACKED)
 
 
 def in_place_depth() -> Iterator[Best]:
@@ -283,7 +283,7 @@ TUNINGS: dict[str, Callable[[], Iterator[Crossing | Best]]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         *(tile_rows, tile_columns, tile_zeros, tile_packing, tile_transposed, tile_speed),
-        *(in_place, in_place_lines, in_place_bytes, block_bytes, in_place_depth),
+        *(in_place, in_place_lines, in_place_bytes, panel_depth, in_place_depth),
         *(chunk_bytes, chunk_near, backward_chunk_bytes, backward_chunk_rows, sum_depth),
         *(threads, threads_step, by_rows, by_rows_tiles),
     )

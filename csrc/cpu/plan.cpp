@@ -73,10 +73,11 @@ constexpr int64_t kMostUnitsAlone = 96;
 
 // ---- blocks of K ------------------------------------------------------------------------------------------
 
-// Of a packed panel, what a first-level cache of 32 KB holds beside the rows; and in place, where each block costs a
-// sum over lanes, some more. Panels of tiles are not cut: a second-level cache is faster than loading sums again.
-//   block-bytes, in-place-depth; Xeon, 2026-11-25
-constexpr int64_t kBlockBytes = 24 << 10, kInPlaceDepth = 512;
+// Rows read in place, of which a first-level cache holds what several rows multiply; each block costs a sum over lanes.
+// Packed panels are not cut: a second-level cache is faster than loading sums again (1.04 to 1.3 times as fast as blocks
+// of 24 KB, with K from 300 to 4096; benchmarks/tune.py panel-depth; EPYC, 2026-11-26).
+//   in-place-depth; Xeon, 2026-11-25
+constexpr int64_t kInPlaceDepth = 512;
 
 // ---- chunks -----------------------------------------------------------------------------------------------
 
@@ -256,10 +257,8 @@ void choose_forward_chunk(Plan& plan, const SequenceShape& shape, const EngineSh
 
 // One tile of rows has no use for several blocks.
 int64_t block_depth(const Plan& plan, Weight weight, int64_t K, int64_t rows, const EngineShape& engine) {
-  if (engine.kind == EngineKind::kTiles || engine.scaled || rows <= engine.tile_rows) return K;
-  const int64_t lanes = engine.up(kBlockBytes, 4 * engine.lanes * engine.sum_bytes);
-  const int64_t depth = plan.in_place[weight] ? kInPlaceDepth : lanes * engine.per_lane;
-  return depth < K ? depth : K;
+  const bool cut = plan.in_place[weight] && rows > engine.tile_rows && kInPlaceDepth < K;
+  return cut ? kInPlaceDepth : K;
 }
 
 void check_depth(int64_t depth, const EngineShape& engine) {
