@@ -205,6 +205,17 @@ def test_simd_level_default_plans_of_the_cases_cover_all_ways() -> None:
     assert taken == every
 
 
+def test_simd_level_threads_beyond_the_work_are_left_alone() -> None:
+    narrow = plan_of(Case(50, 1, 8, 120), "float64", threads=64)
+    panels = -(-120 // {"baseline": 2, "avx2": 4}.get(LEVEL, 8))
+    assert 1 < narrow["threads"] <= panels and not narrow["by_rows"]
+    assert -(-panels // (narrow["threads"] - 1)) > -(-panels // narrow["threads"])  # one fewer would have more to do
+    for backward in (False, True):  # too few rows for all; and backward, the panels are two or three
+        rows = plan_of(Case(50, 65, 64, 130), "float64", backward=backward, threads=64)
+        assert rows["by_rows"] and 16 <= rows["threads"] < 64
+        assert rows["why"]["threads"] == "as many as have rows of their own, and do not wait"
+
+
 @pytest.mark.parametrize("case", PLAN_CASES, ids=str)
 def test_simd_level_ways_match_the_oracle(case: Case) -> None:
     inputs, expected = problem(case, "float32")

@@ -384,6 +384,13 @@ int choose_threads(const Problem& problem, const EngineShape& engine, const Plan
     why = "as many as there are panels";
     worth = plan.load.panels;
   }
+  if (worth > 1) worth = ceil_div(plan.load.panels, ceil_div(plan.load.panels, worth));  // more would do no more
+  int by_rows = each - 1;
+  while (by_rows > worth && !plan.divides_rows(by_rows)) --by_rows;
+  if (by_rows > worth) {
+    why = "as many as have rows of their own, and do not wait";
+    worth = by_rows;
+  }
   return directions * (worth > 1 ? static_cast<int>(worth) : 1);
 }
 
