@@ -106,6 +106,22 @@ def test_every_way_matches_the_oracle_and_no_team_changes_a_bit(case: Case, way:
             assert_same(run(inputs, **way, chunk_steps=steps, **team), alone)
 
 
+CROWDS = [
+    Case(6, 70, 12, 140, lengths="ragged", resets=True),
+    Case(4, 3, 20, 530, P=260, directions=BOTH),
+]
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("case", CROWDS, ids=str)
+def test_many_more_threads_than_cores_change_no_bit(case: Case, by_rows: bool) -> None:
+    inputs, expected = problem(case, "float32")
+    alone = run(inputs)
+    assert_right(alone, expected, case)
+    for threads in (8, 32):
+        assert_same(run(inputs, threads=threads, by_rows=by_rows), alone)
+
+
 SOME_CASES = [case for case in ALL_CASES if case.T * case.B <= 64 and (case.P or case.lengths or case.H > 60)]
 
 
@@ -208,11 +224,13 @@ def test_simd_level_default_plans_of_the_cases_cover_all_ways() -> None:
 def test_simd_level_threads_beyond_the_work_are_left_alone() -> None:
     narrow = plan_of(Case(50, 1, 8, 120), "float64", threads=64)
     panels = -(-120 // {"baseline": 2, "avx2": 4}.get(LEVEL, 8))
-    assert 1 < narrow["threads"] <= panels and not narrow["by_rows"]
+    assert 1 < narrow["threads"] <= panels
+    assert not narrow["by_rows"]
     assert -(-panels // (narrow["threads"] - 1)) > -(-panels // narrow["threads"])  # one fewer would have more to do
     for backward in (False, True):  # too few rows for all; and backward, the panels are two or three
         rows = plan_of(Case(50, 65, 64, 130), "float64", backward=backward, threads=64)
-        assert rows["by_rows"] and 16 <= rows["threads"] < 64
+        assert rows["by_rows"]
+        assert 16 <= rows["threads"] < 64
         assert rows["why"]["threads"] == "as many as have rows of their own, and do not wait"
 
 
