@@ -321,6 +321,66 @@ def test_one_sequence_of_a_narrow_layer(I: int, H: int) -> None:  # noqa: E741
     assert frozen(spoilt)[0][20:].isnan().all()
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("num_layers", [2, 3])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("T", "B", "H", "options"),
+    [
+        (200, 1, 24, {}),
+        (77, 1, 64, {"batch_first": True}),
+        (61, 3, 33, {"proj_size": 20}),
+        (90, 2, 40, {"peephole": True, "activation": "softsign"}),
+    ],
+)
+def test_layers_at_work_at_the_same_time_change_no_bit(
+    T: int, B: int, H: int, options: dict[str, Any], weights: str, num_layers: int
+) -> None:
+    module = lstm_ext.LSTM(11, H, num_layers, **options)
+    frozen = lstm_ext.freeze(module, weights)
+    first = options.get("batch_first", False)
+    x, resets = (
+        (torch.randn(B, T, 11), torch.rand(B, T) < 0.1) if first else (torch.randn(T, B, 11), torch.rand(T, B) < 0.1)
+    )
+    state = torch.randn(num_layers, B, options.get("proj_size") or H), torch.randn(num_layers, B, H)
+    assert "beside other layers" in lstm_ext.plan(T, B, frozen, num_threads=2)[0].why["threads"]
+    for given in ({}, {"resets": resets}):
+        with threads(1):
+            expected = frozen(x, state, **given)
+        for count in (2, 5):
+            with threads(count):
+                assert_same(frozen(x, state, **given), expected)
+    with threads(2):
+        stream = frozen.stream(B)
+        stream.state = state
+        pieces = [stream(piece) for piece in x.split([1, T - 1 - T // 3, T // 3], 1 if first else 0)]
+    with threads(1):
+        assert_same((torch.cat(pieces, 1 if first else 0), stream.state), frozen(x, state))
+
+
+@needs_native
+def test_layers_that_do_not_work_at_the_same_time() -> None:
+    def said(T: int, *module: Any, weights: str = "float32", num_threads: int = 2, **options: Any) -> str:
+        frozen = lstm_ext.freeze(lstm_ext.LSTM(*module, **options), weights)
+        return str(lstm_ext.plan(T, 1, frozen, num_threads=num_threads)[0].why["threads"])
+
+    assert "beside other layers" in said(100, 11, 40, 2)
+    for other in (said(100, 11, 40), said(2, 11, 40, 2), said(100, 11, 40, 2, num_threads=1), said(100, 11, 300, 2)):
+        assert "beside other layers" not in other
+    assert "beside other layers" not in said(100, 11, 40, 2, weights="int8")
+    assert "beside other layers" not in said(100, 11, 40, 2, bidirectional=True)
+
+
 def test_the_plan_of_a_frozen_module() -> None:
     frozen = lstm_ext.freeze(lstm_ext.LSTM(20, 300, 2))
     plans = lstm_ext.plan(100, 4, frozen, num_threads=1)
@@ -335,17 +395,6 @@ def test_the_plan_of_a_frozen_module() -> None:
 # Accuracy and bad input ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For many small steps of training: more threads wait for each other where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def learned_text() -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """Layers and a head that have learned to tell the next character of a text: x [T, B, 32] and ids [T, B]."""
     text = ("the state of a cell goes on from step to step and the gates say what is kept of it. " * 4)[:256]
@@ -354,7 +403,7 @@ def learned_text() -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     lstm, head = lstm_ext.LSTM(32, 48, 2), torch.nn.Linear(48, 32)
     optimizer = torch.optim.Adam([*lstm.parameters(), *head.parameters()], 0.02)
-    with one_thread():
+    with threads(1):  # many small steps: more threads wait for each other where the cores are busy
         for _ in range(100):
             loss = torch.nn.functional.cross_entropy(head(lstm(x[:-1])[0]).flatten(0, 1), ids[1:].flatten())
             optimizer.zero_grad()

@@ -74,8 +74,8 @@ constexpr int64_t kMostUnitsAlone = 96;
 // ---- blocks of K ------------------------------------------------------------------------------------------
 
 // Rows read in place, of which a first-level cache holds what several rows multiply; each block costs a sum over lanes.
-// Packed panels are not cut: a second-level cache is faster than loading sums again (1.04 to 1.3 times as fast as blocks
-// of 24 KB, with K from 300 to 4096; benchmarks/tune.py panel-depth; EPYC, 2026-11-26).
+// Packed panels are not cut: a second-level cache is faster than loading sums again (1.04 to 1.3 times as fast as
+// blocks of 24 KB, with K from 300 to 4096; benchmarks/tune.py panel-depth; EPYC, 2026-11-26).
 //   in-place-depth; Xeon, 2026-11-25
 constexpr int64_t kInPlaceDepth = 512;
 
@@ -100,6 +100,13 @@ constexpr int64_t kBackwardChunkBytes = kUsualCache / 2, kLeastBackwardRows = 25
 //   threads (kLeastFlops); Xeon, 2026-11-25
 //   threads-step (kLeastFlopsPerStepAndMember); EPYC, 2026-11-22
 constexpr double kLeastFlops = 6e5, kLeastFlopsPerStepAndMember = 5e4;
+
+// Layers of a stack that have no work for two threads in a step may have one each. A block of steps then costs a call
+// and a wait, some tenths of a microsecond: it has as much work at least; and blocks are no more than that, as each
+// layer begins one later than the one before.
+//   two to four frozen layers of 16 to 96 units, 50 to 512 steps, on one thread and on two; EPYC, 2026-11-26
+constexpr double kLeastFlopsPerRound = 3e5;
+constexpr int64_t kMostRounds = 32;
 
 // Speed of products by tiles over those by vectors of floats, were each multiplication of planes the only one: 6, and a
 // float times a float takes 6.
@@ -449,6 +456,29 @@ static Plan plan_of(const Layer& layer, bool backward) {
 }
 
 Plan plan_forward(const LayerForward& layer) { return plan_of(layer, false); }
+
+int64_t steps_of_round(const LayerForward& layer, int layers) {
+  const SequenceShape& shape = layer.shape;
+  const bool whole = layer.num_directions == 1 && !layer.direction[0].reverse && !layer.masks.lengths &&
+                     !layer.x_map.packed_offset && shape.B > 0;
+  // How int8 rows are scaled depends on the state that a pass begins with.
+  if (layers < 2 || layer.num_threads < 2 || !whole || layer.storage == Storage::kInt8) return 0;
+  if (plan_forward(layer).threads > 1) return 0;
+  SequenceShape widest = shape;
+  if (widest.I < shape.P) widest.I = shape.P;
+  const auto least = static_cast<int64_t>(kLeastFlopsPerRound / flops_of_step(widest)) + 1;
+  const int64_t even = ceil_div(shape.T, kMostRounds), steps = even > least ? even : least;
+  if (2 * steps > shape.T) return 0;
+  LayerForward block = layer;  // blocks must be multiplied as all steps together are
+  for (const int64_t T : {shape.T, steps, shape.T % steps}) {
+    block.shape.T = T > 0 ? T : steps;
+    for (const int64_t I : {shape.I, shape.P}) {
+      block.shape.I = I;
+      if (plan_forward(block).engine != EngineKind::kVectors) return 0;
+    }
+  }
+  return steps;
+}
 Plan plan_backward(const LayerBackward& layer) { return plan_of(layer, true); }
 
 void force(const Forced& forced) {

@@ -157,6 +157,10 @@ Plan make_plan(const Problem& problem, const LevelShape& level);
 // Whether one thread does it in some microseconds, so that nobody need know of more, nor be let go on meanwhile.
 bool is_brief(const SequenceShape& shape);
 
+// Of a frozen stack of so many such layers, of which this is the first one: steps of a block, if each layer works by
+// itself, on a block that the one before it has done; 0 if one layer after the other does all steps.
+int64_t steps_of_round(const LayerForward& layer, int layers);
+
 // For the level in use. Throw std::invalid_argument if what is forced cannot be done.
 Plan plan_forward(const LayerForward& layer);
 Plan plan_backward(const LayerBackward& layer);

@@ -1,6 +1,9 @@
 #include "frozen.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <new>
 #include <stdexcept>
 
@@ -181,28 +184,130 @@ LayerForward Frozen::describe(const LayerArgs& args, const Io& io, size_t n) con
   return layer;
 }
 
-void Frozen::forward(const LayerArgs& args, const Io& io, Memory& between, size_t& between_bytes) const {
-  const size_t count = layers_.size();
+void* Frozen::scratch(Memory& memory, size_t& bytes, int64_t wanted_bytes) {
+  const auto wanted = static_cast<size_t>(wanted_bytes);
+  if (wanted > bytes) {
+    memory.reset();
+    bytes = 0;
+    memory = allocate(wanted_bytes);
+    bytes = wanted;
+  }
+  return memory.get();
+}
+
+// Layer n with its arrays: what it gives to the next one goes to one of two halves in turn.
+LayerForward Frozen::in_stack(const LayerArgs& args, const Io& io, size_t n, char* between, int64_t half) const {
   const RowMap map = args.contiguous_map(args.D * args.shape.P);
-  const int64_t half = args.rows * args.D * args.shape.P * bytes_of(args.dtype);
-  if (count > 1) {
-    const auto wanted = static_cast<size_t>(count > 2 ? 2 * half : half);
-    if (wanted > between_bytes) {
-      between.reset();
-      between_bytes = 0;
-      between = allocate(static_cast<int64_t>(wanted));
-      between_bytes = wanted;
+  const auto half_of = [&](size_t layer) { return between + (layer % 2 ? half : 0); };
+  Io own = io;
+  if (n > 0) {
+    own.x = half_of(n - 1);
+    own.x_map = map;
+  }
+  if (n + 1 < layers_.size()) {
+    own.y = half_of(n);
+    own.y_map = map;
+  }
+  return describe(args, own, n);
+}
+
+// Each layer does its own block of steps: in round w layer n does block w - n, whose inputs the layer before has made
+// in the round before.
+//
+//     round        0  1  2  3  4
+//     layer 0      0  1  2  3
+//     layer 1         0  1  2  3
+//
+// Where a block's state comes from and goes to: the last one's goes to h_n and c_n, that of each before it to there or
+// behind the halves, in turn.
+struct Frozen::Rounds {
+  const Frozen& frozen;
+  const LayerArgs& args;
+  const Io& io;
+  char* between;
+  int64_t half, steps;
+  cpu::Barrier barrier = {};
+  std::atomic<bool> has_failed = false;
+  std::exception_ptr failure = {};
+
+  int64_t layers() const { return static_cast<int64_t>(frozen.layers_.size()); }
+  int64_t blocks() const { return cpu::ceil_div(args.shape.T, steps); }
+
+  void run() {
+    const int members = static_cast<int>(std::min<int64_t>(io.num_threads, layers()));
+    cpu::run_team(io.num_threads, members, body, this);
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  static void body(void* context, int rank, int size) {
+    auto& rounds = *static_cast<Rounds*>(context);
+    const cpu::Team team{rank, size, &rounds.barrier};
+    for (int64_t round = 0; round < rounds.blocks() + rounds.layers() - 1; ++round) {
+      for (int64_t n = rank; n < rounds.layers(); n += size) {
+        const int64_t block = round - n;
+        if (block >= 0 && block < rounds.blocks()) rounds.try_block(n, block);
+      }
+      team.sync();
     }
   }
-  Io own = io;
-  for (size_t n = 0; n < count; ++n) {
-    const bool is_last = n + 1 == count;
-    own.y = is_last ? io.y : static_cast<char*>(between.get()) + (n % 2 ? half : 0);
-    own.y_map = is_last ? io.y_map : map;
-    const LayerForward layer = describe(args, own, n);
+
+  // No exception may leave a member, whom the others wait for.
+  void try_block(int64_t n, int64_t block) noexcept {
+    if (has_failed.load(std::memory_order_relaxed)) return;
+    try {
+      run_block(n, block);
+    } catch (...) {
+      if (!has_failed.exchange(true)) failure = std::current_exception();
+    }
+  }
+
+  void run_block(int64_t n, int64_t block) const {
+    const int64_t bytes = bytes_of(args.dtype), first = block * steps;
+    LayerForward layer = frozen.in_stack(args, io, static_cast<size_t>(n), between, half);
+    ForwardDirection& direction = layer.direction[0];
+    layer.num_threads = 1;
+    layer.shape.T = std::min(steps, args.shape.T - first);
+    layer.x = static_cast<const char*>(layer.x) + layer.x_map.at(first, 0) * bytes;
+    direction.y = static_cast<char*>(direction.y) + layer.y_map.at(first, 0) * bytes;
+    if (layer.masks.resets) layer.masks.resets += first * layer.masks.reset_t_stride;
+    const FinalState final = {direction.h_n, direction.c_n};
+    if (block > 0) {
+      const FinalState before = state_after(n, block - 1, final);
+      direction.state = {{before.h, args.shape.P}, {before.c, args.shape.H}};
+    }
+    const FinalState after = state_after(n, block, final);
+    direction.h_n = after.h;
+    direction.c_n = after.c;
     cpu::kernels().layer_forward(layer, cpu::plan_forward(layer));
-    own.x = own.y;
-    own.x_map = map;
+  }
+
+  struct FinalState {
+    void *h, *c;
+  };
+  FinalState state_after(int64_t n, int64_t block, const FinalState& final) const {
+    if ((blocks() - 1 - block) % 2 == 0) return final;
+    const auto [T, B, I, H, P, projected] = args.shape;
+    const int64_t bytes = bytes_of(args.dtype);
+    char* const h = between + 2 * half + n * B * (P + H) * bytes;
+    return {h, h + B * P * bytes};
+  }
+};
+
+void Frozen::forward(const LayerArgs& args, const Io& io, Memory& memory, size_t& memory_bytes) const {
+  const size_t count = layers_.size();
+  const auto [T, B, I, H, P, projected] = args.shape;
+  const int64_t bytes = bytes_of(args.dtype), half = count > 1 ? args.rows * args.D * P * bytes : 0;
+  const int64_t states = static_cast<int64_t>(count) * B * (P + H) * bytes;
+  const int64_t steps = cpu::steps_of_round(describe(args, io, 0), static_cast<int>(count));
+  auto* const between =
+      static_cast<char*>(count > 1 ? scratch(memory, memory_bytes, 2 * half + (steps ? states : 0)) : nullptr);
+  if (steps) {
+    Rounds rounds{*this, args, io, between, half, steps};
+    return rounds.run();
+  }
+  for (size_t n = 0; n < count; ++n) {
+    const LayerForward layer = in_stack(args, io, n, between, half);
+    cpu::kernels().layer_forward(layer, cpu::plan_forward(layer));
   }
 }
 
@@ -259,16 +364,25 @@ py::object Frozen::run(const LayerCall& call, int num_threads) const {
 }
 
 py::list Frozen::plans(int64_t T, int64_t B, int num_threads) const {
+  const int threads = num_threads ? num_threads : cpu::default_threads();
+  LayerForward first = layers_[0]->description();
+  first.shape.T = T;
+  first.shape.B = B;
+  first.num_threads = threads;
+  const int64_t steps = cpu::steps_of_round(first, static_cast<int>(layers_.size()));
   py::list plans;
   for (const auto& own : layers_) {
-    cpu::Problem problem{own->dtype, own->shape, own->D, false, num_threads ? num_threads : cpu::default_threads()};
+    cpu::Problem problem{own->dtype, own->shape, own->D, false, threads};
     problem.shape.T = T;
     problem.shape.B = B;
     problem.normed = own->cell && own->cell->norm != Norm::kNone;
     problem.packed = true;
     problem.simple = !own->cell && !own->shape.projected;
     problem.storage = own->storage;
-    plans.append(described_plan(problem));
+    const py::dict plan = described_plan(problem);
+    if (steps)
+      plan["why"]["threads"] = "one, of its own: it does " + std::to_string(steps) + " steps beside other layers";
+    plans.append(plan);
   }
   return plans;
 }

@@ -56,9 +56,13 @@ class Frozen {
  private:
   friend class Stream;
   struct Io;
+  struct Rounds;
   LayerArgs arguments(const LayerCall& call) const;
   LayerForward describe(const LayerArgs& args, const Io& io, size_t n) const;
-  void forward(const LayerArgs& args, const Io& io, Memory& between, size_t& between_bytes) const;
+  LayerForward in_stack(const LayerArgs& args, const Io& io, size_t n, char* between, int64_t half) const;
+  // So many bytes of memory that grows where it is too small.
+  static void* scratch(Memory& memory, size_t& bytes, int64_t wanted_bytes);
+  void forward(const LayerArgs& args, const Io& io, Memory& memory, size_t& memory_bytes) const;
   const FrozenLayer& last() const { return *layers_.back(); }
 
   std::vector<std::unique_ptr<FrozenLayer>> layers_;  // a description points into its layer
