@@ -331,7 +331,7 @@ class Forward {
   // Of a sequence by itself (forward_alone.h)
   static constexpr bool kMayBeAlone = Engine::kReadsInPlace && sizeof(S) == sizeof(C);
   void run_alone(int64_t s0, int64_t s1) const;
-  bool has_few_inputs() const { return shape_.I <= 4; }
+  bool has_few_inputs() const { return shape_.I <= kFewInputs; }
   template <int vectors>
   void start_alone(int64_t row, const S* x, int64_t p, Vec<C>* sum) const;
   Vec<C> step_alone(int64_t s, int64_t row, const S* x, int64_t p) const;

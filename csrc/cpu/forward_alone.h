@@ -1,5 +1,5 @@
-// The steps of one sequence by itself, of a frozen layer that is so narrow that a step is no work but waiting: each
-// needs all of the h before. So nothing goes through memory between the product and the gates but h itself; each gate's
+// The steps of one sequence by itself, of a layer that is so narrow that a step is no work but waiting: each needs all
+// of the h before. So nothing goes through memory between the product and the gates but h itself; each gate's
 // sum is several that do not wait for each other, added up at the end; and the gates of a step take two divisions
 // instead of five (joint_cell in gate_math.h).
 #pragma once

@@ -67,7 +67,7 @@ constexpr int64_t kMostKernelRows = 40;
 
 // ---- one sequence by itself -------------------------------------------------------------------------------
 
-// Units up to which a step of a frozen layer is waiting more than work.
+// Units up to which a step is waiting more than work.
 //   freeze(…).stream() with a block of 4096 steps, I 1, against benchmarks/compare.py's base; EPYC, 2026-11-26
 constexpr int64_t kMostUnitsAlone = 96;
 
@@ -189,6 +189,10 @@ Load load_of(int64_t rows, int64_t panels, int64_t bytes, const EngineShape& eng
 
 // ---- a forward pass ---------------------------------------------------------------------------------------
 
+double flops_of_step(const SequenceShape& shape) {
+  return 8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P);
+}
+
 // Tiles of rows: a division is worth avoiding for the smallest layers.
 int64_t row_tiles(int64_t rows, const EngineShape& engine) {
   return rows <= engine.tile_rows ? rows > 0 : ceil_div(rows, engine.tile_rows);
@@ -293,15 +297,23 @@ void choose_depth(Plan& plan, const Problem& problem, const EngineShape& engine,
   }
 }
 
+// Only what is packed, and what a second thread would not help with: plans of one thread and of two have the same bits.
+bool goes_alone(const Problem& problem, const Plan& plan, const EngineShape& engine) {
+  const SequenceShape& shape = problem.shape;
+  const bool can = problem.simple && problem.storage == Storage::kPlain && !problem.by_columns && shape.B == 1 &&
+                   engine.kind == EngineKind::kVectors && engine.borrows_rows && engine.per_lane == 1;
+  if (!can || plan.in_place[kRecurrent] || shape.H > kMostUnitsAlone) return false;
+  return problem.packed || flops_of_step(shape) < 2 * kLeastFlopsPerStepAndMember;
+}
+
 void plan_forward(Plan& plan, const Problem& problem, const EngineShape& engine, const Forced* forced) {
   const SequenceShape& shape = problem.shape;
   const int64_t panels = engine.unit_panels(shape.H);
   const int64_t bytes[3] = {panels * engine.panel_bytes(shape.I), panels * engine.panel_bytes(shape.P),
                             shape.projected ? engine.column_panels(shape.P) * engine.panel_bytes(shape.H) : 0};
   choose_in_place(plan, problem, engine, bytes, forced);
-  plan.alone = problem.packed && problem.simple && problem.storage == Storage::kPlain && shape.B == 1 &&
-               shape.H <= kMostUnitsAlone && engine.kind == EngineKind::kVectors && engine.borrows_rows &&
-               engine.per_lane == 1;
+  plan.alone = goes_alone(problem, plan, engine);
+  if (plan.alone && shape.I <= kFewInputs) plan.in_place[kInput] = false;
   choose_forward_chunk(plan, shape, engine, bytes, forced);
   choose_depth(plan, problem, engine, forced);
   plan.load = load_of(shape.B, panels, bytes[kRecurrent], engine);
@@ -354,10 +366,6 @@ bool load_divides_by_rows(const Load& load, int members) {
   const int64_t least_rows = load.least_rows * static_cast<int64_t>(members);
   const bool even = kEvenPanels.under * most_panels * members <= kEvenPanels.over * load.panels;
   return even ? load.rows >= least_rows && load.bytes <= kHeldByEach : kUnevenRows * load.rows >= least_rows;
-}
-
-double flops_of_step(const SequenceShape& shape) {
-  return 8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P);
 }
 
 // Threads that pay: one if there is little to do in all. If members wait for each other at each step, as many for each

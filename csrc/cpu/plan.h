@@ -126,6 +126,9 @@ struct Load {
   int64_t panels, bytes;      // of the weights
 };
 
+// Inputs that steps of a sequence by itself multiply meanwhile, not for a chunk before.
+inline constexpr int64_t kFewInputs = 4;
+
 enum Weight { kInput, kRecurrent, kProjection };  // w_ih, w_hh, w_hr
 
 struct Plan {
@@ -134,7 +137,7 @@ struct Plan {
   bool in_place[3];     // forward: weights are read where they lie, not packed
   bool one_sum;         // forward: a chunk of a single step adds both of its products up at once (both in place)
   int64_t chunk_steps;  // steps whose products with the inputs are done together
-  bool alone;           // forward: one sequence of a narrow frozen layer, step by step with as little waiting as can be
+  bool alone;           // forward: one sequence of a narrow layer, step by step with as little waiting as can be
   int64_t depth[2];     // how much of K goes by before the next block of it: x·w_ih and h·w_hh; backward: of rows in dW
 
   // These do not.

@@ -48,8 +48,9 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool pr
   expect_at_least(projected ? 1 : 0, P, "P");
   if (num_directions != 1 && num_directions != 2) throw py::value_error("num_directions: expected 1 or 2");
   const SequenceShape shape{T, B, I, H, projected ? P : H, projected};
-  const cpu::Problem problem{dtype_named(dtype), shape, num_directions, backward,
-                             num_threads ? num_threads : cpu::default_threads()};
+  cpu::Problem problem{dtype_named(dtype), shape, num_directions, backward,
+                       num_threads ? num_threads : cpu::default_threads()};
+  problem.simple = !projected && !backward;  // no gradient is asked for
   return described_plan(problem);
 }
 
