@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from .conftest import needs_native
+
 for library in ("torch", "rich", "tqdm"):
     pytest.importorskip(library)
 
@@ -272,6 +274,23 @@ def module(name: str) -> Any:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
+
+
+@needs_native
+def test_simulated_threads_have_all_of_the_work() -> None:
+    scaling, ceilings = module("scaling"), {"fma_gflops": {"float32": 100.0}, "barrier_us": 0.1}
+    ceilings["levels"] = [{"name": "memory", "bytes": None, "read_gbs": 50.0}]
+    for case in scaling.CASES:
+        simulated = scaling.simulation(case, 1000.0, 10.0, {"1": ceilings, "2": ceilings})
+        n, us = simulated(1)
+        assert (n, us) == (1, pytest.approx(1000.0))
+        for threads in (2, 3, 8, 32):
+            n, rows, units = scaling.largest_share(case, threads)
+            assert n <= threads
+            assert n * rows * units >= case.B * case.H
+            assert rows == case.B or units == case.H
+            assert simulated(threads)[0] == n
+            assert simulated(threads)[1] > 10.0 + 990.0 / (1.01 * n)  # no cache is nearer here
 
 
 def parts() -> tuple[Any, Any, Any]:
