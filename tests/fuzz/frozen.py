@@ -35,6 +35,7 @@ PLANS: tuple[Named, ...] = (
     *[{}] * 6,
     *[{"chunk_steps": 1}, {"in_place": True}, {"threads": 2, "by_rows": True}],
     {"threads": 3, "by_rows": False, "chunk_steps": 2},
+    {"threads": 1},  # then layers may work at the same time
 )
 
 
