@@ -116,7 +116,9 @@ def test_the_same_of_kernels_that_normalise(
 def test_without_a_right_kernel_a_cell_that_normalises_is_left_to_torch(core: WholeCore) -> None:
     harness.spoil_kernels("norm_forward<float32, 16 sequences, rows>")
     call = make_inputs(replace(CASE, cell=self_check.CELLS["torch, rows"]), "float32").to_torch("float32").call
-    with pytest.warns(UserWarning, match=r"leaves out the CUDA kernel norm_forward<float32, 16 sequences, rows>") as said:
+    with pytest.warns(
+        UserWarning, match=r"leaves out the CUDA kernel norm_forward<float32, 16 sequences, rows>"
+    ) as said:
         assert cuda.forward(call, Save.NOTHING) is NotImplemented
     assert "in torch's operations" in str(said[-1].message)
     gates = make_inputs(replace(CASE, cell=self_check.CELLS["torch, gates"]), "float32").to_torch("float32").call

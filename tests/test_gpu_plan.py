@@ -124,8 +124,12 @@ def test_options_are_planned(backward: bool) -> None:
     for strategy in ("block", "cluster", "grid", "step"):
         if strategy not in plan(None).refused or "bytes" not in plan(None).refused[strategy]:
             assert plan({"coupled": True}, strategy).strategy == strategy
-    with pytest.raises(RuntimeError, match="none can run this: block: no kernel normalises layers"):
-        plan({"layer_norm": True})
+    normed = plan({"layer_norm": True})
+    assert normed.strategy == "step"
+    assert set(normed.refused.values()) == {"only step has kernels that normalise layers"}
+    assert normed.microseconds_per_step > plan({"peephole": True}, "step").microseconds_per_step
+    with pytest.raises(RuntimeError, match="'grid' cannot run this: only step has kernels that normalise layers"):
+        plan({"layer_norm": True}, "grid")
     with pytest.raises(ValueError, match="options: only plans of a GPU differ with them"):
         lstm_ext.plan(50, 16, 256, options={}, device="cpu")  # type: ignore[call-overload]
 

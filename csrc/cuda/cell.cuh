@@ -171,7 +171,8 @@ class CellStep {
     const BackwardCell<Sum> cell = gates_backward<true>(peephole, inputs, {mask, raw_c, out}, d_h, of_c);
     d_c = moment.forgets() ? 0 : cell.grad.d_c_prev;
     store_cells(moment, at, rows, inputs.c_prev, new_c);
-    return {{in_cells_order(cell.grad.d_pre), cell.grad.d_c_prev}, cell.hidden};
+    const GateValues<Sum>& grad = cell.grad.d_pre;
+    return {{cell_.tensorflow ? swapped(grad) : grad, cell.grad.d_c_prev}, cell.hidden};
   }
 
   // c as the gates of a step made it, before a clip. `left_other`: the step left something else for another reason than

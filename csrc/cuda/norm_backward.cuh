@@ -63,12 +63,10 @@ class NormBackwardRow : NormRow<Tile> {
   };
   __device__ __forceinline__ Unit unit(int64_t u) const {
     const CellBackwardLoaded<Tile> loaded = load_cell_backward<Tile>(params_, moment_, d_, b_, u);
-    Unit unit{place_of<Tile>(params_, moment_, d_, b_, u),
-              {widen_gates(loaded.gates), loaded.c, loaded.c_prev, loaded.d_cells}};
-    unit.d_c = loaded.d_cells + (moment_.last() ? state_at<Number>(from_.dc_n, b_, u) : loaded.d_c);
-    unit.g_mask = step_.g_mask(unit.at);
-    unit.raw_c = step_.c_before_clip(unit.inputs, unit.g_mask, !by_rows());
-    return unit;
+    const BackwardInputs<Sum> inputs{widen_gates(loaded.gates), loaded.c, loaded.c_prev, loaded.d_cells};
+    const Place at = place_of<Tile>(params_, moment_, d_, b_, u);
+    const Sum d_c = moment_.last() ? state_at<Number>(from_.dc_n, b_, u) : loaded.d_c, mask = step_.g_mask(at);
+    return {at, inputs, d_c + loaded.d_cells, mask, step_.c_before_clip(inputs, mask, !by_rows())};
   }
 
   __device__ __forceinline__ void make_c_again(int64_t u) const { c()[u] = step_.c_clipped(unit(u).raw_c); }

@@ -44,7 +44,7 @@ constexpr const TileSizes& tile_sizes(Arithmetic arithmetic) { return kTileSizes
 constexpr int cell_step_tiles(Arithmetic arithmetic) { return tile_sizes(arithmetic).most_step_tiles > 1 ? 2 : 1; }
 
 // The first three are one launch for all T, named by how the blocks of a team exchange h; kStep is a launch for each
-// step, or two with a projection.
+// step, or two with a projection, and one more where layers are normalised.
 enum class Strategy : int { kBlock, kCluster, kGrid, kStep };
 
 constexpr Exchange exchange_of(Strategy strategy) { return static_cast<Exchange>(strategy); }  // not of kStep
