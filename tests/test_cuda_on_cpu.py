@@ -432,7 +432,7 @@ NORM_SHAPES = (MASKED_CASE, PROJECTED_CASE, PACKED_CASE, Case(1, 9, 33, 40), Cas
 NORM_MASKED = replace(MASKED_CASE, cell=NORMED["normed rows, masks"])
 NORM_KERNEL = replace(MASKED_CASE, cell=NORMED["normed gates"]._replace(tensorflow=True))
 NORM_PROJECTED = replace(PROJECTED_CASE, cell=NORMED["normed rows, masks"]._replace(proj_clip=0.1))
-NORM_PACKED = replace(PACKED_CASE, cell=NORMED["normed gates"])
+NORM_PACKED = replace(PACKED_CASE, state=True, cell=NORMED["normed gates"])
 QUICK_NORMED = [(NORM_MASKED, "float32"), (NORM_KERNEL, "tf32"), (NORM_PROJECTED, "float64"), (NORM_PACKED, "float16")]
 
 
@@ -499,6 +499,7 @@ def test_one_step_of_options_matches_the_oracle(case: Case) -> None:
 
 
 NORM_CASES = [case for case, _ in QUICK_NORMED] + with_cell(PACKED_CASE, NORMED["normed rows"])
+NORM_CASES += [Case(3, 0, 5, 7, cell=cell) for cell in NORMED_SMOOTH]
 ONE_STEP = [Case(1, 3, 5, 9, cell=cell) for cell in (MASKS, KERNEL, *NORMED_SMOOTH)]
 
 

@@ -213,7 +213,11 @@ CellNumbers<Sum> numbers_of(const Cell& cell) {
           static_cast<Sum>(dropout_scale(cell.candidate_dropout))};
 }
 
-KernelCell kernel_cell(const LayerCell& layer, const Plan& plan, void* workspace) {
+void* h_state_of(const Plan& plan, void* workspace) {
+  return plan.workspace_bytes > plan.h_state_offset ? static_cast<char*>(workspace) + plan.h_state_offset : nullptr;
+}
+
+KernelCell kernel_cell(const LayerCell& layer, void* h_state) {
   const Cell& cell = layer.options;
   const auto zoneout = [&](double probability) {
     return Zoneout{probability > 0, cell.training, Chance::of(probability)};
@@ -223,7 +227,7 @@ KernelCell kernel_cell(const LayerCell& layer, const Plan& plan, void* workspace
                     numbers_of<double>(cell),
                     cell.coupled,
                     cell.tensorflow,
-                    plan.cell->draws > 0,
+                    CellTraits::of(cell).draws > 0,
                     zoneout(cell.zoneout_h),
                     zoneout(cell.zoneout_c),
                     dropped(cell.recurrent_dropout),
@@ -231,9 +235,8 @@ KernelCell kernel_cell(const LayerCell& layer, const Plan& plan, void* workspace
                     layer.seed,
                     {},
                     layer.y_map,
-                    nullptr};
+                    h_state};
   for (int n = 0; n < 2; ++n) kernel.direction[n] = {layer.direction[n].peephole, layer.direction[n].y, {}};
-  if (plan.workspace_bytes > plan.h_state_offset) kernel.h_state = static_cast<char*>(workspace) + plan.h_state_offset;
   return kernel;
 }
 
@@ -329,7 +332,7 @@ void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const 
   expect_pass(plan, false, layer.cell);
   if (layer.shape.B == 0) return;
   if (!layer.cell) return forward_by(*plan.kernels, layer, xw, plan, workspace, stream, as_they_are);
-  const KernelCell cell = kernel_cell(*layer.cell, plan, workspace);
+  const KernelCell cell = kernel_cell(*layer.cell, h_state_of(plan, workspace));
   if (plan.norm_kernels) {
     const auto at = [&](int64_t offset) { return static_cast<char*>(workspace) + offset; };
     void* const hidden = layer.shape.projected ? at(plan.hidden_offset) : nullptr;
@@ -346,7 +349,7 @@ void layer_backward(const BackwardPass& pass, const BackwardCellArrays& arrays, 
   expect_pass(plan, true, layer_cell);
   if (pass.layer.shape.B == 0) return;
   if (!layer_cell) return backward_by(*plan.kernels, pass, plan, workspace, stream, as_they_are);
-  KernelCell cell = kernel_cell(*layer_cell, plan, workspace);
+  KernelCell cell = kernel_cell(*layer_cell, h_state_of(plan, workspace));
   for (int n = 0; n < 2; ++n) cell.direction[n].outputs = arrays.cells[n];
   if (plan.norm_kernels) {
     const StepBackward step{pass, 0, {}, workspace};
@@ -363,9 +366,7 @@ void layer_h_before(const StepsBefore& steps, const LayerCell& cell, Arithmetic 
                     void* stream) {
   const Cell& options = cell.options;
   if (steps.shape.B == 0) return;
-  Plan plan{};
-  plan.cell = CellTraits::of(options);
-  const WithCell<StepsBefore> params{steps, kernel_cell(cell, plan, nullptr)};
+  const WithCell<StepsBefore> params{steps, kernel_cell(cell, nullptr)};
   launch(norm_kernels(arithmetic, options.norm, options.tensorflow).h_before, config_before(params, directions), params,
          stream);
 }
