@@ -17,7 +17,11 @@ struct StepCosts {
 };
 constexpr StepCosts kForwardCosts{1.4, 940, 1750, 3200, 470, 200}, kBackwardCosts{1.7, 860, 0, 2500, 175, 1700};
 
-// Of a row that is normalised, in clocks: when the threads of its block meet, and a turn of each over its units.
+// Of an item that is only summed and stored; assumed.
+constexpr double kSumItemClocks = 250;
+
+// Of a row that is normalised, in clocks, assumed: when the threads of its block meet, and a turn of each over its
+// units.
 constexpr int kRowMeetings = 4, kRowTurns = 6;
 constexpr double kMeetingClocks = 300, kTurnClocks = 350;
 
@@ -32,6 +36,13 @@ struct StepTile {
 
   int sequences() const { return batch_tiles * kBatchColumns << warps_n_log2; }
 };
+
+// Whether the launch of a product leaves its sums as they are, for that of the rows of a cell that normalises.
+bool leaves_sums(const Problem& problem, Product product) {
+  const bool of_rows =
+      product == (problem.backward && problem.shape.projected ? Product::kProjection : Product::kRecurrent);
+  return problem.normalises() && of_rows;
+}
 
 // One product with a launch of its own.
 StepPart step_part(const Problem& problem, Product product, const StepTile& tile) {
@@ -84,11 +95,14 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, costs.least_stage / blocks_of_sm),
                                     tiles / waves * stages * stage_bytes / kL2BytesPerClock);
   const double units = rows / part.rows.groups * sequences / part.k_blocks();
-  const double options = problem.cell && !problem.normalises() ? kCellClocks + problem.cell->draws * kDrawClocks : 0;
+  const double options = problem.cell ? kCellClocks + problem.cell->draws * kDrawClocks : 0;
+  const bool only_sums = leaves_sums(problem, part.product);
+  const double item = only_sums ? kSumItemClocks : costs.item + options;
   const bool clustered = part.k_blocks() > 1;
-  const double sums = clustered ? costs.sums * part.k_blocks() * part.splits() : 0;
+  const double sum = only_sums ? kBackwardCosts.sums : costs.sums;  // an item is one row in both
+  const double sums = clustered ? sum * part.k_blocks() * part.splits() : 0;
   const double epilogue =
-      blocks_of_sm * std::ceil(units / kThreads) * (costs.item + sums + options) + (clustered ? 2 * costs.meeting : 0);
+      blocks_of_sm * std::ceil(units / kThreads) * (item + sums) + (clustered ? 2 * costs.meeting : 0);
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
   const double clocks = waves * (costs.start + streaming + epilogue);
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
