@@ -39,7 +39,8 @@ PYBIND11_MODULE(core, m) {
 #if defined(LSTM_EXT_WITH_CUDA)
   m.def("cuda_layer_forward", &lstm_ext::ops::cuda_layer_forward, "steps"_a, "save"_a, "tf32"_a, "strategy"_a);
   m.def("cuda_layer_backward", &lstm_ext::ops::cuda_layer_backward, "steps"_a, "saved"_a, "grads"_a, "needs"_a,
-        "tf32"_a, "strategy"_a);
+        "tf32"_a, "strategy"_a, "normed"_a = py::none(), "scales"_a = py::none());
+  m.def("cuda_h_before", &lstm_ext::ops::cuda_h_before, "steps"_a, "saved"_a);
   m.def("cuda_step_forward", &lstm_ext::ops::cuda_step_forward, "call"_a, "tf32"_a);
   m.def("cuda_plan", &lstm_ext::ops::cuda_plan, "T"_a, "B"_a, "H"_a, "P"_a, "projected"_a, "dtype"_a, "tf32"_a,
         "num_directions"_a, "backward"_a, "strategy"_a, "device"_a, "cell"_a = py::none());

@@ -46,12 +46,20 @@ def layer_backward(
 
 # Where CUDA was built
 _Some = Array | None
-_BackwardSteps = tuple[Array, Array, _Some, _Some, _Some, _Some, _Some, _Some, _Some]
+_BackwardSteps = tuple[Array, Array, _Some, _Some, _Some, _Some, _Some, _Some, _Some, _Some, _Some, _Some]
 
 def cuda_layer_forward(steps: CallTuple, save: Save, tf32: bool, strategy: str) -> OutputsTuple | str: ...
 def cuda_layer_backward(
-    steps: CallTuple, saved: _Saved, grads: _OutputGrads, needs: Needs, tf32: bool, strategy: str
+    steps: CallTuple,
+    saved: _Saved,
+    grads: _OutputGrads,
+    needs: Needs,
+    tf32: bool,
+    strategy: str,
+    normed: _Some = None,
+    scales: _Some = None,
 ) -> _BackwardSteps | str: ...
+def cuda_h_before(steps: CallTuple, saved: _Saved) -> Array: ...
 def cuda_step_forward(call: CallTuple, tf32: bool) -> OutputsTuple | str: ...
 def cuda_plan(
     T: int,

@@ -92,8 +92,6 @@ class Cell(NamedTuple):
     @property
     def refused_on_gpu(self) -> str:
         """Why no CUDA kernel computes it; "" if one does."""
-        if self.norm:
-            return "layer normalisation"
         if self.zoneout_h and not self.training and self.proj_clip:
             return "the mean of zoneout of h with proj_clip"  # a mixed h does not tell whether it was cut
         return ""

@@ -18,8 +18,9 @@ class Plan:
 
     Attributes:
         strategy: "block" (one block for some sequences), "cluster" (a thread-block cluster for some), "grid" (blocks
-            all over the GPU for some), all of which keep the recurrent weights on chip; or "step" (a launch a step).
-        blocks: blocks in the launch.
+            all over the GPU for some), all of which keep the recurrent weights on chip; or "step" (a launch
+            a step, two with a projection, and one more with layer normalisation).
+        blocks: blocks in the launch, or the first of a step.
         team: blocks that share the work on the same sequences.
         registers: of a thread; None for a GPU by name, since the GPU's own driver tells them.
         shared_bytes: shared memory of a block.

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from . import _native, gpu_files
 from ._warnings import warn_once
+from .around_steps import from_steps, input_products, norm_of, normed_again
 from .call import BOTH, LayerCall, Needs, Outputs, Save, Saved
-from .cell import Activation, Cell
+from .cell import Activation, Cell, Norm
 from .testing import TOLERANCES, Case, Inputs, Named, make_inputs, run_oracle, to_float64
 
 VARIABLE = "LSTM_EXT_SELF_CHECK"
@@ -30,7 +31,6 @@ STRATEGIES = ("block", "cluster", "grid", "step")
 BATCH_TILES = (1, 2, 4, 8)
 ARITHMETICS = (("float32", False), ("float32", True), ("float64", False), ("bfloat16", False), ("float16", False))
 
-LAYOUTS = ("torch", "TensorFlow")  # of the weights of cells with options
 OPTIONS = Cell(  # all that go together and have no corner, where rounding would decide
     Activation.SOFTSIGN,
     forget_bias=0.5,
@@ -41,6 +41,14 @@ OPTIONS = Cell(  # all that go together and have no corner, where rounding would
     candidate_dropout=0.2,
     training=True,
 )
+# For which there are kernels of their own, by the layout of the weights and what is normalised; "" is the plain LSTM.
+CELLS: dict[str, Cell | None] = {"": None} | {
+    layout + (f", {norm.name.lower()}" if norm else ""): OPTIONS._replace(
+        tensorflow=layout == "TensorFlow", norm=norm, norm_epsilon=1e-3 if norm else 0.0
+    )
+    for norm in Norm
+    for layout in ("torch", "TensorFlow")
+}
 
 _lock = RLock()  # of the files; one check at a time
 
@@ -53,7 +61,7 @@ class Way(NamedTuple):
     forced: str  # strategy/batch tiles
     projected: bool
     backward: bool
-    cell: str = ""  # of one with options the layout of its weights
+    cell: str = ""  # one of CELLS
 
     def __str__(self) -> str:
         return (
@@ -65,7 +73,7 @@ class Way(NamedTuple):
     def case(self) -> Case:
         """One sequence more than the tiles of a block hold; both directions, with lengths and resets."""
         rows = 8 * int(self.forced.partition("/")[2]) + 1
-        cell = OPTIONS._replace(tensorflow=self.cell == "TensorFlow") if self.cell else None
+        cell = CELLS[self.cell]
         P = 13 if self.projected else 0
         return Case(4, rows, 3, 37, P=P, directions=BOTH, lengths="with_zero", resets=True, cell=cell)
 
@@ -113,7 +121,7 @@ def _tensor(a: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _forward(way: Way, inputs: Inputs, own: Inputs, device: torch.device) -> Named:
     """The outputs of the kernel; x W_ih' is made here, since torch's product may round as its user likes."""
-    xw = np.stack([np.nan_to_num(to_float64(inputs.x)) @ to_float64(w.w_ih).T for w in inputs.call.split_as_laid_out()])
+    xw = input_products(inputs.call, np.nan_to_num(to_float64(inputs.x)))
     wide = torch.float64 if way.dtype == "float64" else torch.float32
     steps = _steps(own.call, _tensor(xw, wide, device))
     return Outputs(*_native.C.cuda_layer_forward(steps, Save.ALL, way.tf32, way.forced))._asdict()
@@ -126,46 +134,17 @@ def _backward(way: Way, own: Inputs, outputs: Named, device: torch.device) -> Na
     gates = _tensor(outputs["gates"], dtype, device)
     y = None if own.case.cell is None else _tensor(outputs["y"], dtype, device)
     saved = Saved(_tensor(outputs["cells"], wide, device), gates, y)
-    results = _native.C.cuda_layer_backward(_steps(own.call, gates), saved, own.grads, Needs.ALL, way.tf32, way.forced)
-    x = np.nan_to_num(to_float64(own.x))  # NaN past a length, where d_gates are zero
-    dx, dweights = from_steps(own.call, x.reshape(-1, x.shape[-1]), results)
+    steps, x = _steps(own.call, gates), np.nan_to_num(to_float64(own.x))  # NaN past a length, where d_gates are zero
+    asked = (steps, saved, own.grads, Needs.ALL, way.tf32, way.forced)
+    if norm_of(own.call):
+        again = normed_again(own.call, x, _native.C.cuda_h_before(steps, saved))
+        normed, scales = (_tensor(a, wide, device) for a in again)
+        results, products = _native.C.cuda_layer_backward(*asked, normed, scales), normed
+    else:
+        results, products = _native.C.cuda_layer_backward(*asked), None
+    dx, dweights = from_steps(own.call, x.reshape(-1, x.shape[-1]), results, products)
     gradients: dict[str, Any] = {"dx": dx.reshape(x.shape), "dh0": results[5], "dc0": results[6]}
     return gradients | {f"dweights[{n}]": dw for n, dw in enumerate(dweights)}
-
-
-def from_steps(call: LayerCall, x: Any, results: Any) -> tuple[Any, list[Any]]:
-    """dx [rows, I] and the gradients of the weights, in float64, from what a backward pass of the kernels leaves.
-
-    x [rows, I] is in the order of time, zero where a row rests.
-    """
-
-    def rows(a: Any) -> Any:
-        a = to_float64(a)
-        return a.reshape(-1, a.shape[-1])
-
-    d_gates, h_prev, d_h, hidden, hidden_prev, _, _, c_prev, c_new = results
-    dx, dweights = np.zeros_like(x), []
-    for d, w in enumerate(call.split_as_laid_out()):
-        g, h = rows(d_gates[d]), rows(h_prev[d])
-        if hidden_prev is not None:
-            h = h + rows(hidden_prev[d]) @ to_float64(w.w_hr).T
-        dx += g @ to_float64(w.w_ih)
-        tensorflow = call.cell is not None and call.cell.tensorflow
-        dweights += [np.concatenate([x.T @ g, h.T @ g])] if tensorflow else [g.T @ x, g.T @ h]
-        dweights += [g.sum(0) for bias in (w.b_ih, w.b_hh) if bias is not None]
-        if d_h is not None:
-            dweights.append(rows(d_h[d]).T @ rows(hidden[d]))
-        if c_prev is not None:
-            d_i, d_f, d_o = (rows(gates[d]) for gates in gates_of(call, d_gates))
-            before, after = rows(c_prev[d]), rows(c_new[d])
-            dweights.append(np.stack([(d_i * before).sum(0), (d_f * before).sum(0), (d_o * after).sum(0)]))
-    return dx, dweights
-
-
-def gates_of(call: LayerCall, d_gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of i, f and o among d_gates [.., 4H], which are in the order of the weights."""
-    i, second, third, o = d_gates.chunk(4, -1)
-    return i, third if call.cell is not None and call.cell.tensorflow else second, o
 
 
 def _finding(actual: Named, expected: Named, terms: int, dtype: str) -> Finding:
@@ -288,9 +267,9 @@ def ways(device: int) -> Iterator[tuple[Way, str]]:
     """All that can run on a device, and the kernel of each."""
     capability = _native.C.cuda_device(device)["compute_capability"]
     for (dtype, tf32), strategy, tiles, projected, backward, cell in product(
-        ARITHMETICS, STRATEGIES, BATCH_TILES, (False, True), (False, True), ("", *LAYOUTS)
+        ARITHMETICS, STRATEGIES, BATCH_TILES, (False, True), (False, True), CELLS
     ):
-        if (tf32 and capability < 80) or (projected and cell == "TensorFlow"):
+        if (tf32 and capability < 80) or (projected and cell.startswith("TensorFlow")):
             continue
         way = Way(dtype, tf32, f"{strategy}/{tiles}", projected, backward, cell)
         case = way.case

@@ -17,9 +17,9 @@ import pytest
 from lstm_ext.call import BOTH, FORWARD, REVERSE, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, make_inputs, run_layer, run_oracle, to_float64
 
-from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradient_magnitude
+from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradient_magnitude, over
 from .test_kernels import CELLS as OPTIONS
-from .test_kernels import KERNEL, SMOOTH, with_cell
+from .test_kernels import KERNEL, NORMED, SMOOTH, with_cell
 from .test_process import succeed
 
 harness: Any = pytest.importorskip(
@@ -29,7 +29,7 @@ harness: Any = pytest.importorskip(
 )
 torch: Any = pytest.importorskip("torch")
 
-from lstm_ext import route, self_check  # noqa: E402
+from lstm_ext import around_steps, route  # noqa: E402
 from lstm_ext.engines import cuda  # noqa: E402
 from lstm_ext.engines.composed import compute_dtype  # noqa: E402
 
@@ -58,10 +58,13 @@ class Core:
         return self.run(harness.cuda_layer_forward, steps, save, self.tf32, strategy)
 
     def cuda_layer_backward(
-        self, steps: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs, _: bool, strategy: str
+        self, steps: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs, _: bool, strategy: str, *normed: Any
     ) -> Any:
         self.asked.append((needs, strategy))
-        return self.run(harness.cuda_layer_backward, steps, saved, grads, needs, self.tf32, strategy)
+        return self.run(harness.cuda_layer_backward, steps, saved, grads, needs, self.tf32, strategy, *normed)
+
+    def cuda_h_before(self, steps: LayerCall, saved: Saved) -> Any:
+        return self.run(harness.cuda_h_before, steps, saved)
 
     def cuda_step_forward(self, call: LayerCall, _: bool) -> Any:
         return self.run(harness.cuda_step_forward, call, self.tf32)
@@ -90,10 +93,15 @@ class OnGpu:
             timed = self.backward(call.with_time(), saved.with_time(call), grads.with_time(call), needs)
             return Grads(*timed).without_time(call)
         steps = cuda.steps_of(call)._replace(x=saved.gates)
-        results = self.core.cuda_layer_backward(steps, saved, grads, needs, False, self.strategy)
+        x, products, normed = time_major(call), None, ()  # [rows, I]
+        if around_steps.norm_of(call):
+            h = self.core.cuda_h_before(steps, saved)
+            again = around_steps.normed_again(call, x.reshape(*h.shape[1:-1], x.shape[-1]), h)
+            products, scales = (torch.from_numpy(a).to(compute_dtype(call.x.dtype)) for a in again)
+            normed = (products, scales)
+        results = self.core.cuda_layer_backward(steps, saved, grads, needs, False, self.strategy, *normed)
         d_gates, dh0, dc0 = results[0], results[5], results[6]
-        x = time_major(call)  # [rows, I]
-        dx, dweights = self_check.from_steps(call, x, results)
+        dx, dweights = around_steps.from_steps(call, x, results, products)
         dx = dx.reshape(*d_gates.shape[1:-1], x.shape[-1])
         dx = dx.swapaxes(0, 1) if call.batch_first else dx
         return dx if needs & Needs.X else None, dh0, dc0, dweights if needs & Needs.WEIGHTS else None
@@ -112,8 +120,7 @@ def time_major(call: LayerCall) -> np.ndarray:
 
 def input_products(call: LayerCall) -> Any:
     """x W_ih' of each direction [D, T, B, 4H] (packed: [D, N, 4H]), float32 for half types, NaN past a length."""
-    x = to_float64(call.x.transpose(0, 1) if call.batch_first else call.x)
-    products = np.stack([x @ to_float64(w.w_ih).T for w in call.split_as_laid_out()])
+    products = around_steps.input_products(call, to_float64(call.x.transpose(0, 1) if call.batch_first else call.x))
     return torch.from_numpy(products).to(compute_dtype(call.x.dtype))
 
 
@@ -419,6 +426,71 @@ def test_options_match_the_oracle(name: str) -> None:
         check(case, "float64" if n == 1 else "float32", strategy, data_seed=2)
 
 
+# The rows of a step by themselves, of cells that normalise: H beyond the threads of a block, and no rows at all.
+NORMED_SMOOTH = [cell for name, cell in NORMED.items() if "masks" not in name]
+NORM_SHAPES = (MASKED_CASE, PROJECTED_CASE, PACKED_CASE, Case(1, 9, 33, 40), Case(2, 2, 3, 530), Case(3, 0, 5, 7))
+NORM_MASKED = replace(MASKED_CASE, cell=NORMED["normed rows, masks"])
+NORM_KERNEL = replace(MASKED_CASE, cell=NORMED["normed gates"]._replace(tensorflow=True))
+NORM_PROJECTED = replace(PROJECTED_CASE, cell=NORMED["normed rows, masks"]._replace(proj_clip=0.1))
+NORM_PACKED = replace(PACKED_CASE, state=True, cell=NORMED["normed gates"])
+QUICK_NORMED = [(NORM_MASKED, "float32"), (NORM_KERNEL, "tf32"), (NORM_PROJECTED, "float64"), (NORM_PACKED, "float16")]
+
+
+class TestNormContract(Contract):
+    """Of cells that normalise, which one strategy runs."""
+
+    ways = tuple(OnFibers(dtype, "step") for dtype in DTYPES)
+    bit_ways = run_ways = layout_ways = (OnFibers("float32", "step"),)
+    cases = tuple(case for n, shape in enumerate(NORM_SHAPES) for case in with_cell(shape, NORMED_SMOOTH[n % 2]))
+    run_cases = save_cases = (NORM_PROJECTED, NORM_KERNEL)
+    row_cases = needs_cases = missing_cases = (NORM_MASKED, NORM_KERNEL, NORM_PROJECTED)
+    layout_cases = (NORM_MASKED, NORM_KERNEL)
+    step_sizes = ()  # of the plain cell
+    all_needs = TestContract.all_needs
+    exact_rows = TestContract.exact_rows
+    exact_layouts = False
+
+    @over(way="ways", case="cases")
+    def test_matches_the_oracle(self, case: Case, way: Way) -> None:
+        check(case, way.dtype, "step", seed=case.H)
+
+    def test_rows_move_with_their_results(self, *_: Any) -> None:
+        for cell in NORMED_SMOOTH:
+            super().test_rows_move_with_their_results(replace(MASKED_CASE, cell=cell), OnFibers("float32", "step"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("case", "dtype"), QUICK_NORMED, ids=str)
+def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, seed: int) -> None:
+    check(case, dtype, "step", seed=seed, data_seed=1)
+    check(case, dtype, "step", seed=seed, device=2 if dtype != "tf32" else 1)  # sm_75, whose launches do not overlap
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_norms_match_the_oracle(name: str) -> None:
+    cases = [case for shape in (MASKED_CASE, PROJECTED_CASE) for case in with_cell(shape, NORMED[name])]
+    for n, case in enumerate(cases):
+        check(case, ("float32", "float64")[n % 2], "step", seed=n, data_seed=2)
+
+
+@pytest.mark.parametrize("strategy", ["block", "cluster", "grid"])
+def test_other_strategies_say_that_they_do_not_normalise(strategy: str) -> None:
+    with pytest.raises(RuntimeError, match=f"'{strategy}' cannot run this: only step has kernels that normalise"):
+        OnGpu(Core(), strategy).forward(OnFibers("float32").own(make_inputs(NORM_KERNEL)).call, Save.NOTHING)
+
+
+def test_what_was_normalised_is_asked_for() -> None:
+    inputs = OnFibers("float32").own(make_inputs(NORM_KERNEL, "float32"))
+    engine = OnGpu(Core(), "step")
+    saved = Saved.of(Outputs(*engine.forward(inputs.call, Save.ALL)), inputs.case.cell)
+    steps = cuda.steps_of(inputs.call)._replace(x=saved.gates)
+    with pytest.raises(TypeError, match="normed: expected an array for a cell that normalises, got None"):
+        engine.core.cuda_layer_backward(steps, saved, inputs.grads, Needs.ALL, False, "step")
+    normed = torch.zeros_like(saved.gates), torch.zeros(*saved.gates.shape[:-1], 1)
+    with pytest.raises(RuntimeError, match=r"scales: expected shape \[2, 5, 9, 4\], got \[2, 5, 9, 1\]"):
+        engine.core.cuda_layer_backward(steps, saved, inputs.grads, Needs.ALL, False, "step", *normed)
+
+
 @pytest.mark.parametrize("case", CELLS, ids=str)
 def test_one_step_of_options_matches_the_oracle(case: Case) -> None:
     for n, option in enumerate((KERNEL, OPTIONS["coupled, softsign"], OPTIONS["elu, hard sigmoid"])):
@@ -426,7 +498,12 @@ def test_one_step_of_options_matches_the_oracle(case: Case) -> None:
         check_cell(replace(case, cell=option, bias=case.bias or option.tensorflow), dtype)
 
 
-@pytest.mark.parametrize("case", [*OPTION_CASES, Case(1, 3, 5, 9, cell=MASKS), Case(1, 3, 5, 9, cell=KERNEL)], ids=str)
+NORM_CASES = [case for case, _ in QUICK_NORMED] + with_cell(PACKED_CASE, NORMED["normed rows"])
+NORM_CASES += [Case(3, 0, 5, 7, cell=cell) for cell in NORMED_SMOOTH]
+ONE_STEP = [Case(1, 3, 5, 9, cell=cell) for cell in (MASKS, KERNEL, *NORMED_SMOOTH)]
+
+
+@pytest.mark.parametrize("case", [*OPTION_CASES, *NORM_CASES, *ONE_STEP], ids=str)
 def test_options_through_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "C", Core())
     inputs = make_inputs(case, "float32")

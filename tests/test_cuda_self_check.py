@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,33 @@ def test_right_kernels_pass_and_wrong_ones_do_not(
     finding = self_check.run(way, 0)
     assert finding.share > 1
     assert "off by" in finding.wrong
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("projected", "cell"), [(True, "torch, rows"), (False, "torch, gates"), (False, "TensorFlow, gates")]
+)
+@pytest.mark.parametrize("arithmetic", self_check.ARITHMETICS, ids=lambda a: "tf32" if a[1] else a[0])
+def test_the_same_of_kernels_that_normalise(
+    arithmetic: tuple[str, bool], projected: bool, cell: str, backward: bool, core: WholeCore
+) -> None:
+    core.tf32, core.device = arithmetic[1], 0
+    way = self_check.Way(*arithmetic, f"step/{1 if arithmetic[0] == 'float64' else 2}", projected, backward, cell)
+    assert 0 < self_check.run(way, 0).share < 1
+    harness.spoil_kernels("norm_backward" if backward else "norm_forward")
+    assert self_check.run(way, 0).share > 1
+
+
+def test_without_a_right_kernel_a_cell_that_normalises_is_left_to_torch(core: WholeCore) -> None:
+    harness.spoil_kernels("norm_forward<float32, 16 sequences, rows>")
+    call = make_inputs(replace(CASE, cell=self_check.CELLS["torch, rows"]), "float32").to_torch("float32").call
+    with pytest.warns(
+        UserWarning, match=r"leaves out the CUDA kernel norm_forward<float32, 16 sequences, rows>"
+    ) as said:
+        assert cuda.forward(call, Save.NOTHING) is NotImplemented
+    assert "in torch's operations" in str(said[-1].message)
+    gates = make_inputs(replace(CASE, cell=self_check.CELLS["torch, gates"]), "float32").to_torch("float32").call
+    assert cuda.forward(gates, Save.NOTHING) is not NotImplemented
 
 
 def test_a_right_kernel_is_checked_once_and_that_is_kept(core: WholeCore, tmp_path: Path) -> None:
@@ -255,7 +283,8 @@ def test_all_kernels_are_listed(core: WholeCore) -> None:
     plain = {kernel for way, kernel in ways.items() if not way.cell}
     assert len(plain) == 2 * sum((3 * 3 + 4, 3 * 3 + 4, 3 * 3 + 4, 3 * 2 + 2, 3 * 1 + 1))
     options = {kernel for way, kernel in ways.items() if way.cell}
-    assert len(options) == 2 * len(self_check.ARITHMETICS) * (3 + 2)  # a launch for each step in two layouts
+    of_step = 2 * (1 + 2)  # in two layouts, without a norm and with each of two
+    assert len(options) == 2 * len(self_check.ARITHMETICS) * (3 + of_step)
     assert not plain & options
     assert {way.forced.partition("/")[0] for way in ways} == set(self_check.STRATEGIES)
     assert not any(way.tf32 or "cluster" in way.forced for way, _ in self_check.ways(2))  # sm_75

@@ -35,9 +35,19 @@ import lstm_ext  # noqa: E402
 from lstm_ext import route, self_check  # noqa: E402
 from lstm_ext.engines import cuda  # noqa: E402
 
-from .contract import MASKED, OUTPUTS, PROJECTED, SEVERAL_ROWS, WIDE, Contract, Way  # noqa: E402
+from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, SEVERAL_ROWS, WIDE, Contract, Way, over  # noqa: E402
 from .test_autograd import LAYERS, make_layer  # noqa: E402
-from .test_kernels import CELL_KERNEL, CELL_MASKED, CELL_SHAPES, CELLS, DRAWN, KERNEL, SMOOTH, cell_cases  # noqa: E402
+from .test_kernels import (  # noqa: E402
+    CELL_KERNEL,
+    CELL_MASKED,
+    CELL_SHAPES,
+    CELLS,
+    DRAWN,
+    KERNEL,
+    NORMED,
+    SMOOTH,
+    cell_cases,
+)
 from .test_modules import OPTIONS, B, H, I, T, assert_same, make_state, pair, run, tensors  # noqa: E402
 from .test_process import succeed  # noqa: E402
 
@@ -177,10 +187,41 @@ class TestCellContract(Contract):
             super().test_rows_move_with_their_results(case, OnGpu("float32"))
 
 
-@strategies
-@pytest.mark.parametrize("name", CELLS)
+NORM_STRATEGIES = ["chosen", "step"]
+NORM_PROJECTED = replace(PROJECTED, cell=NORMED["normed rows, masks"]._replace(proj_clip=0.1))
+NORM_KERNEL = replace(MASKED, cell=NORMED["normed gates"]._replace(tensorflow=True))
+
+
+class TestNormContract(TestCellContract):
+    """Of cells that normalise, which one strategy runs."""
+
+    ways = tuple(OnGpu(dtype, strategy) for strategy in NORM_STRATEGIES for dtype in DTYPES)
+    run_ways = bit_ways = layout_ways = tuple(OnGpu(dtype, "step") for dtype in ("float32", "bfloat16"))
+    cases = tuple(
+        case
+        for name in ("normed rows", "normed gates")
+        for case in cell_cases(NORMED[name], [Case(1, 1, 1, 3), *CELL_SHAPES, PACKED, WIDE, Case(3, 5, 7, 1100)])
+    )
+    run_cases = row_cases = save_cases = needs_cases = missing_cases = (NORM_PROJECTED, NORM_KERNEL)
+    layout_cases = (NORM_KERNEL,)
+
+    @over(way="ways", case="cases")
+    def test_matches_the_oracle(self, case: Case, way: Way) -> None:
+        assert_all_close(way.run(way.own(way.draw(case))), way.oracle(case), case, way.judged, gradient_magnitude=3.0)
+
+    def test_rows_move_with_their_results(self, *_: Any) -> None:
+        for name in ("normed rows", "normed gates"):
+            case = replace(PROJECTED, cell=NORMED[name])
+            Contract.test_rows_move_with_their_results(self, case, OnGpu("float32", "step"))
+
+
+ALL_OPTIONS = [(name, strategy) for name in CELLS for strategy in STRATEGIES]
+ALL_OPTIONS += [(name, strategy) for name in NORMED for strategy in NORM_STRATEGIES]
+
+
+@pytest.mark.parametrize(("name", "strategy"), ALL_OPTIONS)
 def test_every_option(name: str, strategy: str) -> None:
-    for case in cell_cases(CELLS[name]):
+    for case in cell_cases((CELLS | NORMED)[name]):
         way = OnGpu("float64", strategy)
         assert_all_close(way.run(way.own(way.draw(case))), way.oracle(case), case, "float64", gradient_magnitude=3.0)
 
@@ -262,21 +303,23 @@ def test_module_gives_the_numbers_of_the_cpu(options: dict[str, Any]) -> None:
     assert_as_on_the_cpu(cell, torch.randn(B, I), (torch.randn(B, H), torch.randn(B, H)))
 
 
-@pytest.mark.parametrize("name", ["peephole", "coupled, softsign", "means of zoneout", "clips"])
+@pytest.mark.parametrize("name", ["peephole", "coupled, softsign", "means of zoneout", "clips", "layer norm"])
 def test_module_with_options_gives_the_numbers_of_the_cpu(name: str) -> None:
     options: dict[str, Any] = {
         "peephole": {"peephole": True, "forget_bias": 1.0},
         "coupled, softsign": {"coupled": True, "activation": "softsign", "bidirectional": True},
         "means of zoneout": {"zoneout": (0.2, 0.3), "num_layers": 2},
+        "layer norm": {"layer_norm": True, "bidirectional": True, "num_layers": 2},
         "clips": {"cell_clip": 0.4, "proj_clip": 0.2, "proj_size": 3, "recurrent_activation": "hard_sigmoid"},
     }[name]
     module = lstm_ext.LSTM(I, H, dtype=torch.float64, **options).train("zoneout" not in name)
     x = torch.randn(T, B, I, dtype=torch.float64)
     lengths, resets = torch.tensor([6, 0, 4]), torch.rand(T, B) < 0.3
     assert_as_on_the_cpu(module, x, lengths=lengths, resets=resets, return_cells=True)
-    cell = lstm_ext.BasicLSTMCell(H, input_size=I).cuda()
-    twin, rows = copy.deepcopy(cell).cpu(), torch.randn(B, I)
-    torch.testing.assert_close(cell(rows.cuda())[0].cpu(), twin(rows)[0])
+    for kind in (lstm_ext.BasicLSTMCell, lstm_ext.LayerNormBasicLSTMCell):
+        cell = kind(H, input_size=I).cuda()
+        twin, rows = copy.deepcopy(cell).cpu(), torch.randn(B, I)
+        torch.testing.assert_close(cell(rows.cuda())[0].cpu(), twin(rows)[0])
 
 
 def assert_near(actual: list[Any], exact: list[Any], dtype: str) -> None:

@@ -52,10 +52,11 @@ ALLOWED = {
     },
     "cuda": {
         *("layout.h", "kernel_params.h", "device.h", "launch.h", "check.h", "plan.h", "kernels.h", "layer.h", "ptx.h"),
-        *("kernel_check.h", "plan_search.h"),
+        *("kernel_check.h", "plan_search.h", "step_launches.h", "norm_layer.h"),
         *("tile.cuh", "product.cuh", "pointwise.cuh", "cell.cuh", "team.cuh", "sequence.cuh", "step.cuh"),
         *("step_tile.cuh", "step_block.cuh"),
         *("sequence_forward.cuh", "sequence_backward.cuh", "kernels.cuh"),
+        *("step_sums.cuh", "norm.cuh", "norm_forward.cuh", "norm_backward.cuh", "norm_kernels.cuh"),
         *("cuda_on_cpu/ptx.h", "cuda_on_cpu/kernel.h"),
         *("cuda_runtime.h", "cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h"),
     },

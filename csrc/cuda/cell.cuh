@@ -67,6 +67,15 @@ class CellStep {
   __device__ __forceinline__ Sum h_mask(const Place& at) const {
     return mask(cell_.recurrent, Draw::kRecurrentDropout, numbers().h_scale, {0, at.b, at.unit, at.keys});
   }
+  // And g before it is added to c.
+  __device__ __forceinline__ Sum g_mask(const Place& at) const {
+    return mask(cell_.candidate, Draw::kCandidateDropout, numbers().g_scale, at);
+  }
+
+  // Gates i f g o from the order of the weights, and the way back.
+  __device__ __forceinline__ GateValues<Sum> in_cells_order(const GateValues<Sum>& gates) const {
+    return cell_.tensorflow ? swapped(gates) : gates;
+  }
 
   // ---- Forward ------------------------------------------------------------------------------------------------------
 
@@ -77,8 +86,16 @@ class CellStep {
                                                     Sum& hidden) const {
     hidden = 0;
     if (!moment.active()) return {};
-    const CellNumbers<Sum>& number = numbers();
     if (cell_.tensorflow) pre = swapped(pre);
+    const CellState<Sum> made = made_by_gates(at, peephole, pre, c);
+    hidden = hidden_unit(made.gates.o, made.c);
+    return {made.gates, c_left(at, c, made.c)};
+  }
+
+  // The gates, from their sums i f g o, and what they make of c.
+  __device__ __forceinline__ CellState<Sum> made_by_gates(const Place& at, const GateValues<Sum>& peephole,
+                                                          Pre<Tile> pre, Sum c) const {
+    const CellNumbers<Sum>& number = numbers();
     pre.f += number.forget_bias;
     const bool has_peephole = cell_.direction[d_].peephole.data;
     if (has_peephole) {
@@ -93,8 +110,15 @@ class CellStep {
     gates.g = activate<Math>(number.activation, pre.g);
     const Sum new_c = clipped(unclipped_c(gates, g_mask(at), c), number.cell_clip);
     gates.o = activate<Math>(number.recurrent_activation, has_peephole ? pre.o + peephole.o * new_c : pre.o);
-    hidden = gates.o * activate<Math>(number.activation, new_c);
-    return {gates, next(cell_.zoneout_c, Draw::kZoneoutC, number.zoneout_c, at, c, new_c)};
+    return {gates, new_c};
+  }
+
+  __device__ __forceinline__ Sum hidden_unit(Sum o, Sum c) const { return o * activated(c); }
+  __device__ __forceinline__ Sum activated(Sum c) const { return activate<Math>(numbers().activation, c); }
+
+  // c as a step leaves it, from c before it and what it has made of that.
+  __device__ __forceinline__ Sum c_left(const Place& at, Sum before, Sum made) const {
+    return next(cell_.zoneout_c, Draw::kZoneoutC, numbers().zoneout_c, at, before, made);
   }
 
   // h as a step leaves it, from what the step has computed and h before it.
@@ -140,30 +164,72 @@ class CellStep {
       return {};
     }
     const CellNumbers<Sum>& number = numbers();
-    const auto [i, f, g, o] = inputs.gates;
-    const Sum mask = g_mask(at),
-              raw_c = cell_.zoneout_c.wanted ? unclipped_c(inputs.gates, mask, inputs.c_prev) : inputs.c;
+    const Sum mask = g_mask(at), raw_c = c_before_clip(inputs, mask, false);
     const Sum new_c = clipped(raw_c, number.cell_clip), out = activate<Math>(number.activation, new_c);
     if (moment.last()) d_c = state_at<Number>(from.dc_n, at.b, at.unit);
-    d_c += inputs.d_cells;
-    const Sum kept = kept_part(cell_.zoneout_c, Draw::kZoneoutC, number.zoneout_c, at, d_c);
-    Sum d_new = next(cell_.zoneout_c, Draw::kZoneoutC, number.zoneout_c, at, Sum(0), d_c);
+    const CGrad of_c = c_backward(at, d_c + inputs.d_cells);
+    const BackwardCell<Sum> cell = gates_backward<true>(peephole, inputs, {mask, raw_c, out}, d_h, of_c);
+    d_c = moment.forgets() ? 0 : cell.grad.d_c_prev;
+    store_cells(moment, at, rows, inputs.c_prev, new_c);
+    const GateValues<Sum>& grad = cell.grad.d_pre;
+    return {{cell_.tensorflow ? swapped(grad) : grad, cell.grad.d_c_prev}, cell.hidden};
+  }
+
+  // c as the gates of a step made it, before a clip. `left_other`: the step left something else for another reason than
+  // zoneout.
+  __device__ __forceinline__ Sum c_before_clip(const BackwardInputs<Sum>& inputs, Sum mask, bool left_other) const {
+    return cell_.zoneout_c.wanted || left_other ? unclipped_c(inputs.gates, mask, inputs.c_prev) : inputs.c;
+  }
+  __device__ __forceinline__ Sum d_activated(Sum out) const { return d_activation<Math>(numbers().activation, out); }
+  __device__ __forceinline__ Sum c_clipped(Sum raw_c) const { return clipped(raw_c, numbers().cell_clip); }
+
+  // Of the gradient of c as a step left it: what goes past the step, and what is of c as the step made it.
+  struct CGrad {
+    Sum kept, made;
+  };
+  __device__ __forceinline__ CGrad c_backward(const Place& at, Sum d_c) const {
+    const Sum share = numbers().zoneout_c;
+    return {kept_part(cell_.zoneout_c, Draw::kZoneoutC, share, at, d_c),
+            next(cell_.zoneout_c, Draw::kZoneoutC, share, at, Sum(0), d_c)};
+  }
+
+  // What a step computed on its way: the mask of g, c before a clip, and what o is multiplied by.
+  struct Computed {
+    Sum g_mask, raw_c, out;
+  };
+  // From the gradients of the hidden unit and of c as the step made it: those of the gates' sums i f g o. kAddsOut:
+  // what comes to c through the hidden unit is not in the latter.
+  template <bool kAddsOut>
+  __device__ __forceinline__ BackwardCell<Sum> gates_backward(const GateValues<Sum>& peephole,
+                                                              const BackwardInputs<Sum>& inputs,
+                                                              const Computed& computed, Sum d_h, CGrad of_c) const {
+    const CellNumbers<Sum>& number = numbers();
+    const auto [i, f, g, o] = inputs.gates;
+    const Sum mask = computed.g_mask;
+    Sum d_new = of_c.made;
     const auto d_gate = [&](Sum gate) { return d_activation<Math>(number.recurrent_activation, gate); };
     const bool has_peephole = cell_.direction[d_].peephole.data;
     GateValues<Sum> grad;
-    grad.o = d_h * out * d_gate(o);
-    d_new += d_h * o * d_activation<Math>(number.activation, out);
+    grad.o = d_h * computed.out * d_gate(o);
+    if constexpr (kAddsOut) d_new += d_h * o * d_activation<Math>(number.activation, computed.out);
     if (has_peephole) d_new += grad.o * peephole.o;
-    if (number.cell_clip > 0 && is_cut(raw_c, number.cell_clip)) d_new = 0;
+    if (number.cell_clip > 0 && is_cut(computed.raw_c, number.cell_clip)) d_new = 0;
     grad.g = d_new * i * mask * d_activation<Math>(number.activation, g);
     const Sum of_i = d_new * (g * mask), of_f = d_new * inputs.c_prev;
     grad.i = cell_.coupled ? 0 : of_i * d_gate(i);
     grad.f = (cell_.coupled ? of_f - of_i : of_f) * d_gate(f);
-    Sum d_c_prev = d_new * f + kept;
+    Sum d_c_prev = d_new * f + of_c.kept;
     if (has_peephole) d_c_prev += grad.i * peephole.i + grad.f * peephole.f;
-    d_c = moment.forgets() ? 0 : d_c_prev;
-    store_cells(moment, at, rows, inputs.c_prev, new_c);
-    return {{cell_.tensorflow ? swapped(grad) : grad, d_c_prev}, o * out};
+    return {{grad, d_c_prev}, o * computed.out};
+  }
+
+  // For the gradients of a peephole.
+  __device__ __forceinline__ void store_cells(const Moment& moment, const Place& at, const RowMap& rows, Sum c_prev,
+                                              Sum c_new) const {
+    const CellOutputs& to = cell_.direction[d_].outputs;
+    if (!to.c_prev || !has_row(rows, moment)) return;
+    *element<Sum>(to.c_prev, rows, moment.start, at.b, at.unit) = c_prev;
+    *element<Sum>(to.c_new, rows, moment.start, at.b, at.unit) = c_new;
   }
 
  private:
@@ -204,9 +270,6 @@ class CellStep {
     if (!dropped.possible) return 1;
     return happens(dropped, draw, at) ? 0 : scale;
   }
-  __device__ __forceinline__ Sum g_mask(const Place& at) const {
-    return mask(cell_.candidate, Draw::kCandidateDropout, numbers().g_scale, at);
-  }
 
   __device__ __forceinline__ Sum next(const Zoneout& zoneout, Draw draw, Sum share, const Place& at, Sum old,
                                       Sum value) const {
@@ -220,14 +283,6 @@ class CellStep {
     if (!zoneout.wanted) return 0;
     if (zoneout.draws) return zoneout.chance.possible && happens(zoneout.chance, draw, at) ? grad : 0;
     return share * grad;
-  }
-
-  __device__ __forceinline__ void store_cells(const Moment& moment, const Place& at, const RowMap& rows, Sum c_prev,
-                                              Sum c_new) const {
-    const CellOutputs& to = cell_.direction[d_].outputs;
-    if (!to.c_prev || !has_row(rows, moment)) return;
-    *element<Sum>(to.c_prev, rows, moment.start, at.b, at.unit) = c_prev;
-    *element<Sum>(to.c_new, rows, moment.start, at.b, at.unit) = c_new;
   }
 
   const KernelCell& cell_;

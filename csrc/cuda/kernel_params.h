@@ -104,4 +104,72 @@ struct StepBackward {
   void* state;  // the gradient of c between the steps, float or double [D, B, H]
 };
 
+// ---- A cell that normalises: each step is a product, and then its rows, of a block each ------------------------
+
+// What a product leaves, as it is: the sums of each row of the batch.
+struct StepSums {
+  SequenceShape shape;
+  Masks masks;
+  const int64_t* packed_offset;  // may be null
+  int64_t s;
+  StepPart part;
+  int64_t columns;
+  enum class Operand : int { kBefore, kThis, kAfter } operand;  // of which step, seen from s: zero where that has none
+  RowMap operand_map;
+  struct {
+    bool reverse;
+    Matrix weights;
+    const void* operand;  // rows by operand_map; null: nothing is multiplied, and all sums are zero
+  } direction[2];
+  void* sums;  // float or double [D, B, 4H], the first of each row
+};
+
+struct KernelNorm {
+  Norm kind;
+  double epsilon;
+  struct {
+    Matrix gamma;  // as in LayerCell
+    const void *beta, *gamma_h, *beta_h;
+  } direction[2];
+};
+
+// With Norm::kRows xw is scaled and normalised already. `rows` are the sums of h, float or double [D, B, 4H], which the
+// block of a row overwrites with what it has to remember.
+struct NormForward : WithCell<StepForward> {
+  KernelNorm norm;
+  void* rows;
+};
+
+// Of what a row normalised, in the order of the weights, rows by d_gates_map: the sums of h (kRows) or whole ones. All
+// are float or double, and zero past a length.
+struct NormOutputs {
+  void* normed;              // [.., 4H]; becomes its product with d_pre, of which the gradient of gamma is the sum
+  const void* scales;        // 1 / deviation [.., 1] (kRows) or [.., 4], rows by scales_map
+  void* d_pre;               // [.., 4H], the gradient of what normed becomes once it is scaled and shifted
+  void *d_seen, *d_gamma_h;  // [.., H], of c as the output sees it, and that times the normalised c; may be null
+};
+
+// BackwardOutputs::d_gates are of what was normalised. `rows` [D, B, 4H] has the gradient of h, or with a projection of
+// the hidden units, in the first H of each row.
+struct NormBackward : WithCell<StepBackward> {
+  KernelNorm norm;
+  void* rows;
+  RowMap scales_map;
+  NormOutputs normed[2];
+};
+
+// h as each of the first `steps` steps found it and multiplied it.
+struct StepsBefore {
+  SequenceShape shape;
+  Masks masks;
+  const int64_t* packed_offset;  // may be null
+  int64_t steps;
+  RowMap h_map;
+  struct {
+    bool reverse;
+    InitialState state;
+    void* h;  // rows by h_map, zero past a length
+  } direction[2];
+};
+
 }  // namespace lstm_ext::cuda

@@ -36,4 +36,21 @@ const CellKernelSet& tf32_cell_kernels(bool tensorflow);
 const CellKernelSet& fp32_cell_kernels(bool tensorflow);
 const CellKernelSet& fp64_cell_kernels(bool tensorflow);
 
+// Of cells that normalise. The product is of weights that lie as [rows, columns] or transposed; projections, and the
+// gradient of h0, are left to the kernels for a step of a CellKernelSet.
+struct NormKernelSet {
+  Kernel<StepSums> sums[2];
+  Kernel<NormForward> forward;
+  Kernel<NormBackward> backward;
+  Kernel<WithCell<StepsBefore>> h_before;
+};
+
+// For one norm and one layout of the weights, of which kernels are told: they have names of their own, as each is
+// checked.
+const NormKernelSet& bf16_norm_kernels(Norm norm, bool tensorflow);
+const NormKernelSet& fp16_norm_kernels(Norm norm, bool tensorflow);
+const NormKernelSet& tf32_norm_kernels(Norm norm, bool tensorflow);
+const NormKernelSet& fp32_norm_kernels(Norm norm, bool tensorflow);
+const NormKernelSet& fp64_norm_kernels(Norm norm, bool tensorflow);
+
 }  // namespace lstm_ext::cuda

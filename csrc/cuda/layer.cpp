@@ -1,5 +1,6 @@
 #include "layer.h"
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -11,6 +12,8 @@
 
 #include "kernel_check.h"
 #include "kernels.h"
+#include "norm_layer.h"
+#include "step_launches.h"
 
 namespace lstm_ext::cuda {
 namespace {
@@ -52,6 +55,16 @@ const CellKernelSet& cell_kernels(Arithmetic arithmetic, bool tensorflow) {
   }
 }
 
+const NormKernelSet& norm_kernels(Arithmetic arithmetic, Norm norm, bool tensorflow) {
+  switch (arithmetic) {
+    case Arithmetic::kBf16: return bf16_norm_kernels(norm, tensorflow);
+    case Arithmetic::kFp16: return fp16_norm_kernels(norm, tensorflow);
+    case Arithmetic::kTf32: return tf32_norm_kernels(norm, tensorflow);
+    case Arithmetic::kFp32: return fp32_norm_kernels(norm, tensorflow);
+    default: return fp64_norm_kernels(norm, tensorflow);
+  }
+}
+
 // Calls body with the kernel of a set that a strategy launches; kernels of different passes have different types.
 template <class Set, class Body>
 auto with_kernel_of(const Set& set, Strategy strategy, bool backward, const Body& body) {
@@ -60,14 +73,24 @@ auto with_kernel_of(const Set& set, Strategy strategy, bool backward, const Body
   return backward ? body(set.sequence_backward[exchange]) : body(set.sequence_forward[exchange]);
 }
 
+// Of cells that normalise it is the one for the rows, which stands for those that go with it.
+template <class Body>
+auto with_kernel_of(const NormKernelSet& set, bool backward, const Body& body) {
+  return backward ? body(set.backward) : body(set.forward);
+}
+
 template <class Body>
 auto with_kernel(const Problem& problem, Strategy strategy, int batch_tiles, const Body& body) {
   const bool backward = problem.backward;
+  if (problem.normalises())
+    return with_kernel_of(norm_kernels(problem.arithmetic, problem.cell->norm, problem.cell->tensorflow), backward,
+                          body);
   if (!problem.cell) return with_kernel_of(kernels(problem.arithmetic, batch_tiles), strategy, backward, body);
   return with_kernel_of(cell_kernels(problem.arithmetic, problem.cell->tensorflow), strategy, backward, body);
 }
 template <class Body>
 auto with_kernel(const Plan& plan, const Body& body) {
+  if (plan.norm_kernels) return with_kernel_of(*plan.norm_kernels, plan.backward, body);
   if (plan.kernels) return with_kernel_of(*plan.kernels, plan.strategy, plan.backward, body);
   return with_kernel_of(*plan.cell_kernels, plan.strategy, plan.backward, body);
 }
@@ -92,6 +115,27 @@ int resident(const Kernel<Params>& kernel, int device, int64_t shared_bytes, int
   }
 }
 
+// As Problem has it, of the kernels whose launches are cut into tiles.
+int resident_blocks(const Problem& of, Strategy strategy, int tiles, int device, int cluster, int64_t shared_bytes) {
+  const auto count = [&](const auto& kernel) {
+    return (cluster > 1 ? 1 : of.device.sms) * resident(kernel, device, shared_bytes, cluster);
+  };
+  if (!of.normalises()) return with_kernel(of, strategy, tiles, count);
+  const CellTraits& cell = *of.cell;
+  const NormKernelSet& kernels = norm_kernels(of.arithmetic, cell.norm, cell.tensorflow);
+  const int of_sums = count(kernels.sums[of.backward != cell.tensorflow]);
+  if (!of.shape.projected) return of_sums;
+  return std::min(of_sums, with_kernel_of(cell_kernels(of.arithmetic, cell.tensorflow), strategy, of.backward, count));
+}
+
+// What the device must know of each kernel of a plan before its first launch.
+void prepare_kernels(const Plan& plan) {
+  with_kernel(plan, [](const auto& kernel) { prepare(kernel); });
+  if (!plan.norm_kernels) return;
+  for (const auto& kernel : plan.norm_kernels->sums) prepare(kernel);
+  with_kernel_of(*plan.cell_kernels, plan.strategy, plan.backward, [](const auto& kernel) { prepare(kernel); });
+}
+
 // The mutex is held.
 Plan plan_on(const SequenceShape& shape, int directions, bool backward, const LayerOptions& options, int device,
              int margin) {
@@ -100,9 +144,7 @@ Plan plan_on(const SequenceShape& shape, int directions, bool backward, const La
   Problem problem{arithmetic, shape, directions, backward, limits, {}};
   problem.cell = options.cell;
   problem.resident_blocks = [device](const Problem& of, Strategy strategy, int tiles, int cluster, int64_t shared) {
-    return with_kernel(of, strategy, tiles, [&](const auto& kernel) {
-      return (cluster > 1 ? 1 : of.device.sms) * resident(kernel, device, shared, cluster);
-    });
+    return resident_blocks(of, strategy, tiles, device, cluster, shared);
   };
   problem.refusal = [&](Strategy strategy, int batch_tiles) {
     return with_kernel(problem, strategy, batch_tiles, [&](const auto& kernel) {
@@ -117,10 +159,12 @@ Plan plan_on(const SequenceShape& shape, int directions, bool backward, const La
   Plan plan = make_plan(problem, options.forced);
   if (options.cell) {
     plan.cell_kernels = &cell_kernels(arithmetic, options.cell->tensorflow);
+    if (options.cell->normalises())
+      plan.norm_kernels = &norm_kernels(arithmetic, options.cell->norm, options.cell->tensorflow);
   } else {
     plan.kernels = &kernels(arithmetic, plan.batch_tiles);
   }
-  with_kernel(plan, [](const auto& kernel) { prepare(kernel); });
+  prepare_kernels(plan);
   plan.check = &kernel_check(device, plan_kernel(plan));
   return plan;
 }
@@ -144,26 +188,6 @@ Layout layout_of(const Plan& plan, const LayerWeights& weights, bool tensorflow,
   if (layout.exchange == Exchange::kGrid) fill_zero(workspace, plan.workspace_bytes, stream);  // no word bears a number
   return layout;
 }
-
-// The launches of steps, one after the other. Each but the first may begin while the one before it still runs, where
-// the device can do that; what runs before the first is not ours, and may not be overlapped.
-class StepLaunches {
- public:
-  StepLaunches(const Plan& plan, void* stream) : plan_(plan), stream_(stream) {}
-
-  template <class Params>
-  void launch(const Kernel<Params>& kernel, int part, const Params& params) {
-    LaunchConfig config = plan_.config[part];
-    config.overlaps = config.overlaps && !first_;
-    first_ = false;
-    cuda::launch(kernel, config, params, stream_);
-  }
-
- private:
-  const Plan& plan_;
-  void* stream_;
-  bool first_ = true;
-};
 
 // A caller that mixes its plans up would launch another kernel than it has filled the params of.
 void expect_pass(const Plan& plan, bool backward, const LayerCell* cell) {
@@ -189,7 +213,11 @@ CellNumbers<Sum> numbers_of(const Cell& cell) {
           static_cast<Sum>(dropout_scale(cell.candidate_dropout))};
 }
 
-KernelCell kernel_cell(const LayerCell& layer, const Plan& plan, void* workspace) {
+void* h_state_of(const Plan& plan, void* workspace) {
+  return plan.workspace_bytes > plan.h_state_offset ? static_cast<char*>(workspace) + plan.h_state_offset : nullptr;
+}
+
+KernelCell kernel_cell(const LayerCell& layer, void* h_state) {
   const Cell& cell = layer.options;
   const auto zoneout = [&](double probability) {
     return Zoneout{probability > 0, cell.training, Chance::of(probability)};
@@ -199,7 +227,7 @@ KernelCell kernel_cell(const LayerCell& layer, const Plan& plan, void* workspace
                     numbers_of<double>(cell),
                     cell.coupled,
                     cell.tensorflow,
-                    plan.cell->draws > 0,
+                    CellTraits::of(cell).draws > 0,
                     zoneout(cell.zoneout_h),
                     zoneout(cell.zoneout_c),
                     dropped(cell.recurrent_dropout),
@@ -207,9 +235,8 @@ KernelCell kernel_cell(const LayerCell& layer, const Plan& plan, void* workspace
                     layer.seed,
                     {},
                     layer.y_map,
-                    nullptr};
+                    h_state};
   for (int n = 0; n < 2; ++n) kernel.direction[n] = {layer.direction[n].peephole, layer.direction[n].y, {}};
-  if (plan.workspace_bytes > plan.h_state_offset) kernel.h_state = static_cast<char*>(workspace) + plan.h_state_offset;
   return kernel;
 }
 
@@ -229,9 +256,9 @@ void forward_by(const Set& kernels, const LayerForward& layer, const void* const
   }
   // The parts of a step follow each other in stream order, and wait for each other.
   void* hidden = layer.shape.projected ? static_cast<char*>(workspace) + plan.hidden_offset : nullptr;
-  StepLaunches launches(plan, stream);
+  StepLaunches launches(stream);
   const auto take_part = [&](int64_t s, int n) {
-    launches.launch(kernels.step_forward, n,
+    launches.launch(kernels.step_forward, plan.config[n],
                     with(StepForward{layer, {xw[0], xw[1]}, s, plan.part[n], workspace, hidden}));
   };
   if (plan.cell && plan.cell->drops_h && layer.direction[0].state.h0.data) take_part(-1, plan.num_parts - 1);
@@ -251,9 +278,9 @@ void backward_by(const Set& kernels, const BackwardPass& pass, const Plan& plan,
     launch(kernel, plan.config[0], with(SequenceBackward{pass, layout}), stream);
     return;
   }
-  StepLaunches launches(plan, stream);
+  StepLaunches launches(stream);
   const auto take_part = [&](int64_t s, int n) {
-    launches.launch(kernels.step_backward, n, with(StepBackward{pass, s, plan.part[n], workspace}));
+    launches.launch(kernels.step_backward, plan.config[n], with(StepBackward{pass, s, plan.part[n], workspace}));
   };
   for (int64_t s = layer.shape.T - 1; s >= 0; --s)
     for (int n = 0; n < plan.num_parts; ++n) take_part(s, n);
@@ -305,21 +332,43 @@ void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const 
   expect_pass(plan, false, layer.cell);
   if (layer.shape.B == 0) return;
   if (!layer.cell) return forward_by(*plan.kernels, layer, xw, plan, workspace, stream, as_they_are);
-  const KernelCell cell = kernel_cell(*layer.cell, plan, workspace);
+  const KernelCell cell = kernel_cell(*layer.cell, h_state_of(plan, workspace));
+  if (plan.norm_kernels) {
+    const auto at = [&](int64_t offset) { return static_cast<char*>(workspace) + offset; };
+    void* const hidden = layer.shape.projected ? at(plan.hidden_offset) : nullptr;
+    const StepForward step{layer, {xw[0], xw[1]}, 0, {}, workspace, hidden};
+    return norm_layer_forward({{step, cell}, kernel_norm(*layer.cell), at(plan.rows_offset)}, plan, stream);
+  }
   forward_by(*plan.cell_kernels, layer, xw, plan, workspace, stream,
              [&](const auto& params) { return WithCell<std::decay_t<decltype(params)>>{params, cell}; });
 }
 
-void layer_backward(const BackwardPass& pass, const CellOutputs (&cells)[2], const Plan& plan, void* workspace,
+void layer_backward(const BackwardPass& pass, const BackwardCellArrays& arrays, const Plan& plan, void* workspace,
                     void* stream) {
   const LayerCell* const layer_cell = pass.layer.cell;
   expect_pass(plan, true, layer_cell);
   if (pass.layer.shape.B == 0) return;
   if (!layer_cell) return backward_by(*plan.kernels, pass, plan, workspace, stream, as_they_are);
-  KernelCell cell = kernel_cell(*layer_cell, plan, workspace);
-  for (int n = 0; n < 2; ++n) cell.direction[n].outputs = cells[n];
+  KernelCell cell = kernel_cell(*layer_cell, h_state_of(plan, workspace));
+  for (int n = 0; n < 2; ++n) cell.direction[n].outputs = arrays.cells[n];
+  if (plan.norm_kernels) {
+    const StepBackward step{pass, 0, {}, workspace};
+    void* const rows = static_cast<char*>(workspace) + plan.rows_offset;
+    const auto& [first, second] = arrays.normed;
+    return norm_layer_backward({{step, cell}, kernel_norm(*layer_cell), rows, arrays.scales_map, {first, second}}, plan,
+                               stream);
+  }
   backward_by(*plan.cell_kernels, pass, plan, workspace, stream,
               [&](const auto& params) { return WithCell<std::decay_t<decltype(params)>>{params, cell}; });
+}
+
+void layer_h_before(const StepsBefore& steps, const LayerCell& cell, Arithmetic arithmetic, int directions,
+                    void* stream) {
+  const Cell& options = cell.options;
+  if (steps.shape.B == 0) return;
+  const WithCell<StepsBefore> params{steps, kernel_cell(cell, nullptr)};
+  launch(norm_kernels(arithmetic, options.norm, options.tensorflow).h_before, config_before(params, directions), params,
+         stream);
 }
 
 }  // namespace lstm_ext::cuda

@@ -32,12 +32,23 @@ void set_verdict(const Plan& plan, const std::string& wrong);
 // Times that were measured on a device, for all plans to come.
 void set_measured(int device, std::vector<MeasuredTimes> measured);
 
+// Of the backward pass of a cell with options, by direction. The latter two are of one that normalises.
+struct BackwardCellArrays {
+  CellOutputs cells[2];
+  NormOutputs normed[2];
+  RowMap scales_map;
+};
+
 // The plan is one for this shape, these directions, this pass and the current device. `workspace` has its
 // workspace_bytes, aligned to 16. x W_ih' comes as xw, for each direction, rows by gates_map. A cell, one step without
 // masks by Strategy::kStep, has layer.x instead, but no h_n and no workspace.
 void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const Plan& plan, void* workspace,
                    void* stream);
-void layer_backward(const BackwardPass& pass, const CellOutputs (&cells)[2], const Plan& plan, void* workspace,
+void layer_backward(const BackwardPass& pass, const BackwardCellArrays& arrays, const Plan& plan, void* workspace,
+                    void* stream);
+
+// h as each step found it and multiplied it, for the backward pass of a cell that normalises.
+void layer_h_before(const StepsBefore& steps, const LayerCell& cell, Arithmetic arithmetic, int directions,
                     void* stream);
 
 }  // namespace lstm_ext::cuda

@@ -35,6 +35,14 @@ inline constexpr int kMomentSteps = 16, kMoments = kMomentSteps + 2;
 // Rows of the weights of which one warp has the sums, in the kernels that take a launch for each step.
 inline constexpr int kStepRows = 32;
 
+// Threads of a block that has one row of a cell that normalises, and how many sums over a row it adds up at a time, in
+// shared memory.
+inline constexpr int kMostRowThreads = 512, kMostRowWarps = kMostRowThreads / 32, kMostRowSums = 8;
+constexpr int row_threads(int64_t units) {
+  return units >= kMostRowThreads ? kMostRowThreads : static_cast<int>((units + 31) / 32 * 32);
+}
+constexpr int row_shared_bytes(int sum_bytes) { return 2 * kMostRowWarps * kMostRowSums * sum_bytes; }
+
 // Division by a number that the planner knows, as a multiplication: of n, where n times the number is at most 2^32.
 struct Divisor {
   int value = 1;

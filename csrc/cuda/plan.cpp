@@ -157,8 +157,8 @@ Plan make_plan(const Problem& asked, const Forced& forced) {
   bool by_refusal = false;
   for (const Strategy one : {Strategy::kBlock, Strategy::kCluster, Strategy::kGrid, Strategy::kStep}) {
     if (!wanted(one)) continue;
-    if (problem.cell && problem.cell->norm != Norm::kNone) {
-      refused.emplace_back(one, "no kernel normalises layers");
+    if (problem.normalises() && one != Strategy::kStep) {
+      refused.emplace_back(one, "only step has kernels that normalise layers");
       continue;
     }
     Found found = one == Strategy::kStep ? find_step_plan(problem, forced) : find_sequence_plan(problem, forced, one);

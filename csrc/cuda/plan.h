@@ -44,7 +44,7 @@ constexpr const TileSizes& tile_sizes(Arithmetic arithmetic) { return kTileSizes
 constexpr int cell_step_tiles(Arithmetic arithmetic) { return tile_sizes(arithmetic).most_step_tiles > 1 ? 2 : 1; }
 
 // The first three are one launch for all T, named by how the blocks of a team exchange h; kStep is a launch for each
-// step, or two with a projection.
+// step, or two with a projection, and one more where layers are normalised.
 enum class Strategy : int { kBlock, kCluster, kGrid, kStep };
 
 constexpr Exchange exchange_of(Strategy strategy) { return static_cast<Exchange>(strategy); }  // not of kStep
@@ -87,6 +87,7 @@ struct CellTraits {
   Norm norm;
 
   static CellTraits of(const Cell& cell);
+  bool normalises() const { return norm != Norm::kNone; }
   auto operator<=>(const CellTraits&) const = default;
 };
 
@@ -104,10 +105,13 @@ struct Problem {
   int sm_margin = 0;
   const std::vector<MeasuredTimes>* measured = nullptr;
   std::optional<CellTraits> cell = {};  // none: the plain LSTM
+
+  bool normalises() const { return cell && cell->normalises(); }
 };
 
 struct KernelSet;
 struct CellKernelSet;
+struct NormKernelSet;
 struct KernelCheck;
 
 // Everything that a launch needs beside the arrays: made once for a shape and a device, and read by many threads.
@@ -118,13 +122,16 @@ struct Plan {
   int batch_tiles;                    // tiles of kBatchColumns sequences in a block; kStep: in a warp
   const KernelSet* kernels;           // for that arithmetic and so many tiles; null for a cell with options
   const CellKernelSet* cell_kernels;  // and else
-  KernelCheck* check;                 // what is known of the one kernel that it launches
+  const NormKernelSet* norm_kernels;  // besides, where that normalises
+  KernelCheck* check;                 // what is known of the one kernel that it launches, or that stands for them
   Layout layout;                      // not for kStep
   int num_parts;                      // kStep: launches of a step
   StepPart part[2];
   LaunchConfig config[2];  // of the launch for all T, or those of a step
+  LaunchConfig rows;       // of a cell that normalises, after the product
   int64_t workspace_bytes;
   int64_t hidden_offset;   // kStep with a projection: in the workspace, of h before it
+  int64_t rows_offset;     // of a cell that normalises: in the workspace, of its sums
   int64_t h_state_offset;  // kStep of a cell with options: of KernelCell::h_state, where the workspace goes on there
   std::optional<CellTraits> cell;
   int sm_margin;

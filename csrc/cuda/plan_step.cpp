@@ -1,4 +1,5 @@
-// A launch for each step, or two with a projection: how the product of a launch is cut, and by COST_MODEL.md its time.
+// A launch for each step, or two with a projection, and one more for the rows of a cell that normalises: how the
+// product of a launch is cut, and by COST_MODEL.md its time.
 #include <algorithm>
 #include <cmath>
 
@@ -16,6 +17,14 @@ struct StepCosts {
 };
 constexpr StepCosts kForwardCosts{1.4, 940, 1750, 3200, 470, 200}, kBackwardCosts{1.7, 860, 0, 2500, 175, 1700};
 
+// Of an item that is only summed and stored; assumed.
+constexpr double kSumItemClocks = 250;
+
+// Of a row that is normalised, in clocks, assumed: when the threads of its block meet, and a turn of each over its
+// units.
+constexpr int kRowMeetings = 4, kRowTurns = 6;
+constexpr double kMeetingClocks = 300, kTurnClocks = 350;
+
 constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
 
 // Places in a launch are ints: the most units, or blocks, that a launch of a step counts.
@@ -28,12 +37,20 @@ struct StepTile {
   int sequences() const { return batch_tiles * kBatchColumns << warps_n_log2; }
 };
 
+// Whether the launch of a product leaves its sums as they are, for that of the rows of a cell that normalises.
+bool leaves_sums(const Problem& problem, Product product) {
+  const bool of_rows =
+      product == (problem.backward && problem.shape.projected ? Product::kProjection : Product::kRecurrent);
+  return problem.normalises() && of_rows;
+}
+
 // One product with a launch of its own.
 StepPart step_part(const Problem& problem, Product product, const StepTile& tile) {
   const int64_t H = problem.shape.H;
-  const bool gates = product == Product::kRecurrent && !problem.backward;
+  const bool of_gates = product == Product::kRecurrent && !problem.backward;
+  const bool gates = of_gates && !problem.normalises();  // else their sums go to memory, and need not meet in a block
   const bool hidden = product == Product::kProjection && problem.backward;
-  const int64_t units = gates || hidden ? H : problem.shape.P;
+  const int64_t units = gates || hidden ? H : of_gates ? 4 * H : problem.shape.P;
   StepPart part{};
   part.product = product;
   part.warps_m_log2 = tile.warps_m_log2;
@@ -79,12 +96,37 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
                                     tiles / waves * stages * stage_bytes / kL2BytesPerClock);
   const double units = rows / part.rows.groups * sequences / part.k_blocks();
   const double options = problem.cell ? kCellClocks + problem.cell->draws * kDrawClocks : 0;
+  const bool only_sums = leaves_sums(problem, part.product);
+  const double item = only_sums ? kSumItemClocks : costs.item + options;
   const bool clustered = part.k_blocks() > 1;
-  const double sums = clustered ? costs.sums * part.k_blocks() * part.splits() : 0;
+  const double sum = only_sums ? kBackwardCosts.sums : costs.sums;  // an item is one row in both
+  const double sums = clustered ? sum * part.k_blocks() * part.splits() : 0;
   const double epilogue =
-      blocks_of_sm * std::ceil(units / kThreads) * (costs.item + sums + options) + (clustered ? 2 * costs.meeting : 0);
+      blocks_of_sm * std::ceil(units / kThreads) * (item + sums) + (clustered ? 2 * costs.meeting : 0);
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
   const double clocks = waves * (costs.start + streaming + epilogue);
+  return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
+}
+
+// The launch of the rows of a cell that normalises.
+LaunchConfig rows_config(const Problem& problem) {
+  LaunchConfig config;
+  config.grid_x = static_cast<int>(std::max<int64_t>(1, problem.shape.B));
+  config.grid_y = problem.directions;
+  config.threads = row_threads(problem.shape.H);
+  config.shared_bytes = row_shared_bytes(tile_sizes(problem.arithmetic).sum_bytes);
+  config.overlaps = problem.device.compute_capability >= 90;
+  return config;
+}
+
+// Microseconds of it.
+double rows_time(const Problem& problem, const LaunchConfig& config) {
+  const double resident = double(problem.device.sms) * (kMostRowThreads / config.threads);
+  const double waves = std::ceil(double(config.grid_x) * config.grid_y / resident);
+  const double units = std::ceil(double(problem.shape.H) / config.threads);
+  const double options = kCellClocks + problem.cell->draws * kDrawClocks;
+  const double clocks = waves * (kRowMeetings * kMeetingClocks + units * (kRowTurns * kTurnClocks + options));
+  const double gap = config.overlaps ? kOverlapMicroseconds : kGapMicroseconds;
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
 }
 
@@ -149,7 +191,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
         best[n].config.overlaps = problem.device.compute_capability >= 90;
       }
     });
-    double time = 0;
+    double time = problem.normalises() ? rows_time(problem, rows_config(problem)) : 0;
     for (int n = 0; n < plan.num_parts; ++n) time += best[n].time;
     if (time >= plan.microseconds) continue;
     plan.microseconds = time;
@@ -159,12 +201,20 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
       plan.config[n] = best[n].config;
     }
   }
+  if (problem.normalises()) {
+    if (shape.B > kMostBlocks) throw std::runtime_error("x: expected a smaller batch for a launch");
+    plan.rows = rows_config(problem);
+  }
   if (!plan.batch_tiles && found.why.empty()) throw std::runtime_error("x: expected a smaller batch for a launch");
   found.was_refused = !plan.batch_tiles;
   if (found.was_refused) return found;
   const int64_t state = problem.directions * shape.B * shape.H;  // numbers of c, and of h before a projection
   plan.hidden_offset = round_up(state * sizes.sum_bytes, 16);
   plan.workspace_bytes = plan.hidden_offset + (shape.projected ? state * sizes.number_bytes : 0);
+  if (problem.normalises()) {
+    plan.rows_offset = round_up(plan.workspace_bytes, 16);
+    plan.workspace_bytes = plan.rows_offset + 4 * state * sizes.sum_bytes;
+  }
   if (problem.cell) {
     const int64_t h_state = problem.directions * shape.B * shape.P;
     plan.h_state_offset = round_up(plan.workspace_bytes, 16);

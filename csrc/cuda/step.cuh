@@ -304,6 +304,34 @@ __device__ __forceinline__ typename Tile::Sum& kept_d_h(const WithCell<StepBackw
   return static_cast<typename Tile::Sum*>(params.cell.h_state)[(d * shape.B + b) * shape.P + p];
 }
 
+// The gradient of h that comes back to a step of a cell with options, from that of what the next step multiplied.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Sum d_h_of_cell(const WithCell<StepBackward>& params, int d, int64_t b,
+                                                          int64_t p, typename Tile::Sum product) {
+  typename Tile::Sum d_h = product;
+  d_h *= CellStep<Tile, false>(params.cell, d).h_mask({0, b, p});
+  if (params.cell.h_state && params.s + 1 < params.pass.layer.shape.T) d_h += kept_d_h<Tile>(params, d, b, p);
+  return d_h;
+}
+
+// From the gradient of h that a step left to that of what it computed; what is known of h then is stored.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Sum cell_output_backward(const WithCell<StepBackward>& params,
+                                                                   const BackwardRows<Tile>& rows, const Moment& moment,
+                                                                   int d, int64_t b, int64_t p,
+                                                                   typename Tile::Sum d_h) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const BackwardPass& pass = params.pass;
+  const CellStep<Tile, false> step(params.cell, d);
+  Sum kept;
+  d_h = step.output_backward(moment, place_of<Tile>(params, moment, d, b, p), pass.layer.shape.projected, d_h, kept);
+  if (params.cell.h_state) kept_d_h<Tile>(params, d, b, p) = kept;
+  const Units<Sum, 1> before{{step.h_before(pass.layer.direction[d].state, moment, params.s, {0, b, p})}};
+  store_cell_output_grads(pass, d, rows, moment, b, p, before, Units<Number, 1>{{narrow<Number>(d_h)}}, 1);
+  return d_h;
+}
+
 // What the pointwise part of a unit reads, as it is stored: to widen it would be to wait for it.
 template <class Tile>
 struct CellBackwardLoaded {
@@ -405,10 +433,7 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
     const int64_t b = block.sequence(n);
     const auto from_next_step = [&] {
       Sum d_h = block.product(n, j).at[0];
-      if constexpr (kOptions) {
-        d_h *= CellStep<Tile, false>(params.cell, d).h_mask({0, b, p});
-        if (params.cell.h_state && params.s + 1 < shape.T) d_h += kept_d_h<Tile>(params, d, b, p);
-      }
+      if constexpr (kOptions) d_h = d_h_of_cell<Tile>(params, d, b, p, d_h);
       return d_h;
     };
     if (params.s < 0) {
@@ -420,12 +445,7 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
       const BackwardRows<Tile> rows = backward_rows<Tile, kOptions>(pass, d, moment, b);
       Sum d_h = backward_output<Number>(from, moment, b, p, from_next_step(), widen(loaded.dy));
       if constexpr (kOptions) {
-        const CellStep<Tile, false> step(params.cell, d);
-        Sum kept;
-        d_h = step.output_backward(moment, place_of<Tile>(params, moment, d, b, p), shape.projected, d_h, kept);
-        if (params.cell.h_state) kept_d_h<Tile>(params, d, b, p) = kept;
-        const Units<Sum, 1> before{{step.h_before(from.state, moment, params.s, {0, b, p})}};
-        store_cell_output_grads(pass, d, rows, moment, b, p, before, Units<Number, 1>{{narrow<Number>(d_h)}}, 1);
+        d_h = cell_output_backward<Tile>(params, rows, moment, d, b, p, d_h);
       } else {
         store_output_grads(pass, d, rows, moment, params.s, b, p, Units<Number, 1>{{narrow<Number>(d_h)}}, 1);
       }

@@ -80,6 +80,32 @@ struct StepsArgs : LayerLayout {
   }
 };
 
+// What a cell that normalises has normalised, for its backward pass; nothing of another.
+struct NormArrays {
+  NormArrays(const StepsArgs& args, const Array& like, py::handle normed_, py::handle scales_) {
+    if (!args.cell || args.cell->norm == Norm::kNone) return;
+    num_scales = args.cell->norm == Norm::kRows ? 1 : 4;
+    normed = get(args, like, normed_, "normed", 4 * args.shape.H);
+    scales = get(args, like, scales_, "scales", num_scales);
+  }
+
+  explicit operator bool() const { return num_scales > 0; }
+
+  Array normed, scales;
+  int64_t num_scales = 0;
+
+ private:
+  static Array get(const StepsArgs& args, const Array& like, py::handle object, const char* name, int64_t width) {
+    Array array(object, name, like);
+    if (!array) throw py::type_error(std::string(name) + ": expected an array for a cell that normalises, got None");
+    array.expect_dtype(args.compute_dtype);
+    array.expect_shape(args.saved_shape(width));
+    array.settle();
+    if (!array.contiguous()) throw std::runtime_error(std::string(name) + ": expected a contiguous tensor");
+    return array;
+  }
+};
+
 // Memory for one call, from the framework's allocator: it stays valid in stream order.
 Output workspace_of(const Allocator& allocator, int64_t bytes) {
   return bytes > 0 ? allocator.empty(Dtype::kFloat32, {(bytes + 3) / 4}) : Output{};
@@ -129,8 +155,34 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
   return py::make_tuple(y.object, h_n.object, c_n.object, cells.object, saved);
 }
 
+py::object cuda_h_before(const LayerCall& steps, const Saved& saved) {
+  const py::handle none(Py_None);
+  const OutputGrads no_grads{none, none, none, none};
+  if (!takes(steps, saved, no_grads)) return not_implemented();
+  Array gates(steps.x, "gates", dlpack::kCuda);
+  gates.settle();
+  const StepsArgs args(steps, gates, gates.float_dtype());
+  if (!args.cell || args.cell->norm == Norm::kNone) throw py::value_error("cell: expected one that normalises");
+  BackwardArrays arrays(args, gates, saved, no_grads);
+  arrays.settle();
+  const cuda::DeviceGuard guard(gates.device().id);
+  const int64_t P = args.shape.P;
+  const Output h = Allocator(gates).empty(args.dtype, args.saved_shape(P));
+
+  cuda::StepsBefore before{args.shape, args.masks, args.packed_offset, args.shape.T, args.saved_map(P), {}};
+  for (int n = 0; n < args.D; ++n) before.direction[n] = {args.reverse(n), args.state(n), h.at(n * args.saved_size(P))};
+  const std::optional<LayerCell> cell = args.described_cell(arrays.y);
+  const int capability = cuda::device_limits(gates.device().id).compute_capability;
+  void* const stream = gates.current_stream();
+  {
+    const GilRelease release;
+    cuda::layer_h_before(before, *cell, cuda::arithmetic_of(args.dtype, false, capability), args.D, stream);
+  }
+  return h.object;
+}
+
 py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
-                               bool tf32, const std::string& strategy) {
+                               bool tf32, const std::string& strategy, py::handle normed, py::handle scales) {
   if (!takes(steps, saved, grads)) return not_implemented();
   Array gates(steps.x, "gates", dlpack::kCuda);
   gates.settle();
@@ -139,6 +191,7 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   const int64_t D = args.D;
   BackwardArrays arrays(args, gates, saved, grads);
   arrays.settle();
+  const NormArrays norm(args, gates, normed, scales);
   const cuda::DeviceGuard guard(gates.device().id);
   const cuda::LayerOptions options{args.dtype, tf32, cuda::forced_by(strategy), traits_of(args.cell)};
   std::string refused;
@@ -156,10 +209,15 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
   const bool peephole = args.cell && args.cell->peephole && has(needs, Needs::kWeights);
   const Output c_prev = peephole ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
   const Output c_new = peephole ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
+  const Output d_pre = norm ? allocator.empty(args.compute_dtype, args.saved_shape(4 * H)) : Output{};
+  const bool scales_c = norm && has(needs, Needs::kWeights);
+  const Output d_seen = scales_c ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
+  const Output d_gamma_h = scales_c ? allocator.empty(args.compute_dtype, args.saved_shape(H)) : Output{};
   const Output workspace = workspace_of(allocator, plan->workspace_bytes);
 
   cuda::BackwardPass pass{};
-  cuda::CellOutputs cell_outputs[2] = {};
+  cuda::BackwardCellArrays cell_arrays{};
+  cell_arrays.scales_map = args.saved_map(norm.num_scales);
   pass.d_gates_map = args.saved_map(4 * H);
   pass.h_map = args.saved_map(P);
   pass.hidden_map = args.saved_map(H);
@@ -170,15 +228,18 @@ py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const
     pass.outputs[n] = {d_gates.at(n * args.saved_size(4 * H)), h_prev.at(n * args.saved_size(P)),
                        d_h.at(n * args.saved_size(P)), hidden.at(n * args.saved_size(H)),
                        (projected ? hidden_prev : h_prev).at(n * args.saved_size(H))};
-    cell_outputs[n] = {c_prev.at(n * args.saved_size(H)), c_new.at(n * args.saved_size(H))};
+    cell_arrays.cells[n] = {c_prev.at(n * args.saved_size(H)), c_new.at(n * args.saved_size(H))};
+    cell_arrays.normed[n] = {const_cast<void*>(norm.normed.at(n)), norm.scales.at(n),
+                             d_pre.at(n * args.saved_size(4 * H)), d_seen.at(n * args.saved_size(H)),
+                             d_gamma_h.at(n * args.saved_size(H))};
   }
   void* const stream = gates.current_stream();
   {
     const GilRelease release;
-    cuda::layer_backward(pass, cell_outputs, *plan, workspace.data, stream);
+    cuda::layer_backward(pass, cell_arrays, *plan, workspace.data, stream);
   }
   return py::make_tuple(d_gates.object, h_prev.object, d_h.object, hidden.object, hidden_prev.object, dh0.object,
-                        dc0.object, c_prev.object, c_new.object);
+                        dc0.object, c_prev.object, c_new.object, d_pre.object, d_seen.object, d_gamma_h.object);
 }
 
 py::object cuda_step_forward(const LayerCall& call, bool tf32) {
@@ -190,6 +251,8 @@ py::object cuda_step_forward(const LayerCall& call, bool tf32) {
   LayerArgs args(call, dlpack::kCuda);
   if (args.shape.projected) throw std::runtime_error("w_hr: expected none in a single step, got one");
   if (args.resets) throw std::runtime_error("resets: expected None in a single step, got an array");
+  if (args.cell && args.cell->norm != Norm::kNone)
+    throw std::runtime_error("cell: expected one that does not normalise in a single step");
   const cuda::DeviceGuard guard(args.x.device().id);
   const cuda::LayerOptions options{args.dtype, tf32, {cuda::Strategy::kStep}, traits_of(args.cell)};
   std::string refused;

@@ -33,14 +33,18 @@ const char* dtype_of(cuda::Arithmetic arithmetic) {
   }
 }
 
+// Which cell's kernel it is, as CELLS of lstm_ext/self_check.py names it.
+std::string cell_of(const cuda::Plan& plan) {
+  if (!plan.cell) return "";
+  const char* const norms[] = {"", ", rows", ", gates"};
+  return std::string(plan.cell->tensorflow ? "TensorFlow" : "torch") + norms[static_cast<int>(plan.cell->norm)];
+}
+
 // What Python finds out about the kernel of a plan; None for nothing yet.
 py::object check_kernel(const cuda::Plan& plan, bool projected, int device) {
   const std::string forced = std::string(cuda::name_of(plan.strategy)) + "/" + std::to_string(plan.batch_tiles);
   return hooks().check(device, cuda::plan_kernel(plan), dtype_of(plan.arithmetic),
-                       plan.arithmetic == cuda::Arithmetic::kTf32, forced, projected, plan.backward,
-                       !plan.cell              ? ""
-                       : plan.cell->tensorflow ? "TensorFlow"
-                                               : "torch");
+                       plan.arithmetic == cuda::Arithmetic::kTf32, forced, projected, plan.backward, cell_of(plan));
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
 
 // `steps` as above, but x is `saved.gates`.
 // -> (d_gates [D, .., 4H], h_prev [D, .., P], d_h [D, .., P], hidden [D, .., H], hidden_prev [D, .., H], dh0, dc0,
-//     c_prev [D, .., H], c_new [D, .., H])
+//     c_prev [D, .., H], c_new [D, .., H], ..)
 // d_gates are those before the activation, h_prev what each step started from. The three that follow are None without a
 // projection. With one, d_h and hidden are the gradient of h and h before the projection, and what a step started from
 // is h_prev + hidden_prev W_hr': one of the two terms is zero, as h_prev holds h0 alone. All are zero past a length.
@@ -35,8 +35,18 @@ py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, cons
 // Of a cell with options h_prev is what each step multiplied in any case, and hidden_prev None; d_h is the gradient
 // before a clip; d_gates are in the order of the weights. c_prev and c_new are None without a peephole: c as each step
 // found it, and as its gates left it.
+//
+// A cell that normalises is given what it has normalised, `normed` [D, .., 4H] in the order of the weights, and
+// `scales`, 1 / its deviations: of the sums of h [D, .., 1] with Norm::kRows, else of whole sums [D, .., 4]. Both are
+// float32 for half types. Forward its xw is normalised and scaled already with Norm::kRows. d_gates are those of what
+// was normalised; three more results follow, float32 for half types, which are None for any other cell: d_pre [D, ..,
+// 4H], those before the activation, and d_seen and d_gamma_h [D, .., H], None where gradients of weights are not
+// needed: of c as the output sees it, and that times the normalised c. `normed` becomes its product with d_pre.
 py::object cuda_layer_backward(const LayerCall& steps, const Saved& saved, const OutputGrads& grads, Needs needs,
-                               bool tf32, const std::string& strategy);
+                               bool tf32, const std::string& strategy, py::handle normed, py::handle scales);
+
+// Of such a cell h_prev by itself, before there is `normed`; `steps` and `saved` are as for the backward pass.
+py::object cuda_h_before(const LayerCall& steps, const Saved& saved);
 
 // A call without a time axis, nothing saved, in one launch -> as layer_forward
 py::object cuda_step_forward(const LayerCall& call, bool tf32);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +31,10 @@ from ..call import (
     Saved,
     check,
 )
-from . import in_torch
+from ..cell import Norm
+from . import cuda_norm, in_torch
 from .composed import compute_dtype
+from .cuda_norm import gates_of, multiply, norm_of
 
 _strategy = ""
 tell_refusal: Callable[[torch.dtype, str], None] | None = None  # who chooses engines wants to know
@@ -100,18 +103,17 @@ def _seems_right(call: LayerCall) -> bool:
 
 
 def input_products(call: LayerCall) -> Tensor:
-    """x W_ih' of each direction: [D, T, B, 4H], or of packed rows [D, N, 4H]; float32 for half types."""
+    """x W_ih' of each direction: [D, T, B, 4H], or of packed rows [D, N, 4H]; float32 for half types.
+
+    Normalised and scaled where a cell normalises it by itself.
+    """
     x, split = call.x, call.split_as_laid_out()
     steps = x.shape[:1] if call.batch_sizes is not None else (call.num_steps(), call.batch_size())
-    rows, wide = _rows(x, call.batch_first), compute_dtype(x.dtype)
-    xw = x.new_empty(len(split), *steps, split[0].w_ih.shape[0], dtype=wide)
+    rows = _rows(x, call.batch_first)
+    xw = x.new_empty(len(split), *steps, split[0].w_ih.shape[0], dtype=compute_dtype(x.dtype))
     for d, w in enumerate(split):
-        out = xw[d].view(rows.shape[0], w.w_ih.shape[0])
-        if wide == x.dtype:
-            torch.mm(rows, w.w_ih.t(), out=out)
-        else:
-            torch.mm(rows, w.w_ih.t(), out_dtype=wide, out=out)
-    return xw
+        multiply(rows, w.w_ih, xw[d].view(rows.shape[0], w.w_ih.shape[0]))
+    return cuda_norm.normalise_inputs(call, xw)
 
 
 def _explain(error: RuntimeError) -> None:
@@ -129,7 +131,7 @@ def forward(call: CallTuple, save: Save) -> OutputsTuple:
         return NotImplemented
     if asked.is_step:
         # What that one launch does.
-        if not save and asked.resets is None and not asked.projected and not _drops_h(asked):
+        if not (save or asked.resets is not None or asked.projected or _drops_h(asked) or norm_of(asked)):
             outputs = C.cuda_step_forward(asked, tf32_allowed())
             if not isinstance(outputs, str):
                 return outputs
@@ -164,9 +166,15 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
     # One step of all rows, as a cell's: one launch, which multiplies nothing; the gradient of h0 is one more product.
     alone = call.num_steps() == 1 and not call.masked and call.batch_sizes is None and not _changes_dh(call)
     asked = (steps, saved, grads, needs & ~Needs.H0 if alone else needs, tf32_allowed())
-    results = C.cuda_layer_backward(*asked, _strategy or ("step" if alone else ""))
+    normed: tuple[Tensor, ...] = ()
+    if norm_of(call):
+        h_before = C.cuda_h_before(steps, saved)
+        if h_before is NotImplemented:
+            return h_before
+        normed = cuda_norm.again(call, _rows(call.x, call.batch_first), h_before)
+    results = C.cuda_layer_backward(*asked, _strategy or ("step" if alone else ""), *normed)
     if alone and isinstance(results, str) and not _strategy:  # that kernel is refused, others may do
-        results = C.cuda_layer_backward(*asked, "")
+        results = C.cuda_layer_backward(*asked, "", *normed)
     if results is NotImplemented:
         return results
     if isinstance(results, str):
@@ -175,18 +183,25 @@ def backward(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) ->
         else:
             _refuse_cell(results)
         return in_torch.backward(call, saved, grads, needs)
-    d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0, *of_c = results
+    d_gates, h_prev, d_h, hidden, hidden_prev, dh0, dc0, c_prev, c_new, *of_norm = results
     split = call.split_as_laid_out()
     for d, w in enumerate(split if needs & Needs.WEIGHTS else ()):
         if w.w_hr is not None and hidden_prev is not None:
             h_prev[d].flatten(0, -2).addmm_(hidden_prev[d].flatten(0, -2), w.w_hr.t())
     if alone and needs & Needs.H0:
         dh0 = torch.stack([d_gates[d].flatten(0, -2) @ w.w_hh for d, w in enumerate(split)])
+    if not needs & (Needs.X | Needs.WEIGHTS):
+        return None, dh0, dc0, None
+    rows = _valid_rows(call, steps.lengths) if normed or needs & Needs.WEIGHTS else call.x  # else they are not read
+    sums = list(map(SumGrads.of, d_gates))
+    if normed:
+        sums = [_through_norm(call, rows, d, SumGrads.of(d_gates[d]), normed[0], of_norm) for d in range(len(split))]
+    of_c = (d_h, hidden, c_prev, c_new)
     return (
-        _input_grad(call, d_gates) if needs & Needs.X else None,
+        _input_grad(call, [each.of_x for each in sums]) if needs & Needs.X else None,
         dh0,
         dc0,
-        _weight_grads(call, steps.lengths, d_gates, h_prev, d_h, hidden, of_c) if needs & Needs.WEIGHTS else None,
+        _weight_grads(call, rows, sums, h_prev, of_c) if needs & Needs.WEIGHTS else None,
     )
 
 
@@ -199,50 +214,84 @@ def _changes_dh(call: LayerCall) -> bool:
     return _drops_h(call) or (call.cell is not None and call.cell.zoneout_h > 0)
 
 
-def _input_grad(call: LayerCall, d_gates: Tensor) -> Tensor:
+class SumGrads(NamedTuple):
+    """Gradients of one direction's sums [rows, 4H], in the order of the weights.
+
+    They differ where a cell normalises: what x and h bring each by itself, or their sum; and before or after that.
+    """
+
+    of_x: Tensor  # of x W_ih'
+    of_h: Tensor  # of h W_hh'
+    of_bias: Tensor
+    d_pre: Tensor  # of the gates before their activation
+    of_norm: tuple[Tensor, ...] = ()  # those of gamma and beta
+
+    @classmethod
+    def of(cls, d_gates: Tensor) -> SumGrads:
+        """Where nothing is normalised."""
+        rows = d_gates.flatten(0, -2)
+        return cls(rows, rows, rows, rows)
+
+
+def _through_norm(
+    call: LayerCall, rows: Tensor, d: int, sums: SumGrads, products: Tensor, of_norm: list[Tensor | None]
+) -> SumGrads:
+    """Those of direction d of a cell that normalises, from what its steps leave; `sums` are of what they normalised."""
+    d_pre, d_seen, d_gamma_h = (None if a is None else a[d].flatten(0, -2) for a in of_norm)
+    assert d_pre is not None
+    of_x, d_gamma_of_x, of_bias = sums.of_x, None, sums.of_h
+    if norm_of(call) == Norm.ROWS:
+        of_x, d_gamma_of_x = cuda_norm.input_grads(call, rows, call.split_as_laid_out()[d], d_pre)
+        of_bias = d_pre
+    found = cuda_norm.FromSteps(d_pre, products[d].flatten(0, -2), d_seen, d_gamma_h)
+    of_weights = () if d_seen is None else tuple(cuda_norm.weight_grads(call, found, d_gamma_of_x))
+    return SumGrads(of_x, sums.of_h, of_bias, d_pre, of_weights)
+
+
+def _input_grad(call: LayerCall, of_x: list[Tensor]) -> Tensor:
     """dx, laid out as x."""
     x, split = call.x, call.split_as_laid_out()
-    total = d_gates[0].flatten(0, -2) @ split[0].w_ih
-    for g, w in zip(d_gates[1:], split[1:], strict=True):
-        total = total.addmm_(g.flatten(0, -2), w.w_ih)
+    total = of_x[0] @ split[0].w_ih
+    for g, w in zip(of_x[1:], split[1:], strict=True):
+        total = total.addmm_(g, w.w_ih)
     if not call.batch_first:
         return total.view(x.shape)
     return total.view(x.shape[1], x.shape[0], -1).transpose(0, 1).contiguous()
 
 
 def _weight_grads(
-    call: LayerCall,
-    lengths: Tensor | None,
-    d_gates: Tensor,
-    h_prev: Tensor,
-    d_h: Tensor | None,
-    hidden: Tensor | None,
-    of_c: list[Tensor | None],
+    call: LayerCall, rows: Tensor, sums: list[SumGrads], h_prev: Tensor, of_c: tuple[Tensor | None, ...]
 ) -> list[Tensor]:
-    """In the order of the weights; each is one product over all steps."""
-    x = call.x if call.batch_sizes is not None else _masked(call.x, lengths, call.batch_first)
-    rows, dweights = _rows(x, call.batch_first), []
+    """In the order of the weights; each is one product over all steps. `rows` are those of x, zero past a length."""
+    dweights: list[Tensor] = []
     for d, w in enumerate(call.split_as_laid_out()):
-        g, h = d_gates[d].flatten(0, -2), h_prev[d].flatten(0, -2)
+        g, h = sums[d], h_prev[d].flatten(0, -2)
+        d_h, hidden, c_prev, c_new = (None if a is None else a[d].flatten(0, -2) for a in of_c)
         if call.cell is not None and call.cell.tensorflow:
             width = rows.shape[1]
-            dkernel = g.new_empty(width + h.shape[1], g.shape[1])
-            torch.mm(rows.t(), g, out=dkernel[:width])
-            torch.mm(h.t(), g, out=dkernel[width:])
+            dkernel = g.of_h.new_empty(width + h.shape[1], g.of_h.shape[1])
+            torch.mm(rows.t(), g.of_x, out=dkernel[:width])
+            torch.mm(h.t(), g.of_h, out=dkernel[width:])
             dweights.append(dkernel)
         else:
-            dweights += [g.t() @ rows, g.t() @ h]
+            dweights += [g.of_x.t() @ rows, g.of_h.t() @ h]
         if w.b_ih is not None:
-            db = g.sum(0)
+            db = g.of_bias.sum(0).to(rows.dtype)
             dweights += [db] if w.b_hh is None else [db, db.clone()]
         if d_h is not None and hidden is not None:
-            dweights.append(d_h[d].flatten(0, -2).t() @ hidden[d].flatten(0, -2))
-        if w.peephole is not None:
-            c_prev, c_new = (a[d].flatten(0, -2) for a in of_c if a is not None)
-            d_i, d_f, d_o = self_check.gates_of(call, g)
-            sums = torch.stack([(d_i * c_prev).sum(0), (d_f * c_prev).sum(0), (d_o * c_new).sum(0)])
-            dweights.append(sums.to(g.dtype))
+            dweights.append(d_h.t() @ hidden)
+        if c_prev is not None and c_new is not None:
+            d_i, d_f, _, d_o = gates_of(call.cell, g.d_pre)
+            peephole = torch.stack([(d_i * c_prev).sum(0), (d_f * c_prev).sum(0), (d_o * c_new).sum(0)])
+            dweights.append(peephole.to(rows.dtype))
+        dweights += g.of_norm
     return dweights
+
+
+def _valid_rows(call: LayerCall, lengths: Tensor | None) -> Tensor:
+    """Those of x, zero past a length."""
+    x = call.x if call.batch_sizes is not None else _masked(call.x, lengths, call.batch_first)
+    return _rows(x, call.batch_first)
 
 
 def _masked(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Tensor:

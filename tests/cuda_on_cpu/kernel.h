@@ -8,11 +8,13 @@
 
 namespace lstm_ext::cuda {
 
-// The first row of what a pass leaves, y or d_gates, in any dtype: not what it was.
+// The first row of what a pass leaves, y, d_gates or d_pre, in any dtype: not what it was.
 template <class Params>
 void spoil_outputs(const Params& params) {
   constexpr size_t kBytes = 8;
-  if constexpr (requires { params.layer.direction[0].y; })
+  if constexpr (requires { params.normed[0].d_pre; })
+    memset(params.normed[0].d_pre, 0x3f, kBytes);
+  else if constexpr (requires { params.layer.direction[0].y; })
     memset(params.layer.direction[0].y, 0x3f, kBytes);
   else if constexpr (requires { params.pass.outputs[0].d_gates; })
     memset(params.pass.outputs[0].d_gates, 0x3f, kBytes);
