@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lstm_ext
-from lstm_ext import convert, lstm, lstm_cell
+from lstm_ext import convert, lstm, lstm_cell, masks
 from lstm_ext.convert import Weights
 from lstm_ext.reference import Array, split_gates
 from lstm_ext.testing import assert_close
@@ -206,6 +206,26 @@ def test_activations_are_those_of_keras(
     layer.set_weights(convert.to_keras(weights))
     theirs = [keras.ops.convert_to_numpy(a) for a in layer(x.swapaxes(0, 1), initial_state=[h0[0], c0[0]])]
     y, (h_n, c_n) = lstm_ext.lstm(x, (h0[0], c0[0]), *weights[:4], **options)
+    for ours, expected in zip((y.swapaxes(0, 1), h_n, c_n), theirs, strict=True):
+        assert_close(ours, expected, "float32", terms=I + H)
+
+
+def test_recurrent_dropout_is_that_of_keras(keras: Any, rng: np.random.Generator) -> None:
+    """But that Keras draws a mask for each gate: here all four are ours."""
+    p, seed = 0.4, 3
+    weights = draw_weights(rng)
+    x, h0, c0 = draw_inputs(rng, [(weights,)])
+    layer = keras.layers.LSTM(H, return_sequences=True, return_state=True, recurrent_dropout=p)
+    layer.build((B, T, I))
+    layer.set_weights(convert.to_keras(weights))
+    times, rows, units = np.zeros(1, np.int64), np.arange(B), np.arange(H)
+    dropped = masks.happens(np.array([seed]), masks.Mask.RECURRENT_DROPOUT, 0, times, rows, units, p)
+    assert 0 < dropped.sum() < dropped.size
+    mask = np.where(dropped, 0, 1 / (1 - p)).astype(np.float32)
+    layer.cell.get_recurrent_dropout_mask = lambda _: [mask] * 4
+    given = {"initial_state": [h0[0], c0[0]], "training": True}
+    theirs = [keras.ops.convert_to_numpy(a) for a in layer(x.swapaxes(0, 1), **given)]
+    y, (h_n, c_n) = lstm_ext.lstm(x, (h0[0], c0[0]), *weights[:4], recurrent_dropout=p, training=True, seed=seed)
     for ours, expected in zip((y.swapaxes(0, 1), h_n, c_n), theirs, strict=True):
         assert_close(ours, expected, "float32", terms=I + H)
 
