@@ -68,7 +68,7 @@ class CpuPlan:
         in_place: whether w_ih, w_hh and w_hr are multiplied as they lie; if not, they are packed into panels first.
         one_sum: whether x W_ih' and h W_hh' of a step are one sum.
         alone: whether it is one sequence of a narrow layer, whose steps are computed one by one with several sums for
-            each gate: where no gradient is asked for, and no lengths or resets are given.
+            each gate: where no lengths or resets are given.
         borrow_x: whether x is multiplied where it lies; if not, its rows are copied.
         chunk_steps: steps whose inputs are multiplied at once.
         depth: of a block of each product, x W_ih' and h W_hh', in elements of a row.

@@ -74,7 +74,9 @@ class Way(NamedTuple):
         """One sequence more than the tiles of a block hold; both directions, with lengths and resets."""
         rows = 8 * int(self.forced.partition("/")[2]) + 1
         cell = CELLS[self.cell]
-        P = 13 if self.projected else 0
+        # With a projection a cell that normalises launches all of its kernels.
+        projected = self.projected or (cell is not None and bool(cell.norm) and not cell.tensorflow)
+        P = 13 if projected else 0
         return Case(4, rows, 3, 37, P=P, directions=BOTH, lengths="with_zero", resets=True, cell=cell)
 
     @property
@@ -270,6 +272,8 @@ def ways(device: int) -> Iterator[tuple[Way, str]]:
         ARITHMETICS, STRATEGIES, BATCH_TILES, (False, True), (False, True), CELLS
     ):
         if (tf32 and capability < 80) or (projected and cell.startswith("TensorFlow")):
+            continue
+        if not projected and cell.startswith("torch, "):  # one that normalises has a projection
             continue
         way = Way(dtype, tf32, f"{strategy}/{tiles}", projected, backward, cell)
         case = way.case

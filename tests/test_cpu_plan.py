@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lstm_ext import LSTM, _native, reference  # noqa: F401 (LSTM makes the native module take tensors)
-from lstm_ext.call import BOTH
+from lstm_ext.call import BOTH, REVERSE, Save
 from lstm_ext.engines.cpu import use_plan
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, assert_identical, make_inputs, run_layer
 
@@ -30,6 +30,7 @@ PLAN_CASES = [
     Case(2, 257, 3, 130),  # of one step each
     Case(5, 37, 60, 164, lengths="with_zero", resets=True, directions=BOTH),  # tiles, the last ones not full
     Case(4, 21, 64, 190, P=128, packed=True, directions=BOTH),
+    Case(21, 1, 4, 24),  # alone
 ]
 ALL_CASES = [*CASES, *PLAN_CASES]
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -104,6 +105,31 @@ def test_every_way_matches_the_oracle_and_no_team_changes_a_bit(case: Case, way:
         assert_right(alone, expected, case)
         for team in TEAMS if steps == CHUNKS[-1] else TEAMS[steps % 2 :: 2]:
             assert_same(run(inputs, **way, chunk_steps=steps, **team), alone)
+
+
+ALONE = [
+    Case(40, 1, 3, 24),
+    Case(60, 1, 20, 33),
+    Case(35, 1, 1, 5, directions=REVERSE),
+    Case(50, 1, 9, 40, directions=BOTH, batch_first=True),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_simd_level_one_sequence_of_a_narrow_layer(case: Case, dtype: str) -> None:
+    """In chunks too, on more threads, and whatever is saved."""
+    assert plan_of(case, dtype)["alone"]
+    inputs, expected = problem(case, dtype)
+    all_at_once = run(inputs)
+    assert_right(all_at_once, expected, case, dtype)
+    for way in ({"chunk_steps": 7}, {"threads": 2}, {"threads": 3, "by_rows": False, "chunk_steps": 1}):
+        assert_identical(run(inputs, **way)[0], all_at_once[0])
+    nothing = C.layer_forward(inputs.call, Save.NOTHING)
+    assert_identical(
+        {name: nothing[n] for n, name in enumerate(("y", "h_n", "c_n"))},
+        {name: all_at_once[0][name] for name in ("y", "h_n", "c_n")},
+    )
 
 
 CROWDS = [
@@ -188,6 +214,8 @@ def ways_taken(case: Case, dtype: str, threads: int, backward: bool) -> set[str]
     if backward:
         return {f"backward, {way}" for way in taken}
     taken.add("x borrowed" if plan["borrow_x"] else "x copied")
+    if plan["alone"]:
+        taken.add("alone")
     for name, in_place in zip(("w_ih", "w_hh", "w_hr")[: 3 if case.P else 2], plan["in_place"], strict=False):
         taken.add(f"{name} in place" if in_place else f"{name} packed")
     for name, depth, K, in_place in zip(
@@ -203,7 +231,7 @@ def ways_taken(case: Case, dtype: str, threads: int, backward: bool) -> set[str]
 
 BOTH_PASSES = ("vectors", "one thread", "team by rows", "team by panels", "one chunk", "chunks", "chunks of one step")
 FORWARD_ONLY = (
-    *("x borrowed", "x copied", "one sum", "two sums"),
+    *("x borrowed", "x copied", "one sum", "two sums", "alone"),
     *(f"{name} {how}" for name in ("w_ih", "w_hh", "w_hr") for how in ("in place", "packed")),
     *(f"blocks of {name} in place" for name in ("w_ih", "w_hh")),
 )
@@ -250,7 +278,7 @@ def test_every_simd_level(level: str) -> None:
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 + len(PLAN_CASES)} passed" in done.stdout, done.stdout
+    assert f"{2 + 2 * len(ALONE) + len(PLAN_CASES)} passed" in done.stdout, done.stdout
 
 
 # What cannot be -------------------------------------------------------------------------------------------------------

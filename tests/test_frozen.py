@@ -353,7 +353,8 @@ def test_layers_at_work_at_the_same_time_change_no_bit(
         (torch.randn(B, T, 11), torch.rand(B, T) < 0.1) if first else (torch.randn(T, B, 11), torch.rand(T, B) < 0.1)
     )
     state = torch.randn(num_layers, B, options.get("proj_size") or H), torch.randn(num_layers, B, H)
-    assert "beside other layers" in lstm_ext.plan(T, B, frozen, num_threads=2)[0].why["threads"]
+    plans = lstm_ext.plan(T, B, frozen, num_threads=2)
+    assert all("beside other layers" in each.why["threads"] and each.threads == 1 for each in plans)
     for given in ({}, {"resets": resets}):
         with threads(1):
             expected = frozen(x, state, **given)
@@ -369,8 +370,18 @@ def test_layers_at_work_at_the_same_time_change_no_bit(
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_threads_change_no_bit_of_layers_of_other_dtypes(dtype: torch.dtype) -> None:
+    frozen, x = lstm_ext.freeze(lstm_ext.LSTM(11, 24, 2, dtype=dtype)), torch.randn(200, 1, 11, dtype=dtype)
+    with threads(1):
+        expected = frozen(x)
+    with threads(2):
+        assert_same(frozen(x), expected)
+
+
+@needs_native
 def test_layers_that_do_not_work_at_the_same_time() -> None:
-    def said(T: int, *module: Any, weights: str = "float32", num_threads: int = 2, **options: Any) -> str:
+    def said(T: int, *module: Any, weights: str | None = None, num_threads: int = 2, **options: Any) -> str:
         frozen = lstm_ext.freeze(lstm_ext.LSTM(*module, **options), weights)
         return str(lstm_ext.plan(T, 1, frozen, num_threads=num_threads)[0].why["threads"])
 
@@ -379,6 +390,8 @@ def test_layers_that_do_not_work_at_the_same_time() -> None:
         assert "beside other layers" not in other
     assert "beside other layers" not in said(100, 11, 40, 2, weights="int8")
     assert "beside other layers" not in said(100, 11, 40, 2, bidirectional=True)
+    assert "beside other layers" not in said(100, 11, 40, 2, dtype=torch.bfloat16)  # c would be rounded between blocks
+    assert "beside other layers" not in said(1000, 1000, 64, 2)  # the first layer has nearly all of the work
 
 
 def test_the_plan_of_a_frozen_module() -> None:

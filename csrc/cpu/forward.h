@@ -336,7 +336,8 @@ class Forward {
   void start_alone(int64_t row, const S* x, int64_t p, Vec<C>* sum) const;
   Vec<C> step_alone(int64_t s, int64_t row, const S* x, int64_t p) const;
   Vec<C> step_few_alone(int64_t s, int64_t row, const S* x, int64_t p) const;
-  Vec<C> finish_alone(const GateValues<Vec<C>>& sums, int64_t p) const;
+  Vec<C> finish_alone(const GateValues<Vec<C>>& sums, int64_t s, int64_t p) const;
+  [[gnu::noinline]] void save_alone(const GateValues<Vec<C>>& gates, Vec<C> c, int64_t s, int64_t p) const;
 
   void project_step(const Share& share, int64_t s) const {
     share.for_panels(w_hr_.panels(), [&](int64_t p) {

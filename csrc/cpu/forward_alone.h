@@ -1,7 +1,7 @@
 // The steps of one sequence by itself, of a layer that is so narrow that a step is no work but waiting: each needs all
 // of the h before. So nothing goes through memory between the product and the gates but h itself; each gate's
-// sum is several that do not wait for each other, added up at the end; and the gates of a step take two divisions
-// instead of five (joint_cell in gate_math.h).
+// sum is several that do not wait for each other, added up at the end; and the gates of a frozen layer's step take two
+// divisions instead of five (joint_cell in gate_math.h).
 #pragma once
 
 #include "forward.h"
@@ -93,7 +93,7 @@ LSTM_EXT_INLINE auto Forward<S, Engine>::step_alone(int64_t s, int64_t row, cons
   start_alone<4>(row, x, p, sum);
   multiply_alone<4, 0, 3>(h(s, 0), shape_.P, w_hh_.panel(p), sum);
   multiply_alone<4, 3, 1>(h(s, 0), shape_.P, w_hh_.panel(p), sum);
-  return finish_alone({sum[0], sum[1], sum[2], sum[3]}, p);
+  return finish_alone({sum[0], sum[1], sum[2], sum[3]}, s, p);
 }
 
 // The same of one whose few units share vectors.
@@ -108,14 +108,34 @@ auto Forward<S, Engine>::step_few_alone(int64_t s, int64_t row, const S* x, int6
     for (int n = 0; n < vectors; ++n) store(sums + n * L, sum[n]);
   });
   const auto gate = [&](int g) { return load_up_to(sums + g * width, units); };
-  return finish_alone({gate(0), gate(1), gate(2), gate(3)}, p);
+  return finish_alone({gate(0), gate(1), gate(2), gate(3)}, s, p);
+}
+
+// A frozen layer saves nothing. Of others a backward pass has h again from the gates and c, bit for bit, and what is
+// saved changes no output: their gates are computed one by one, as those of several rows are.
+template <class S, class Engine>
+LSTM_EXT_INLINE auto Forward<S, Engine>::finish_alone(const GateValues<Vec<C>>& sums, int64_t s, int64_t p) const
+    -> Vec<C> {
+  if (packed_) {
+    const auto [c, h] = joint_cell<SoonMath<C>>(sums, load(c_ + p * L));
+    store(c_ + p * L, c);
+    return h;
+  }
+  const auto state = cell_state<VecMath<C>>(sums, load(c_ + p * L));
+  const Vec<C> c = computed(state.c), o = computed(state.gates.o);
+  store(c_ + p * L, c);
+  if (dir_.gates || dir_.cells) save_alone(state.gates, c, s, p);
+  return computed(cell_output<VecMath<C>>(o, c));
 }
 
 template <class S, class Engine>
-LSTM_EXT_INLINE auto Forward<S, Engine>::finish_alone(const GateValues<Vec<C>>& sums, int64_t p) const -> Vec<C> {
-  const auto [c, h] = joint_cell<SoonMath<C>>(sums, load(c_ + p * L));
-  store(c_ + p * L, c);
-  return h;
+void Forward<S, Engine>::save_alone(const GateValues<Vec<C>>& gates, Vec<C> c, int64_t s, int64_t p) const {
+  const int64_t t = walk_.time(s, 0, dir_.reverse), u = p * L, units = gates_.count(p, 0);
+  if (dir_.cells) store_up_to(static_cast<C*>(dir_.cells) + layer_.cells_map.at(t, 0) + u, c, units);
+  if (!dir_.gates) return;
+  S* const to = static_cast<S*>(dir_.gates) + layer_.gates_map.at(t, 0) + u;
+  const Vec<C> values[] = {gates.i, gates.f, gates.g, gates.o};
+  for (int gate = 0; gate < 4; ++gate) store_up_to(to + gate * shape_.H, computed(values[gate]), units);
 }
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

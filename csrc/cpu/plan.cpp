@@ -107,6 +107,7 @@ constexpr double kLeastFlops = 6e5, kLeastFlopsPerStepAndMember = 5e4;
 //   two to four frozen layers of 16 to 96 units, 50 to 512 steps, on one thread and on two; EPYC, 2026-11-26
 constexpr double kLeastFlopsPerRound = 3e5;
 constexpr int64_t kMostRounds = 32;
+constexpr double kLeastSpeedOfRounds = 1.3;  // of what the largest share of the layers leaves to win
 
 // Speed of products by tiles over those by vectors of floats, were each multiplication of planes the only one: 6, and a
 // float times a float takes 6.
@@ -312,7 +313,8 @@ void plan_forward(Plan& plan, const Problem& problem, const EngineShape& engine,
   const int64_t bytes[3] = {panels * engine.panel_bytes(shape.I), panels * engine.panel_bytes(shape.P),
                             shape.projected ? engine.column_panels(shape.P) * engine.panel_bytes(shape.H) : 0};
   choose_in_place(plan, problem, engine, bytes, forced);
-  plan.alone = goes_alone(problem, plan, engine);
+  const bool as_it_lies = forced && forced->in_place[kInput] == true && shape.I <= kFewInputs;
+  plan.alone = !as_it_lies && goes_alone(problem, plan, engine);
   if (plan.alone && shape.I <= kFewInputs) plan.in_place[kInput] = false;
   choose_forward_chunk(plan, shape, engine, bytes, forced);
   choose_depth(plan, problem, engine, forced);
@@ -400,7 +402,8 @@ int choose_threads(const Problem& problem, const EngineShape& engine, const Plan
     worth = plan.load.panels;
   }
   if (worth > 1) worth = ceil_div(plan.load.panels, ceil_div(plan.load.panels, worth));  // more would do no more
-  int by_rows = each - 1;
+  const int64_t most = problem.shape.B * kUnevenRows / plan.load.least_rows;
+  int by_rows = each - 1 < most || plan.by_rows_is_forced ? each - 1 : static_cast<int>(most);
   while (by_rows > worth && !plan.divides_rows(by_rows)) --by_rows;
   if (by_rows > worth) {
     why = "as many as have rows of their own, and do not wait";
@@ -456,8 +459,7 @@ static Plan plan_of(const Layer& layer, bool backward) {
   }
   if constexpr (std::is_same_v<Layer, LayerForward>) {
     problem.packed = layer.direction[0].packed != nullptr;
-    problem.simple = !layer.cell && !layer.shape.projected && !layer.masks.lengths && !layer.masks.resets &&
-                     !layer.direction[0].cells && !layer.direction[0].gates;
+    problem.simple = !layer.cell && !layer.shape.projected && !layer.masks.lengths && !layer.masks.resets;
     problem.storage = layer.storage;
   }
   return make_plan(problem, kernels().shape);
@@ -465,13 +467,30 @@ static Plan plan_of(const Layer& layer, bool backward) {
 
 Plan plan_forward(const LayerForward& layer) { return plan_of(layer, false); }
 
+// What one member of a team may win: all of the layers' work over that of the member who has most.
+double speed_of_rounds(const SequenceShape& shape, int layers, int threads) {
+  SequenceShape later = shape;  // a layer after the first one
+  later.I = shape.P;
+  const double first = flops_of_step(shape), other = flops_of_step(later);
+  const int members = layers < threads ? layers : threads;
+  const int64_t most = ceil_div(layers, members);  // layers of the first member, whose own the first one is
+  const int64_t beside = ceil_div(layers - 1, members);
+  const double with_first = first + static_cast<double>(most - 1) * other,
+               without = static_cast<double>(beside) * other;
+  return (first + (layers - 1) * other) / (with_first > without ? with_first : without);
+}
+
 int64_t steps_of_round(const LayerForward& layer, int layers) {
   const SequenceShape& shape = layer.shape;
   const bool whole = layer.num_directions == 1 && !layer.direction[0].reverse && !layer.masks.lengths &&
                      !layer.x_map.packed_offset && shape.B > 0;
+  // A block leaves its state as the layer stores it: what half types round there would not be rounded within a pass.
   // How int8 rows are scaled depends on the state that a pass begins with.
-  if (layers < 2 || layer.num_threads < 2 || !whole || layer.storage == Storage::kInt8) return 0;
-  if (plan_forward(layer).threads > 1) return 0;
+  const bool exact =
+      (layer.dtype == Dtype::kFloat32 || layer.dtype == Dtype::kFloat64) && layer.storage != Storage::kInt8;
+  if (layers < 2 || layer.num_threads < 2 || !whole || !exact) return 0;
+  if (plan_forward(layer).threads > 1 || speed_of_rounds(shape, layers, layer.num_threads) < kLeastSpeedOfRounds)
+    return 0;
   SequenceShape widest = shape;
   if (widest.I < shape.P) widest.I = shape.P;
   const auto least = static_cast<int64_t>(kLeastFlopsPerRound / flops_of_step(widest)) + 1;

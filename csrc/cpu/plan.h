@@ -115,7 +115,7 @@ struct Problem {
   bool by_columns = false;  // weights are in TensorFlow's layout
   bool normed = false;      // there is layer normalisation
   bool packed = false;      // weights are frozen: packed for vectors
-  bool simple = false;      // the plain LSTM without a projection, of which nothing is saved, and no row is masked
+  bool simple = false;      // the plain LSTM without a projection, of which no row is masked
   Storage storage = Storage::kPlain;
 };
 

@@ -249,7 +249,7 @@ struct Member {
   }
 };
 
-void run_team(int threads, int size, void (*body)(void*, int, int), void* context) {
+void run_team(int threads, int size, void (*body)(void*, int, int), void* context, bool even) {
   if (size <= 1) return body(context, 0, 1);
   if (threads > kMostThreads) threads = std::min(threads, std::max(kMostThreads, usable_processors()));
   size = std::min(size, threads);
@@ -264,10 +264,11 @@ void run_team(int threads, int size, void (*body)(void*, int, int), void* contex
     Region region{Member::run, &member, size};
     openmp.parallel(Region::enter, &region, static_cast<unsigned>(threads), 0);
   }
-  // While one member is late all others sleep in a barrier, or the caller waits here at the end.
-  const Clock::duration in_barriers(member.all_slept.load(std::memory_order_relaxed) / (size - 1));
   const Clock::time_point end = Clock::now();
   last_end.store(end.time_since_epoch().count(), std::memory_order_relaxed);
+  if (!even) return;
+  // While one member is late all others sleep in a barrier, or the caller waits here at the end.
+  const Clock::duration in_barriers(member.all_slept.load(std::memory_order_relaxed) / (size - 1));
   crowding.learn(start, end, in_barriers + (end - member.first_done), size);
 }
 

@@ -29,8 +29,8 @@ struct Team {
 // another call has the pool, when the system gives no more threads, where that many are no use (64, or the usable
 // processors if they are more), or for a while after calls in which the
 // members waited so long for one that did not run, its core being taken by others, that one alone would have been
-// faster.
-void run_team(int threads, int size, void (*body)(void* context, int rank, int size), void* context);
+// faster. Where `even` is false members have unequal work, and it is not judged how long they wait for each other.
+void run_team(int threads, int size, void (*body)(void* context, int rank, int size), void* context, bool even = true);
 
 // From now on teams are made of the OpenMP threads that the loaded library of this name uses, if it uses
 // any: two pools would take the processors from each other, since OpenMP's threads spin when they wait.

@@ -147,10 +147,14 @@ Plan plan_on(const SequenceShape& shape, int directions, bool backward, const La
     return resident_blocks(of, strategy, tiles, device, cluster, shared);
   };
   problem.refusal = [&](Strategy strategy, int batch_tiles) {
-    return with_kernel(problem, strategy, batch_tiles, [&](const auto& kernel) {
+    const auto wrong = [&](const auto& kernel) {
       const KernelCheck& check = kernel_check(device, kernel.name);
       return check.verdict == Verdict::kWrong ? kernel.name + (": " + check.why) : std::string();
-    });
+    };
+    const std::string own = with_kernel(problem, strategy, batch_tiles, wrong);
+    if (!own.empty() || !problem.normalises()) return own;
+    // Its steps have kernels of other cells besides.
+    return with_kernel_of(cell_kernels(arithmetic, problem.cell->tensorflow), strategy, backward, wrong);
   };
   problem.sm_margin = margin;
   const auto found = known().measured.find(device);

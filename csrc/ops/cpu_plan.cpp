@@ -50,7 +50,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, bool pr
   const SequenceShape shape{T, B, I, H, projected ? P : H, projected};
   cpu::Problem problem{dtype_named(dtype), shape, num_directions, backward,
                        num_threads ? num_threads : cpu::default_threads()};
-  problem.simple = !projected && !backward;  // no gradient is asked for
+  problem.simple = !projected && !backward;  // without masks
   return described_plan(problem);
 }
 

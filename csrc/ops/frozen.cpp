@@ -235,7 +235,7 @@ struct Frozen::Rounds {
 
   void run() {
     const int members = static_cast<int>(std::min<int64_t>(io.num_threads, layers()));
-    cpu::run_team(io.num_threads, members, body, this);
+    cpu::run_team(io.num_threads, members, body, this, false);
     if (failure) std::rethrow_exception(failure);
   }
 
@@ -278,7 +278,9 @@ struct Frozen::Rounds {
     const FinalState after = state_after(n, block, final);
     direction.h_n = after.h;
     direction.c_n = after.c;
-    cpu::kernels().layer_forward(layer, cpu::plan_forward(layer));
+    cpu::Plan plan = cpu::plan_forward(layer);
+    plan.threads = 1;  // whatever is forced by now
+    cpu::kernels().layer_forward(layer, plan);
   }
 
   struct FinalState {
@@ -364,25 +366,29 @@ py::object Frozen::run(const LayerCall& call, int num_threads) const {
 }
 
 py::list Frozen::plans(int64_t T, int64_t B, int num_threads) const {
+  const auto described = [&](const FrozenLayer& own, int64_t steps, int threads) {
+    cpu::Problem problem{own.dtype, own.shape, own.D, false, threads};
+    problem.shape.T = steps;
+    problem.shape.B = B;
+    problem.normed = own.cell && own.cell->norm != Norm::kNone;
+    problem.packed = true;
+    problem.simple = !own.cell && !own.shape.projected;
+    problem.storage = own.storage;
+    return described_plan(problem);
+  };
   const int threads = num_threads ? num_threads : cpu::default_threads();
-  LayerForward first = layers_[0]->description();
+  py::list plans;
+  for (const auto& own : layers_) plans.append(described(*own, T, threads));
+  LayerForward first = layers_[0]->description();  // of sizes that have been found to be possible
   first.shape.T = T;
   first.shape.B = B;
   first.num_threads = threads;
   const int64_t steps = cpu::steps_of_round(first, static_cast<int>(layers_.size()));
-  py::list plans;
-  for (const auto& own : layers_) {
-    cpu::Problem problem{own->dtype, own->shape, own->D, false, threads};
-    problem.shape.T = T;
-    problem.shape.B = B;
-    problem.normed = own->cell && own->cell->norm != Norm::kNone;
-    problem.packed = true;
-    problem.simple = !own->cell && !own->shape.projected;
-    problem.storage = own->storage;
-    const py::dict plan = described_plan(problem);
-    if (steps)
-      plan["why"]["threads"] = "one, of its own: it does " + std::to_string(steps) + " steps beside other layers";
-    plans.append(plan);
+  if (!steps) return plans;
+  for (size_t n = 0; n < layers_.size(); ++n) {
+    const py::dict plan = described(*layers_[n], steps, 1);
+    plan["why"]["threads"] = "one, of its own: it does " + std::to_string(steps) + " steps beside other layers";
+    plans[n] = plan;
   }
   return plans;
 }
