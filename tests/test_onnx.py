@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import lstm_ext  # noqa: E402
 
-from .test_frozen import learned_text, one_thread, with_weights  # noqa: E402
+from .test_frozen import learned_text, threads, with_weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 I, H = 3, 5  # noqa: E741
@@ -326,7 +326,7 @@ def digits() -> tuple[Any, Any, Any, Any]:
     torch.manual_seed(0)
     lstm, head = lstm_ext.LSTM(8, 64), nn.Linear(64, 10)
     optimizer = torch.optim.Adam([*lstm.parameters(), *head.parameters()], 0.01)
-    with one_thread():
+    with threads(1):
         for _ in range(12):
             for rows in torch.randperm(1400).split(50):
                 loss = nn.functional.cross_entropy(head(lstm(x[:, rows])[0][-1]), target[rows])
