@@ -101,13 +101,13 @@ constexpr int64_t kBackwardChunkBytes = kUsualCache / 2, kLeastBackwardRows = 25
 //   threads-step (kLeastFlopsPerStepAndMember); EPYC, 2026-11-22
 constexpr double kLeastFlops = 6e5, kLeastFlopsPerStepAndMember = 5e4;
 
-// Layers of a stack that have no work for two threads in a step may have one each. A block of steps then costs a call
-// and a wait, some tenths of a microsecond: it has as much work at least; and blocks are no more than that, as each
-// layer begins one later than the one before.
+// Layers of a stack that have no work for two threads in a step may have one each, and do a block of steps at a time. A
+// block costs a call and a wait, some tenths of a microsecond, so that it needs some work; and there are some tens of
+// them at the most, since each layer begins one block later than the one before.
 //   two to four frozen layers of 16 to 96 units, 50 to 512 steps, on one thread and on two; EPYC, 2026-11-26
 constexpr double kLeastFlopsPerRound = 3e5;
 constexpr int64_t kMostRounds = 32;
-constexpr double kLeastSpeedOfRounds = 1.3;  // of what the largest share of the layers leaves to win
+constexpr double kLeastSpeedOfRounds = 1.3;  // times that of one thread
 
 // Speed of products by tiles over those by vectors of floats, were each multiplication of planes the only one: 6, and a
 // float times a float takes 6.
@@ -467,13 +467,13 @@ static Plan plan_of(const Layer& layer, bool backward) {
 
 Plan plan_forward(const LayerForward& layer) { return plan_of(layer, false); }
 
-// What one member of a team may win: all of the layers' work over that of the member who has most.
+// Times as fast as one thread, at best: all of the layers' work over that of the member who has most.
 double speed_of_rounds(const SequenceShape& shape, int layers, int threads) {
   SequenceShape later = shape;  // a layer after the first one
   later.I = shape.P;
   const double first = flops_of_step(shape), other = flops_of_step(later);
   const int members = layers < threads ? layers : threads;
-  const int64_t most = ceil_div(layers, members);  // layers of the first member, whose own the first one is
+  const int64_t most = ceil_div(layers, members);  // layers of the member who has the first one
   const int64_t beside = ceil_div(layers - 1, members);
   const double with_first = first + static_cast<double>(most - 1) * other,
                without = static_cast<double>(beside) * other;
@@ -506,6 +506,7 @@ int64_t steps_of_round(const LayerForward& layer, int layers) {
   }
   return steps;
 }
+
 Plan plan_backward(const LayerBackward& layer) { return plan_of(layer, true); }
 
 void force(const Forced& forced) {
