@@ -219,13 +219,14 @@ LayerForward Frozen::in_stack(const LayerArgs& args, const Io& io, size_t n, cha
 //     layer 1         0  1  2  3
 //
 // Where a block's state comes from and goes to: the last one's goes to h_n and c_n, that of each before it to there or
-// behind the halves, in turn.
+// to `states`, in turn.
 struct Frozen::Rounds {
   const Frozen& frozen;
   const LayerArgs& args;
   const Io& io;
   char* between;
   int64_t half, steps;
+  char* states;  // of each layer h [B, P] and c [B, H]
   cpu::Barrier barrier = {};
   std::atomic<bool> has_failed = false;
   std::exception_ptr failure = {};
@@ -290,7 +291,7 @@ struct Frozen::Rounds {
     if ((blocks() - 1 - block) % 2 == 0) return final;
     const auto [T, B, I, H, P, projected] = args.shape;
     const int64_t bytes = bytes_of(args.dtype);
-    char* const h = between + 2 * half + n * B * (P + H) * bytes;
+    char* const h = states + n * B * (P + H) * bytes;
     return {h, h + B * P * bytes};
   }
 };
@@ -298,13 +299,13 @@ struct Frozen::Rounds {
 void Frozen::forward(const LayerArgs& args, const Io& io, Memory& memory, size_t& memory_bytes) const {
   const size_t count = layers_.size();
   const auto [T, B, I, H, P, projected] = args.shape;
-  const int64_t bytes = bytes_of(args.dtype), half = count > 1 ? args.rows * args.D * P * bytes : 0;
-  const int64_t states = static_cast<int64_t>(count) * B * (P + H) * bytes;
+  const int64_t bytes = bytes_of(args.dtype), half = args.rows * args.D * P * bytes;
+  const int64_t halves = (count > 2 ? 2 : 1) * half, states = static_cast<int64_t>(count) * B * (P + H) * bytes;
   const int64_t steps = cpu::steps_of_round(describe(args, io, 0), static_cast<int>(count));
   auto* const between =
-      static_cast<char*>(count > 1 ? scratch(memory, memory_bytes, 2 * half + (steps ? states : 0)) : nullptr);
+      static_cast<char*>(count > 1 ? scratch(memory, memory_bytes, halves + (steps ? states : 0)) : nullptr);
   if (steps) {
-    Rounds rounds{*this, args, io, between, half, steps};
+    Rounds rounds{*this, args, io, between, half, steps, between + halves};
     return rounds.run();
   }
   for (size_t n = 0; n < count; ++n) {
