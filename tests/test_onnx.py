@@ -338,7 +338,13 @@ def digits() -> tuple[Any, Any, Any, Any]:
 
 def characters() -> tuple[Any, Any, Any, Any]:
     """The same of the characters of a text, read after its end."""
-    lstm, head, x, ids = learned_text()
+    lstm, head, x, ids = learned_text(48)
+    return lstm, head, x[:-1], ids[1:]
+
+
+def wide_characters() -> tuple[Any, Any, Any, Any]:
+    """The same with so many inputs that int8 has 8 bits of each."""
+    lstm, head, x, ids = learned_text(136)
     return lstm, head, x[:-1], ids[1:]
 
 
@@ -362,7 +368,7 @@ def nodes_of_constants(lstm: Any, x: Any) -> bytes:
     return bytes(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString())
 
 
-@pytest.mark.parametrize("trained", [digits, characters])
+@pytest.mark.parametrize("trained", [digits, characters, wide_characters])
 def test_int8_is_no_less_accurate_than_onnxruntimes(trained: Any, tmp_path: Path) -> None:
     """Of trained layers, against float64: no larger an error than DynamicQuantizeLSTM's and torch's; the same told."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -388,9 +394,12 @@ def test_int8_is_no_less_accurate_than_onnxruntimes(trained: Any, tmp_path: Path
 
         shares = {name: share(y) for name, y in ours.items()}
     error = (ours["int8"] - exact).abs()
-    for name, theirs in others.items():
-        assert error.max() <= (theirs - exact).abs().max(), name
-        assert error.mean() <= (theirs - exact).abs().mean(), name
+    for name, y in others.items():
+        theirs = (y - exact).abs()
+        assert error.mean() <= theirs.mean(), name
+        assert error.norm() <= theirs.norm(), name
+        if trained is not wide_characters:  # among so many numbers the largest error is chance: some 0.03 of either
+            assert error.max() <= theirs.max(), name
     assert shares["float32"] > 0.9
     assert abs(shares["int8"] - shares["float32"]) <= 0.003
     assert abs(shares["bfloat16"] - shares["float32"]) <= 0.003

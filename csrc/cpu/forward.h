@@ -115,11 +115,14 @@ class Forward {
     auto* const panels =
         plan_.in_place[weight] ? nullptr : space.template get<typename W::Packed>(W::packed_size(rows, K));
     if constexpr (Engine::kScaled) {
-      return W(matrix.data, matrix.row_stride, scales, rows, K, panels);
+      return W(matrix.data, matrix.row_stride, scales, rows, K, panels, weight == kInput ? x_bits() : Bits::k16);
     } else {
       return W(matrix.data, matrix.row_stride, rows, K, panels);
     }
   }
+
+  // Of the integers of x, where there are any.
+  Bits x_bits() const { return bits_of_inputs(shape_.I, steps_.norm() != Norm::kNone); }
 
   void prepare_cell(Arena& arena);
 
@@ -256,8 +259,11 @@ class Forward {
       return;
     }
     F* copy = x_copy_ + row * x_width_;
-    if constexpr (Engine::kScaled) Engine::scale_row(copy, Engine::largest(x, shape_.I), shape_.I);
-    for (int64_t n = 0; n < shape_.I; n += L) Engine::put(copy, n, load_up_to(x + n, shape_.I - n), shape_.I);
+    if constexpr (Engine::kScaled) {
+      Engine::put_inputs(copy, x, shape_.I, x_bits());
+    } else {
+      for (int64_t n = 0; n < shape_.I; n += L) Engine::put(copy, n, load_up_to(x + n, shape_.I - n), shape_.I);
+    }
     x_rows_[row] = copy;
   }
 

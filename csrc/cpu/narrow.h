@@ -22,6 +22,10 @@
 //
 //                     integer  =  low + 2^8 high - 2^15      start[n]  =  - 2^15 Σ w[k, n]
 //
+//                 A row of many inputs has integers of 8 bits, which are multiplied once:
+//
+//                     integer  =  byte - 2^7                 start[n]  =  - 2^7 Σ w[k, n]
+//
 //                 Sums are exact, so that all SIMD levels have the same.
 #pragma once
 
@@ -129,12 +133,24 @@ using I32 = Vec<int32_t>;
 typedef int16_t Words __attribute__((vector_size(kVecBytes)));
 typedef uint8_t RowBytes __attribute__((vector_size(kVecBytes / 2)));
 
-// How many neighbours in k a lane holds, in how many parts an integer of a row is multiplied, and what is added to it.
+// How many neighbours in k a lane holds, and whether an integer of a row is multiplied byte by byte.
 #if defined(__AVX512VNNI__)
-inline constexpr int kNeighbours = 4, kParts = 2, kAdded = 1 << 15;
+inline constexpr int kNeighbours = 4;
+inline constexpr bool kByBytes = true;
 #else
-inline constexpr int kNeighbours = 2, kParts = 1, kAdded = 0;
+inline constexpr int kNeighbours = 2;
+inline constexpr bool kByBytes = false;
 #endif
+
+// Bits of the integers of a row.
+enum class Bits { k8 = 8, k16 = 16 };
+
+// Of x: each of many inputs counts for little, and they are as many products again as there are of h. Few are features
+// of their own, of which a small one may count as much as a large one; and sums that are normalised may all be small.
+LSTM_EXT_INLINE Bits bits_of_inputs(int64_t I, bool normed) {
+  constexpr int64_t kMany = 128;
+  return I >= kMany && !normed ? Bits::k8 : Bits::k16;
+}
 
 // The neighbours of each lane: bytes, or sixteen bits of each.
 LSTM_EXT_INLINE I32 load_neighbours(const int8_t* from) {
@@ -182,37 +198,36 @@ LSTM_EXT_INLINE RowBytes row_bytes(U16::Type integers) {
 
 // The most that an integer of a row of K may be, so that K products with -127 .. 127 add up to less than 2^31; one less
 // than int16 holds, since a number that has been rounded may be a little above what is the most.
-LSTM_EXT_INLINE int64_t most_of_row(int64_t K) {
-  constexpr int64_t kMost = INT16_MAX - 1;
+LSTM_EXT_INLINE int64_t most_of_row(int64_t K, Bits bits) {
+  const int64_t held = bits == Bits::k8 ? INT8_MAX : INT16_MAX - 1;
   const int64_t most = INT32_MAX / (127 * (K > 0 ? K : 1));
-  return most < kMost ? most : kMost;
+  return most < held ? most : held;
 }
 
-// So many rows at a time that their sums are in registers.
-inline constexpr int kIntegerRows = kTileRows / kParts;
 inline constexpr int64_t kHeadOfPanel = kPanelWidth<float> * (sizeof(float) + sizeof(int32_t));  // bytes
 
-// tile[m] = start[m * start_stride] + a[m], K integers, times a panel of so many vectors
-template <int rows, int vectors>
+// tile[m] = start[m * start_stride] + a[m], K integers of so many parts, times a panel of so many vectors
+template <int parts, int rows, int vectors>
 void multiply_integers(const int16_t* const* a, int64_t K, const int8_t* panel, const float* start,
                        int64_t start_stride, float* tile) {
   constexpr int L = kLanes<float>;
   const float* const scales = reinterpret_cast<const float*>(panel);
   const int32_t* const starts = reinterpret_cast<const int32_t*>(scales + kPanelWidth<float>);
   panel += kHeadOfPanel;
-  I32 sum[rows][kParts][vectors] = {};
+  I32 sum[rows][parts][vectors] = {};
   for (int64_t k = 0; k < K; k += kNeighbours, panel += vectors * kNeighbours * L) {
     I32 w[vectors];
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
-      w[n] = in_register<(rows * kParts + 1) * vectors>(load_neighbours(panel + n * kNeighbours * L));
+      w[n] = in_register<(rows * parts + 1) * vectors>(load_neighbours(panel + n * kNeighbours * L));
     }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
 #pragma GCC unroll 2
-      for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < parts; ++part) {
         int32_t factors;
-        __builtin_memcpy(&factors, a[m] + L + k + part * 2, sizeof(factors));
+        const char* const integers = reinterpret_cast<const char*>(a[m] + L);
+        __builtin_memcpy(&factors, integers + k * (4 * parts / kNeighbours) + part * 4, sizeof(factors));
 #pragma GCC unroll 4
         for (int n = 0; n < vectors; ++n) sum[m][part][n] = add_products(sum[m][part][n], I32{} + factors, w[n]);
       }
@@ -225,7 +240,7 @@ void multiply_integers(const int16_t* const* a, int64_t K, const int8_t* panel, 
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
       U32 integers = bit_cast<U32>(load(starts + n * L)) + bit_cast<U32>(sum[m][0][n]);
-      if constexpr (kParts == 2) integers += bit_cast<U32>(sum[m][1][n]) << 8;
+      if constexpr (parts == 2) integers += bit_cast<U32>(sum[m][1][n]) << 8;
       const Vec<float> product =
           computed(load(scales + n * L) * scale) * __builtin_convertvector(bit_cast<I32>(integers), Vec<float>);
       store(tile + (m * 4 + n) * L, load(start + m * start_stride + n * L) + product);
@@ -233,7 +248,7 @@ void multiply_integers(const int16_t* const* a, int64_t K, const int8_t* panel, 
   }
 }
 
-// As Weights, of int8 numbers and a scale for each row.
+// As Weights, of int8 numbers and a scale for each row, times rows of integers of so many bits.
 template <class Rows>
 class Int8Weights {
  public:
@@ -243,13 +258,15 @@ class Int8Weights {
   static constexpr int L = kLanes<C>;
 
   Int8Weights() = default;
-  Int8Weights(const void* data, int64_t row_stride, const float* scales, Rows rows, int64_t K, Packed* panels)
+  Int8Weights(const void* data, int64_t row_stride, const float* scales, Rows rows, int64_t K, Packed* panels,
+              Bits bits)
       : data_(static_cast<const int8_t*>(data)),
         row_stride_(row_stride),
         scales_(scales),
         rows_(rows),
         K_(K),
-        panels_(panels) {}
+        panels_(panels),
+        bits_(bits) {}
 
   static constexpr int64_t panel_size(int64_t K) {
     return kHeadOfPanel + ceil_div(K, kNeighbours) * kNeighbours * kPanelWidth<C>;
@@ -263,6 +280,7 @@ class Int8Weights {
     float* const scales = reinterpret_cast<float*>(panel(p));
     int32_t* const starts = reinterpret_cast<int32_t*>(scales + kPanelWidth<C>);
     int8_t* const numbers = panel(p) + kHeadOfPanel;
+    const uint32_t added = kByBytes ? 1u << (static_cast<int>(bits_) - 1) : 0;
     for (int n = 0; n < vectors; ++n) {
       const int8_t* lanes[L];
       find_lanes<int8_t, Rows, C>(data_, row_stride_, rows_, p, n, lanes);
@@ -276,7 +294,7 @@ class Int8Weights {
           sum += number;
         }
         scales[n * L + lane] = scale_of[lane] ? *scale_of[lane] : 0;
-        starts[n * L + lane] = static_cast<int32_t>(-kAdded * static_cast<uint32_t>(sum));
+        starts[n * L + lane] = static_cast<int32_t>(-added * static_cast<uint32_t>(sum));
       }
     }
   }
@@ -284,15 +302,19 @@ class Int8Weights {
   // As there, of all columns: 0 .. K.
   void multiply(int rows, const F* const* a, int64_t p, int64_t, int64_t, const C* start, int64_t start_stride,
                 C* tile) const {
-    const int half = rows > kIntegerRows ? (rows + 1) / 2 : rows;
-    for (int m = 0; m < rows; m += half) {
-      with_count<kIntegerRows>(rows - m < half ? rows - m : half, [&](auto count) {
-        with_count<4>(rows_.vectors(p), [&](auto vectors) {
-          multiply_integers<count, vectors>(a + m, K_, panel(p), start + m * start_stride, start_stride,
-                                            tile + m * kPanelWidth<C>);
+    const auto by_parts = [&](auto parts) {
+      constexpr int kMost = kTileRows / parts;  // so many rows at a time that their sums are in registers
+      const int half = rows > kMost ? (rows + 1) / 2 : rows;
+      for (int m = 0; m < rows; m += half) {
+        with_count<kMost>(rows - m < half ? rows - m : half, [&](auto count) {
+          with_count<4>(rows_.vectors(p), [&](auto vectors) {
+            multiply_integers<parts, count, vectors>(a + m, K_, panel(p), start + m * start_stride, start_stride,
+                                                     tile + m * kPanelWidth<C>);
+          });
         });
-      });
-    }
+      }
+    };
+    with_count<kByBytes ? 2 : 1>(kByBytes ? static_cast<int>(bits_) / 8 : 1, by_parts);
   }
 
  private:
@@ -304,9 +326,11 @@ class Int8Weights {
   Rows rows_ = {};
   int64_t K_ = 0;
   Packed* panels_ = nullptr;
+  Bits bits_ = Bits::k16;
 };
 
-// As VectorEngine, of rows of integers. What they stand for is set by `scale_row` before `put`.
+// As VectorEngine, of rows of integers: of 16 bits, but those that `put_inputs` makes. What they stand for is set by
+// `scale_row` before `put`.
 struct Int8Engine {
   using C = float;
   using F = int16_t;
@@ -341,22 +365,43 @@ struct Int8Engine {
   }
 
   // Numbers up to `most` in a row of K. If it is NaN, so are all products of the row.
-  static LSTM_EXT_INLINE void scale_row(F* row, C most, int64_t K) {
+  static LSTM_EXT_INLINE void scale_row(F* row, C most, int64_t K, Bits bits = Bits::k16) {
     constexpr C kLeast = 1e-30f;  // below, all are taken for zero: the inverse of their scale may be infinite
-    const C integers = static_cast<C>(most_of_row(K)), scale = most / integers;
+    const C integers = static_cast<C>(most_of_row(K, bits)), scale = most / integers;
     const C front[] = {scale, most < kLeast ? 0 : 1 / scale};
     __builtin_memcpy(row, front, sizeof(front));
   }
 
   static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t) {
-    C front[2];
-    __builtin_memcpy(front, row, sizeof(front));
-    constexpr C kRound = 0x1.8p23f;  // adding it rounds to an integer, in the lowest bits
-    const U32 rounded = bit_cast<U32>(computed(value * front[1]) + kRound);
-    const RowBytes bytes = row_bytes(to_16_bits(rounded + kAdded));
+    const RowBytes bytes = row_bytes(integers_of(row, value, Bits::k16));
     __builtin_memcpy(row + L + n, &bytes, sizeof(bytes));
   }
   static LSTM_EXT_INLINE void put_rounded(F* row, int64_t n, Vec<C> value, int64_t K) { put(row, n, value, K); }
+
+  // All of x, with a scale for the row.
+  static void put_inputs(F* row, const C* x, int64_t I, Bits bits) {
+    scale_row(row, largest(x, I), I, bits);
+    for (int64_t n = 0; n < I; n += L) {
+      const Vec<C> value = load_up_to(x + n, I - n);
+      if (!kByBytes || bits == Bits::k16) {
+        put(row, n, value, I);
+        continue;
+      }
+      typedef uint8_t Bytes __attribute__((vector_size(L)));
+      const auto bytes = __builtin_convertvector(integers_of(row, value, bits), Bytes);
+      __builtin_memcpy(reinterpret_cast<char*>(row + L) + n, &bytes, sizeof(bytes));
+    }
+  }
+
+ private:
+  // As the products take them.
+  static LSTM_EXT_INLINE U16::Type integers_of(const F* row, Vec<C> value, Bits bits) {
+    C front[2];
+    __builtin_memcpy(front, row, sizeof(front));
+    constexpr C kRound = 0x1.8p23f;  // adding it rounds to an integer, in the lowest bits
+    const uint32_t added = kByBytes ? 1u << (static_cast<int>(bits) - 1) : 0;
+    return to_16_bits(bit_cast<U32>(computed(value * front[1]) + kRound) + added);
+  }
 };
 
 }  // namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL

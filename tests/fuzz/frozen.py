@@ -42,7 +42,7 @@ PLANS: tuple[Named, ...] = (
 def draw_module(rng: Random, dtype: torch.dtype, forward: bool) -> Any:
     """An `LSTM` or a cell; `forward`: of one direction."""
     torch.default_generator.manual_seed(rng.randrange(2**32))
-    I, H = rng.choice((1, 2, 3, 7, 16, 17)), rng.choice((1, 2, 5, 8, 13, 16, 17, 33, 70))  # noqa: E741
+    I, H = rng.choice((1, 2, 3, 7, 16, 17, 131)), rng.choice((1, 2, 5, 8, 13, 16, 17, 33, 70))  # noqa: E741
     options, kind = {"dtype": dtype, **rng.choice(OPTIONS)}, rng.random()
     if kind < 0.1:
         activation = rng.choice((None, "relu", "sigmoid"))
@@ -174,7 +174,8 @@ class Subject:
         for name, w in wide.items():
             if kind := name[:9] if name.startswith("weight") else "":
                 K = w.shape[1]
-                scale = factors[kind] / min(32766, (2**31 - 1) // (127 * K))
+                narrow = kind == "weight_ih" and K >= 128 and "gamma" not in self.spec.extra
+                scale = factors[kind] / min(127 if narrow else 32766, (2**31 - 1) // (127 * K))
                 worst[kind] = max(worst[kind], w.norm(dim=1).max().item() * scale / sqrt(12))
         return hypot(worst["weight_ih"], worst["weight_hh"]) + worst["weight_hr"]
 
