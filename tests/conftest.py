@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lstm_ext
 from lstm_ext import _native
 
 BACKENDS = [name for name in ("cpu", "numpy") if lstm_ext.backends()[name].available]  # those for CPU tensors and NumPy
+GPU_LIMIT = 120  # s: a test on a GPU that takes longer hangs
 
 needs_native = pytest.mark.skipif(_native.C is None, reason=f"no compiled kernels: {_native.reason}")
 
@@ -61,3 +65,39 @@ def count_runs(engine: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def _seed_torch() -> None:
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+@pytest.fixture(scope="session")
+def terminal(pytestconfig: pytest.Config) -> int:
+    """Where standard error went before pytest took it."""
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        return os.dup(2)
+
+
+@pytest.fixture
+def _no_hang(terminal: int) -> Iterator[None]:
+    """A hang ends the run and says where: the process cannot go on with a GPU that never comes back."""
+    faulthandler.dump_traceback_later(GPU_LIMIT, exit=True, file=terminal)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def _exact_products() -> Iterator[None]:
+    """torch multiplies float32 as float32, and sums half types in float32, as TOLERANCES have it."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    switches = [(torch.backends.cudnn, "allow_tf32"), *((matmul, name) for name in names)]
+    before = [getattr(module, name) for module, name in switches]
+    for module, name in switches:
+        setattr(module, name, False)
+    yield
+    for (module, name), value in zip(switches, before, strict=True):
+        setattr(module, name, value)

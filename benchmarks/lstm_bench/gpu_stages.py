@@ -106,7 +106,7 @@ def make_environment(out: Path) -> dict[str, str]:
 # ---- The stages ------------------------------------------------------------------------------------------------------
 
 TESTS = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q", "-m", "gpu"]
-TESTS += ["--durations=20", str(ROOT / "tests" / "test_gpu.py")]
+TESTS += ["--durations=20", *map(str, sorted((ROOT / "tests").glob("test_gpu_*.py")))]
 SLOW = ("long_sequences", "two_to_the_31", "ten_thousand", "several_processes", "derivative", "compiled")
 QUICK_TESTS = " and ".join(f"not {name}" for name in (*SLOW, "float64", "float32", "-float16", "[float16"))
 # Each way through a layer and each strategy.
