@@ -109,6 +109,7 @@ END = -1  # what follows the last block
 MMA = re.compile(r"\w*MMA\b")
 FMA = re.compile(r"[FD]FMA")
 BARRIER = re.compile(r"BAR\.")
+ACTIVATION = re.compile(r"MUFU\.EX2")
 POLL = re.compile(r"LDG?\..*STRONG|SYNCS\..*PHASECHK")
 STORE = re.compile(r"ST[A-Z]*\b|RED|BAR\.")
 WORK = re.compile(r"LD(?!C)|ST[A-Z]*\b|ATOM|RED|SYNCS|BAR\.|MEMBAR|CCTL|MUFU|UBLKCP|UTMA")
@@ -169,6 +170,14 @@ class Graph:
         """The innermost loops with a product and a barrier."""
         both = [loop for loop in self.loops if self.has(loop.body, self.product) and self.has(loop.body, BARRIER)]
         return [loop for loop in both if not any(other.body < loop.body for other in both)]
+
+    def item_loops(self) -> list[Loop]:
+        """The loops with activations: the outermost that hold neither a product nor a barrier."""
+        without = [
+            loop for loop in self.loops if not self.has(loop.body, self.product) and not self.has(loop.body, BARRIER)
+        ]
+        active = [loop for loop in without if self.has(loop.body, ACTIVATION)]
+        return [loop for loop in active if not any(loop.body < other.body for other in active)]
 
     def waits(self, loop: Loop) -> bool:
         """Whether a loop does nothing but wait for another block."""

@@ -4,8 +4,8 @@
 
 OBJECT is a .cubin, or a library with kernels in it (lstm_ext/_C*.so of a CUDA build). A kernel that walks over time has
 a row for each step loop: the innermost loops that hold both a product and a barrier. In one that is launched for each
-step these loops go over the columns of the weights; it has a row for the launch, too. A row says what one warp does on
-the fast path:
+step these loops go over the columns of the weights; it has a row for the launch, too, and one for each loop over the
+items of its pointwise part. A row says what one warp does on the fast path:
 
     mma        tensor core instructions; where a kernel has none, FFMA and DFMA
     lds, sts   loads from shared memory, by bits, and stores to it
@@ -119,6 +119,7 @@ def rows(kernel: Kernel, arguments: argparse.Namespace) -> Iterator[list[str]]:
     parts = [(f"{name} loop {number}", loop) for number, loop in enumerate(graph.step_loops(), 1)]
     if name.startswith("step_"):
         parts.append((f"{name} launch", Loop(END, set(graph.order))))
+        parts += [(f"{name} items {number}", loop) for number, loop in enumerate(graph.item_loops(), 1)]
     for where, step in parts:
         launch = step.header == END
         clocks, sections = [], []

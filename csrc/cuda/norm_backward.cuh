@@ -20,6 +20,7 @@ class NormBackwardRow : NormRow<Tile> {
         from_(params.pass.layer.direction[d]),
         step_(params.cell, d),
         moment_(moment_at(layer_.masks, layer_.gates_map.packed_offset, layer_.shape.T, from_.reverse, params.s, b)),
+        reads_(backward_reads<Tile>(params, d, moment_, b)),
         rows_(backward_rows<Tile, true>(params.pass, d, moment_, b)),
         to_(params.normed[d]),
         of_4H_(params.pass.d_gates_map.from_start(moment_.start, b)),
@@ -49,7 +50,7 @@ class NormBackwardRow : NormRow<Tile> {
   // From what the product has left there.
   __device__ __forceinline__ void find_d_h(int64_t u) const {
     Number dy = narrow<Number>(Sum(0));
-    if (moment_.active() && from_.dy) dy = *element<Number>(from_.dy, layer_.dy_map, moment_.start, b_, u);
+    if (reads_.dy) dy = reads_.dy[u];
     const Sum from_next_step = d_h_of_cell<Tile>(params_, d_, b_, u, d_h(u));
     const Sum of_h = backward_output<Number>(from_, moment_, b_, u, from_next_step, widen(dy));
     d_h(u) = cell_output_backward<Tile>(params_, rows_, moment_, d_, b_, u, of_h);
@@ -62,11 +63,13 @@ class NormBackwardRow : NormRow<Tile> {
     Sum d_c, g_mask, raw_c;
   };
   __device__ __forceinline__ Unit unit(int64_t u) const {
-    const CellBackwardLoaded<Tile> loaded = load_cell_backward<Tile>(params_, moment_, d_, b_, u);
-    const BackwardInputs<Sum> inputs{widen_gates(loaded.gates), loaded.c, loaded.c_prev, loaded.d_cells};
+    const auto loaded =
+        load_cell_backward<Tile, 1>(params_, reads_, moment_, d_, b_, u, 1, d_c_of<Tile>(params_, d_, b_, u));
+    const BackwardInputs<Sum> inputs = loaded.inputs(0);
     const Place at = place_of<Tile>(params_, moment_, d_, b_, u);
-    const Sum d_c = moment_.last() ? state_at<Number>(from_.dc_n, b_, u) : loaded.d_c, mask = step_.g_mask(at);
-    return {at, inputs, d_c + loaded.d_cells, mask, step_.c_before_clip(inputs, mask, !by_rows())};
+    const Sum d_c = moment_.last() ? state_at<Number>(from_.dc_n, b_, u) : loaded.d_c.at[0];
+    const Sum mask = step_.g_mask(at);
+    return {at, inputs, d_c + inputs.d_cells, mask, step_.c_before_clip(inputs, mask, !by_rows())};
   }
 
   __device__ __forceinline__ void make_c_again(int64_t u) const { c()[u] = step_.c_clipped(unit(u).raw_c); }
@@ -158,6 +161,7 @@ class NormBackwardRow : NormRow<Tile> {
   const BackwardDirection& from_;
   const Step step_;
   const Moment moment_;
+  const BackwardReads<Tile> reads_;
   const BackwardRows<Tile> rows_;
   const NormOutputs& to_;
   const int64_t of_4H_, of_H_, of_scale_;  // where the row starts in arrays of so many numbers

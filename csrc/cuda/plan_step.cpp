@@ -10,12 +10,18 @@ namespace {
 
 constexpr double kLaunchMicroseconds = 2.5, kGapMicroseconds = 1.2, kOverlapMicroseconds = 0.6;  // between launches
 
-// Clocks, but for the first: how much longer a stage takes than the unit that is busiest in it.
+// Clocks, but for the first: how much longer a stage takes than the unit that is busiest in it. Items were measured as
+// of one unit, with 3200 and 2500 clocks; those of two are by their machine code.
 struct StepCosts {
   double slowdown, least_stage;
   double start, item, sums, meeting;  // of a launch, an item of a thread, its sums of one warp, a cluster's barrier
 };
-constexpr StepCosts kForwardCosts{1.4, 940, 1750, 3200, 470, 200}, kBackwardCosts{1.7, 860, 0, 2500, 175, 1700};
+constexpr StepCosts kForwardCosts{1.4, 940, 1750, 3000, 470, 200}, kBackwardCosts{1.7, 860, 0, 2800, 175, 1700};
+
+// Units of an item; cells with options have one.
+int item_units(const Problem& problem) {
+  return !problem.cell && tile_sizes(problem.arithmetic).sum_bytes == 4 ? 2 : 1;
+}
 
 // Of an item that is only summed and stored; assumed.
 constexpr double kSumItemClocks = 250;
@@ -94,7 +100,7 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const double stage = costs.slowdown * std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
   const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, costs.least_stage / blocks_of_sm),
                                     tiles / waves * stages * stage_bytes / kL2BytesPerClock);
-  const double units = rows / part.rows.groups * sequences / part.k_blocks();
+  const double items = rows / part.rows.groups * sequences / part.k_blocks() / item_units(problem);
   const double options = problem.cell ? kCellClocks + problem.cell->draws * kDrawClocks : 0;
   const bool only_sums = leaves_sums(problem, part.product);
   const double item = only_sums ? kSumItemClocks : costs.item + options;
@@ -102,7 +108,7 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const double sum = only_sums ? kBackwardCosts.sums : costs.sums;  // an item is one row in both
   const double sums = clustered ? sum * part.k_blocks() * part.splits() : 0;
   const double epilogue =
-      blocks_of_sm * std::ceil(units / kThreads) * (item + sums) + (clustered ? 2 * costs.meeting : 0);
+      blocks_of_sm * std::ceil(items / kThreads) * (item + sums) + (clustered ? 2 * costs.meeting : 0);
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
   const double clocks = waves * (costs.start + streaming + epilogue);
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
@@ -165,6 +171,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
     LaunchConfig config;
   };
   plan.microseconds = INFINITY;
+  const int rows_bytes = problem.backward ? kStepBackwardBytes : kStepForwardBytes;
   Found found;
   for (int batch_tiles = 1; batch_tiles <= sizes.most_step_tiles; batch_tiles *= 2) {
     if (!has_tiles(problem, true, batch_tiles)) continue;
@@ -178,7 +185,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
       if (tile.batch_tiles != batch_tiles) return;
       for (int n = 0; n < plan.num_parts; ++n) {
         const StepPart part = step_part(problem, static_cast<Product>(n), tile);
-        const int64_t shared = step_shared_bytes(tile.sequences(), part, sizes.sum_bytes);
+        const int64_t shared = step_shared_bytes(tile.sequences(), rows_bytes, part, sizes.sum_bytes);
         const int64_t blocks =
             part.row_blocks * std::max<int64_t>(1, ceil_div(shape.B, tile.sequences())) * part.k_blocks();
         if (shared > problem.device.shared_per_block || blocks > kMostBlocks) continue;

@@ -19,6 +19,8 @@
 //   that
 #pragma once
 
+#include <type_traits>
+
 #include "kernel_params.h"
 #include "tile.cuh"
 
@@ -69,6 +71,29 @@ __device__ __forceinline__ auto state_at(const Matrix& state, int64_t b, int64_t
   return state.data ? widen(static_cast<const T*>(state.data)[b * state.row_stride + column]) : Wide(0);
 }
 
+// N numbers as they were read: a pair of a half type in one register, where each would have its own else.
+template <class T, int N>
+using Stored = std::conditional_t<sizeof(T) == 2 && N == 2, uint32_t, Units<T, N>>;
+
+// Of N units that lie together, of which there are `valid`; the others are zero. kTogether: they all are, and aligned.
+template <int N, bool kTogether, class T>
+__device__ __forceinline__ Stored<T, N> load_some(const T* from, int valid) {
+  if constexpr (kTogether) {
+    return *reinterpret_cast<const Stored<T, N>*>(from);
+  } else {
+    Units<T, N> units{};
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < valid) units.at[i] = from[i];
+    return bits_as<Stored<T, N>>(units);
+  }
+}
+template <int N, class T>
+__device__ __forceinline__ Stored<T, N> load_units(const T* from, int valid) {
+  const bool together = valid >= N && reinterpret_cast<uintptr_t>(from) % sizeof(Stored<T, N>) == 0;
+  return together ? load_some<N, true>(from, valid) : load_some<N, false>(from, valid);
+}
+
 template <class T, int N, class Sum>
 __device__ __forceinline__ void store_units(T* to, const Units<Sum, N>& values, int valid) {
   struct alignas(N * sizeof(T)) Together {
@@ -104,6 +129,13 @@ __device__ __forceinline__ auto widen_gates(const GateValues<T>& gates) {
 // The same gate of N units together, as T: the way in which they are stored.
 template <class T, int N>
 using GateUnits = GateValues<Units<T, N>>;
+
+// Of such that were read, those of unit n.
+template <class T, int N>
+__device__ __forceinline__ GateValues<T> gates_of(const GateValues<Stored<T, N>>& gates, int n) {
+  const auto of = [&](const Stored<T, N>& gate) { return bits_as<Units<T, N>>(gate).at[n]; };
+  return {of(gates.i), of(gates.f), of(gates.g), of(gates.o)};
+}
 
 template <class T, class Sum, int N>
 __device__ __forceinline__ Units<T, N> narrow_units(const Units<Sum, N>& values) {
@@ -144,6 +176,18 @@ __device__ __forceinline__ void store_gates(T* to, int64_t H, const GateUnits<T,
       for (int n = 0; n < N; ++n)
         if (n < valid) at[gate][n] = each[gate].at[n];
   }
+}
+
+// The way back, as `load_units`.
+template <int N, class T>
+__device__ __forceinline__ GateValues<Stored<T, N>> load_gates(const T* from, int64_t H, int valid) {
+  const auto load = [&](auto together) -> GateValues<Stored<T, N>> {
+    const auto gate = [&](int n) { return load_some<N, together>(from + n * H, valid); };
+    return {gate(0), gate(1), gate(2), gate(3)};
+  };
+  const uint64_t addresses = reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(H) * sizeof(T);
+  const bool together = valid >= N && addresses % sizeof(Stored<T, N>) == 0;
+  return together ? load(std::true_type()) : load(std::false_type());
 }
 
 template <class Tile>
@@ -321,19 +365,28 @@ struct BackwardCell {
   Sum hidden;  // before a projection
 };
 
-// From the gradient of a unit's h; d_c is what later steps want of c, and then what the step before is to know.
+// From the gradient of a unit's h; d_c is what is wanted of c from outside of the step, and then what the step before
+// is to know.
 template <class Tile>
 __device__ __forceinline__ BackwardCell<typename Tile::Sum> backward_cell(
-    const BackwardDirection& from, const Moment& moment, int64_t b, int64_t unit,
-    const BackwardInputs<typename Tile::Sum>& inputs, typename Tile::Sum d_h, typename Tile::Sum& d_c) {
+    const Moment& moment, const BackwardInputs<typename Tile::Sum>& inputs, typename Tile::Sum d_h,
+    typename Tile::Sum& d_c) {
   using Sum = typename Tile::Sum;
   const Sum tanh_c = Tile::Math::tanh(inputs.c);
-  if (moment.active() && moment.last()) d_c = state_at<typename Tile::Number>(from.dc_n, b, unit);
   const BackwardCell<Sum> counted{cell_backward(inputs.gates, inputs.c_prev, tanh_c, d_h, d_c + inputs.d_cells),
                                   inputs.gates.o * tanh_c};  // whether it counts or not: no branch
   const BackwardCell<Sum> cell = moment.active() ? counted : BackwardCell<Sum>{};
   d_c = moment.forgets() ? 0 : cell.grad.d_c_prev;
   return cell;
+}
+
+// The same where d_c is of the later steps alone.
+template <class Tile>
+__device__ __forceinline__ BackwardCell<typename Tile::Sum> backward_cell(
+    const BackwardDirection& from, const Moment& moment, int64_t b, int64_t unit,
+    const BackwardInputs<typename Tile::Sum>& inputs, typename Tile::Sum d_h, typename Tile::Sum& d_c) {
+  if (moment.active() && moment.last()) d_c = state_at<typename Tile::Number>(from.dc_n, b, unit);
+  return backward_cell<Tile>(moment, inputs, d_h, d_c);
 }
 
 // The gates' gradients as the step before is to know them.

@@ -24,12 +24,40 @@ template <class Tile, int kBatchTiles>
 inline constexpr int kStepBlocks =
     kBatchTiles < (Tile::kRowTiles == 2 ? 8 : 2) && sizeof(typename Tile::Number) <= kMostBytesOfTwoBlocks ? 2 : 1;
 
+// Adjacent units that a thread finishes together: the instructions around a unit are the same for two of them.
+template <class Tile>
+inline constexpr int kStepItem = sizeof(typename Tile::Sum) == 4 ? 2 : 1;
+
 // Asks for the four gates of a unit.
 template <class T>
-__device__ __forceinline__ void prefetch_gates(const void* gates, const RowMap& map, int64_t start, int64_t b,
-                                               int64_t H, int64_t unit) {
-  const T* at = element<T>(gates, map, start, b, unit);
-  for (int gate = 0; gate < 4; ++gate) prefetch_to_l2(at + gate * H);
+__device__ __forceinline__ void prefetch_gates(const T* unit, int64_t H) {
+  for (int gate = 0; gate < 4; ++gate) prefetch_to_l2(unit + gate * H);
+}
+
+// The states, or their gradients, of kItem units from the block's first on, between the launches: [D, B, width].
+template <class T, class Block>
+class States {
+ public:
+  __device__ __forceinline__ States(void* states, const Block& block, int d, int64_t B, int64_t width)
+      : first_(static_cast<T*>(states) + (d * B + block.sequence(0)) * width + block.unit()),
+        width_(static_cast<uint32_t>(width)) {}
+
+  // Of the block's sequence n.
+  __device__ __forceinline__ T* at(int n) const { return first_ + uint64_t{static_cast<uint32_t>(n)} * width_; }
+
+ private:
+  T* first_;
+  uint32_t width_;
+};
+
+// N units of an initial state, or of the gradient of a last one, [B, width]; zero where there is none.
+template <int N, class T>
+__device__ __forceinline__ auto units_of_state(const Matrix& state, int64_t b, int64_t unit, int valid) {
+  Units<decltype(widen(T())), N> units{};
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i < valid) units.at[i] = state_at<T>(state, b, unit + i);
+  return units;
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------
@@ -40,6 +68,26 @@ template <class Params>
 inline constexpr bool kHasOptions = false;
 template <class Params>
 inline constexpr bool kHasOptions<WithCell<Params>> = true;
+
+// Where a launch stores what it makes of a sequence, and finds what x has given to its gates; null where nothing is.
+template <class Tile>
+struct alignas(16) StepForwardRows {
+  ForwardRows<Tile> stored;
+  const typename Tile::Sum* xw;
+};
+
+template <class Tile>
+__device__ __forceinline__ StepForwardRows<Tile> step_rows(const StepForward& params, int d, const Moment& moment,
+                                                           int64_t b) {
+  using Rows = StepForwardRows<Tile>;
+  static_assert(sizeof(Rows) == kStepForwardBytes);
+  if (params.s < 0) return {};
+  const LayerForward& layer = params.layer;
+  Rows rows{forward_rows<Tile>(layer, layer.direction[d], moment, b), nullptr};
+  if (moment.active() && params.xw[d])
+    rows.xw = element<typename Tile::Sum>(params.xw[d], layer.gates_map, moment.start, b, 0);
+  return rows;
+}
 
 // h of all sequences as step s of a cell with recurrent dropout multiplies it.
 template <class Tile>
@@ -119,69 +167,73 @@ __device__ __forceinline__ typename Tile::Sum step_h(const WithCell<StepForward>
 template <class Tile, class Params, class Block>
 __device__ __forceinline__ void step_gates(const Params& params, Block& block, int d) {
   constexpr bool kOptions = kHasOptions<Params>;
+  constexpr int kItem = Block::kItem;
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
+  using Sums = Units<Sum, kItem>;
   const LayerForward& layer = params.layer;
   const ForwardDirection& to = layer.direction[d];
-  const int64_t H = layer.shape.H, s = params.s;
-  const auto c_of = [&](int64_t b, int64_t unit) {
-    return static_cast<Sum*>(params.state) + (d * layer.shape.B + b) * H + unit;
-  };
-  Pre<Tile> bias{};
-  GateValues<Sum> peephole{};
-  if (block.has_unit()) {
+  const int64_t B = layer.shape.B, H = layer.shape.H, s = params.s, unit = block.unit();
+  const int valid = block.valid(), width = params.part.rows.width;
+  const States<Sum, Block> c_states(params.state, block, d, B, H);
+  const States<Number, Block> hidden(params.hidden, block, d, B, H);
+  Pre<Tile> bias[kItem] = {};
+  GateValues<Sum> peephole[kItem] = {};
+#pragma unroll
+  for (int i = 0; i < kItem; ++i) {
+    if (i >= valid) break;
     if constexpr (kOptions) {
-      bias = cell_bias_of<Tile>(to.weights, H, block.unit());
-      peephole = CellStep<Tile, false>(params.cell, d).peephole(block.unit());
+      bias[i] = cell_bias_of<Tile>(to.weights, H, unit + i);
+      peephole[i] = CellStep<Tile, false>(params.cell, d).peephole(unit + i);
     } else {
-      bias = bias_of<Tile>(to.weights, H, block.unit());
+      bias[i] = bias_of<Tile>(to.weights, H, unit + i);
     }
   }
   struct Loaded {
-    Sum c;
-    Pre<Tile> xw;
+    Sums c;
+    GateValues<Stored<Sum, kItem>> xw;
   };
-  const auto load = [&](int n, int64_t unit) {
-    const Moment& moment = block.moment(n);
-    const int64_t b = block.sequence(n);
-    Loaded loaded{s == 0 ? state_at<Number>(to.state.c0, b, unit) : *c_of(b, unit), {}};
-    if (moment.active() && params.xw[d])
-      loaded.xw = read_gates<Sum>(params.xw[d], layer.gates_map, moment.start, b, H, unit);
+  const auto load = [&](int n) {
+    Loaded loaded{};
+    loaded.c = s == 0 ? units_of_state<kItem, Number>(to.state.c0, block.sequence(n), unit, valid)
+                      : load_units<kItem>(c_states.at(n), valid);
+    if (const Sum* xw = block.rows(n).xw) loaded.xw = load_gates<kItem>(xw + unit, H, valid);
     return loaded;
   };
-  const int width = params.part.rows.width;
-  const auto finish = [&](int n, int j, int64_t unit, const Loaded& loaded) {
+  const auto finish = [&](int n, int j, const Loaded& loaded) {
     const Moment& moment = block.moment(n);
     const int64_t b = block.sequence(n);
     if (s == 0 && length_of(layer.masks, layer.shape.T, b) == 0)
-      static_cast<Number*>(to.c_n)[b * H + unit] = narrow<Number>(loaded.c);
-    const Sum c = moment.forgets() ? 0 : loaded.c;
-    Pre<Tile> pre{};
-    if (moment.active()) {
-      const Units<Sum, 4> h = block.template product<4>(n, j, width);
-      pre = plus(loaded.xw, plus(Pre<Tile>{h.at[0], h.at[1], h.at[2], h.at[3]}, bias));
+      store_units(static_cast<Number*>(to.c_n) + b * H + unit, loaded.c, valid);
+    const Units<Sums, 4> h = block.template product<4>(n, j, width);
+    Units<CellState<Sum>, kItem> cells;
+    Sums out, after;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) {
+      const Sum c = moment.forgets() ? 0 : loaded.c.at[i];
+      const Pre<Tile> of_h{h.at[0].at[i], h.at[1].at[i], h.at[2].at[i], h.at[3].at[i]};
+      const Pre<Tile> pre = plus(gates_of<Sum, kItem>(loaded.xw, i), plus(of_h, bias[i]));
+      if constexpr (kOptions) {
+        const CellStep<Tile, false> step(params.cell, d);
+        const Place at = place_of<Tile>(params, moment, d, b, unit + i);
+        cells.at[i] = step.forward(moment, at, peephole[i], pre, c, out.at[i]);
+        if (!layer.shape.projected) out.at[i] = step_h<Tile>(params, moment, at, d, out.at[i]);
+      } else {
+        cells.at[i] = forward_cell<Tile>(moment, pre, c);
+        out.at[i] = moment.active() ? cell_output<typename Tile::Math>(cells.at[i].gates.o, cells.at[i].c) : 0;
+      }
+      after.at[i] = carried(moment, cells.at[i].c);
     }
-    Units<CellState<Sum>, 1> cell;
-    Units<Sum, 1> out;
-    if constexpr (kOptions) {
-      const CellStep<Tile, false> step(params.cell, d);
-      const Place at = place_of<Tile>(params, moment, d, b, unit);
-      cell.at[0] = step.forward(moment, at, peephole, pre, c, out.at[0]);
-      if (!layer.shape.projected) out.at[0] = step_h<Tile>(params, moment, at, d, out.at[0]);
-    } else {
-      cell.at[0] = forward_cell<Tile>(moment, pre, c);
-      out.at[0] = moment.active() ? cell_output<typename Tile::Math>(cell.at[0].gates.o, cell.at[0].c) : 0;
-    }
-    const ForwardRows<Tile> rows = forward_rows<Tile>(layer, to, moment, b);
-    store_cells(layer, to, rows, moment, b, unit, stored_cells<Tile>(cell), 1);
-    if (params.state) *c_of(b, unit) = carried(moment, cell.at[0].c);
+    const ForwardRows<Tile> rows = block.rows(n).stored;
+    store_cells(layer, to, rows, moment, b, unit, stored_cells<Tile>(cells), valid);
+    if (params.state) store_units(c_states.at(n), after, valid);
     if (params.hidden) {
-      static_cast<Number*>(params.hidden)[(d * layer.shape.B + b) * H + unit] = narrow<Number>(out.at[0]);
+      store_units(hidden.at(n), out, valid);
     } else {
-      store_output(layer, to, rows, moment, b, unit, narrow_units<Number>(out), 1);
+      store_output(layer, to, rows, moment, b, unit, narrow_units<Number>(out), valid);
     }
   };
-  block.template finish_units<Loaded>(load, finish);
+  block.template finish_items<Loaded>(load, finish);
 }
 
 // Product::kProjection: h.
@@ -190,16 +242,19 @@ __device__ __forceinline__ void step_projection(const Params& params, Block& blo
   const LayerForward& layer = params.layer;
   const ForwardDirection& to = layer.direction[d];
   struct Nothing {};
-  block.template finish_units<Nothing>(
-      [](int, int64_t) { return Nothing(); },
-      [&](int n, int j, int64_t p, Nothing) {
+  block.template finish_items<Nothing>(
+      [](int) { return Nothing(); },
+      [&](int n, int j, Nothing) {
         const Moment& moment = block.moment(n);
-        const int64_t b = block.sequence(n);
-        Units<typename Tile::Sum, 1> h = block.product(n, j);
-        if constexpr (kHasOptions<Params>)
-          h.at[0] = step_h<Tile>(params, moment, place_of<Tile>(params, moment, d, b, p), d, h.at[0]);
-        const ForwardRows<Tile> rows = forward_rows<Tile>(layer, to, moment, b);
-        store_output(layer, to, rows, moment, b, p, narrow_units<typename Tile::Number>(h), 1);
+        const int64_t b = block.sequence(n), p = block.unit();
+        auto h = block.product(n, j).at[0];
+        if constexpr (kHasOptions<Params>) {
+#pragma unroll
+          for (int i = 0; i < Block::kItem; ++i)
+            h.at[i] = step_h<Tile>(params, moment, place_of<Tile>(params, moment, d, b, p + i), d, h.at[i]);
+        }
+        store_output(layer, to, block.rows(n).stored, moment, b, p, narrow_units<typename Tile::Number>(h),
+                     block.valid());
       });
 }
 
@@ -217,10 +272,8 @@ __device__ __forceinline__ void take_step_forward(const Params& params, Block& b
   const LayerForward& layer = params.layer;
   const bool gates = params.part.product == Product::kRecurrent;
   if (gates && params.xw[d]) {
-    block.for_units([&](int n, int64_t unit) {
-      if (block.moment(n).active())
-        prefetch_gates<typename Tile::Sum>(params.xw[d], layer.gates_map, block.moment(n).start, block.sequence(n),
-                                           layer.shape.H, unit);
+    block.for_items([&](int n) {
+      if (const auto* xw = block.rows(n).xw) prefetch_gates(xw + block.unit(), layer.shape.H);
     });
   }
   step_products<Tile>(params, block, d);
@@ -241,8 +294,10 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
     step_forward(const __grid_constant__ StepForward params) {
   const int d = blockIdx.y;
   const LayerForward& layer = params.layer;
-  StepBlock<Tile, kBatchTiles, false> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
-                                            layer.direction[d].reverse, params.s);
+  const auto rows_of = [&](const Moment& moment, int64_t b) { return step_rows<Tile>(params, d, moment, b); };
+  StepBlock<Tile, kBatchTiles, false, StepForwardRows<Tile>, kStepItem<Tile>> block(
+      params.part, layer.shape, layer.masks, layer.gates_map.packed_offset, layer.direction[d].reverse, params.s,
+      rows_of);
   take_step_forward<Tile>(params, block, d);
 }
 
@@ -250,8 +305,10 @@ template <class Tile, int kBatchTiles, bool kTensorflow>
 __global__ void __launch_bounds__(kThreads, 1) cell_step_forward(const __grid_constant__ WithCell<StepForward> params) {
   const int d = blockIdx.y;
   const LayerForward& layer = params.layer;
-  StepBlock<Tile, kBatchTiles, kTensorflow, kTensorflow> block(
-      params.part, layer.shape, layer.masks, layer.gates_map.packed_offset, layer.direction[d].reverse, params.s);
+  const auto rows_of = [&](const Moment& moment, int64_t b) { return step_rows<Tile>(params, d, moment, b); };
+  StepBlock<Tile, kBatchTiles, kTensorflow, StepForwardRows<Tile>, 1, kTensorflow> block(
+      params.part, layer.shape, layer.masks, layer.gates_map.packed_offset, layer.direction[d].reverse, params.s,
+      rows_of);
   if (params.s >= 0) return take_step_forward<Tile>(params, block, d);
   const CellStep<Tile, false> step(params.cell, d);
   block.for_units([&](int n, int64_t p) {
@@ -265,6 +322,48 @@ __global__ void __launch_bounds__(kThreads, 1) cell_step_forward(const __grid_co
 //
 // `Params` is StepBackward, or WithCell of it.
 
+// Where a launch finds what the forward pass and the caller know of a sequence; null where nothing is.
+template <class Tile>
+struct BackwardReads {
+  const typename Tile::Number *gates, *dy;
+  const typename Tile::Sum *cells, *cells_before, *d_cells;
+};
+
+// The first is that of gates: null where the step is not active.
+template <class Tile>
+__device__ __forceinline__ BackwardReads<Tile> backward_reads(const StepBackward& params, int d, const Moment& moment,
+                                                              int64_t b) {
+  using Number = typename Tile::Number;
+  using Sum = typename Tile::Sum;
+  const LayerBackward& layer = params.pass.layer;
+  const BackwardDirection& from = layer.direction[d];
+  BackwardReads<Tile> reads{};
+  if (!moment.active()) return reads;
+  reads.gates = element<Number>(from.gates, layer.gates_map, moment.start, b, 0);
+  reads.cells = element<Sum>(from.cells, layer.cells_map, moment.start, b, 0);
+  if (params.s > 0 && !moment.forgets())
+    reads.cells_before = element<Sum>(from.cells, layer.cells_map, moment.start_before, b, 0);
+  if (from.dy) reads.dy = element<Number>(from.dy, layer.dy_map, moment.start, b, 0);
+  if (from.d_cells) reads.d_cells = element<Sum>(from.d_cells, layer.d_cells_map, moment.start, b, 0);
+  return reads;
+}
+
+// The same, and where it stores what it makes of the sequence.
+template <class Tile>
+struct alignas(16) StepBackwardRows {
+  BackwardReads<Tile> read;
+  BackwardRows<Tile> stored;
+};
+
+template <class Tile, class Params>
+__device__ __forceinline__ StepBackwardRows<Tile> step_rows_back(const Params& params, int d, const Moment& moment,
+                                                                 int64_t b) {
+  static_assert(sizeof(StepBackwardRows<Tile>) == kStepBackwardBytes);
+  if (params.s < 0) return {};
+  return {backward_reads<Tile>(params, d, moment, b),
+          backward_rows<Tile, kHasOptions<Params>>(params.pass, d, moment, b)};
+}
+
 // The gradient of c between the launches of a unit.
 template <class Tile>
 __device__ __forceinline__ typename Tile::Sum* d_c_of(const StepBackward& params, int d, int64_t b, int64_t unit) {
@@ -272,19 +371,15 @@ __device__ __forceinline__ typename Tile::Sum* d_c_of(const StepBackward& params
   return static_cast<typename Tile::Sum*>(params.state) + (d * shape.B + b) * shape.H + unit;
 }
 
-// What step_cell_backward reads of the forward pass, and backward_output of dy.
+// What step_cell_backward reads, and backward_output of dy.
 template <class Tile>
-__device__ __forceinline__ void prefetch_cell_backward(const StepBackward& params, const Moment& moment, int d,
-                                                       int64_t b, int64_t unit) {
-  using Number = typename Tile::Number;
-  using Sum = typename Tile::Sum;
-  const LayerBackward& layer = params.pass.layer;
-  const BackwardDirection& from = layer.direction[d];
-  if (!moment.active()) return;
-  prefetch_gates<Number>(from.gates, layer.gates_map, moment.start, b, layer.shape.H, unit);
-  prefetch_to_l2(element<Sum>(from.cells, layer.cells_map, moment.start, b, unit));
-  if (params.s > 0) prefetch_to_l2(element<Sum>(from.cells, layer.cells_map, moment.start_before, b, unit));
-  if (from.dy && !layer.shape.projected) prefetch_to_l2(element<Number>(from.dy, layer.dy_map, moment.start, b, unit));
+__device__ __forceinline__ void prefetch_backward(const BackwardReads<Tile>& reads, const SequenceShape& shape,
+                                                  int64_t unit) {
+  if (!reads.gates) return;
+  prefetch_gates(reads.gates + unit, shape.H);
+  prefetch_to_l2(reads.cells + unit);
+  if (reads.cells_before) prefetch_to_l2(reads.cells_before + unit);
+  if (reads.dy && !shape.projected) prefetch_to_l2(reads.dy + unit);
 }
 
 template <class Tile>
@@ -332,62 +427,76 @@ __device__ __forceinline__ typename Tile::Sum cell_output_backward(const WithCel
   return d_h;
 }
 
-// What the pointwise part of a unit reads, as it is stored: to widen it would be to wait for it.
-template <class Tile>
+// What the pointwise part of N units reads, as it is stored: to widen it would be to wait for it.
+template <class Tile, int N>
 struct CellBackwardLoaded {
-  GateValues<typename Tile::Number> gates;
-  typename Tile::Number dy;
-  typename Tile::Sum c, c_prev, d_cells, d_c;
-};
-
-template <class Tile>
-__device__ __forceinline__ CellBackwardLoaded<Tile> load_cell_backward(const StepBackward& params, const Moment& moment,
-                                                                       int d, int64_t b, int64_t unit) {
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
-  const LayerBackward& layer = params.pass.layer;
-  const BackwardDirection& from = layer.direction[d];
-  CellBackwardLoaded<Tile> loaded{};
-  if (params.s + 1 < layer.shape.T) loaded.d_c = *d_c_of<Tile>(params, d, b, unit);
-  if (!moment.active()) return loaded;
-  loaded.gates = read_gates<Number>(from.gates, layer.gates_map, moment.start, b, layer.shape.H, unit);
-  loaded.c = *element<Sum>(from.cells, layer.cells_map, moment.start, b, unit);
-  if (!moment.forgets())
-    loaded.c_prev = params.s > 0 ? *element<Sum>(from.cells, layer.cells_map, moment.start_before, b, unit)
-                                 : state_at<Number>(from.state.c0, b, unit);
-  if (from.d_cells) loaded.d_cells = *element<Sum>(from.d_cells, layer.d_cells_map, moment.start, b, unit);
+  GateValues<Stored<Number, N>> gates;
+  Stored<Number, N> dy;
+  Units<Sum, N> c, c_prev, d_cells, d_c;
+
+  __device__ __forceinline__ BackwardInputs<Sum> inputs(int i) const {
+    return {widen_gates(gates_of<Number, N>(gates, i)), c.at[i], c_prev.at[i], d_cells.at[i]};
+  }
+  __device__ __forceinline__ Sum dy_of(int i) const { return widen(bits_as<Units<Number, N>>(dy).at[i]); }
+};
+
+// All but dy. `d_c` is where their gradients of c are, for the later steps; c0 is read where the walk begins.
+template <class Tile, int N>
+__device__ __forceinline__ CellBackwardLoaded<Tile, N> load_cell_backward(const StepBackward& params,
+                                                                          const BackwardReads<Tile>& reads,
+                                                                          const Moment& moment, int d, int64_t b,
+                                                                          int64_t unit, int valid,
+                                                                          const typename Tile::Sum* d_c) {
+  const SequenceShape& shape = params.pass.layer.shape;
+  CellBackwardLoaded<Tile, N> loaded{};
+  if (params.s + 1 < shape.T) loaded.d_c = load_units<N>(d_c, valid);
+  if (!reads.gates) return loaded;
+  loaded.gates = load_gates<N>(reads.gates + unit, shape.H, valid);
+  loaded.c = load_units<N>(reads.cells + unit, valid);
+  if (reads.cells_before) {
+    loaded.c_prev = load_units<N>(reads.cells_before + unit, valid);
+  } else if (!moment.forgets()) {
+    const Matrix& c0 = params.pass.layer.direction[d].state.c0;
+    loaded.c_prev = units_of_state<N, typename Tile::Number>(c0, b, unit, valid);
+  }
+  if (reads.d_cells) loaded.d_cells = load_units<N>(reads.d_cells + unit, valid);
   return loaded;
 }
 
-// The pointwise part of a unit from the gradient of its h; the gradient of c stays in memory for the next launch.
-template <class Tile, class Params>
-__device__ __forceinline__ void step_cell_backward(const Params& params, const Moment& moment, int d, int64_t b,
-                                                   int64_t unit, typename Tile::Sum d_h,
-                                                   const CellBackwardLoaded<Tile>& loaded) {
+// The pointwise part of sequence n from the gradients of h; those of c stay in memory for the next launch.
+template <class Tile, class Params, class Block, int N = Block::kItem>
+__device__ __forceinline__ void step_cell_backward(const Params& params, const Block& block, int d, int n,
+                                                   const Units<typename Tile::Sum, N>& d_h,
+                                                   const CellBackwardLoaded<Tile, N>& loaded,
+                                                   typename Tile::Sum* d_c_state) {
   constexpr bool kOptions = kHasOptions<Params>;
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   const LayerBackward& layer = params.pass.layer;
   const BackwardDirection& from = layer.direction[d];
   const SequenceShape& shape = layer.shape;
-  const BackwardInputs<Sum> inputs{widen_gates(loaded.gates), loaded.c, loaded.c_prev, loaded.d_cells};
-  Sum d_c = loaded.d_c;
-  const auto gradients = [&] {
-    if constexpr (kOptions) {
-      const CellStep<Tile, false> step(params.cell, d);
-      return step.backward(from, moment, place_of<Tile>(params, moment, d, b, unit), step.peephole(unit),
-                           params.pass.hidden_map, inputs, d_h, d_c);
-    } else {
-      return backward_cell<Tile>(from, moment, b, unit, inputs, d_h, d_c);
-    }
-  };
-  const Units<BackwardCell<Sum>, 1> cell{{gradients()}};
-  const BackwardRows<Tile> rows = backward_rows<Tile, kOptions>(params.pass, d, moment, b);
-  store_cell_grads<Tile, kOptions>(params.pass, d, rows, moment, params.s, b, unit, stored_grads<Tile>(cell), 1);
-  *d_c_of<Tile>(params, d, b, unit) = d_c;
+  const Moment& moment = block.moment(n);
+  const int64_t b = block.sequence(n), unit = block.unit();
+  const int valid = block.valid();
+  Units<Sum, N> d_c = loaded.d_c;
+  Units<BackwardCell<Sum>, N> cells;
+  if constexpr (kOptions) {
+    const CellStep<Tile, false> step(params.cell, d);
+    cells.at[0] = step.backward(from, moment, place_of<Tile>(params, moment, d, b, unit), step.peephole(unit),
+                                params.pass.hidden_map, loaded.inputs(0), d_h.at[0], d_c.at[0]);
+  } else {
+    if (moment.active() && moment.last()) d_c = units_of_state<N, Number>(from.dc_n, b, unit, valid);
+#pragma unroll
+    for (int i = 0; i < N; ++i) cells.at[i] = backward_cell<Tile>(moment, loaded.inputs(i), d_h.at[i], d_c.at[i]);
+  }
+  store_cell_grads<Tile, kOptions>(params.pass, d, block.rows(n).stored, moment, params.s, b, unit,
+                                   stored_grads<Tile>(cells), valid);
+  store_units(d_c_state, d_c, valid);
   if (params.s > 0 || !from.dc0) return;
-  if (length_of(layer.masks, shape.T, b) == 0) d_c = state_at<Number>(from.dc_n, b, unit);
-  static_cast<Number*>(from.dc0)[b * shape.H + unit] = narrow<Number>(d_c);
+  if (length_of(layer.masks, shape.T, b) == 0) d_c = units_of_state<N, Number>(from.dc_n, b, unit, valid);
+  store_units(static_cast<Number*>(from.dc0) + b * shape.H + unit, d_c, valid);
 }
 
 // What a launch multiplies: w_hh' with the gates' gradients of step s + 1, or w_hr' with the gradient of h, which the
@@ -420,49 +529,59 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
   const SequenceShape& shape = pass.layer.shape;
   const bool makes_cells = params.s >= 0 && !shape.projected;
   constexpr bool kOptions = kHasOptions<Params>;
-  using Loaded = CellBackwardLoaded<Tile>;
-  const auto load = [&](int n, int64_t p) {
+  constexpr int kItem = Block::kItem;
+  static_assert(!kOptions || kItem == 1);
+  using Sums = Units<Sum, kItem>;
+  using Loaded = CellBackwardLoaded<Tile, kItem>;
+  const int64_t p = block.unit();
+  const int valid = block.valid();
+  const States<Sum, Block> d_c_states(params.state, block, d, shape.B, shape.H);
+  const auto load = [&](int n) {
     if (params.s < 0) return Loaded{};
-    const Moment& moment = block.moment(n);
-    const int64_t b = block.sequence(n);
-    Loaded loaded = makes_cells ? load_cell_backward<Tile>(params, moment, d, b, p) : Loaded{};
-    if (moment.active() && from.dy) loaded.dy = *element<Number>(from.dy, pass.layer.dy_map, moment.start, b, p);
+    const BackwardReads<Tile>& reads = block.rows(n).read;
+    Loaded loaded{};
+    if (makes_cells)
+      loaded = load_cell_backward<Tile, kItem>(params, reads, block.moment(n), d, block.sequence(n), p, valid,
+                                               d_c_states.at(n));
+    if (reads.dy) loaded.dy = load_units<kItem>(reads.dy + p, valid);
     return loaded;
   };
-  block.template finish_units<Loaded>(load, [&](int n, int j, int64_t p, const Loaded& loaded) {
+  block.template finish_items<Loaded>(load, [&](int n, int j, const Loaded& loaded) {
     const int64_t b = block.sequence(n);
-    const auto from_next_step = [&] {
-      Sum d_h = block.product(n, j).at[0];
-      if constexpr (kOptions) d_h = d_h_of_cell<Tile>(params, d, b, p, d_h);
-      return d_h;
-    };
+    Sums d_h = block.product(n, j).at[0];
+    if constexpr (kOptions) d_h.at[0] = d_h_of_cell<Tile>(params, d, b, p, d_h.at[0]);
     if (params.s < 0) {
-      const bool empty = length_of(pass.layer.masks, shape.T, b) == 0;
-      const Sum d_h = empty ? state_at<Number>(from.dh_n, b, p) : from_next_step();
-      static_cast<Number*>(from.dh0)[b * shape.P + p] = narrow<Number>(d_h);
-    } else {
-      const Moment& moment = block.moment(n);
-      const BackwardRows<Tile> rows = backward_rows<Tile, kOptions>(pass, d, moment, b);
-      Sum d_h = backward_output<Number>(from, moment, b, p, from_next_step(), widen(loaded.dy));
-      if constexpr (kOptions) {
-        d_h = cell_output_backward<Tile>(params, rows, moment, d, b, p, d_h);
-      } else {
-        store_output_grads(pass, d, rows, moment, params.s, b, p, Units<Number, 1>{{narrow<Number>(d_h)}}, 1);
-      }
-      if (makes_cells) step_cell_backward<Tile>(params, moment, d, b, p, d_h, loaded);
+      if (length_of(pass.layer.masks, shape.T, b) == 0) d_h = units_of_state<kItem, Number>(from.dh_n, b, p, valid);
+      return store_units(static_cast<Number*>(from.dh0) + b * shape.P + p, d_h, valid);
     }
+    const Moment& moment = block.moment(n);
+    const BackwardRows<Tile>& rows = block.rows(n).stored;
+    Sums of_last{};
+    if (moment.active() && moment.last()) of_last = units_of_state<kItem, Number>(from.dh_n, b, p, valid);
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) d_h.at[i] = moment.active() ? d_h.at[i] + loaded.dy_of(i) + of_last.at[i] : 0;
+    if constexpr (kOptions) {
+      d_h.at[0] = cell_output_backward<Tile>(params, rows, moment, d, b, p, d_h.at[0]);
+    } else {
+      store_output_grads(pass, d, rows, moment, params.s, b, p, narrow_units<Number>(d_h), valid);
+    }
+    if (makes_cells) step_cell_backward<Tile>(params, block, d, n, d_h, loaded, d_c_states.at(n));
   });
 }
 
 // Product::kProjection: from the gradient of the hidden units to the gates'.
 template <class Tile, class Params, class Block>
 __device__ __forceinline__ void step_hidden_backward(const Params& params, Block& block, int d) {
-  using Loaded = CellBackwardLoaded<Tile>;
-  const auto load = [&](int n, int64_t unit) {
-    return load_cell_backward<Tile>(params, block.moment(n), d, block.sequence(n), unit);
+  constexpr int kItem = Block::kItem;
+  using Loaded = CellBackwardLoaded<Tile, kItem>;
+  const SequenceShape& shape = params.pass.layer.shape;
+  const States<typename Tile::Sum, Block> d_c_states(params.state, block, d, shape.B, shape.H);
+  const auto load = [&](int n) {
+    return load_cell_backward<Tile, kItem>(params, block.rows(n).read, block.moment(n), d, block.sequence(n),
+                                           block.unit(), block.valid(), d_c_states.at(n));
   };
-  block.template finish_units<Loaded>(load, [&](int n, int j, int64_t unit, const Loaded& loaded) {
-    step_cell_backward<Tile>(params, block.moment(n), d, block.sequence(n), unit, block.product(n, j).at[0], loaded);
+  block.template finish_items<Loaded>(load, [&](int n, int j, const Loaded& loaded) {
+    step_cell_backward<Tile>(params, block, d, n, block.product(n, j).at[0], loaded, d_c_states.at(n));
   });
 }
 
@@ -472,9 +591,7 @@ __device__ __forceinline__ void take_step_backward(const Params& params, Block& 
   const LayerBackward& layer = params.pass.layer;
   const bool recurrent = params.part.product == Product::kRecurrent;
   if (params.s >= 0 && recurrent != layer.shape.projected) {
-    block.for_units([&](int n, int64_t unit) {
-      prefetch_cell_backward<Tile>(params, block.moment(n), d, block.sequence(n), unit);
-    });
+    block.for_items([&](int n) { prefetch_backward(block.rows(n).read, layer.shape, block.unit()); });
   }
   step_products_backward<Tile>(params, block, d);
   block.follow_previous_launch();
@@ -490,8 +607,10 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
     step_backward(const __grid_constant__ StepBackward params) {
   const int d = blockIdx.y;
   const LayerBackward& layer = params.pass.layer;
-  StepBlock<Tile, kBatchTiles, true> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
-                                           layer.direction[d].reverse, params.s);
+  const auto rows_of = [&](const Moment& moment, int64_t b) { return step_rows_back<Tile>(params, d, moment, b); };
+  StepBlock<Tile, kBatchTiles, true, StepBackwardRows<Tile>, kStepItem<Tile>> block(
+      params.part, layer.shape, layer.masks, layer.gates_map.packed_offset, layer.direction[d].reverse, params.s,
+      rows_of);
   take_step_backward<Tile>(params, block, d);
 }
 
@@ -500,8 +619,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     cell_step_backward(const __grid_constant__ WithCell<StepBackward> params) {
   const int d = blockIdx.y;
   const LayerBackward& layer = params.pass.layer;
-  StepBlock<Tile, kBatchTiles, !kTensorflow> block(params.part, layer.shape, layer.masks, layer.gates_map.packed_offset,
-                                                   layer.direction[d].reverse, params.s);
+  const auto rows_of = [&](const Moment& moment, int64_t b) { return step_rows_back<Tile>(params, d, moment, b); };
+  StepBlock<Tile, kBatchTiles, !kTensorflow, StepBackwardRows<Tile>> block(
+      params.part, layer.shape, layer.masks, layer.gates_map.packed_offset, layer.direction[d].reverse, params.s,
+      rows_of);
   take_step_backward<Tile>(params, block, d);
 }
 

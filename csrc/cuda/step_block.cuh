@@ -6,15 +6,19 @@
 
 namespace lstm_ext::cuda {
 
-// Sums over the blocks of the cluster and of each over its splits, always in this order: of `kRows` rows, so far apart,
-// of one sequence, whose first sum is at `partial`.
-template <class Sum, int kRows>
-__device__ __forceinline__ Units<Sum, kRows> sums_of_rows(const Sum* partial, int apart, int blocks, int splits_log2,
-                                                          int split_stride) {
-  Units<Sum, kRows> sums{};
+// Sums over the blocks of the cluster and of each over its splits, always in this order: of kRows times kItem rows,
+// so far apart, of one sequence, whose first sum is at `partial`.
+template <class Sum, int kRows, int kItem>
+__device__ __forceinline__ Units<Units<Sum, kItem>, kRows> sums_of_rows(const Sum* partial, int apart, int blocks,
+                                                                        int splits_log2, int split_stride) {
+  Units<Units<Sum, kItem>, kRows> sums{};
   const auto add = [&](const Sum* at) {
 #pragma unroll
-    for (int n = 0; n < kRows; ++n) sums.at[n] += at[n * apart];
+    for (int n = 0; n < kRows; ++n) {
+      const auto more = *reinterpret_cast<const Units<Sum, kItem>*>(at + n * apart);
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) sums.at[n].at[i] += more.at[i];
+    }
   };
   if (blocks == 1) {
 #pragma unroll 2
@@ -27,11 +31,13 @@ __device__ __forceinline__ Units<Sum, kRows> sums_of_rows(const Sum* partial, in
   return sums;
 }
 
-// Used as: a block of its own, `add` for each matrix that is multiplied, then `finish_units`, in which `product` is
-// there. kTransposed: the weights lie as [columns, rows]; kGates: these rows are four gates, as in the product.
-template <class Tile, int kBatchTiles, bool kTransposed, bool kGates = false>
+// Used as: a block of its own, `add` for each matrix that is multiplied, then `finish_items`, in which `product` is
+// there. kTransposed: the weights lie as [columns, rows]; kGates: these rows are four gates, as in the product. `Rows`
+// is what is known of a sequence's rows in memory, and kUnits how many adjacent units a thread takes together.
+template <class Tile, int kBatchTiles, bool kTransposed, class Rows, int kUnits = 1, bool kGates = false>
 class StepBlock {
  public:
+  static constexpr int kItem = kUnits;
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   using Operands = LaneOperands<Tile, kTransposed>;
@@ -39,8 +45,10 @@ class StepBlock {
   static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
   static constexpr int kTiles = kStageNumbers / Tile::kK;  // k tiles of a stage
 
+  // rows_of(moment, b): what is known of the rows of sequence b.
+  template <class RowsOf>
   __device__ StepBlock(const StepPart& part, const SequenceShape& shape, const Masks& masks,
-                       const int64_t* packed_offset, bool reverse, int64_t s)
+                       const int64_t* packed_offset, bool reverse, int64_t s, const RowsOf& rows_of)
       : part_(part),
         sequences_(part.warps_n() * kBatchTiles * kBatchColumns),
         k_block_(static_cast<int>(blockIdx.x) & (part.k_blocks() - 1)),
@@ -51,13 +59,16 @@ class StepBlock {
     sums_.clear();
     const int n = threadIdx.x;
     if (n < count_) {
-      moments()[n] = moment_at(masks, packed_offset, shape.T, reverse, s, first_ + n);
+      const Moment moment = moment_at(masks, packed_offset, shape.T, reverse, s, first_ + n);
+      moments()[n] = moment;
       moments()[sequences_ + n] = moment_at(masks, packed_offset, shape.T, reverse, s + 1, first_ + n);
+      if constexpr (kRowsSize > 0) all_rows()[n] = rows_of(moment, first_ + n);
     }
-    __syncthreads();  // the moments are there
+    __syncthreads();  // the moments and rows are there
   }
 
   __device__ const Moment& moment(int n) const { return moments()[n]; }
+  __device__ const Rows& rows(int n) const { return all_rows()[n]; }
   __device__ const Moment& next_moment(int n) const { return moments()[sequences_ + n]; }  // at step s + 1
   __device__ int64_t sequence(int n) const { return first_ + n; }
 
@@ -78,40 +89,47 @@ class StepBlock {
     let_next_launch_start();
   }
 
-  // The product's rows j, j + apart .. for sequence n.
+  // The product's rows j, j + apart .. for sequence n, each with those of the units behind it in an item.
   template <int kRows = 1>
-  __device__ __forceinline__ Units<Sum, kRows> product(int n, int j, int apart = 0) const {
-    return sums_of_rows<Sum, kRows>(partial() + n * stride() + j, apart, part_.k_blocks(), part_.splits_log2(),
-                                    sequences_ * stride());
+  __device__ __forceinline__ Units<Units<Sum, kItem>, kRows> product(int n, int j, int apart = 0) const {
+    return sums_of_rows<Sum, kRows, kItem>(partial() + n * stride() + j, apart, part_.k_blocks(), part_.splits_log2(),
+                                           sequences_ * stride());
   }
 
-  // A thread has one unit of the tile, of every so many sequences of this block's share; past the last it has none.
+  // A thread has kItem units of the tile, from `unit` on, of every so many sequences of this block's share. `valid` of
+  // them are there; past the last unit none.
   __device__ int64_t unit() const { return int64_t{row_block_} * part_.rows.width + unit_in_tile(); }
-  __device__ bool has_unit() const { return unit() < part_.rows.limit; }
+  __device__ int valid() const { return part_.rows.limit - static_cast<int>(unit()); }
 
-  // Calls body(n, unit) for its sequences n.
+  // Calls body(n) for its sequences n.
+  template <class Body>
+  __device__ __forceinline__ void for_items(const Body& body) const {
+    const int end = valid() > 0 ? count_ : 0;
+    for (int n = first_sequence(); n < end; n += sequence_step()) body(n);
+  }
+  // The same for each unit: body(n, unit).
   template <class Body>
   __device__ __forceinline__ void for_units(const Body& body) const {
-    if (!has_unit()) return;
-    for (int n = first_sequence(); n < count_; n += sequence_step()) body(n, unit());
+    const int units = min(kItem, valid());
+    for_items([&](int n) {
+      for (int i = 0; i < units; ++i) body(n, unit() + i);
+    });
   }
 
-  // Calls finish(n, j, unit, load(n, unit)) for its sequences n, where row j of the product is the unit's first. What
-  // the next sequence needs is loaded meanwhile; the first, before the sums meet. Not unrolled: more code than the
+  // Calls finish(n, j, load(n)) for its sequences n, where row j of the product is the first unit's first. What the
+  // next sequence needs is loaded meanwhile; the first, before the sums meet. Not unrolled: more code than the
   // instruction cache holds takes longer to fetch than to run.
   template <class Loaded, class Load, class Finish>
-  __device__ __forceinline__ void finish_units(const Load& load, const Finish& finish) {
-    const int64_t unit = this->unit();
-    const int step = sequence_step(), end = has_unit() ? count_ : 0;
+  __device__ __forceinline__ void finish_items(const Load& load, const Finish& finish) {
+    const int step = sequence_step(), end = valid() > 0 ? count_ : 0;
     int n = first_sequence();
     Loaded loaded{};
-    if (n < end) loaded = load(n, unit);
+    if (n < end) loaded = load(n);
     finish_sums();
 #pragma unroll 1
     for (; n < end; n += step) {
-      Loaded next{};
-      if (n + step < end) next = load(n + step, unit);
-      finish(n, unit_in_tile(), unit, loaded);
+      const Loaded next = load(n + step < end ? n + step : n);  // whether it is needed or not: no branch
+      finish(n, unit_in_tile(), loaded);
       loaded = next;
     }
     if (part_.k_blocks() > 1) cluster_meet();  // no block ends while others read its sums
@@ -240,11 +258,14 @@ class StepBlock {
     }
   }
 
-  // Threads of all blocks along k, in their order: units side by side, then sequences. The width is a power of two.
+  // Threads of all blocks along k, in their order: items side by side, then sequences. The width is a power of two.
+  static constexpr int kItemLog2 = kItem == 2;
+  static_assert(kItem == 1 << kItemLog2);
   __device__ int thread_along_k() const { return k_block_ * kThreads + static_cast<int>(threadIdx.x); }
-  __device__ int unit_in_tile() const { return thread_along_k() & (part_.rows.width - 1); }
-  __device__ int first_sequence() const { return thread_along_k() >> part_.width_log2; }
-  __device__ int sequence_step() const { return kThreads << part_.k_blocks_log2 >> part_.width_log2; }
+  __device__ int unit_in_tile() const { return thread_along_k() << kItemLog2 & (part_.rows.width - 1); }
+  __device__ int first_sequence() const { return thread_along_k() >> items_log2(); }
+  __device__ int sequence_step() const { return kThreads << part_.k_blocks_log2 >> items_log2(); }
+  __device__ int items_log2() const { return part_.width_log2 - kItemLog2; }
 
   // Warps 0, 1, .. take kStepRows rows each of the first sequences, then of the next, and then the next part of k.
   __device__ int warp() const { return static_cast<int>(threadIdx.x) / 32; }
@@ -255,10 +276,14 @@ class StepBlock {
   __device__ int pitch() const { return part_.block_rows() * static_cast<int>(sizeof(Number)); }  // transposed
 
   __device__ Moment* moments() const { return reinterpret_cast<Moment*>(dynamic_shared()); }
+  static constexpr int kRowsSize = std::is_empty_v<Rows> ? 0 : sizeof(Rows);
+  __device__ Rows* all_rows() const { return reinterpret_cast<Rows*>(dynamic_shared() + step_rows_offset(sequences_)); }
   __device__ const char** row_starts() const {
-    return reinterpret_cast<const char**>(dynamic_shared() + step_rows_offset(sequences_));
+    return reinterpret_cast<const char**>(dynamic_shared() + step_starts_offset(sequences_, kRowsSize));
   }
-  __device__ char* work() const { return dynamic_shared() + step_work_offset(sequences_, part_.block_rows()); }
+  __device__ char* work() const {
+    return dynamic_shared() + step_work_offset(sequences_, kRowsSize, part_.block_rows());
+  }
   __device__ char* stage(int n) const { return work() + n * (part_.block_rows() + sequences_) * kStageBytes; }
   __device__ Sum* partial() const { return reinterpret_cast<Sum*>(work()); }
 

@@ -28,16 +28,16 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
   const int d = blockIdx.y;
   const SequenceShape& shape = params.shape;
   const auto& of = params.direction[d];
-  StepBlock<Tile, kBatchTiles, kTransposed> block(params.part, shape, params.masks, params.packed_offset, of.reverse,
-                                                  params.s);
+  struct Nothing {};
+  StepBlock<Tile, kBatchTiles, kTransposed, Nothing> block(params.part, shape, params.masks, params.packed_offset,
+                                                           of.reverse, params.s, Nothing());
   if (of.operand) block.add(of.weights, params.columns, [&](int n) { return operand_row<Tile>(params, block, d, n); });
   block.follow_previous_launch();
-  struct Nothing {};
-  block.template finish_units<Nothing>([](int, int64_t) { return Nothing(); },
-                                       [&](int n, int j, int64_t row, Nothing) {
+  block.template finish_items<Nothing>([](int) { return Nothing(); },
+                                       [&](int n, int j, Nothing) {
                                          auto* const sums = static_cast<typename Tile::Sum*>(params.sums);
                                          const int64_t b = d * shape.B + block.sequence(n);
-                                         sums[b * 4 * shape.H + row] = block.product(n, j).at[0];
+                                         sums[b * 4 * shape.H + block.unit()] = block.product(n, j).at[0].at[0];
                                        });
 }
 
