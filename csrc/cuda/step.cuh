@@ -197,7 +197,8 @@ __device__ __forceinline__ void step_gates(const Params& params, Block& block, i
     Loaded loaded{};
     loaded.c = s == 0 ? units_of_state<kItem, Number>(to.state.c0, block.sequence(n), unit, valid)
                       : load_units<kItem>(c_states.at(n), valid);
-    if (const Sum* xw = block.rows(n).xw) loaded.xw = load_gates<kItem>(xw + unit, H, valid);
+    const Sum* xw = block.rows(n).xw;
+    if (xw) loaded.xw = load_gates<kItem>(xw + unit, H, valid);
     return loaded;
   };
   const auto finish = [&](int n, int j, const Loaded& loaded) {
@@ -273,7 +274,8 @@ __device__ __forceinline__ void take_step_forward(const Params& params, Block& b
   const bool gates = params.part.product == Product::kRecurrent;
   if (gates && params.xw[d]) {
     block.for_items([&](int n) {
-      if (const auto* xw = block.rows(n).xw) prefetch_gates(xw + block.unit(), layer.shape.H);
+      const auto* xw = block.rows(n).xw;
+      if (xw) prefetch_gates(xw + block.unit(), layer.shape.H);
     });
   }
   step_products<Tile>(params, block, d);
