@@ -222,7 +222,7 @@ class StepBlock {
   template <bool kAligned>
   __device__ __forceinline__ void copy_stage_rows(char* stage, int begin, int end, int n, int64_t columns) const {
     const int chunk = n * kStageChunks + static_cast<int>(threadIdx.x) % kStageChunks;
-    const int numbers = static_cast<int>(min(int64_t{kChunkNumbers}, columns - int64_t{chunk} * kChunkNumbers));
+    const int numbers = min(kChunkNumbers, static_cast<int>(columns) - chunk * kChunkNumbers);
     copy_rows<Number, kAligned>(stage, row_starts(), begin, end, chunk, max(0, numbers) * int{sizeof(Number)});
   }
 
@@ -241,10 +241,16 @@ class StepBlock {
     const int64_t k_start = int64_t{n} * kStageNumbers;
     const int numbers = static_cast<int>(min(int64_t{kStageNumbers}, columns - k_start));
     const Number* from = static_cast<const Number*>(weights.data) + (k_start + first) * weights.row_stride + column;
-#pragma unroll kCopyUnroll
-    for (int k = first; k < kStageNumbers; k += step, from += step * weights.row_stride) {
-      char* to = stage + k * pitch() + (chunk ^ (k & Operands::kSwizzle) * Operands::kSwizzleStep) * kChunkBytes;
-      copy_chunk<Number, kAligned>(to, reinterpret_cast<const char*>(from), k < numbers ? bytes : 0);
+    const int64_t apart = step * weights.row_stride;
+#pragma unroll 1
+    for (int k = first; k < kStageNumbers; k += kCopyUnroll * step, from += kCopyUnroll * apart) {
+#pragma unroll
+      for (int i = 0; i < kCopyUnroll; ++i) {
+        const int row = k + i * step;
+        char* to = stage + row * pitch() + (chunk ^ (row & Operands::kSwizzle) * Operands::kSwizzleStep) * kChunkBytes;
+        const auto* there = reinterpret_cast<const char*>(from + i * apart);
+        if (row < kStageNumbers) copy_chunk<Number, kAligned>(to, there, row < numbers ? bytes : 0);
+      }
     }
   }
 

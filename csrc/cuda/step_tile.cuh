@@ -55,11 +55,12 @@ struct Sums {
 
 inline constexpr int kChunkBytes = 16, kStageChunks = kStageBytes / kChunkBytes;
 
-// How many chunks a thread copies in one turn of a loop. Without cp.async they pass through registers.
+// How many chunks a thread copies in one turn of a loop, whose addresses it knows before the first. Without cp.async
+// they pass through registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 inline constexpr int kCopyUnroll = 1;
 #else
-inline constexpr int kCopyUnroll = 4;
+inline constexpr int kCopyUnroll = 6;
 #endif
 
 // A chunk of which `bytes` are there, and the rest is zero, from an address that need not be a multiple of 16. What is
@@ -102,13 +103,18 @@ inline __device__ bool is_aligned(const void* address) {
 template <class Number, bool kAligned>
 __device__ __forceinline__ void copy_rows(char* stage, const char* const* rows, int begin, int end, int chunk,
                                           int bytes) {
+  constexpr int kApart = kThreads / kStageChunks;  // rows that one thread copies
   const int64_t at = int64_t{chunk} * kChunkBytes;
   begin += static_cast<int>(threadIdx.x) / kStageChunks;  // of a multiple of kStageChunks
   char* to = stage + begin * kStageBytes + ((threadIdx.x ^ threadIdx.x / kStageChunks) % kStageChunks) * kChunkBytes;
-#pragma unroll kCopyUnroll
-  for (int row = begin; row < end; row += kThreads / kStageChunks, to += kThreads * kChunkBytes) {
-    const char* from = rows[row];
-    copy_chunk<Number, kAligned>(to, from + at, from ? bytes : 0);
+#pragma unroll 1
+  for (int row = begin; row < end; row += kCopyUnroll * kApart) {
+    const char* from[kCopyUnroll];
+#pragma unroll
+    for (int n = 0; n < kCopyUnroll; ++n) from[n] = rows[min(row + n * kApart, end - 1)];
+#pragma unroll
+    for (int n = 0; n < kCopyUnroll; ++n, to += kThreads * kChunkBytes)
+      if (row + n * kApart < end) copy_chunk<Number, kAligned>(to, from[n] + at, from[n] ? bytes : 0);
   }
 }
 
