@@ -238,8 +238,16 @@ class Streamed(Frozen):
         self.name = "lstm_ext-stream"
 
     def refusal(self, case: Case) -> str:
-        steps = case.directions == 1 and case.mode == "inference"
-        return super().refusal(case) or ("" if steps else "a stream goes on, step after step")
+        if why := super().refusal(case):
+            return why
+        if case.directions > 1 or case.mode != "inference":
+            return "a stream goes on, step after step"
+        cores = len(usable_cores())
+        sizes = case.T, case.B, case.H
+        plan = lstm_ext.plan(*sizes, input_size=case.I, proj_size=case.P, num_threads=cores, device="cpu")
+        if case.threads < cores and (plan.threads > case.threads or (case.layers > 1 and case.T > 1)):
+            return "NumPy arrays are computed by all cores"
+        return ""
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
         options = {"num_layers": case.layers, "proj_size": case.P}
