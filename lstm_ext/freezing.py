@@ -40,8 +40,8 @@ def freeze(module: Module, weights: str | None = None) -> Any:
             model, of which a copy is made in which all such modules are frozen, and which is in `eval()` mode. All
             are taken as in that mode: without dropouts. What is frozen already stays as it is.
         weights: how the matrices are stored: "float32", "bfloat16" or "int8" (with a scale for each row of weights,
-            h and x as integers of 16 bits, or of 8 for 128 inputs and more, sums in int32, gates in float32); x, the
-            state and the output are float32 then. None is the dtype of the module.
+            h and x as integers of up to 16 bits, x of 128 inputs and more of 8, sums in int32, gates in float32); x,
+            the state and the output are float32 then. None is the dtype of the module.
 
     Returns:
         A `FrozenLSTM`, `FrozenLSTMCell` or `FrozenTensorFlowCell`; or the copy of the model. Where the weights cannot

@@ -247,8 +247,10 @@ def test_what_is_loaded_for_the_next_step_is_waited_for_there(run: Callable[...,
 
 
 def test_the_row_of_a_kernel_that_is_launched_for_each_step(run: Callable[..., str]) -> None:
-    launch, loop = (row.split() for row in run(SEQUENCE, name="step_forward").splitlines()[1:])
+    rows = [row.split() for row in run(SEQUENCE, name="step_forward").splitlines()[1:]]
+    items, launch, loop = rows
     assert loop[1:5] == ["step_forward", "loop", "1", "20"]
+    assert items[1:5] == ["step_forward", "items", "1", "4"]  # the loop with an activation, and no product or barrier
     assert launch[1:5] == ["step_forward", "launch", "24", "2"]  # S2R, LDS, the 20 of the loop, and the two after it
 
 

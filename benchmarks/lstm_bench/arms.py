@@ -242,12 +242,11 @@ class Streamed(Frozen):
             return why
         if case.directions > 1 or case.mode != "inference":
             return "a stream goes on, step after step"
-        cores = len(usable_cores())
-        sizes = case.T, case.B, case.H
-        plan = lstm_ext.plan(*sizes, input_size=case.I, proj_size=case.P, num_threads=cores, device="cpu")
-        if case.threads < cores and (plan.threads > case.threads or (case.layers > 1 and case.T > 1)):
-            return "NumPy arrays are computed by all cores"
-        return ""
+        if case.threads == (cores := len(usable_cores())):
+            return ""
+        frozen = lstm_ext.freeze(lstm_ext.LSTM(case.I, case.H, case.layers, proj_size=case.P))
+        threads = max(plan.threads for plan in lstm_ext.plan(case.T, case.B, frozen, num_threads=cores))
+        return "NumPy arrays are computed by all cores" if threads > case.threads else ""
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
         options = {"num_layers": case.layers, "proj_size": case.P}

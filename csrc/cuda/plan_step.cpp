@@ -33,8 +33,8 @@ constexpr double kMeetingClocks = 300, kTurnClocks = 350;
 
 constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
 
-// Places in a launch are ints: the most units, or blocks, that a launch of a step counts.
-constexpr int64_t kMostUnits = 1 << 28, kMostBlocks = INT32_MAX;
+// Places in a launch are ints: the most units, inputs or blocks that a launch of a step counts.
+constexpr int64_t kMostUnits = 1 << 28, kMostInputs = 1 << 30, kMostBlocks = INT32_MAX;
 
 // How a launch for each step is cut: what the search for the best tries.
 struct StepTile {
@@ -105,7 +105,7 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const bool only_sums = leaves_sums(problem, part.product);
   const double item = only_sums ? kSumItemClocks : costs.item + options;
   const bool clustered = part.k_blocks() > 1;
-  const double sum = only_sums ? kBackwardCosts.sums : costs.sums;  // an item is one row in both
+  const double sum = only_sums ? kBackwardCosts.sums : costs.sums;  // of one row
   const double sums = clustered ? sum * part.k_blocks() * part.splits() : 0;
   const double epilogue =
       blocks_of_sm * std::ceil(items / kThreads) * (item + sums) + (clustered ? 2 * costs.meeting : 0);
@@ -161,6 +161,9 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
   if (std::max(shape.H, shape.P) > kMostUnits) {
     throw std::runtime_error("weights: expected at most 2**28 units on a GPU, got H = " + std::to_string(shape.H) +
                              ", P = " + std::to_string(shape.P));
+  }
+  if (shape.I > kMostInputs) {
+    throw std::runtime_error("x: expected at most 2**30 inputs on a GPU, got I = " + std::to_string(shape.I));
   }
   const TileSizes& sizes = tile_sizes(problem.arithmetic);
   Plan plan = new_plan(problem, Strategy::kStep);

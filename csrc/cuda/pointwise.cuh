@@ -75,7 +75,7 @@ __device__ __forceinline__ auto state_at(const Matrix& state, int64_t b, int64_t
 template <class T, int N>
 using Stored = std::conditional_t<sizeof(T) == 2 && N == 2, uint32_t, Units<T, N>>;
 
-// Of N units that lie together, of which there are `valid`; the others are zero. kTogether: they all are, and aligned.
+// N units that lie together; those from number `valid` on are none, and zero. kTogether: all are there, and aligned.
 template <int N, bool kTogether, class T>
 __device__ __forceinline__ Stored<T, N> load_some(const T* from, int valid) {
   if constexpr (kTogether) {

@@ -34,7 +34,7 @@ __device__ __forceinline__ void prefetch_gates(const T* unit, int64_t H) {
   for (int gate = 0; gate < 4; ++gate) prefetch_to_l2(unit + gate * H);
 }
 
-// The states, or their gradients, of kItem units from the block's first on, between the launches: [D, B, width].
+// Where the states of a thread's units lie between the launches, or the gradients of these: [D, B, width].
 template <class T, class Block>
 class States {
  public:
@@ -373,7 +373,7 @@ __device__ __forceinline__ typename Tile::Sum* d_c_of(const StepBackward& params
   return static_cast<typename Tile::Sum*>(params.state) + (d * shape.B + b) * shape.H + unit;
 }
 
-// What step_cell_backward reads, and backward_output of dy.
+// What the pointwise part reads of them.
 template <class Tile>
 __device__ __forceinline__ void prefetch_backward(const BackwardReads<Tile>& reads, const SequenceShape& shape,
                                                   int64_t unit) {

@@ -96,8 +96,8 @@ class StepBlock {
                                            sequences_ * stride());
   }
 
-  // A thread has kItem units of the tile, from `unit` on, of every so many sequences of this block's share. `valid` of
-  // them are there; past the last unit none.
+  // A thread has kItem units of the tile, from `unit` on, of every so many sequences of this block's share. From there
+  // on there are `valid` units at all: less than kItem, or none, where the vector ends.
   __device__ int64_t unit() const { return int64_t{row_block_} * part_.rows.width + unit_in_tile(); }
   __device__ int valid() const { return part_.rows.limit - static_cast<int>(unit()); }
 
