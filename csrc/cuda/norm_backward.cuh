@@ -5,6 +5,13 @@
 
 namespace lstm_ext::cuda {
 
+// The gradient of c between the launches of a unit.
+template <class Tile>
+__device__ __forceinline__ typename Tile::Sum* d_c_of(const StepBackward& params, int d, int64_t b, int64_t unit) {
+  const SequenceShape& shape = params.pass.layer.shape;
+  return static_cast<typename Tile::Sum*>(params.state) + (d * shape.B + b) * shape.H + unit;
+}
+
 template <class Tile>
 class NormBackwardRow : NormRow<Tile> {
   using Base = NormRow<Tile>;

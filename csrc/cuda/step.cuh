@@ -366,13 +366,6 @@ __device__ __forceinline__ StepBackwardRows<Tile> step_rows_back(const Params& p
           backward_rows<Tile, kHasOptions<Params>>(params.pass, d, moment, b)};
 }
 
-// The gradient of c between the launches of a unit.
-template <class Tile>
-__device__ __forceinline__ typename Tile::Sum* d_c_of(const StepBackward& params, int d, int64_t b, int64_t unit) {
-  const SequenceShape& shape = params.pass.layer.shape;
-  return static_cast<typename Tile::Sum*>(params.state) + (d * shape.B + b) * shape.H + unit;
-}
-
 // What the pointwise part reads of them.
 template <class Tile>
 __device__ __forceinline__ void prefetch_backward(const BackwardReads<Tile>& reads, const SequenceShape& shape,
@@ -468,12 +461,13 @@ __device__ __forceinline__ CellBackwardLoaded<Tile, N> load_cell_backward(const 
 }
 
 // The pointwise part of sequence n from the gradients of h; those of c stay in memory for the next launch.
-template <class Tile, class Params, class Block, int N = Block::kItem>
+template <class Tile, class Params, class Block, int N>
 __device__ __forceinline__ void step_cell_backward(const Params& params, const Block& block, int d, int n,
                                                    const Units<typename Tile::Sum, N>& d_h,
                                                    const CellBackwardLoaded<Tile, N>& loaded,
                                                    typename Tile::Sum* d_c_state) {
   constexpr bool kOptions = kHasOptions<Params>;
+  static_assert(!kOptions || N == 1);
   using Number = typename Tile::Number;
   using Sum = typename Tile::Sum;
   const LayerBackward& layer = params.pass.layer;
@@ -532,7 +526,6 @@ __device__ __forceinline__ void step_h_backward(const Params& params, Block& blo
   const bool makes_cells = params.s >= 0 && !shape.projected;
   constexpr bool kOptions = kHasOptions<Params>;
   constexpr int kItem = Block::kItem;
-  static_assert(!kOptions || kItem == 1);
   using Sums = Units<Sum, kItem>;
   using Loaded = CellBackwardLoaded<Tile, kItem>;
   const int64_t p = block.unit();
