@@ -5,6 +5,9 @@ All were checked with torch 2.13.0, the version that CI runs. Where torch has pu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 
 CHECKED = "2.13.0"
@@ -52,6 +55,15 @@ except (ImportError, AttributeError) as error:
 del _current_level, _is_profiler_enabled  # they change: read as attributes of forward_ad and profiler
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_to_compilers(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which would import the compiler: as long again as torch itself takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def implicit_replication_allowed() -> bool:
     """Whether `torch.distributed.tensor.experimental.implicit_replication` is on."""
     from torch.distributed.tensor import DTensor
@@ -74,6 +86,7 @@ __all__ = [
     "_len_torch_function_stack",
     "_set_fwd_grad_enabled",
     "compiled_autograd_key",
+    "constant_to_compilers",
     "enable_single_level_autograd_function",
     "forward_ad",
     "get_dynamic_layer_stack_depth",

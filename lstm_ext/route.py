@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result, is_compiling
+from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from . import _native, torch_op
@@ -15,6 +15,7 @@ from ._torch_private import (
     TransformType,
     _is_any_autocast_enabled,
     _RecordFunctionFast,
+    constant_to_compilers,
     forward_ad,
     get_interpreter_stack,
     profiler,
@@ -121,14 +122,14 @@ def _with_own_lengths(call: LayerCall) -> LayerCall:
     return call._replace(lengths=lengths.to(call.x.device, torch.int64))
 
 
-@assume_constant_result
+@constant_to_compilers
 def _in_forward_mode() -> bool:
     """Whether forward-mode duals may come, by themselves or from torch.func.jvp: compilers ask as they trace."""
     transforms = get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(each.key() is TransformType.Jvp for each in transforms)
 
 
-@assume_constant_result
+@constant_to_compilers
 def _has_gpu_kernels() -> bool:
     return backends()["cuda"].available
 

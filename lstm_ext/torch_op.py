@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result, is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
@@ -30,6 +30,7 @@ from ._torch_private import (
     _set_fwd_grad_enabled,
     _SingleLevelFunction,
     compiled_autograd_key,
+    constant_to_compilers,
     enable_single_level_autograd_function,
     forward_ad,
     get_dynamic_layer_stack_depth,
@@ -698,13 +699,13 @@ def check_watched(call: LayerCall) -> None:
         check_values(lengths, batch_sizes, call.num_steps(), call.x.shape[0])
 
 
-@assume_constant_result
+@constant_to_compilers
 def _is_transformed() -> bool:
     """Whether a transform of torch.func is under way: compilers ask as they trace."""
     return get_dynamic_layer_stack_depth() > 0
 
 
-@assume_constant_result
+@constant_to_compilers
 def _is_exporting() -> bool:
     """`torch.compiler.is_exporting`, which the compiler of torch 2.11 takes for True."""
     return is_exporting()

@@ -229,6 +229,21 @@ def test_import_is_fast_and_leaves_torch_alone() -> None:
     assert min(float(succeed(program)) for _ in range(3)) < 0.3
 
 
+def test_layers_run_without_torchs_compiler() -> None:
+    """Importing that takes as long as importing torch, and most programs compile nothing."""
+    program = """
+    import sys, torch, lstm_ext
+    given = set(sys.modules)
+    lstm = lstm_ext.replace_lstm(torch.nn.Sequential(torch.nn.LSTM(2, 3)))[0]
+    for layer in (lstm, lstm_ext.LSTM(2, 3, peephole=True)):
+        layer(torch.zeros(4, 1, 2))[0].sum().backward()
+    lstm_ext.BasicLSTMCell(3)(torch.zeros(1, 2))
+    lstm_ext.freeze(lstm)(torch.zeros(4, 1, 2))
+    assert not {"torch._dynamo", "torch.onnx", "sympy"} & (set(sys.modules) - given)
+    """
+    succeed(program)
+
+
 def test_importing_the_package_imports_no_module_twice_and_every_public_name_exists() -> None:
     for name in lstm_ext.__all__:
         assert getattr(lstm_ext, name) is getattr(lstm_ext, name), name

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result, is_compiling
+from torch.compiler import is_compiling
 
+from .._torch_private import constant_to_compilers
 from ..call import BOTH, FORWARD, REVERSE, CellWeights, LayerCall, Outputs, Save, check
 from ..cell import PLAIN, Activation, Cell, Norm
 from . import stock
@@ -16,10 +18,10 @@ from . import stock
 _DIRECTIONS = {FORWARD: "forward", REVERSE: "reverse", BOTH: "bidirectional"}
 
 
-@assume_constant_result
+@constant_to_compilers
 def is_exporting() -> bool:
-    """`torch.onnx.is_in_onnx_export`, which strict tracing takes for False."""
-    return torch.onnx.is_in_onnx_export()
+    """`torch.onnx.is_in_onnx_export`, which strict tracing takes for False; who exports has imported it."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def _refuse(call: LayerCall, save: Save) -> None:
