@@ -213,23 +213,19 @@ struct StepPart {
   constexpr int splits() const { return 1 << splits_log2(); }
 };
 
-// The shared memory of a block that takes one step: the moments of this step and the next, what is known of each
-// sequence's rows in memory, where each row of weights and operand starts (8 bytes), and then, at step_work_offset,
-// first the stages and later the sums of the warps.
-inline constexpr int kStages = 3, kStageBytes = 128;                   // of a row, in a stage
-inline constexpr int kStepForwardBytes = 32, kStepBackwardBytes = 64;  // of what is known of a sequence's rows
+// The shared memory of a block that takes one step: what is known of each sequence (`known` bytes: its moment, backward
+// and for a product by itself that of the next step too, and where its rows in memory are), where each row of weights
+// and operand starts (8 bytes), and then, at step_work_offset, first the stages and later the sums of the warps.
+inline constexpr int kStages = 3, kStageBytes = 128;  // of a row, in a stage
+inline constexpr int kStepForwardKnown = 64, kStepBackwardKnown = 128;
 
-constexpr int step_rows_offset(int sequences) { return 2 * sequences * static_cast<int>(sizeof(Moment)); }
-constexpr int step_starts_offset(int sequences, int rows_bytes) {
-  return step_rows_offset(sequences) + sequences * rows_bytes;
+constexpr int step_work_offset(int sequences, int known, int rows) {
+  return sequences * known + (rows + sequences) * 8;
 }
-constexpr int step_work_offset(int sequences, int rows_bytes, int rows) {
-  return step_starts_offset(sequences, rows_bytes) + (rows + sequences) * 8;
-}
-constexpr int step_shared_bytes(int sequences, int rows_bytes, const StepPart& part, int sum_bytes) {
+constexpr int step_shared_bytes(int sequences, int known, const StepPart& part, int sum_bytes) {
   const int rows = part.block_rows(), stages = kStages * (rows + sequences) * kStageBytes;
   const int sums = part.splits() * sequences * (rows + kPartialPadding) * sum_bytes;
-  return step_work_offset(sequences, rows_bytes, rows) + (stages > sums ? stages : sums);
+  return step_work_offset(sequences, known, rows) + (stages > sums ? stages : sums);
 }
 
 }  // namespace lstm_ext::cuda

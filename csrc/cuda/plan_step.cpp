@@ -174,7 +174,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
     LaunchConfig config;
   };
   plan.microseconds = INFINITY;
-  const int rows_bytes = problem.backward ? kStepBackwardBytes : kStepForwardBytes;
+  const int known = problem.backward ? kStepBackwardKnown : kStepForwardKnown;
   Found found;
   for (int batch_tiles = 1; batch_tiles <= sizes.most_step_tiles; batch_tiles *= 2) {
     if (!has_tiles(problem, true, batch_tiles)) continue;
@@ -188,7 +188,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
       if (tile.batch_tiles != batch_tiles) return;
       for (int n = 0; n < plan.num_parts; ++n) {
         const StepPart part = step_part(problem, static_cast<Product>(n), tile);
-        const int64_t shared = step_shared_bytes(tile.sequences(), rows_bytes, part, sizes.sum_bytes);
+        const int64_t shared = step_shared_bytes(tile.sequences(), known, part, sizes.sum_bytes);
         const int64_t blocks =
             part.row_blocks * std::max<int64_t>(1, ceil_div(shape.B, tile.sequences())) * part.k_blocks();
         if (shared > problem.device.shared_per_block || blocks > kMostBlocks) continue;

@@ -72,6 +72,7 @@ inline constexpr bool kHasOptions<WithCell<Params>> = true;
 // Where a launch stores what it makes of a sequence, and finds what x has given to its gates; null where nothing is.
 template <class Tile>
 struct alignas(16) StepForwardRows {
+  static constexpr bool kNext = false;
   ForwardRows<Tile> stored;
   const typename Tile::Sum* xw;
 };
@@ -80,7 +81,6 @@ template <class Tile>
 __device__ __forceinline__ StepForwardRows<Tile> step_rows(const StepForward& params, int d, const Moment& moment,
                                                            int64_t b) {
   using Rows = StepForwardRows<Tile>;
-  static_assert(sizeof(Rows) == kStepForwardBytes);
   if (params.s < 0) return {};
   const LayerForward& layer = params.layer;
   Rows rows{forward_rows<Tile>(layer, layer.direction[d], moment, b), nullptr};
@@ -353,6 +353,7 @@ __device__ __forceinline__ BackwardReads<Tile> backward_reads(const StepBackward
 // The same, and where it stores what it makes of the sequence.
 template <class Tile>
 struct alignas(16) StepBackwardRows {
+  static constexpr bool kNext = true;
   BackwardReads<Tile> read;
   BackwardRows<Tile> stored;
 };
@@ -360,7 +361,6 @@ struct alignas(16) StepBackwardRows {
 template <class Tile, class Params>
 __device__ __forceinline__ StepBackwardRows<Tile> step_rows_back(const Params& params, int d, const Moment& moment,
                                                                  int64_t b) {
-  static_assert(sizeof(StepBackwardRows<Tile>) == kStepBackwardBytes);
   if (params.s < 0) return {};
   return {backward_reads<Tile>(params, d, moment, b),
           backward_rows<Tile, kHasOptions<Params>>(params.pass, d, moment, b)};

@@ -33,7 +33,8 @@ __device__ __forceinline__ Units<Units<Sum, kItem>, kRows> sums_of_rows(const Su
 
 // Used as: a block of its own, `add` for each matrix that is multiplied, then `finish_items`, in which `product` is
 // there. kTransposed: the weights lie as [columns, rows]; kGates: these rows are four gates, as in the product. `Rows`
-// is what is known of a sequence's rows in memory, and kUnits how many adjacent units a thread takes together.
+// is what is known of a sequence's rows in memory, Rows::kNext whether the moment of step s + 1 is asked for too, and
+// kUnits how many adjacent units a thread takes together.
 template <class Tile, int kBatchTiles, bool kTransposed, class Rows, int kUnits = 1, bool kGates = false>
 class StepBlock {
  public:
@@ -44,6 +45,9 @@ class StepBlock {
   static constexpr int kStageNumbers = kStageBytes / sizeof(Number);  // along k
   static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
   static constexpr int kTiles = kStageNumbers / Tile::kK;  // k tiles of a stage
+  static constexpr int kMoments = Rows::kNext ? 2 : 1, kRowsSize = std::is_empty_v<Rows> ? 0 : sizeof(Rows);
+  static constexpr int kKnown = kMoments * int{sizeof(Moment)} + kRowsSize;
+  static_assert(kKnown <= (Rows::kNext && kRowsSize ? kStepBackwardKnown : kStepForwardKnown));
 
   // rows_of(moment, b): what is known of the rows of sequence b.
   template <class RowsOf>
@@ -61,7 +65,8 @@ class StepBlock {
     if (n < count_) {
       const Moment moment = moment_at(masks, packed_offset, shape.T, reverse, s, first_ + n);
       moments()[n] = moment;
-      moments()[sequences_ + n] = moment_at(masks, packed_offset, shape.T, reverse, s + 1, first_ + n);
+      if constexpr (Rows::kNext)
+        moments()[sequences_ + n] = moment_at(masks, packed_offset, shape.T, reverse, s + 1, first_ + n);
       if constexpr (kRowsSize > 0) all_rows()[n] = rows_of(moment, first_ + n);
     }
     __syncthreads();  // the moments and rows are there
@@ -282,14 +287,13 @@ class StepBlock {
   __device__ int pitch() const { return part_.block_rows() * static_cast<int>(sizeof(Number)); }  // transposed
 
   __device__ Moment* moments() const { return reinterpret_cast<Moment*>(dynamic_shared()); }
-  static constexpr int kRowsSize = std::is_empty_v<Rows> ? 0 : sizeof(Rows);
-  __device__ Rows* all_rows() const { return reinterpret_cast<Rows*>(dynamic_shared() + step_rows_offset(sequences_)); }
+  __device__ Rows* all_rows() const {
+    return reinterpret_cast<Rows*>(dynamic_shared() + sequences_ * kMoments * int{sizeof(Moment)});
+  }
   __device__ const char** row_starts() const {
-    return reinterpret_cast<const char**>(dynamic_shared() + step_starts_offset(sequences_, kRowsSize));
+    return reinterpret_cast<const char**>(dynamic_shared() + sequences_ * kKnown);
   }
-  __device__ char* work() const {
-    return dynamic_shared() + step_work_offset(sequences_, kRowsSize, part_.block_rows());
-  }
+  __device__ char* work() const { return dynamic_shared() + step_work_offset(sequences_, kKnown, part_.block_rows()); }
   __device__ char* stage(int n) const { return work() + n * (part_.block_rows() + sequences_) * kStageBytes; }
   __device__ Sum* partial() const { return reinterpret_cast<Sum*>(work()); }
 

@@ -22,23 +22,26 @@ __device__ __forceinline__ const typename Tile::Number* operand_row(const StepSu
   }
 }
 
+struct NoRows {
+  static constexpr bool kNext = true;
+};
+
 template <class Tile, int kBatchTiles, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, kStepBlocks<Tile, kBatchTiles>)
     step_sums(const __grid_constant__ StepSums params) {
   const int d = blockIdx.y;
   const SequenceShape& shape = params.shape;
   const auto& of = params.direction[d];
-  struct Nothing {};
-  StepBlock<Tile, kBatchTiles, kTransposed, Nothing> block(params.part, shape, params.masks, params.packed_offset,
-                                                           of.reverse, params.s, Nothing());
+  StepBlock<Tile, kBatchTiles, kTransposed, NoRows> block(params.part, shape, params.masks, params.packed_offset,
+                                                          of.reverse, params.s, NoRows());
   if (of.operand) block.add(of.weights, params.columns, [&](int n) { return operand_row<Tile>(params, block, d, n); });
   block.follow_previous_launch();
-  block.template finish_items<Nothing>([](int) { return Nothing(); },
-                                       [&](int n, int j, Nothing) {
-                                         auto* const sums = static_cast<typename Tile::Sum*>(params.sums);
-                                         const int64_t b = d * shape.B + block.sequence(n);
-                                         sums[b * 4 * shape.H + block.unit()] = block.product(n, j).at[0].at[0];
-                                       });
+  block.template finish_items<NoRows>([](int) { return NoRows(); },
+                                      [&](int n, int j, NoRows) {
+                                        auto* const sums = static_cast<typename Tile::Sum*>(params.sums);
+                                        const int64_t b = d * shape.B + block.sequence(n);
+                                        sums[b * 4 * shape.H + block.unit()] = block.product(n, j).at[0].at[0];
+                                      });
 }
 
 }  // namespace lstm_ext::cuda
