@@ -64,10 +64,10 @@ def test_every_gpu_has_a_plan_within_its_limits(name: str, dtype: str) -> None:
 
 
 def test_a_cluster_of_multiprocessors_lies_within_a_group_of_them() -> None:
-    """The 132 of an H100 are 8 groups, each of which holds two clusters of 8."""
+    """The 132 of an H100 are 8 groups, each of which holds two clusters of 8, but for one: 15 were measured to run."""
     plan = lstm_ext.plan(512, 400, 300, dtype="bfloat16", device="H100", strategy="cluster")
     assert plan.team == 8
-    assert plan.blocks == 8 * 2 * 8
+    assert plan.blocks == 15 * 8
 
 
 def test_launches_of_a_step_count_on_the_clusters_that_run_at_a_time() -> None:
