@@ -349,7 +349,7 @@ TRANSFORMS: dict[str, Any] = {
     "vmap": lambda m, x: torch.vmap(lambda x: m(x))(x),
     "per-sample gradients": per_sample,
     "jacrev": lambda m, x: torch.func.jacrev(lambda x: m(x)[0])(x[0]),
-    "jvp": lambda m, x: torch.func.jvp(lambda x: m(x)[0], (x[0].clone(),), (x[1].clone(),)),
+    "jvp": lambda m, x: torch.func.jvp(lambda x: m(x)[0], (x[0, :2].clone(),), (x[1, :2].clone(),)),
     "hessian": lambda m, x: torch.func.hessian(lambda x: m(x)[0].pow(2).sum())(x[0, :2, :1]),
 }
 

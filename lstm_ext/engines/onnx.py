@@ -21,7 +21,11 @@ _DIRECTIONS = {FORWARD: "forward", REVERSE: "reverse", BOTH: "bidirectional"}
 @constant_to_compilers
 def is_exporting() -> bool:
     """`torch.onnx.is_in_onnx_export`, which strict tracing takes for False; who exports has imported it."""
-    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+    if "torch.onnx" not in sys.modules:
+        return False
+    import torch.onnx  # which waits where another thread is just doing so
+
+    return torch.onnx.is_in_onnx_export()
 
 
 def _refuse(call: LayerCall, save: Save) -> None:
