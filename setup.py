@@ -37,7 +37,7 @@ LOG = BUILD / "build.log"
 MODES = ("auto", "python", "cpu", "cuda")
 ALL_ARCHS = ("75", "80", "86", "89", "90a", "100", "120")
 OLDEST_ARCH = 75
-CUDA_MINUTES = 3  # of one core, for an architecture
+CUDA_MINUTES = 7  # of one core, for an architecture
 REASON_LENGTH = 120  # of what an installation keeps; the log says more
 
 
@@ -356,10 +356,13 @@ class BuildExt(build_ext):
             archs = cuda[-1].partition("=")[2].replace("-real", "").split(";")
             announce(
                 f"building the CPU kernels{levels}, and the CUDA kernels for {', '.join(archs)}: about "
-                f"{1 + CUDA_MINUTES * len(archs)} minutes of one core"
+                f"{2 + CUDA_MINUTES * len(archs)} minutes of one core"
             )
         else:
-            announce(f"building the CPU kernels{levels}, a minute of one core; no CUDA kernels: {self.cuda_reason}")
+            announce(
+                f"building the CPU kernels{levels}, a minute and a half of one core; "
+                f"no CUDA kernels: {self.cuda_reason}"
+            )
         version = self.distribution.get_version()
         try:
             try:

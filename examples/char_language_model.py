@@ -3,7 +3,7 @@
 The text is the one that Python carries for its `help()`. Each position predicts the next character; the state at the
 end of a chunk is where the next one begins.
 
-    python examples/char_language_model.py                      # 40 s of one core
+    python examples/char_language_model.py                      # 25 s of one core
     python examples/char_language_model.py --start 'The class'  # what the sample goes on from
 """
 

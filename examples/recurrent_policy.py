@@ -4,7 +4,7 @@ Between the two the corridor looks the same everywhere, and has a random length.
 episodes end at different steps of a rollout: `resets` says where, and the whole rollout is one call of the layer when
 it is learnt from. With resets at every step the same policy has no memory, and is right as often as a guess.
 
-    python examples/recurrent_policy.py         # 15 s of one core
+    python examples/recurrent_policy.py         # 16 s of one core
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Each session is a stream of its own and has its own state; the weights are packe
 order, a frame of a session never before the one before it. The kernels let other threads run, so that they share the
 cores.
 
-    python examples/serve_threads.py              # 10 s of two cores
+    python examples/serve_threads.py              # 3 s of two cores
 """
 
 from __future__ import annotations

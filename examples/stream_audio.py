@@ -4,7 +4,7 @@ Plucked strings go through a made-up amplifier that saturates, and the more so t
 units learns it from a few seconds of sound. Frozen, it then plays what it has not heard, block by block, as the driver
 of a sound card asks for it: a stream keeps the state, and writes into an array that is there already.
 
-    python examples/stream_audio.py                          # 30 s of one core
+    python examples/stream_audio.py                          # 20 s of one core
     python examples/stream_audio.py --output latency.png     # with a plot (matplotlib)
 """
 
