@@ -230,6 +230,12 @@ def run_tests() -> None:
         tests.check(tests.Case(2, 3, 3, 128), "float32", "step", seed=seed)
     for case in tests.CELLS:
         tests.check_cell(case, "float32")
+        tests.test_one_step_of_options_matches_the_oracle(case)
+    for case in tests.OPTION_CASES:
+        for strategy in tests.STRATEGIES:
+            tests.check(case, "float32", strategy, data_seed=1)
+    for name in tests.OPTIONS:
+        tests.test_options_match_the_oracle(name)
     tests.check(tests.Case(2, 1, 3, 1), "float32", "cluster")
     tests.check(tests.Case(3, 31, 63, 91), "float32", "block", seed=1)
 
