@@ -222,7 +222,7 @@ def _error_of(spec: Spec, tensors: list[Tensor], exact: list[Tensor], dtype: tor
     """The largest difference to the output with the weights of the module, on some random sequences."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, spec.input_size) if spec.kind != "LSTM" else (8, 2, spec.input_size)
-    x = torch.randn(shape, generator=generator).to(device=exact[0].device, dtype=getattr(torch, spec.dtype))
+    x = torch.randn(shape, generator=generator, device="cpu").to(exact[0].device, getattr(torch, spec.dtype))
     call = LayerCall(x, None, None, [], None, None, None, FORWARD, False)
     expected = run_layers(call._replace(x=x.to(dtype)), exact, spec._replace(dtype=_name(dtype)))[0]
     difference = (Stack(spec, tensors).run(call)[0] - expected).abs()

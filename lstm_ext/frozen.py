@@ -303,6 +303,9 @@ class FrozenLSTM(Frozen):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def flatten_parameters(self) -> None:
+        """Nothing: for models that call it before each use of an `LSTM`. The weights are packed."""
+
     def _forward_of_no_array(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Any:
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, resets)

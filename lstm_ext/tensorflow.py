@@ -400,7 +400,6 @@ class LayerNormBasicLSTMCell(TensorFlowCell):
         if layer_norm:
             self.gamma, self.beta = (Parameter(torch.empty(4 * num_units, **factory)) for _ in range(2))
             self.gamma_h, self.beta_h = (Parameter(torch.empty(num_units, **factory)) for _ in range(2))
-            self.register_buffer("_no_bias", torch.zeros(4 * num_units, **factory), persistent=False)
         else:
             self.bias = Parameter(torch.empty(4 * num_units, **factory))
         self.reset_parameters()
@@ -436,7 +435,8 @@ class LayerNormBasicLSTMCell(TensorFlowCell):
     def _weights(self) -> list[Any]:
         if not self.layer_norm:
             return [self.kernel, self.bias]
-        return [self.kernel, self._no_bias, self.gamma, self.beta, self.gamma_h, self.beta_h]
+        no_bias = self.kernel.new_zeros(4 * self.num_units)  # as a buffer it would be what `to_empty` leaves there
+        return [self.kernel, no_bias, self.gamma, self.beta, self.gamma_h, self.beta_h]
 
     def _compose(self, x: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         activation, U = self._function(), self.num_units

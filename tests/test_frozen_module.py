@@ -266,3 +266,24 @@ def test_parametrized_and_replaced_modules() -> None:
     torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
     x = torch.randn(4, 2, 5)
     assert_close(lstm_ext.freeze(module)(x), module(x))
+
+
+def test_a_model_that_flattens_its_parameters_goes_on_doing_so() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = torch.nn.LSTM(3, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.lstm.flatten_parameters()
+            return self.lstm(x)[0]
+
+    model, x = Model(), torch.randn(5, 2, 3)
+    torch.testing.assert_close(lstm_ext.freeze(model)(x), model(x))
+
+
+def test_a_layer_on_the_cpu_is_frozen_where_another_device_is_the_default() -> None:
+    module = lstm_ext.LSTM(3, 4)
+    with torch.device("meta"):
+        frozen = lstm_ext.freeze(module)
+    assert frozen.error == 0

@@ -266,3 +266,16 @@ def test_what_is_wrong_is_named(name: str) -> None:
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call(CELLS["basic"](), sequence())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_normalised_cells_come_from_the_meta_device(assign: bool) -> None:
+    """Nothing that no `state_dict` has is left to what memory held."""
+    source, x = lstm_ext.LayerNormBasicLSTMCell(4, input_size=3).eval(), torch.randn(2, 3)
+    with torch.device("meta"):
+        cell = lstm_ext.LayerNormBasicLSTMCell(4, input_size=3).eval()
+    if not assign:
+        cell.to_empty(device="cpu")
+    cell.load_state_dict(source.state_dict(), assign=assign)
+    assert not list(cell.buffers())
+    torch.testing.assert_close(cell(x)[0], source(x)[0])
