@@ -72,7 +72,7 @@ inline constexpr bool kHasOptions<WithCell<Params>> = true;
 // Where a launch stores what it makes of a sequence, and finds what x has given to its gates; null where nothing is.
 template <class Tile>
 struct alignas(16) StepForwardRows {
-  static constexpr bool kNext = false;
+  static constexpr int kMoments = 1;
   ForwardRows<Tile> stored;
   const typename Tile::Sum* xw;
 };
@@ -353,7 +353,7 @@ __device__ __forceinline__ BackwardReads<Tile> backward_reads(const StepBackward
 // The same, and where it stores what it makes of the sequence.
 template <class Tile>
 struct alignas(16) StepBackwardRows {
-  static constexpr bool kNext = true;
+  static constexpr int kMoments = 2;
   BackwardReads<Tile> read;
   BackwardRows<Tile> stored;
 };

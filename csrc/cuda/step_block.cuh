@@ -33,7 +33,7 @@ __device__ __forceinline__ Units<Units<Sum, kItem>, kRows> sums_of_rows(const Su
 
 // Used as: a block of its own, `add` for each matrix that is multiplied, then `finish_items`, in which `product` is
 // there. kTransposed: the weights lie as [columns, rows]; kGates: these rows are four gates, as in the product. `Rows`
-// is what is known of a sequence's rows in memory, Rows::kNext whether the moment of step s + 1 is asked for too, and
+// is what is known of a sequence's rows in memory, with kMoments moments: that of step s, or that of s + 1 too; and
 // kUnits how many adjacent units a thread takes together.
 template <class Tile, int kBatchTiles, bool kTransposed, class Rows, int kUnits = 1, bool kGates = false>
 class StepBlock {
@@ -45,9 +45,9 @@ class StepBlock {
   static constexpr int kStageNumbers = kStageBytes / sizeof(Number);  // along k
   static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
   static constexpr int kTiles = kStageNumbers / Tile::kK;  // k tiles of a stage
-  static constexpr int kMoments = Rows::kNext ? 2 : 1, kRowsSize = std::is_empty_v<Rows> ? 0 : sizeof(Rows);
+  static constexpr int kMoments = Rows::kMoments, kRowsSize = std::is_empty_v<Rows> ? 0 : sizeof(Rows);
   static constexpr int kKnown = kMoments * int{sizeof(Moment)} + kRowsSize;
-  static_assert(kKnown <= (Rows::kNext && kRowsSize ? kStepBackwardKnown : kStepForwardKnown));
+  static_assert(kKnown == (kMoments == 2 && kRowsSize ? kStepBackwardKnown : kStepForwardKnown));
 
   // rows_of(moment, b): what is known of the rows of sequence b.
   template <class RowsOf>
@@ -65,7 +65,7 @@ class StepBlock {
     if (n < count_) {
       const Moment moment = moment_at(masks, packed_offset, shape.T, reverse, s, first_ + n);
       moments()[n] = moment;
-      if constexpr (Rows::kNext)
+      if constexpr (kMoments == 2)
         moments()[sequences_ + n] = moment_at(masks, packed_offset, shape.T, reverse, s + 1, first_ + n);
       if constexpr (kRowsSize > 0) all_rows()[n] = rows_of(moment, first_ + n);
     }

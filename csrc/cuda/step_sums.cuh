@@ -23,7 +23,7 @@ __device__ __forceinline__ const typename Tile::Number* operand_row(const StepSu
 }
 
 struct NoRows {
-  static constexpr bool kNext = true;
+  static constexpr int kMoments = 2;
 };
 
 template <class Tile, int kBatchTiles, bool kTransposed>
