@@ -408,7 +408,8 @@ def test_a_cell_matches_the_oracle(case: Case, dtype: str) -> None:
 # Cells with options --------------------------------------------------------------------------------------------------
 
 MASKS = SMOOTH["all masks"]
-OPTION_CASES = [case for shape in (MASKED_CASE, PROJECTED_CASE, PACKED_CASE) for case in with_cell(shape, MASKS)]
+PACKED_BOTH_CASE = replace(PACKED_CASE, directions=BOTH)
+OPTION_CASES = [case for shape in (MASKED_CASE, PROJECTED_CASE, PACKED_BOTH_CASE) for case in with_cell(shape, MASKS)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
