@@ -145,10 +145,10 @@ def _passes(
     T, B, H, P = shape
     dtype, width = getattr(torch, name), P or H
     wide = torch.promote_types(dtype, torch.float32)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*sizes: int, of: torch.dtype = dtype, bound: float = 1.0) -> torch.Tensor:
-        return torch.empty(sizes).uniform_(-bound, bound, generator=generator).to(device, of)
+        return torch.empty(sizes, device=device).uniform_(-bound, bound, generator=generator).to(of)
 
     weights = []
     for _ in range(directions):
