@@ -79,41 +79,43 @@ class CellStep {
 
   // ---- Forward ------------------------------------------------------------------------------------------------------
 
-  // One step of a unit from its gates' sums, in the order of the weights; c is the state that it starts from, and
-  // `hidden` becomes h before a projection, a clip and zoneout.
-  __device__ __forceinline__ CellState<Sum> forward(const Moment& moment, const Place& at,
-                                                    const GateValues<Sum>& peephole, Pre<Tile> pre, Sum c,
-                                                    Sum& hidden) const {
-    hidden = 0;
-    if (!moment.active()) return {};
-    if (cell_.tensorflow) pre = swapped(pre);
-    const CellState<Sum> made = made_by_gates(at, peephole, pre, c);
-    hidden = hidden_unit(made.gates.o, made.c);
-    return {made.gates, c_left(at, c, made.c)};
-  }
-
-  // The gates, from their sums i f g o, and what they make of c.
-  __device__ __forceinline__ CellState<Sum> made_by_gates(const Place& at, const GateValues<Sum>& peephole,
-                                                          Pre<Tile> pre, Sum c) const {
-    const CellNumbers<Sum>& number = numbers();
-    pre.f += number.forget_bias;
-    const bool has_peephole = cell_.direction[d_].peephole.data;
-    if (has_peephole) {
-      pre.i += peephole.i * c;
-      pre.f += peephole.f * c;
-    }
-    GateValues<Sum> gates;
-    with_activation<Math>(number.recurrent_activation, [&](const auto& gate) {
-      gates.f = gate(pre.f);
-      gates.i = cell_.coupled ? 1 - gates.f : gate(pre.i);
+  // One step of N adjacent units from their gates' sums, in the order of the weights; `at` is the first one's place, c
+  // are the states that they start from, and `hidden` becomes their h before a projection, a clip and zoneout.
+  template <int N>
+  __device__ __forceinline__ Units<CellState<Sum>, N> forward(const Moment& moment, const Place& at,
+                                                              const Units<GateValues<Sum>, N>& peephole,
+                                                              Units<Pre<Tile>, N> pre, const Units<Sum, N>& c,
+                                                              Units<Sum, N>& hidden) const {
+    Units<CellState<Sum>, N> cells{};
+    hidden = {};
+    if (!moment.active()) return cells;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (cell_.tensorflow) pre.at[n] = swapped(pre.at[n]);
+    with_activations([&](const auto& of_gate, const auto& of_c) {
+      cells = made_by_gates<N>(of_gate, of_c, at, peephole, pre, c);
+#pragma unroll
+      for (int n = 0; n < N; ++n) hidden.at[n] = cells.at[n].c;
+      of_c.apply(hidden);
     });
-    gates.g = activate<Math>(number.activation, pre.g);
-    const Sum new_c = clipped(unclipped_c(gates, g_mask(at), c), number.cell_clip);
-    gates.o = activate<Math>(number.recurrent_activation, has_peephole ? pre.o + peephole.o * new_c : pre.o);
-    return {gates, new_c};
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      hidden.at[n] *= cells.at[n].gates.o;
+      cells.at[n].c = c_left(behind(at, n), c.at[n], cells.at[n].c);
+    }
+    return cells;
   }
 
-  __device__ __forceinline__ Sum hidden_unit(Sum o, Sum c) const { return o * activated(c); }
+  // The gates of a unit, from their sums i f g o, and what they make of c.
+  __device__ __forceinline__ CellState<Sum> made_by_gates(const Place& at, const GateValues<Sum>& peephole,
+                                                          const Pre<Tile>& pre, Sum c) const {
+    CellState<Sum> made;
+    with_activations([&](const auto& of_gate, const auto& of_c) {
+      made = made_by_gates<1>(of_gate, of_c, at, {{peephole}}, {{pre}}, {{c}}).at[0];
+    });
+    return made;
+  }
+
   __device__ __forceinline__ Sum activated(Sum c) const { return activate<Math>(numbers().activation, c); }
 
   // c as a step leaves it, from c before it and what it has made of that.
@@ -129,14 +131,23 @@ class CellStep {
 
   // ---- Backward -----------------------------------------------------------------------------------------------------
 
-  // h as step s found it and multiplied it; y is of the forward pass.
-  __device__ __forceinline__ Sum h_before(const InitialState& state, const Moment& moment, int64_t s,
-                                          const Place& at) const {
-    if (!moment.active() || moment.forgets()) return 0;
-    const Sum h = s == 0
-                      ? state_at<Number>(state.h0, at.b, at.unit)
-                      : widen(*element<Number>(cell_.direction[d_].y, cell_.y_map, moment.start_before, at.b, at.unit));
-    return h * h_mask(at);
+  // h of N units, of which `valid` are there, as step s found and multiplied it; y is of the forward pass.
+  template <int N>
+  __device__ __forceinline__ Units<Sum, N> h_before(const InitialState& state, const Moment& moment, int64_t s,
+                                                    const Place& at, int valid) const {
+    Units<Sum, N> h{};
+    if (!moment.active() || moment.forgets()) return h;
+    if (s == 0) {
+      h = units_of_state<N, Number>(state.h0, at.b, at.unit, valid);
+    } else {
+      const Number* y = element<Number>(cell_.direction[d_].y, cell_.y_map, moment.start_before, at.b, at.unit);
+      const auto before = bits_as<Units<Number, N>>(load_units<N>(y, valid));
+#pragma unroll
+      for (int n = 0; n < N; ++n) h.at[n] = widen(before.at[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) h.at[n] *= h_mask(behind(at, n));
+    return h;
   }
 
   // Of the gradient of h as a step left it: `kept` becomes what goes past the step; what is returned is the gradient of
@@ -153,26 +164,46 @@ class CellStep {
     return is_cut(y, widen(narrow<Number>(number.proj_clip))) ? 0 : passed;  // y is as exact
   }
 
-  // As backward_cell. `d_h` is of the hidden unit; c as the gates left it, and as they found it, are stored.
-  __device__ __forceinline__ BackwardCell<Sum> backward(const BackwardDirection& from, const Moment& moment,
-                                                        const Place& at, const GateValues<Sum>& peephole,
-                                                        const RowMap& rows, const BackwardInputs<Sum>& inputs, Sum d_h,
-                                                        Sum& d_c) const {
-    if (!moment.active()) {
-      d_c = 0;
-      store_cells(moment, at, rows, 0, 0);
-      return {};
+  // As backward_cell, of N adjacent units of which `valid` are there; `at` is the first one's place. `d_h` are of the
+  // hidden units; c as the gates left it, and as they found it, are stored.
+  template <int N>
+  __device__ __forceinline__ Units<BackwardCell<Sum>, N> backward(
+      const BackwardDirection& from, const Moment& moment, const Place& at, const Units<GateValues<Sum>, N>& peephole,
+      const RowMap& rows, const Units<BackwardInputs<Sum>, N>& inputs, const Units<Sum, N>& d_h, Units<Sum, N>& d_c,
+      int valid) const {
+    Units<BackwardCell<Sum>, N> cells{};
+    Units<Sum, N> c_prev{}, new_c{};
+    if (moment.active()) {
+      const CellNumbers<Sum>& number = numbers();
+      Units<Sum, N> mask, raw_c, out;
+      Units<CGrad, N> of_c;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const Place place = behind(at, n);
+        mask.at[n] = g_mask(place);
+        raw_c.at[n] = c_before_clip(inputs.at[n], mask.at[n], false);
+        out.at[n] = new_c.at[n] = clipped(raw_c.at[n], number.cell_clip);
+        c_prev.at[n] = inputs.at[n].c_prev;
+        if (moment.last()) d_c.at[n] = n < valid ? state_at<Number>(from.dc_n, at.b, place.unit) : 0;
+        of_c.at[n] = c_backward(place, d_c.at[n] + inputs.at[n].d_cells);
+      }
+      with_activations([&](const auto& of_gate, const auto& of_unit) {
+        of_unit.apply(out);
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+          cells.at[n] = gates_backward<true>(of_gate, of_unit, peephole.at[n], inputs.at[n],
+                                             {mask.at[n], raw_c.at[n], out.at[n]}, d_h.at[n], of_c.at[n]);
+      });
     }
-    const CellNumbers<Sum>& number = numbers();
-    const Sum mask = g_mask(at), raw_c = c_before_clip(inputs, mask, false);
-    const Sum new_c = clipped(raw_c, number.cell_clip), out = activate<Math>(number.activation, new_c);
-    if (moment.last()) d_c = state_at<Number>(from.dc_n, at.b, at.unit);
-    const CGrad of_c = c_backward(at, d_c + inputs.d_cells);
-    const BackwardCell<Sum> cell = gates_backward<true>(peephole, inputs, {mask, raw_c, out}, d_h, of_c);
-    d_c = moment.forgets() ? 0 : cell.grad.d_c_prev;
-    store_cells(moment, at, rows, inputs.c_prev, new_c);
-    const GateValues<Sum>& grad = cell.grad.d_pre;
-    return {{cell_.tensorflow ? swapped(grad) : grad, cell.grad.d_c_prev}, cell.hidden};
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (n >= valid) cells.at[n] = {};
+      d_c.at[n] = moment.forgets() ? 0 : cells.at[n].grad.d_c_prev;
+      GateValues<Sum>& grad = cells.at[n].grad.d_pre;
+      if (cell_.tensorflow) grad = swapped(grad);
+    }
+    store_cells(moment, at, rows, c_prev, new_c, valid);
+    return cells;
   }
 
   // c as the gates of a step made it, before a clip. `left_other`: the step left something else for another reason than
@@ -203,36 +234,131 @@ class CellStep {
   __device__ __forceinline__ BackwardCell<Sum> gates_backward(const GateValues<Sum>& peephole,
                                                               const BackwardInputs<Sum>& inputs,
                                                               const Computed& computed, Sum d_h, CGrad of_c) const {
+    BackwardCell<Sum> cell;
+    with_activations([&](const auto& of_gate, const auto& of_unit) {
+      cell = gates_backward<kAddsOut>(of_gate, of_unit, peephole, inputs, computed, d_h, of_c);
+    });
+    return cell;
+  }
+
+  // For the gradients of a peephole.
+  template <int N>
+  __device__ __forceinline__ void store_cells(const Moment& moment, const Place& at, const RowMap& rows,
+                                              const Units<Sum, N>& c_prev, const Units<Sum, N>& c_new,
+                                              int valid) const {
+    const CellOutputs& to = cell_.direction[d_].outputs;
+    if (!to.c_prev || !has_row(rows, moment)) return;
+    store_units(element<Sum>(to.c_prev, rows, moment.start, at.b, at.unit), c_prev, valid);
+    store_units(element<Sum>(to.c_new, rows, moment.start, at.b, at.unit), c_new, valid);
+  }
+
+ private:
+  // An activation of several units and its derivative, from an output. Those of the plain LSTM stand in the code, so
+  // that instructions of all units go side by side; of others the choice is made anew for each use.
+  struct Sigmoid {
+    template <int N>
+    __device__ __forceinline__ void apply(Units<Sum, N>& x) const {
+#pragma unroll
+      for (int n = 0; n < N; ++n) x.at[n] = sigmoid<Math>(x.at[n]);
+    }
+    __device__ __forceinline__ Sum derivative(Sum output) const { return d_sigmoid(output); }
+  };
+  struct Tanh {
+    template <int N>
+    __device__ __forceinline__ void apply(Units<Sum, N>& x) const {
+#pragma unroll
+      for (int n = 0; n < N; ++n) x.at[n] = Math::tanh(x.at[n]);
+    }
+    __device__ __forceinline__ Sum derivative(Sum output) const { return d_tanh(output); }
+  };
+  struct Chosen {
+    const typename CellNumbers<Sum>::Spec& spec;
+    template <int N>
+    __device__ __forceinline__ void apply(Units<Sum, N>& x) const {
+      with_activation<Math>(spec, [&](const auto& activation) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) x.at[n] = activation(x.at[n]);
+      });
+    }
+    __device__ __forceinline__ Sum derivative(Sum output) const { return d_activation<Math>(spec, output); }
+  };
+
+  // Calls body(that of the gates, that of candidate and output).
+  template <class Body>
+  __device__ __forceinline__ void with_activations(const Body& body) const {
+    const CellNumbers<Sum>& number = numbers();
+    if (number.recurrent_activation.kind == Activation::kSigmoid && number.activation.kind == Activation::kTanh) {
+      body(Sigmoid(), Tanh());
+    } else {
+      body(Chosen{number.recurrent_activation}, Chosen{number.activation});
+    }
+  }
+
+  // The place of the unit that is n behind.
+  static __device__ __forceinline__ Place behind(const Place& at, int n) { return {at.t, at.b, at.unit + n, at.keys}; }
+
+  // The gates of N units and what they make of c; c as it is left, and without zoneout.
+  template <int N, class OfGate, class OfUnit>
+  __device__ __forceinline__ Units<CellState<Sum>, N> made_by_gates(const OfGate& of_gate, const OfUnit& of_unit,
+                                                                    const Place& at,
+                                                                    const Units<GateValues<Sum>, N>& peephole,
+                                                                    const Units<Pre<Tile>, N>& pre,
+                                                                    const Units<Sum, N>& c) const {
+    const CellNumbers<Sum>& number = numbers();
+    const bool has_peephole = cell_.direction[d_].peephole.data;
+    Units<Sum, 2 * N> f_and_i;
+    Units<Sum, N> g, o;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      f_and_i.at[n] = pre.at[n].f + number.forget_bias;
+      f_and_i.at[N + n] = pre.at[n].i;
+      g.at[n] = pre.at[n].g;
+      o.at[n] = pre.at[n].o;
+      if (has_peephole) {
+        f_and_i.at[n] += peephole.at[n].f * c.at[n];
+        f_and_i.at[N + n] += peephole.at[n].i * c.at[n];
+      }
+    }
+    of_gate.apply(f_and_i);
+    of_unit.apply(g);
+    Units<CellState<Sum>, N> made;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      GateValues<Sum>& gates = made.at[n].gates;
+      gates = {cell_.coupled ? 1 - f_and_i.at[n] : f_and_i.at[N + n], f_and_i.at[n], g.at[n], 0};
+      made.at[n].c = clipped(unclipped_c(gates, g_mask(behind(at, n)), c.at[n]), number.cell_clip);
+      if (has_peephole) o.at[n] += peephole.at[n].o * made.at[n].c;
+    }
+    of_gate.apply(o);
+#pragma unroll
+    for (int n = 0; n < N; ++n) made.at[n].gates.o = o.at[n];
+    return made;
+  }
+
+  template <bool kAddsOut, class OfGate, class OfUnit>
+  __device__ __forceinline__ BackwardCell<Sum> gates_backward(const OfGate& of_gate, const OfUnit& of_unit,
+                                                              const GateValues<Sum>& peephole,
+                                                              const BackwardInputs<Sum>& inputs,
+                                                              const Computed& computed, Sum d_h, CGrad of_c) const {
     const CellNumbers<Sum>& number = numbers();
     const auto [i, f, g, o] = inputs.gates;
     const Sum mask = computed.g_mask;
     Sum d_new = of_c.made;
-    const auto d_gate = [&](Sum gate) { return d_activation<Math>(number.recurrent_activation, gate); };
     const bool has_peephole = cell_.direction[d_].peephole.data;
     GateValues<Sum> grad;
-    grad.o = d_h * computed.out * d_gate(o);
-    if constexpr (kAddsOut) d_new += d_h * o * d_activation<Math>(number.activation, computed.out);
+    grad.o = d_h * computed.out * of_gate.derivative(o);
+    if constexpr (kAddsOut) d_new += d_h * o * of_unit.derivative(computed.out);
     if (has_peephole) d_new += grad.o * peephole.o;
     if (number.cell_clip > 0 && is_cut(computed.raw_c, number.cell_clip)) d_new = 0;
-    grad.g = d_new * i * mask * d_activation<Math>(number.activation, g);
+    grad.g = d_new * i * mask * of_unit.derivative(g);
     const Sum of_i = d_new * (g * mask), of_f = d_new * inputs.c_prev;
-    grad.i = cell_.coupled ? 0 : of_i * d_gate(i);
-    grad.f = (cell_.coupled ? of_f - of_i : of_f) * d_gate(f);
+    grad.i = cell_.coupled ? 0 : of_i * of_gate.derivative(i);
+    grad.f = (cell_.coupled ? of_f - of_i : of_f) * of_gate.derivative(f);
     Sum d_c_prev = d_new * f + of_c.kept;
     if (has_peephole) d_c_prev += grad.i * peephole.i + grad.f * peephole.f;
     return {{grad, d_c_prev}, o * computed.out};
   }
 
-  // For the gradients of a peephole.
-  __device__ __forceinline__ void store_cells(const Moment& moment, const Place& at, const RowMap& rows, Sum c_prev,
-                                              Sum c_new) const {
-    const CellOutputs& to = cell_.direction[d_].outputs;
-    if (!to.c_prev || !has_row(rows, moment)) return;
-    *element<Sum>(to.c_prev, rows, moment.start, at.b, at.unit) = c_prev;
-    *element<Sum>(to.c_new, rows, moment.start, at.b, at.unit) = c_new;
-  }
-
- private:
   __device__ __forceinline__ const CellNumbers<Sum>& numbers() const {
     if constexpr (std::is_same_v<Sum, double>) {
       return cell_.twice;

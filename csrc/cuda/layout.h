@@ -213,6 +213,14 @@ struct StepPart {
   constexpr int splits() const { return 1 << splits_log2(); }
 };
 
+// Blocks of such a launch that a multiprocessor is to hold at a time: two, where 128 registers are enough for the sums
+// and what goes with them. From sm_100 on they are not for numbers of 4 bytes, and nowhere for two batch tiles without
+// tensor cores.
+constexpr int step_blocks(int row_tiles, int batch_tiles, int number_bytes, int compute_capability) {
+  const bool few_sums = batch_tiles < (row_tiles == 2 ? 8 : 2);
+  return few_sums && number_bytes <= (compute_capability >= 100 ? 2 : 4) ? 2 : 1;
+}
+
 // The shared memory of a block that takes one step: what is known of each sequence (`known` bytes: its moment, backward
 // and for a product by itself that of the next step too, and where its rows in memory are), where each row of weights
 // and operand starts (8 bytes), and then, at step_work_offset, first the stages and later the sums of the warps.

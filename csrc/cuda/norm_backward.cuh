@@ -108,7 +108,7 @@ class NormBackwardRow : NormRow<Tile> {
         step_.peephole(u), unit.inputs, {unit.g_mask, unit.raw_c, out(u)}, d_h(u), grad);
     keep_d_c(u, moment_.forgets() ? 0 : cell.grad.d_c_prev);
     store_hidden(u, cell.hidden);
-    step_.store_cells(moment_, unit.at, params_.pass.hidden_map, unit.inputs.c_prev, c()[u]);
+    step_.template store_cells<1>(moment_, unit.at, params_.pass.hidden_map, {{unit.inputs.c_prev}}, {{c()[u]}}, 1);
     const Four d_pre{cell.grad.d_pre.i, cell.grad.d_pre.f, cell.grad.d_pre.g, cell.grad.d_pre.o};
     Units<Sum, 8> sums;
 #pragma unroll
@@ -141,7 +141,8 @@ class NormBackwardRow : NormRow<Tile> {
     keep_d_c(u, 0);
     if (!rows_.d_gates) return;
     store_hidden(u, 0);
-    step_.store_cells(moment_, place_of<Tile>(params_, moment_, d_, b_, u), params_.pass.hidden_map, 0, 0);
+    step_.template store_cells<1>(moment_, place_of<Tile>(params_, moment_, d_, b_, u), params_.pass.hidden_map, {}, {},
+                                  1);
     for (int n = 0; n < 4; ++n) {
       const int64_t at = n * H_ + u;
       rows_.d_gates[at] = narrow<Number>(Sum(0));

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kMostRowThreads) norm_h_before(const __grid_co
     if (!has_row(params.h_map, moment)) continue;
     Number* const to = element<Number>(of.h, params.h_map, moment.start, b, 0);
     for (int64_t p = threadIdx.x; p < shape.P; p += blockDim.x)
-      to[p] = narrow<Number>(step.h_before(of.state, moment, s, {0, b, p}));
+      to[p] = narrow<Number>(step.template h_before<1>(of.state, moment, s, {0, b, p}, 1).at[0]);
   }
 }
 

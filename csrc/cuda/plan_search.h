@@ -9,7 +9,7 @@
 namespace lstm_ext::cuda {
 
 // Clocks and bytes of an H100; COST_MODEL.md says what each stands for, and what was measured.
-inline constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 3000, kL2BytesPerClockOfSm = 48;
+inline constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 4000, kL2BytesPerClockOfSm = 48;
 inline constexpr double kCellClocks = 60,
                         kDrawClocks = 80;  // what options take besides, and random numbers of one kind
 

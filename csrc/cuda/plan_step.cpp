@@ -10,13 +10,17 @@ namespace {
 
 constexpr double kLaunchMicroseconds = 2.5, kGapMicroseconds = 1.2, kOverlapMicroseconds = 0.6;  // between launches
 
-// Clocks, but for the first: how much longer a stage takes than the unit that is busiest in it. Stages and items are by
-// their machine code, from what was measured of the code before: 940 and 860 clocks, and 3200 and 2500 for one unit.
+// How much longer a stage takes the tensor cores than what they do at most, and the units that bring it its bytes.
+constexpr double kMultiplySlowdown = 1.2, kBytesSlowdown = 0.7;
+
+// Clocks, but for the last: of a launch; of a stage, in which instructions wait for each other; of an item of a thread,
+// and of one more that runs beside it on the multiprocessor; of the sums of one warp that it adds up; of a cluster, and
+// again for each time that it is twice as large. And the bytes in a clock that a block reads of the others' sums.
 struct StepCosts {
-  double slowdown, least_stage;
-  double start, item, sums, meeting;  // of a launch, an item of a thread, its sums of one warp, a cluster's barrier
+  double start, stage, item, item_beside, sums, cluster, doubling, others_bytes;
 };
-constexpr StepCosts kForwardCosts{1.4, 650, 1750, 3000, 470, 200}, kBackwardCosts{1.7, 730, 0, 2800, 175, 1700};
+constexpr StepCosts kForwardCosts{2000, 850, 1500, 1070, 150, 660, 160, 8.75},
+    kBackwardCosts{540, 1080, 1260, 690, 140, 600, 375, 15.5};
 
 // Units of an item; cells with options have one.
 int item_units(const Problem& problem) {
@@ -86,29 +90,34 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
   const double batches = std::max<int64_t>(1, ceil_div(problem.shape.B, tile.sequences()));
   const double tiles = part.row_blocks * batches * problem.directions;
   // Each tile is a block's, or a cluster's; those that do not run at a time wait for the others.
-  const int resident =
-      problem.resident_blocks(problem, Strategy::kStep, tile.batch_tiles, part.k_blocks(), shared_bytes);
-  if (resident == 0) return INFINITY;
-  const double waves = std::ceil(tiles / resident);
-  const double blocks_of_sm = std::ceil(std::min<double>(tiles, resident) * part.k_blocks() / problem.device.sms);
+  const auto resident = [&](int64_t bytes) {
+    return problem.resident_blocks(problem, Strategy::kStep, tile.batch_tiles, part.k_blocks(), bytes);
+  };
+  const int at_a_time = resident(shared_bytes), apart = resident(problem.device.shared_per_block);
+  if (at_a_time == 0 || apart == 0) return INFINITY;
+  const double waves = std::ceil(tiles / at_a_time);
+  // How many share a multiprocessor where most do: of large clusters fewer find one for each of their blocks.
+  const double beside = std::ceil(std::min<double>(tiles, at_a_time) / apart);
   const double stage_bytes = (rows + sequences) * kStageBytes;
   const double fma = rows * sequences * (kStageBytes / sizes.number_bytes) / fma_per_clock(problem.arithmetic);
   // A warp reads its rows and its sequences: each row is read warps_n times, each sequence warps_m times.
   const double shared =
       (stage_bytes + kStageBytes * (rows * part.warps_n() + sequences * part.block_rows() / kStepRows)) /
       kSharedBytesPerClock;
-  const double stage = costs.slowdown * std::max({fma, shared, stage_bytes / kL2BytesPerClockOfSm});
-  const double streaming = std::max(blocks_of_sm * own_stages * std::max(stage, costs.least_stage / blocks_of_sm),
-                                    tiles / waves * stages * stage_bytes / kL2BytesPerClock);
+  const double busy =
+      std::max(kMultiplySlowdown * fma, kBytesSlowdown * std::max(shared, stage_bytes / kL2BytesPerClockOfSm));
+  const double streaming =
+      std::max(own_stages * (costs.stage + beside * busy), tiles / waves * stages * stage_bytes / kL2BytesPerClock);
   const double items = rows / part.rows.groups * sequences / part.k_blocks() / item_units(problem);
   const double options = problem.cell ? kCellClocks + problem.cell->draws * kDrawClocks : 0;
   const bool only_sums = leaves_sums(problem, part.product);
-  const double item = only_sums ? kSumItemClocks : costs.item + options;
-  const bool clustered = part.k_blocks() > 1;
-  const double sum = only_sums ? kBackwardCosts.sums : costs.sums;  // of one row
-  const double sums = clustered ? sum * part.k_blocks() * part.splits() : 0;
-  const double epilogue =
-      blocks_of_sm * std::ceil(items / kThreads) * (item + sums) + (clustered ? 2 * costs.meeting : 0);
+  const double item = only_sums ? kSumItemClocks : costs.item + options + (beside - 1) * costs.item_beside;
+  const double sums = (only_sums ? kBackwardCosts.sums : costs.sums) * part.k_blocks() * part.splits();
+  double epilogue = std::ceil(items / kThreads) * (item + sums);
+  if (part.k_blocks() > 1) {
+    const double of_others = rows * sequences * sizes.sum_bytes * part.splits() * (1 - 1.0 / part.k_blocks());
+    epilogue += costs.cluster + costs.doubling * part.k_blocks_log2 + beside * of_others / costs.others_bytes;
+  }
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
   const double clocks = waves * (costs.start + streaming + epilogue);
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);

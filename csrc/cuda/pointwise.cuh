@@ -71,6 +71,16 @@ __device__ __forceinline__ auto state_at(const Matrix& state, int64_t b, int64_t
   return state.data ? widen(static_cast<const T*>(state.data)[b * state.row_stride + column]) : Wide(0);
 }
 
+// N units of the same, of which `valid` are there.
+template <int N, class T>
+__device__ __forceinline__ auto units_of_state(const Matrix& state, int64_t b, int64_t unit, int valid) {
+  Units<decltype(widen(T())), N> units{};
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i < valid) units.at[i] = state_at<T>(state, b, unit + i);
+  return units;
+}
+
 // N numbers as they were read: a pair of a half type in one register, where each would have its own else.
 template <class T, int N>
 using Stored = std::conditional_t<sizeof(T) == 2 && N == 2, uint32_t, Units<T, N>>;

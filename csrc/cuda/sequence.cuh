@@ -211,6 +211,13 @@ class SequenceBlock {
   __device__ GateValues<Sum>& peephole(int j) const {
     return reinterpret_cast<GateValues<Sum>*>(team_.shared() + layout_.peephole_offset)[j];
   }
+  // Those of an item.
+  __device__ __forceinline__ Units<GateValues<Sum>, kItem> peepholes(int j) const {
+    Units<GateValues<Sum>, kItem> of_item;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) of_item.at[i] = peephole(j + i);
+    return of_item;
+  }
 
   __device__ Team& team() { return team_; }
   __device__ const Team& team() const { return team_; }

@@ -256,10 +256,7 @@ class BackwardWalk {
                                                const Units<Number, kItem>& d_h, int valid) const {
     const int64_t b = block_.sequence(n);
     if constexpr (kOptions) {
-      Sums before;
-#pragma unroll
-      for (int i = 0; i < kItem; ++i)
-        before.at[i] = i < valid ? cell().h_before(from_.state, moment, s, place(s, n, p + i)) : 0;
+      const Sums before = cell().template h_before<kItem>(from_.state, moment, s, place(s, n, p), valid);
       store_cell_output_grads(pass_, blockIdx.y, block_.rows(s, n), moment, b, p, before, d_h, valid);
     } else {
       store_output_grads(pass_, blockIdx.y, block_.rows(s, n), moment, s, b, p, d_h, valid);
@@ -292,20 +289,20 @@ class BackwardWalk {
                                           const Inputs& given, const Sums& d_h) {
     Sums& state = block_.state(n, j);
     Sums d_c = state;
-    Cells cells;
+    Cells cells{};
+    if constexpr (kOptions) {
+      cells = cell().template backward<kItem>(from_, moment, place(s, n, unit), block_.peepholes(j), pass_.hidden_map,
+                                              given, d_h, d_c, valid);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kItem; ++i)
+        if (i < valid)
+          cells.at[i] =
+              backward_cell<Tile>(from_, moment, block_.sequence(n), unit + i, given.at[i], d_h.at[i], d_c.at[i]);
+    }
     Units<Sum, 4 * kItem> sent;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
-      cells.at[i] = {};
-      if (i < valid) {
-        if constexpr (kOptions) {
-          cells.at[i] = cell().backward(from_, moment, place(s, n, unit + i), block_.peephole(j + i), pass_.hidden_map,
-                                        given.at[i], d_h.at[i], d_c.at[i]);
-        } else {
-          cells.at[i] =
-              backward_cell<Tile>(from_, moment, block_.sequence(n), unit + i, given.at[i], d_h.at[i], d_c.at[i]);
-        }
-      }
       const GateValues<Sum> back = carried_back(moment, cells.at[i]);
       sent.at[4 * i] = back.i;
       sent.at[4 * i + 1] = back.f;

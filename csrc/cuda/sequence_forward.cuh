@@ -252,21 +252,24 @@ class ForwardWalk {
         Units<Sum, 4 * kItem>;  // i f g o of one unit after the other, as they stand in the rows of the product
     const Gates h = block_.team().template product<Gates>(Product::kRecurrent, n, 4 * j);
     const Sums c = block_.state(n, j);
-    Sums after;
-    Cells cells;
+    Units<Pre<Tile>, kItem> pre;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
-      Sum pre[4];
+      const auto sum = [&](int gate) { return given.gates[gate].at[i] + h.at[4 * i + gate]; };
+      pre.at[i] = {sum(0), sum(1), sum(2), sum(3)};
+    }
+    Cells cells;
+    if constexpr (kOptions) {
+      cells = cell().template forward<kItem>(moment, place(s, n, unit), block_.peepholes(j), pre, c, hidden);
+    } else {
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) pre[gate] = given.gates[gate].at[i] + h.at[4 * i + gate];
-      if constexpr (kOptions) {
-        cells.at[i] = cell().forward(moment, place(s, n, unit + i), block_.peephole(j + i),
-                                     {pre[0], pre[1], pre[2], pre[3]}, c.at[i], hidden.at[i]);
-        if (i >= valid) hidden.at[i] = 0;
-      } else {
-        cells.at[i] = forward_cell<Tile>(moment, {pre[0], pre[1], pre[2], pre[3]}, c.at[i]);
-      }
+      for (int i = 0; i < kItem; ++i) cells.at[i] = forward_cell<Tile>(moment, pre.at[i], c.at[i]);
+    }
+    Sums after;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) {
       if (i >= valid) cells.at[i] = {};
+      if (kOptions && i >= valid) hidden.at[i] = 0;
       after.at[i] = carried(moment, cells.at[i].c);
     }
     block_.state(n, j) = after;

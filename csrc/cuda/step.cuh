@@ -13,16 +13,14 @@
 
 namespace lstm_ext::cuda {
 
-// Blocks that a multiprocessor holds at a time: two, where 128 registers are enough for the sums and what goes with
-// them. From sm_100 on they are not for numbers of 4 bytes, and nowhere for two batch tiles without tensor cores.
-#if __CUDA_ARCH__ >= 1000
-inline constexpr int kMostBytesOfTwoBlocks = 2;
+#if defined(__CUDA_ARCH__)
+inline constexpr int kCapability = __CUDA_ARCH__ / 10;
 #else
-inline constexpr int kMostBytesOfTwoBlocks = 4;
+inline constexpr int kCapability = 0;
 #endif
 template <class Tile, int kBatchTiles>
 inline constexpr int kStepBlocks =
-    kBatchTiles < (Tile::kRowTiles == 2 ? 8 : 2) && sizeof(typename Tile::Number) <= kMostBytesOfTwoBlocks ? 2 : 1;
+    step_blocks(Tile::kRowTiles, kBatchTiles, sizeof(typename Tile::Number), kCapability);
 
 // Adjacent units that a thread finishes together: the instructions around a unit are the same for two of them.
 template <class Tile>
@@ -49,16 +47,6 @@ class States {
   T* first_;
   uint32_t width_;
 };
-
-// N units of an initial state, or of the gradient of a last one, [B, width]; zero where there is none.
-template <int N, class T>
-__device__ __forceinline__ auto units_of_state(const Matrix& state, int64_t b, int64_t unit, int valid) {
-  Units<decltype(widen(T())), N> units{};
-#pragma unroll
-  for (int i = 0; i < N; ++i)
-    if (i < valid) units.at[i] = state_at<T>(state, b, unit + i);
-  return units;
-}
 
 // ---- Forward --------------------------------------------------------------------------------------------------
 //
@@ -215,10 +203,11 @@ __device__ __forceinline__ void step_gates(const Params& params, Block& block, i
       const Pre<Tile> of_h{h.at[0].at[i], h.at[1].at[i], h.at[2].at[i], h.at[3].at[i]};
       const Pre<Tile> pre = plus(gates_of<Sum, kItem>(loaded.xw, i), plus(of_h, bias[i]));
       if constexpr (kOptions) {
+        static_assert(kItem == 1);
         const CellStep<Tile, false> step(params.cell, d);
-        const Place at = place_of<Tile>(params, moment, d, b, unit + i);
-        cells.at[i] = step.forward(moment, at, peephole[i], pre, c, out.at[i]);
-        if (!layer.shape.projected) out.at[i] = step_h<Tile>(params, moment, at, d, out.at[i]);
+        const Place at = place_of<Tile>(params, moment, d, b, unit);
+        cells = step.template forward<1>(moment, at, {{peephole[0]}}, {{pre}}, {{c}}, out);
+        if (!layer.shape.projected) out.at[0] = step_h<Tile>(params, moment, at, d, out.at[0]);
       } else {
         cells.at[i] = forward_cell<Tile>(moment, pre, c);
         out.at[i] = moment.active() ? cell_output<typename Tile::Math>(cells.at[i].gates.o, cells.at[i].c) : 0;
@@ -417,7 +406,7 @@ __device__ __forceinline__ typename Tile::Sum cell_output_backward(const WithCel
   Sum kept;
   d_h = step.output_backward(moment, place_of<Tile>(params, moment, d, b, p), pass.layer.shape.projected, d_h, kept);
   if (params.cell.h_state) kept_d_h<Tile>(params, d, b, p) = kept;
-  const Units<Sum, 1> before{{step.h_before(pass.layer.direction[d].state, moment, params.s, {0, b, p})}};
+  const Units<Sum, 1> before = step.template h_before<1>(pass.layer.direction[d].state, moment, params.s, {0, b, p}, 1);
   store_cell_output_grads(pass, d, rows, moment, b, p, before, Units<Number, 1>{{narrow<Number>(d_h)}}, 1);
   return d_h;
 }
@@ -480,8 +469,8 @@ __device__ __forceinline__ void step_cell_backward(const Params& params, const B
   Units<BackwardCell<Sum>, N> cells;
   if constexpr (kOptions) {
     const CellStep<Tile, false> step(params.cell, d);
-    cells.at[0] = step.backward(from, moment, place_of<Tile>(params, moment, d, b, unit), step.peephole(unit),
-                                params.pass.hidden_map, loaded.inputs(0), d_h.at[0], d_c.at[0]);
+    cells = step.template backward<1>(from, moment, place_of<Tile>(params, moment, d, b, unit), {{step.peephole(unit)}},
+                                      params.pass.hidden_map, {{loaded.inputs(0)}}, d_h, d_c, valid);
   } else {
     if (moment.active() && moment.last()) d_c = units_of_state<N, Number>(from.dc_n, b, unit, valid);
 #pragma unroll

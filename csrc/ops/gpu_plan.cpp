@@ -29,12 +29,14 @@ py::dict describe(const cuda::Plan& plan) {
 py::dict gpu_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, const std::string& dtype, bool tf32,
                   int num_directions, bool backward, const std::string& strategy, int compute_capability, int sms,
                   int gpcs, int64_t shared_bytes, int clock_khz, py::handle cell) {
-  // The kernels of a whole sequence take more than half of a multiprocessor's registers: one block runs on each, and of
-  // large clusters an H100 runs one less than if its gpcs were equally large: 15 of 8 blocks, 7 of 16.
-  const auto resident = [gpcs, sms](const cuda::Problem&, cuda::Strategy strategy, int, int cluster, int64_t) {
-    const int equal = gpcs * (sms / gpcs / cluster);
-    if (cluster == 1) return sms;
-    return cluster < 8 || strategy == cuda::Strategy::kStep ? equal : std::max(0, equal - 1);
+  // The kernels of a whole sequence take more than half of a multiprocessor's registers: one block runs on each. Of
+  // clusters from 4 blocks on an H100 runs one less than if its gpcs were equally large: 31 of 4, 15 of 8, 7 of 16.
+  const auto resident = [=](const cuda::Problem& of, cuda::Strategy strategy, int tiles, int cluster, int64_t bytes) {
+    const cuda::TileSizes& sizes = cuda::tile_sizes(of.arithmetic);
+    const bool two = strategy == cuda::Strategy::kStep && !of.cell && 2 * bytes <= shared_bytes &&
+                     cuda::step_blocks(sizes.row_tiles, tiles, sizes.number_bytes, compute_capability) == 2;
+    const int clusters = cluster == 1 ? sms : std::max(0, gpcs * (sms / gpcs / cluster) - (cluster >= 4));
+    return (two ? 2 : 1) * clusters;
   };
   cuda::Problem problem{cuda::arithmetic_of(dtype_named(dtype), tf32, compute_capability),
                         {T, B, 0, H, projected ? P : H, projected},
