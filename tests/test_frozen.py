@@ -504,17 +504,32 @@ def test_bad_arguments() -> None:
 
 
 @needs_native
-def test_a_row_with_nan_stays_by_itself() -> None:
-    """int8 rows that meet NaN or infinity are NaN from there on; the others do not see it."""
-    frozen, x = lstm_ext.freeze(lstm_ext.LSTM(3, 20), "int8"), torch.randn(6, 4, 3)
-    expected = frozen(x)[0]
+@pytest.mark.parametrize("options", [{}, {"proj_size": 7}, {"layer_norm": True}], ids=["plain", "projection", "norm"])
+def test_a_row_with_nan_stays_by_itself(options: dict[str, Any]) -> None:
+    """int8 rows that meet NaN or infinity are NaN from there on, until a reset; the others do not see it."""
+    torch.manual_seed(0)
+    frozen, x = lstm_ext.freeze(lstm_ext.LSTM(3, 20, **options), "int8"), torch.randn(6, 4, 3)
+    h0, c0 = torch.zeros(1, 4, options.get("proj_size", 20)), torch.zeros(1, 4, 20)
+    expected, others = frozen(x, (h0, c0))[0], [0, 2, 3]
+    resets = torch.zeros(6, 4, dtype=torch.bool)
+    resets[4, 1] = True
+    spoilt_x, spoilt_h0, spoilt_c0 = x.clone(), h0.clone(), c0.clone()
     for spoiler in (float("nan"), float("inf")):
-        spoilt = x.clone()
-        spoilt[2, 1, 0] = spoiler
-        y = frozen(spoilt)[0]
-        assert torch.equal(y[:, [0, 2, 3]], expected[:, [0, 2, 3]])
-        assert torch.equal(y[:2], expected[:2])
-        assert y[2:, 1].isnan().all()
+        spoilt_x[2, 1, 0] = spoilt_h0[0, 1, 2] = spoiler
+        spoilt_c0[0, 1, 3] = float("nan")  # of an infinite c the output is finite
+        for first, given in (
+            (2, (spoilt_x, (h0, c0))),
+            (0, (x, (spoilt_h0, c0))),
+            (1, (x, (h0, spoilt_c0))),  # of step 0 one unit
+        ):
+            y = frozen(*given)[0]
+            assert torch.equal(y[:, others], expected[:, others])
+            assert y[first:, 1].isnan().all()
+            if first == 2:
+                assert torch.equal(y[:2], expected[:2])
+            y = frozen(*given, resets=resets)[0]
+            assert y[first:4, 1].isnan().all()
+            assert y[4:].isfinite().all()
 
 
 @needs_native

@@ -186,8 +186,10 @@ class Forward {
   void scale_rows(int64_t slot, bool keep) const {
     const S* h0 = static_cast<const S*>(dir_.state.h0.data);
     C largest = dir_.h_bound;
-    if (h0 && keep)
-      largest = Engine::larger(largest, Engine::largest(h0 + walk_.row(slot) * dir_.state.h0.row_stride, shape_.P));
+    if (h0 && keep) {
+      const C of_h0 = Engine::largest(h0 + walk_.row(slot) * dir_.state.h0.row_stride, shape_.P);
+      if (of_h0 > largest) largest = of_h0;  // of NaN nothing is known: `put` marks it
+    }
     for (int64_t s = 0; s < 2; ++s) Engine::scale_row(h(s, slot), largest, shape_.P);
     if (shape_.projected) Engine::scale_row(hidden_ + slot * hidden_width_, C(1), shape_.H);
   }

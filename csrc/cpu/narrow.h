@@ -15,7 +15,10 @@
 //                     panel    | column 0 | 1 | 2 | 3 |      floats
 //                              | start 0  | 1 | 2 | 3 |      int32, what Σ begins with
 //                     k = 0, 1 | 0 | 1 | 2 | 3 |             half a vector each
-//                     row      | row, 1 / row, - | k = 0 .. L-1 | ...
+//                     row      | row, 1 / row, - | k = 0 .. L-1 | ... | marks
+//
+//                 No integer stands for NaN or an infinity: a vector that has one is marked, by who writes it, and a row
+//                 with a mark has NaN for its number.
 //
 //                 VNNI multiplies four unsigned bytes by four signed ones at once. There a lane is four neighbours, the
 //                 low and the high bytes of four integers of a row lie together, and 2^15 is added to them:
@@ -185,6 +188,49 @@ LSTM_EXT_INLINE I32 add_products(I32 sum, I32 a, I32 w) {
 #endif
 }
 
+// Whether one of the floats is NaN or infinite.
+LSTM_EXT_INLINE bool has_not_finite(Vec<float> value) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  const auto mask = (bit_cast<U32>(value) & kExponent) == kExponent;
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return __builtin_ia32_movmskps256(bit_cast<Vec<float>>(mask)) != 0;
+#elif defined(__SSE2__)
+  return __builtin_ia32_movmskps(bit_cast<Vec<float>>(mask)) != 0;
+#else
+  bool any = false;
+  for (int lane = 0; lane < kLanes<float>; ++lane) any |= mask[lane] != 0;
+  return any;
+#endif
+}
+
+// Where the marks of a row of K begin, one for each vector; up to a whole number of vectors.
+constexpr int64_t marks_of_row(int64_t K) { return (ceil_div(K, kLanes<float>) + 1) * kLanes<float>; }
+constexpr int64_t count_of_marks(int64_t K) {
+  return ceil_div(ceil_div(K, kLanes<float>), kLanes<float>) * kLanes<float>;
+}
+
+// What an integer of a row stands for.
+LSTM_EXT_INLINE float scale_of_row(const int16_t* row, int64_t K) {
+  constexpr int L = kLanes<float>;
+  typedef int16_t Marks __attribute__((vector_size(L * sizeof(int16_t))));
+  Marks marked{};
+  const int16_t* const marks = row + marks_of_row(K);
+  for (int64_t n = 0; n < count_of_marks(K); n += L) {
+    Marks some;
+    __builtin_memcpy(&some, marks + n, sizeof(some));
+    marked |= some;
+  }
+  uint64_t parts[ceil_div(sizeof(Marks), sizeof(uint64_t))] = {};
+  __builtin_memcpy(parts, &marked, sizeof(marked));
+  uint64_t any = 0;
+  for (const uint64_t part : parts) any |= part;
+  float scale;
+  __builtin_memcpy(&scale, row, sizeof(scale));
+  return any ? __builtin_nanf("") : scale;
+}
+
 // The integers of a row as they lie in it.
 LSTM_EXT_INLINE RowBytes row_bytes(U16::Type integers) {
   const RowBytes bytes = bit_cast<RowBytes>(integers);
@@ -235,8 +281,7 @@ void multiply_integers(const int16_t* const* a, int64_t K, const int8_t* panel, 
   }
 #pragma GCC unroll 8
   for (int m = 0; m < rows; ++m) {
-    float scale;
-    __builtin_memcpy(&scale, a[m], sizeof(scale));
+    const float scale = scale_of_row(a[m], K);
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; ++n) {
       U32 integers = bit_cast<U32>(load(starts + n * L)) + bit_cast<U32>(sum[m][0][n]);
@@ -345,7 +390,7 @@ struct Int8Engine {
   static constexpr bool kReadsInPlace = false, kScaled = true;
   static constexpr int L = kLanes<C>;
 
-  static constexpr int64_t row_size(int64_t K) { return (ceil_div(K, L) + 1) * L; }
+  static constexpr int64_t row_size(int64_t K) { return marks_of_row(K) + count_of_marks(K); }
   static constexpr int64_t weight_panel_size(int64_t K) { return Int8Weights<PlainRows<C>>::panel_size(K); }
 
   // NaN if either is.
@@ -364,15 +409,17 @@ struct Int8Engine {
     return result;
   }
 
-  // Numbers up to `most` in a row of K. If it is NaN, so are all products of the row.
+  // Numbers up to `most` in a row of K, in which nothing is marked.
   static LSTM_EXT_INLINE void scale_row(F* row, C most, int64_t K, Bits bits = Bits::k16) {
     constexpr C kLeast = 1e-30f;  // below, all are taken for zero: the inverse of their scale may be infinite
     const C integers = static_cast<C>(most_of_row(K, bits)), scale = most / integers;
     const C front[] = {scale, most < kLeast ? 0 : 1 / scale};
     __builtin_memcpy(row, front, sizeof(front));
+    __builtin_memset(row + marks_of_row(K), 0, static_cast<size_t>(count_of_marks(K)) * sizeof(F));
   }
 
-  static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t) {
+  static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t K) {
+    row[marks_of_row(K) + n / L] = has_not_finite(value);
     const RowBytes bytes = row_bytes(integers_of(row, value, Bits::k16));
     __builtin_memcpy(row + L + n, &bytes, sizeof(bytes));
   }

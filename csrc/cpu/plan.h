@@ -54,11 +54,12 @@ struct EngineShape {
   int tile_rows;                  // the most that are multiplied together
   int row_planes, column_planes;  // bfloat16 numbers that one factor is made of; 1 for vectors
   int lane_bytes;                 // of vectors: of the weights that one lane multiplies
-  bool scaled;  // factors and weights are integers; scales stand before each row, scales and starts before each panel
+  bool scaled;  // factors and weights are integers; a row has scales before and marks behind, a panel scales and starts
 
   // Bytes of a row of K factors; of tiles an odd number of cache lines.
   LSTM_EXT_PLAN_INLINE int64_t row_bytes(int64_t K) const {
-    if (kind == EngineKind::kVectors) return lanes * (up(K, lanes) + scaled) * factor_bytes;
+    const int64_t vectors = up(K, lanes);
+    if (kind == EngineKind::kVectors) return lanes * (vectors + scaled * (1 + up(vectors, lanes))) * factor_bytes;
     return (row_planes * up(K, kTileDepth) | 1) * kTileDepth * 2;
   }
   // Bytes of a panel of K factors by four vectors.
