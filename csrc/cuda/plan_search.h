@@ -10,8 +10,9 @@ namespace lstm_ext::cuda {
 
 // Clocks and bytes of an H100; COST_MODEL.md says what each stands for, and what was measured.
 inline constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 4000, kL2BytesPerClockOfSm = 48;
-inline constexpr double kCellClocks = 60,
-                        kDrawClocks = 80;  // what options take besides, and random numbers of one kind
+
+// What options take besides, in a step and for each item, and random numbers of one kind.
+inline constexpr double kCellStepClocks = 700, kCellStepClocksBackward = 2600, kCellClocks = 60, kDrawClocks = 80;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -26,6 +27,10 @@ constexpr double fma_per_clock(Arithmetic arithmetic) {
     case Arithmetic::kFp64: return 40;
   }
   throw std::logic_error("fma_per_clock: no such arithmetic");
+}
+
+inline double cell_step_clocks(const Problem& problem) {
+  return !problem.cell ? 0 : problem.backward ? kCellStepClocksBackward : kCellStepClocks;
 }
 
 // Whether a kernel, for a step or for all, has so many tiles of the batch: 1, 2, 4 or 8.

@@ -80,7 +80,7 @@ class Planner {
 
   // Microseconds of one step of one team_batch.
   double step_time(const Layout& layout) const {
-    double clocks = 0;
+    double clocks = cell_step_clocks(problem_);
     for (int n = 0; n < layout.num_products; ++n) clocks += product_clocks(layout, layout.product[n]);
     return microseconds(clocks);
   }

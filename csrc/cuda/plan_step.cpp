@@ -30,10 +30,8 @@ int item_units(const Problem& problem) {
 // Of an item that is only summed and stored; assumed.
 constexpr double kSumItemClocks = 250;
 
-// Of a row that is normalised, in clocks, assumed: when the threads of its block meet, and a turn of each over its
-// units.
-constexpr int kRowMeetings = 4, kRowTurns = 6;
-constexpr double kMeetingClocks = 300, kTurnClocks = 350;
+// Of a row that is normalised, in clocks: whatever its width, and for each of its units.
+constexpr double kRowClocks = 3300, kRowUnitClocks = 18, kRowClocksBackward = 4300, kRowUnitClocksBackward = 23;
 
 constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
 
@@ -119,7 +117,8 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
     epilogue += costs.cluster + costs.doubling * part.k_blocks_log2 + beside * of_others / costs.others_bytes;
   }
   const double gap = problem.device.compute_capability >= 90 ? kOverlapMicroseconds : kGapMicroseconds;
-  const double clocks = waves * (costs.start + streaming + epilogue);
+  const double start = costs.start + (only_sums ? 0 : cell_step_clocks(problem));
+  const double clocks = waves * (start + streaming + epilogue);
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
 }
 
@@ -138,9 +137,10 @@ LaunchConfig rows_config(const Problem& problem) {
 double rows_time(const Problem& problem, const LaunchConfig& config) {
   const double resident = double(problem.device.sms) * (kMostRowThreads / config.threads);
   const double waves = std::ceil(double(config.grid_x) * config.grid_y / resident);
-  const double units = std::ceil(double(problem.shape.H) / config.threads);
-  const double options = kCellClocks + problem.cell->draws * kDrawClocks;
-  const double clocks = waves * (kRowMeetings * kMeetingClocks + units * (kRowTurns * kTurnClocks + options));
+  const double H = double(problem.shape.H), options = kCellClocks + problem.cell->draws * kDrawClocks;
+  const double row =
+      problem.backward ? kRowClocksBackward + H * kRowUnitClocksBackward : kRowClocks + H * kRowUnitClocks;
+  const double clocks = waves * (row + std::ceil(H / config.threads) * options);
   const double gap = config.overlaps ? kOverlapMicroseconds : kGapMicroseconds;
   return std::max(kLaunchMicroseconds, gap + clocks * 1e3 / problem.device.clock_khz);
 }
