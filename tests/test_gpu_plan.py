@@ -120,7 +120,7 @@ def test_options_are_planned(backward: bool) -> None:
     assert plan({}) == plan(None)
     for options in ({"peephole": True}, {"recurrent_dropout": 0.3}, {"zoneout": 0.1}):
         times = plan(None).microseconds_per_step, plan(options).microseconds_per_step
-        assert 0.8 <= times[0] / times[1] < 1
+        assert (0.6 if backward else 0.8) <= times[0] / times[1] < 1  # as an H100 was measured to take
     for strategy in ("block", "cluster", "grid", "step"):
         if strategy not in plan(None).refused or "bytes" not in plan(None).refused[strategy]:
             assert plan({"coupled": True}, strategy).strategy == strategy
