@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import rnn as torch_rnn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from . import nn
 from .call import FORWARD, LayerCall
@@ -69,7 +72,9 @@ def freeze(module: Module, weights: str | None = None) -> Any:
     if isinstance(module, _CLASSES):
         if obstacle := _obstacle(module):
             raise TypeError(f"module: expected one that can be frozen: {obstacle}")
-        return _freeze_one(module, weights)
+        alone = _freeze_one(module, weights)
+        _copy_hooks(module, alone, {id(module): alone})
+        return alone
     memo: dict[int, Any] = {}
     found = False
     for path, each in module.named_modules():
@@ -83,7 +88,11 @@ def freeze(module: Module, weights: str | None = None) -> Any:
         found |= is_frozen or not obstacle
     if not found:
         warnings.warn(f"freeze found no LSTM to freeze in {type(module).__name__}", stacklevel=2)
-    return copy.deepcopy(module, memo).eval()
+    frozen_ones = [(each, memo[id(each)]) for each in module.modules() if id(each) in memo]
+    frozen = copy.deepcopy(module, memo).eval()
+    for each, its in frozen_ones:
+        _copy_hooks(each, its, memo)
+    return frozen
 
 
 def _other_weights(frozen: Frozen, weights: str | None) -> str:
@@ -134,6 +143,7 @@ def _weights_of(module: Any) -> list[list[Tensor]]:
 
 @torch.no_grad()
 def _freeze_one(module: Any, weights: str | None) -> Frozen:
+    _make_weights(module)
     own = _weights_of(module)[0][0]
     dtype = _dtype_of(own, weights)
     cell, flat = _plain(module, dtype)
@@ -142,10 +152,33 @@ def _freeze_one(module: Any, weights: str | None) -> Frozen:
     exact = torch.promote_types(own.dtype, dtype)
     error = _error_of(spec, tensors, flat if exact == dtype else _plain(module, exact)[1], exact)
     classes = {"LSTM": FrozenLSTM, "LSTMCell": FrozenLSTMCell, "TensorFlowCell": FrozenTensorFlowCell}
-    frozen = classes[spec.kind](spec, tensors, error)
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        getattr(frozen, name).update(getattr(module, name))
-    return frozen
+    return classes[spec.kind](spec, tensors, error)
+
+
+# Hooks before a call that make the weights, each from parameters of its own.
+_MAKERS = (BasePruningMethod, SpectralNorm, WeightNorm)
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+def _make_weights(module: Module) -> None:
+    """As a call would, in eval."""
+    training = module.training
+    module.eval()
+    try:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _MAKERS):
+                hook(module, ())
+    finally:
+        module.train(training)
+
+
+def _copy_hooks(module: Module, frozen: Frozen, memo: dict[int, Any]) -> None:
+    """All but those that made its weights; what they are bound to is the copy of it."""
+    makers = {key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _MAKERS)}
+    for name in (*_HOOKS, *_PRE_HOOKS):
+        kept = {key: hook for key, hook in getattr(module, name).items() if name in _HOOKS or key not in makers}
+        getattr(frozen, name).update(copy.deepcopy(kept, memo))
 
 
 def _name(dtype: torch.dtype) -> str:

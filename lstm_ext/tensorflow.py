@@ -534,6 +534,8 @@ def dynamic_rnn(
 ) -> tuple[Tensor, Any]:
     """TensorFlow 1's loop over a cell, in one call of the kernel for the whole sequence.
 
+    A cell with hooks, with another forward method, or with an activation that has no kernel is called at each step.
+
     Args:
         cell: a `BasicLSTMCell`, a `LayerNormBasicLSTMCell`, a `MultiRNNCell`, or a list of cells, which stacks them.
         inputs: [B, T, I], or [T, B, I] if `time_major`.
@@ -562,23 +564,28 @@ def dynamic_rnn(
         raise ValueError(f"inputs: expected shape {axes} with at least one step, got {got}")
     lengths = _lengths(sequence_length, inputs, time_major)
     if isinstance(cell, MultiRNNCell):
+        own_states = cell.states("initial_state", initial_state)
+        if _was_changed(cell, MultiRNNCell):
+            return _loop(cell, inputs, lengths, None if initial_state is None else tuple(own_states), time_major)
         states = []
-        for each, own in zip(cell.cells, cell.states("initial_state", initial_state), strict=True):
+        for each, own in zip(cell.cells, own_states, strict=True):
             inputs, after = dynamic_rnn(each, inputs, lengths, own, time_major)
             states.append(after)
         return inputs, tuple(states)
     if not isinstance(cell, TensorFlowCell):
         known = "BasicLSTMCell, LayerNormBasicLSTMCell, MultiRNNCell or a list of these"
         raise TypeError(f"cell: expected a {known}, got {type(cell).__name__}")
+    if _was_changed(cell, TensorFlowCell):
+        return _loop(cell, inputs, lengths, initial_state, time_major)
     first = inputs[0] if time_major else inputs[:, 0]
     if isinstance(cell.kernel, UninitializedParameter):
         cell.initialize_parameters(first)
     cell._check_step(first, None)
     cell._check_state("initial_state", initial_state, len(first))
-    c, h = cell._split(initial_state)
     computed = cell._cells[1 if cell.training else 0]
     if computed is None:
-        return _loop(cell, inputs, lengths, c, h, time_major)
+        return _loop(cell, inputs, lengths, initial_state, time_major)
+    c, h = cell._split(initial_state)
     seed = draw_seed(computed, inputs) if computed.training else None
     h, c = (None if a is None else a[None] for a in (h, c))
     options = (FORWARD, not time_major, computed, seed)
@@ -603,21 +610,32 @@ def _lengths(lengths: Any, inputs: Tensor, time_major: bool) -> Tensor | None:
     return lengths
 
 
-def _loop(
-    cell: TensorFlowCell, inputs: Tensor, lengths: Tensor | None, c: Any, h: Any, time_major: bool
-) -> tuple[Tensor, Any]:
-    """The same step by step, in torch's operations."""
+def _was_changed(cell: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
+    """Whether a call of the cell may do something else than its class: by hooks, or another forward method."""
+    makes_kernel = LazyModuleMixin._infer_parameters
+    hooks = [hook for hook in cell._forward_pre_hooks.values() if getattr(hook, "__func__", None) is not makes_kernel]
+    return bool(hooks or cell._forward_hooks) or "forward" in vars(cell) or type(cell).forward is not cls.forward
+
+
+def _loop(cell: Any, inputs: Tensor, lengths: Tensor | None, state: Any, time_major: bool) -> tuple[Tensor, Any]:
+    """The same step by step, by calls of the cell."""
     axis, outputs = 0 if time_major else 1, []
     steps = inputs.unbind(axis)
-    if c is None:
-        c = h = inputs.new_zeros(len(steps[0]), cell.num_units)
+    if state is None:
+        state = cell.zero_state(len(steps[0]), inputs.dtype)
     for t, x in enumerate(steps):
-        h_next, c_next = cell._compose(x, c, h)
-        if lengths is None:
-            h, c = h_next, c_next
-            outputs.append(h)
-            continue
-        valid = (t < lengths)[:, None]
-        h, c = torch.where(valid, h_next, h), torch.where(valid, c_next, c)
-        outputs.append(h_next.masked_fill(~valid, 0))
-    return torch.stack(outputs, axis), cell._join(c, h)
+        output, after = cell(x, state)
+        if lengths is not None:
+            valid = (t < lengths)[:, None]
+            output, after = output.masked_fill(~valid, 0), _where(valid, after, state)
+        state = after
+        outputs.append(output)
+    return torch.stack(outputs, axis), state
+
+
+def _where(valid: Tensor, state: Any, before: Any) -> Any:
+    """A state of any form, of the rows that are valid."""
+    if isinstance(state, Tensor):
+        return torch.where(valid, state, before)
+    parts = [_where(valid, *pair) for pair in zip(state, before, strict=True)]
+    return LSTMStateTuple(*parts) if isinstance(state, LSTMStateTuple) else tuple(parts)

@@ -197,6 +197,52 @@ def test_hooks_and_modes() -> None:
         assert_same(frozen(x), (y, state))
 
 
+class Watched(torch.nn.Module):
+    """A model whose hook is a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.calls = torch.nn.LSTM(5, 9), 0
+        self.lstm.register_forward_hook(self.count, with_kwargs=True, always_call=True)
+        self.lstm.register_forward_pre_hook(self.scale, with_kwargs=True)
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
+
+    @staticmethod
+    def scale(_: Any, arguments: Any, options: Any) -> Any:
+        return (arguments[0] * 2, *arguments[1:]), options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x, hx=None)[0]
+
+
+def test_hooks_are_those_of_the_copy() -> None:
+    model, x = Watched(), torch.randn(4, 2, 5)
+    frozen = lstm_ext.freeze(model)
+    torch.testing.assert_close(frozen(x), model(x), **TOLERANCES["float32"])
+    assert (model.calls, frozen.calls) == (1, 1)
+    with pytest.raises(RuntimeError, match="x: expected"):
+        frozen(x[..., :2])
+    assert frozen.calls == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("made", ["pruned", "weight norm", "spectral norm"])
+def test_weights_that_hooks_make(made: str) -> None:
+    module, x = torch.nn.LSTM(5, 9), torch.randn(4, 2, 5)
+    if made == "pruned":
+        torch.nn.utils.prune.l1_unstructured(module, "weight_hh_l0", 0.5)
+    elif made == "weight norm":
+        torch.nn.utils.weight_norm(module, "weight_hh_l0")
+    else:
+        torch.nn.utils.spectral_norm(module, "weight_hh_l0")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter *= 1.5  # which nothing has seen yet
+    torch.testing.assert_close(lstm_ext.freeze(module)(x)[0], module.eval()(x)[0], **TOLERANCES["float32"])
+
+
 def test_programs_without_lstm_ext() -> None:
     """The op in torch's own operations."""
     for weights in (None, "int8"):

@@ -279,3 +279,53 @@ def test_normalised_cells_come_from_the_meta_device(assign: bool) -> None:
     cell.load_state_dict(source.state_dict(), assign=assign)
     assert not list(cell.buffers())
     torch.testing.assert_close(cell(x)[0], source(x)[0])
+
+
+class Doubled(lstm_ext.BasicLSTMCell):
+    def forward(self, input: Any, state: Any = None) -> Any:
+        output, state = super().forward(input, state)
+        return 2 * output, state
+
+
+class Residual(lstm_ext.MultiRNNCell):
+    def forward(self, input: Any, state: Any = None) -> Any:
+        output, state = super().forward(input, state)
+        return output + input, state
+
+
+def hooked(kind: str) -> Any:
+    cell = lstm_ext.BasicLSTMCell(U)  # its kernel is made by the first call
+    if kind == "hook":
+        cell.register_forward_hook(lambda _, __, out: (out[0] + 1, out[1]))
+    elif kind == "pre-hook":
+        cell.register_forward_pre_hook(lambda _, given: (3 * given[0], *given[1:]))
+    elif kind == "subclass":
+        cell = Doubled(U)
+    elif kind == "stack":
+        return Residual([lstm_ext.BasicLSTMCell(U), lstm_ext.BasicLSTMCell(3)])
+    elif kind == "weight norm":
+        cell = lstm_ext.BasicLSTMCell(U, input_size=3)
+        torch.nn.utils.weight_norm(cell, "kernel")
+    return cell
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", ["plain", "hook", "pre-hook", "subclass", "stack", "weight norm"])
+def test_a_cell_that_does_more_is_called_at_each_step(kind: str) -> None:
+    cell, x = hooked(kind), sequence().float()
+    outputs, last = lstm_ext.dynamic_rnn(cell, x, [x.shape[1], 2, 0, 1])
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter *= 0.9
+    outputs, last = lstm_ext.dynamic_rnn(cell, x, [x.shape[1], 2, 0, 1])
+    state, expected = None, []
+    for step in x.unbind(1):
+        output, state = cell(step, state)
+        expected.append(output)
+    torch.testing.assert_close(outputs[0], torch.stack(expected, 1)[0])
+    torch.testing.assert_close(outputs[1, :2], torch.stack(expected, 1)[1, :2])
+    assert not outputs[1, 2:].any()
+    assert not outputs[2].any()
+    final, kept = (last[0], state[0]) if kind == "stack" else (last, state)
+    torch.testing.assert_close(final.h[0], kept.h[0])
+    assert not final.h[2].any()
