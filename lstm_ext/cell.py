@@ -32,6 +32,8 @@ from functools import lru_cache
 from math import inf
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Activation(IntEnum):
     """The functions of a gate or a candidate; csrc/params.h has the same numbers."""
@@ -159,21 +161,24 @@ def read_activation(name: str, given: Any) -> tuple[Activation, float, float]:
     if len(parameters) > _NUM_PARAMETERS.get(kind, 0):
         most = _NUM_PARAMETERS.get(kind, 0)
         raise ValueError(f"{name}: expected at most {most} parameters of {kind}, got {given!r}")
-    alpha, beta = (_number(name, a) for a in (*parameters, *(alpha, beta)[len(parameters) :]))
+    alpha, beta = (read_number(name, a) for a in (*parameters, *(alpha, beta)[len(parameters) :]))
     return activation, alpha, beta
 
 
-def _number(name: str, value: Any) -> float:
+_NUMBERS = (int, float, np.integer, np.floating)
+
+
+def read_number(name: str, value: Any) -> float:
     """`value` as a float."""
     # compilers have no isfinite of a number that varies from call to call
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -inf < value < inf:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not -inf < value < inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
 
 
 def read_probability(name: str, value: Any) -> float:
     """`value`, if it is from 0 to 1."""
-    if not 0 <= (number := _number(name, value)) <= 1:
+    if not 0 <= (number := read_number(name, value)) <= 1:
         raise ValueError(f"{name}: expected a probability from 0 to 1, got {value!r}")
     return number
 
@@ -190,7 +195,7 @@ def _read_clip(name: str, value: Any) -> float:
     """0 for None."""
     if value is None:
         return 0.0
-    if not (number := _number(name, value)) > 0:
+    if not (number := read_number(name, value)) > 0:
         raise ValueError(f"{name}: expected None or a number above 0, got {value!r}")
     return number
 
@@ -222,7 +227,7 @@ def make_cell(
         Cell(
             *read_activation("activation", activation),
             *read_activation("recurrent_activation", recurrent_activation),
-            forget_bias=_number("forget_bias", forget_bias),
+            forget_bias=read_number("forget_bias", forget_bias),
             coupled=bool(coupled),
             cell_clip=_read_clip("cell_clip", cell_clip),
             proj_clip=_read_clip("proj_clip", proj_clip),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
@@ -420,7 +421,9 @@ class Stream:
         spec = frozen._spec
         if spec.bidirectional:
             raise ValueError("stream: expected one direction; a reverse one begins where the stream ends")
-        if batch_size < 1:
+        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__"):
+            raise TypeError(f"batch_size: expected an integer, got {batch_size!r}")
+        if (batch_size := index(batch_size)) < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.frozen, self.batch_size = frozen, batch_size
         self._is_cell, self._batch_first = isinstance(frozen, FrozenLSTMCell), spec.batch_first
@@ -547,9 +550,14 @@ class Stream:
 
     def reset(self, rows: Any = None) -> None:
         """Sets the state to zero: of all sequences, or of these rows: a number, numbers, or bool [B]."""
+        chosen = slice(None) if rows is None else torch.as_tensor(rows)
+        if isinstance(chosen, Tensor) and not chosen.numel():
+            return  # an empty list has no dtype
+        if isinstance(chosen, Tensor) and chosen.is_floating_point():
+            raise TypeError(f"rows: expected integers, or bool [B], got {rows!r}")
         with _Held(self):
             for own in self._now():
-                own[:, slice(None) if rows is None else torch.as_tensor(rows)] = 0
+                own[:, chosen] = 0
 
     def __reduce__(self) -> Any:
         """With the state: `copy.copy` goes on from here beside it, with the same weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
@@ -141,6 +142,11 @@ def _read_options(who: str, options: dict[str, Any], x: Array, projected: bool) 
 
 def _seed(cell: Cell, seed: Any, x: Array) -> Array:
     """As the engines take it: int64 [1]; drawn by torch's generator, or NumPy's for arrays, if it is None."""
+    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
+    elif seed is not None and not ("int" in str(getattr(seed, "dtype", "")) and prod(seed.shape) == 1):
+        raise TypeError(f"seed: expected an integer, or int64 [1], got {kind(seed)} {seed!r}")
     if is_tensor(x):
         from .route import draw_seed, seed_from
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.parameter import Parameter
@@ -115,6 +116,8 @@ def read_options(given: dict[str, Any], who: str, bias: bool, projected: bool) -
     for name in ("peephole", "layer_norm", "coupled", "unit_forget_bias"):
         if not isinstance(given.get(name, False), bool):
             raise ValueError(f"{name}: expected a bool, got {given[name]!r}")
+    of_numpy = (np.ndarray, np.generic)
+    given = {name: value.tolist() if isinstance(value, of_numpy) else value for name, value in given.items()}
     chosen = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
     options = dict(chosen)
     unit_forget_bias = options.pop("unit_forget_bias", False)

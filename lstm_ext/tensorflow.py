@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.types import Device
 
 from ._torch_private import _get_tracing_state
 from .call import FORWARD
-from .cell import ACTIVATIONS, Cell, Norm, read_activation, read_probability
+from .cell import ACTIVATIONS, Cell, Norm, read_activation, read_number, read_probability
 from .engines import composed
 from .route import COMPILED, draw_seed, has_kernel, run
 
@@ -37,9 +38,14 @@ class LSTMStateTuple(NamedTuple):
     h: Any
 
 
+def _is_ours(activation: Any) -> bool:
+    """Whether there are kernels for it."""
+    return isinstance(activation, str) and activation in ACTIVATIONS
+
+
 def _make_cells(activation: Any, forget_bias: float, epsilon: float, dropout: float) -> tuple[Cell | None, Cell | None]:
     """In eval and in training."""
-    if activation not in ACTIVATIONS:
+    if not _is_ours(activation):
         return None, None
     cell = Cell(
         *read_activation("activation", activation),
@@ -71,8 +77,11 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
         factory: dict[str, Any],
         name: str | None,
     ) -> None:
-        if num_units <= 0:
+        if isinstance(num_units, bool) or not hasattr(num_units, "__index__"):
+            raise TypeError(f"num_units: expected an integer, got {num_units!r}")
+        if (num_units := index(num_units)) <= 0:
             raise ValueError(f"num_units: expected a positive number, got {num_units}")
+        read_number("forget_bias", forget_bias)
         if input_size is None:
             with warnings.catch_warnings():  # torch calls its lazy modules a new feature
                 warnings.simplefilter("ignore", UserWarning)
@@ -84,7 +93,7 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
         if activation is None:
             activation = "tanh"
         in_torch = isinstance(activation, str) and callable(getattr(torch, activation, None))
-        if not (activation in ACTIVATIONS or in_torch or callable(activation)):
+        if not (_is_ours(activation) or in_torch or callable(activation)):
             names = ", ".join(ACTIVATIONS)
             expected = f"a callable, one of {names}, or the name of a callable in torch"
             raise ValueError(f"activation: expected {expected}, got {activation!r}")
@@ -598,7 +607,10 @@ def _lengths(lengths: Any, inputs: Tensor, time_major: bool) -> Tensor | None:
     if lengths is None:
         return None
     T, B = inputs.shape[:2] if time_major else (inputs.shape[1], inputs.shape[0])
-    lengths = torch.as_tensor(lengths, device=inputs.device)
+    try:
+        lengths = torch.as_tensor(lengths, device=inputs.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"sequence_length: expected integers [B] = [{B}], got {lengths!r}") from error
     if lengths.dtype == torch.bool or lengths.is_floating_point() or tuple(lengths.shape) != (B,):
         raise ValueError(
             f"sequence_length: expected integers [B] = [{B}], got {lengths.dtype} of shape {list(lengths.shape)}"

@@ -488,6 +488,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no projection": ({"proj_clip": 1.0}, ValueError, r"proj_clip: expected None without a projection \(proj_size"),
     "zoneout": ({"zoneout": 1.5}, ValueError, "zoneout: expected a probability from 0 to 1, got 1.5"),
     "three": ({"zoneout": (0.1, 0.2, 0.3)}, ValueError, "zoneout: expected a probability or a pair"),
+    "array": ({"zoneout": np.full(3, 0.1)}, ValueError, "zoneout: expected a probability or a pair"),
     "recurrent": ({"recurrent_dropout": -0.1}, ValueError, "recurrent_dropout: expected a probability from 0 to 1"),
     "candidate": ({"candidate_dropout": float("nan")}, ValueError, "candidate_dropout: expected a finite number"),
     "weight_drop": ({"weight_drop": 2}, ValueError, "weight_drop: expected a probability from 0 to 1, got 2"),
@@ -502,6 +503,28 @@ def test_wrong_options_are_named(name: str) -> None:
     options, error, message = BAD[name]
     with pytest.raises(error, match=message):
         lstm(**options)
+
+
+def test_options_are_numbers_of_numpy_too() -> None:
+    given: dict[str, Any] = {"cell_clip": np.float32(2), "forget_bias": np.int64(1), "zoneout": np.array([0.25, 0.5])}
+    assert repr(lstm(**given)) == repr(lstm(cell_clip=2.0, forget_bias=1, zoneout=[0.25, 0.5]))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_a_seed_is_an_integer(backend: str) -> None:
+    own: Any = np.asarray if backend == "numpy" else torch.from_numpy
+    arrays = own(np.ones((5, 2, 3))), None, own(np.ones((16, 3))), own(np.ones((16, 4)))
+
+    def run(seed: Any) -> Any:
+        return lstm_ext.lstm(*arrays, zoneout=0.5, training=True, seed=seed)[0]
+
+    for same in (np.int32(7), np.array(7), own(np.array([7]))):
+        np.testing.assert_array_equal(run(same), run(7))
+    for wrong in (1.5, "7", True, (1, 2), own(np.array([1, 2])), own(np.array([1.0]))):
+        with pytest.raises(TypeError, match=r"seed: expected an integer, or int64 \[1\], got "):
+            run(wrong)
+    with pytest.raises(ValueError, match="seed: expected an integer of 64 bits, got 9223372036854775808"):
+        run(2**63)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])

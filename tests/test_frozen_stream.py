@@ -138,6 +138,12 @@ def test_what_a_stream_refuses() -> None:
         stream_of(bidirectional=True)
     with pytest.raises(ValueError, match="batch_size: expected at least 1"):
         stream_of(batch_size=0)
+    for wrong in (1.5, "a", None, True):
+        with pytest.raises(TypeError, match=f"batch_size: expected an integer, got {wrong!r}"):
+            stream_of(batch_size=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"rows: expected integers, or bool \[B\], got \[1.5\]"):
+        stream_of().reset([1.5])
+    stream_of().reset([])
     assert not stream.state[1].any()  # nothing of all that has counted
 
 

@@ -253,6 +253,11 @@ BAD: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         ValueError,
         "initial_state: .* 1 cells, got 0 items",
     ),
+    "length": (lambda c, x: lstm_ext.dynamic_rnn(c, x, "ab"), ValueError, "sequence_length: .*, got 'ab'"),
+    "units": (lambda c, x: lstm_ext.BasicLSTMCell(2.5), TypeError, "num_units: expected an integer, got 2.5"),
+    "no units": (lambda c, x: lstm_ext.BasicLSTMCell(None), TypeError, "num_units: expected an integer, got None"),
+    "bias": (lambda c, x: lstm_ext.BasicLSTMCell(U, forget_bias="a"), ValueError, "forget_bias: expected a finite"),
+    "activation": (lambda c, x: lstm_ext.BasicLSTMCell(U, activation=["tanh"]), ValueError, "activation: expected a"),
     "keep": (
         lambda c, x: lstm_ext.LayerNormBasicLSTMCell(U, dropout_keep_prob=1.2),
         ValueError,
