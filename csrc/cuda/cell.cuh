@@ -92,11 +92,11 @@ class CellStep {
 #pragma unroll
     for (int n = 0; n < N; ++n)
       if (cell_.tensorflow) pre.at[n] = swapped(pre.at[n]);
-    with_activations([&](const auto& of_gate, const auto& of_c) {
-      cells = made_by_gates<N>(of_gate, of_c, at, peephole, pre, c);
+    with_activations([&](const auto& of_gate, const auto& of_unit) {
+      cells = made_by_gates<N>(of_gate, of_unit, at, peephole, pre, c);
 #pragma unroll
       for (int n = 0; n < N; ++n) hidden.at[n] = cells.at[n].c;
-      of_c.apply(hidden);
+      of_unit.apply(hidden);
     });
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -110,8 +110,8 @@ class CellStep {
   __device__ __forceinline__ CellState<Sum> made_by_gates(const Place& at, const GateValues<Sum>& peephole,
                                                           const Pre<Tile>& pre, Sum c) const {
     CellState<Sum> made;
-    with_activations([&](const auto& of_gate, const auto& of_c) {
-      made = made_by_gates<1>(of_gate, of_c, at, {{peephole}}, {{pre}}, {{c}}).at[0];
+    with_activations([&](const auto& of_gate, const auto& of_unit) {
+      made = made_by_gates<1>(of_gate, of_unit, at, {{peephole}}, {{pre}}, {{c}}).at[0];
     });
     return made;
   }
