@@ -18,7 +18,7 @@ from ._torch_private import _is_any_autocast_enabled
 from .call import FORWARD, LayerCall, check_kind, is_tensor, kind
 from .engines import forced, onnx
 from .frozen_stack import Spec, Stack, dequantized, frozen_forward, remember, run_layers, tensor_of
-from .nn import as_leaf, is_proxy
+from .route import as_leaf, is_proxy
 from .tensorflow import LSTMStateTuple
 from .torch_op import is_eager
 

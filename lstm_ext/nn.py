@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules import rnn as torch_rnn
@@ -30,7 +30,7 @@ from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_ki
 from .cell import show_options
 from .engines import logged, warn, warn_once
 from .options import CellOptions, LayerOptions, Options, read_options
-from .route import COMPILED, draw_seed, run
+from .route import COMPILED, as_leaf, draw_seed, is_proxy, run, without_none
 from .tensorflow import BasicLSTMCell as BasicLSTMCell  # where older pickles have it
 from .tensorflow import LSTMStateTuple as LSTMStateTuple
 
@@ -355,7 +355,7 @@ class LSTM(torch_rnn.RNNBase):
             return y, self.permute_hidden((h_n, c_n), None) if customised else (h_n, c_n)
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
-                given = _given(lengths=lengths, resets=resets, return_cells=return_cells or None)
+                given = without_none(lengths=lengths, resets=resets, return_cells=return_cells or None)
                 return _TorchLSTM.forward(self, input, hx, **given)
             new = lengths is not None or resets is not None or return_cells or self._options is not None
             if new or _is_transformed() or not self._are_wrong(input, hx):
@@ -719,7 +719,7 @@ class LSTMCell(torch_rnn.LSTMCell):
             return y, c_n
         except _ARGUMENT_ERRORS as error:
             if _became_torchs(self):
-                return _TorchLSTMCell.forward(self, input, hx, **_given(resets=resets))
+                return _TorchLSTMCell.forward(self, input, hx, **without_none(resets=resets))
             if self._options is not None or _is_transformed() or not self._are_wrong(input, hx):
                 raise
             why = str(error)
@@ -777,22 +777,6 @@ def _ask_torch(forward: Callable[..., Any], why: str, module: torch.nn.Module, *
     result = forward(module, *args)
     warn_once(f"lstm_ext runs torch's own {module._get_name()}: {why}")
     return result
-
-
-def is_proxy(input: Any) -> bool:
-    """Whether torch.fx records this call."""
-    return isinstance(input, fx.Proxy)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Those that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> Any:
-    """The call as one node of a graph that torch.fx records, as it is for the modules of torch."""
-    args = (input,) if hx is None else (input, hx)
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, _given(**options))
 
 
 def _refuse_options(options: Options | None) -> None:

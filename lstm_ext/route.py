@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
@@ -228,3 +228,19 @@ def differentiable(engine: Engine, call: LayerCall, save: Save) -> OutputsTuple:
     """An engine with its own backward pass."""
     y, h_n, c_n, cells, _ = torch_op.apply(LayerFunction, engine.forward, ALL, *torch_op.flat(call))
     return y, h_n, c_n, cells if save else None, None
+
+
+def is_proxy(input: Any) -> bool:
+    """Whether torch.fx records this call."""
+    return isinstance(input, fx.Proxy)
+
+
+def without_none(**options: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def as_leaf(module: torch.nn.Module, input: Any, hx: Any, **options: Any) -> Any:
+    """The call as one node of a graph that torch.fx records, as it is for the modules of torch."""
+    args = (input,) if hx is None else (input, hx)
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, without_none(**options))

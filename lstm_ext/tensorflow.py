@@ -22,7 +22,7 @@ from ._torch_private import _get_tracing_state
 from .call import FORWARD
 from .cell import ACTIVATIONS, Cell, Norm, read_activation, read_number, read_probability
 from .engines import composed
-from .route import COMPILED, draw_seed, has_kernel, run
+from .route import COMPILED, as_leaf, draw_seed, has_kernel, is_proxy, run
 
 
 class LSTMStateTuple(NamedTuple):
@@ -215,6 +215,8 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
 
     def forward(self, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """See the class for shapes: (h', state)."""
+        if type(input) is not Tensor and is_proxy(input):
+            return as_leaf(self, input, state)
         cell = self._cells[1 if self.training else 0]  # None if it has a function of the user's
         fused = input.is_cpu and _get_tracing_state() is None
         if cell is None or not (fused and (COMPILED or has_kernel(input, "operations"))):
@@ -624,8 +626,8 @@ def _lengths(lengths: Any, inputs: Tensor, time_major: bool) -> Tensor | None:
 
 def _was_changed(cell: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     """Whether a call of the cell may do something else than its class: by hooks, or another forward method."""
-    makes_kernel = LazyModuleMixin._infer_parameters
-    hooks = [hook for hook in cell._forward_pre_hooks.values() if getattr(hook, "__func__", None) is not makes_kernel]
+    makes_kernel = getattr(cell, "_initialize_hook", None)  # before the first call of a lazy module
+    hooks = [key for key in cell._forward_pre_hooks if makes_kernel is None or key != makes_kernel.id]
     return bool(hooks or cell._forward_hooks) or "forward" in vars(cell) or type(cell).forward is not cls.forward
 
 

@@ -211,6 +211,23 @@ def test_transforms_compilers_and_pickles(name: str) -> None:
     assert not torch.allclose(restored(x[:, 0], (c, h))[0], cell(x[:, 0], (c, h))[0])
 
 
+def test_fx_sees_leaves() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.above = CELLS["basic"](), lstm_ext.LayerNormBasicLSTMCell(U, input_size=U)
+
+        def forward(self, x: Any) -> Any:
+            h, state = self.below(x)
+            h, state = self.below(x, state)
+            return self.above(h)[0]
+
+    model, x = Model().double(), sequence()[:, 0]
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["below", "below", "above"]
+    assert torch.equal(graph(x), model(x))
+
+
 def test_the_first_input_tells_the_width() -> None:
     cell = lstm_ext.LayerNormBasicLSTMCell(U)
     outputs, _ = lstm_ext.dynamic_rnn(cell, torch.randn(B, T, I))
