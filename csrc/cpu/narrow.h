@@ -17,8 +17,8 @@
 //                     k = 0, 1 | 0 | 1 | 2 | 3 |             half a vector each
 //                     row      | row, 1 / row, - | k = 0 .. L-1 | ... | marks
 //
-//                 No integer stands for NaN or an infinity: a vector that has one is marked, by who writes it, and a row
-//                 with a mark has NaN for its number.
+//                 No integer stands for NaN or an infinity: a vector that has one is marked, by who writes it, and a
+//                 row with a mark has NaN for its number.
 //
 //                 VNNI multiplies four unsigned bytes by four signed ones at once. There a lane is four neighbours, the
 //                 low and the high bytes of four integers of a row lie together, and 2^15 is added to them:
@@ -211,24 +211,32 @@ constexpr int64_t count_of_marks(int64_t K) {
   return ceil_div(ceil_div(K, kLanes<float>), kLanes<float>) * kLanes<float>;
 }
 
+typedef int16_t Marks __attribute__((vector_size(kVecBytes / 2)));
+
+LSTM_EXT_INLINE bool any_mark(Marks marks) {
+#if defined(__AVX512F__)
+  typedef long long Quads __attribute__((vector_size(sizeof(Marks))));
+  return !__builtin_ia32_ptestz256(bit_cast<Quads>(marks), bit_cast<Quads>(marks));
+#else
+  uint64_t parts[ceil_div(sizeof(Marks), sizeof(uint64_t))], any = 0;
+  __builtin_memcpy(parts, &marks, sizeof(marks));
+  for (const uint64_t part : parts) any |= part;
+  return any != 0;
+#endif
+}
+
 // What an integer of a row stands for.
 LSTM_EXT_INLINE float scale_of_row(const int16_t* row, int64_t K) {
-  constexpr int L = kLanes<float>;
-  typedef int16_t Marks __attribute__((vector_size(L * sizeof(int16_t))));
   Marks marked{};
   const int16_t* const marks = row + marks_of_row(K);
-  for (int64_t n = 0; n < count_of_marks(K); n += L) {
+  for (int64_t n = 0; n < count_of_marks(K); n += kLanes<float>) {
     Marks some;
     __builtin_memcpy(&some, marks + n, sizeof(some));
     marked |= some;
   }
-  uint64_t parts[ceil_div(sizeof(Marks), sizeof(uint64_t))] = {};
-  __builtin_memcpy(parts, &marked, sizeof(marked));
-  uint64_t any = 0;
-  for (const uint64_t part : parts) any |= part;
   float scale;
   __builtin_memcpy(&scale, row, sizeof(scale));
-  return any ? __builtin_nanf("") : scale;
+  return any_mark(marked) ? __builtin_nanf("") : scale;
 }
 
 // The integers of a row as they lie in it.
@@ -415,7 +423,10 @@ struct Int8Engine {
     const C integers = static_cast<C>(most_of_row(K, bits)), scale = most / integers;
     const C front[] = {scale, most < kLeast ? 0 : 1 / scale};
     __builtin_memcpy(row, front, sizeof(front));
-    __builtin_memset(row + marks_of_row(K), 0, static_cast<size_t>(count_of_marks(K)) * sizeof(F));
+    for (int64_t n = 0; n < count_of_marks(K); n += L) {
+      constexpr Marks kNone{};
+      __builtin_memcpy(row + marks_of_row(K) + n, &kNone, sizeof(kNone));
+    }
   }
 
   static LSTM_EXT_INLINE void put(F* row, int64_t n, Vec<C> value, int64_t K) {
