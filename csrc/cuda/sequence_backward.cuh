@@ -293,16 +293,15 @@ class BackwardWalk {
     if constexpr (kOptions) {
       cells = cell().template backward<kItem>(from_, moment, place(s, n, unit), block_.peepholes(j), pass_.hidden_map,
                                               given, d_h, d_c, valid);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kItem; ++i)
-        if (i < valid)
-          cells.at[i] =
-              backward_cell<Tile>(from_, moment, block_.sequence(n), unit + i, given.at[i], d_h.at[i], d_c.at[i]);
     }
     Units<Sum, 4 * kItem> sent;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
+      if constexpr (!kOptions) {
+        if (i < valid)
+          cells.at[i] =
+              backward_cell<Tile>(from_, moment, block_.sequence(n), unit + i, given.at[i], d_h.at[i], d_c.at[i]);
+      }
       const GateValues<Sum> back = carried_back(moment, cells.at[i]);
       sent.at[4 * i] = back.i;
       sent.at[4 * i + 1] = back.f;

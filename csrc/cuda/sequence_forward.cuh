@@ -252,22 +252,23 @@ class ForwardWalk {
         Units<Sum, 4 * kItem>;  // i f g o of one unit after the other, as they stand in the rows of the product
     const Gates h = block_.team().template product<Gates>(Product::kRecurrent, n, 4 * j);
     const Sums c = block_.state(n, j);
-    Units<Pre<Tile>, kItem> pre;
+    const auto pre_of = [&](int i) -> Pre<Tile> {
+      Sum pre[4];
 #pragma unroll
-    for (int i = 0; i < kItem; ++i) {
-      const auto sum = [&](int gate) { return given.gates[gate].at[i] + h.at[4 * i + gate]; };
-      pre.at[i] = {sum(0), sum(1), sum(2), sum(3)};
-    }
+      for (int gate = 0; gate < 4; ++gate) pre[gate] = given.gates[gate].at[i] + h.at[4 * i + gate];
+      return {pre[0], pre[1], pre[2], pre[3]};
+    };
+    Sums after;
     Cells cells;
     if constexpr (kOptions) {
-      cells = cell().template forward<kItem>(moment, place(s, n, unit), block_.peepholes(j), pre, c, hidden);
-    } else {
+      Units<Pre<Tile>, kItem> of_item;
 #pragma unroll
-      for (int i = 0; i < kItem; ++i) cells.at[i] = forward_cell<Tile>(moment, pre.at[i], c.at[i]);
+      for (int i = 0; i < kItem; ++i) of_item.at[i] = pre_of(i);
+      cells = cell().template forward<kItem>(moment, place(s, n, unit), block_.peepholes(j), of_item, c, hidden);
     }
-    Sums after;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
+      if constexpr (!kOptions) cells.at[i] = forward_cell<Tile>(moment, pre_of(i), c.at[i]);
       if (i >= valid) cells.at[i] = {};
       if (kOptions && i >= valid) hidden.at[i] = 0;
       after.at[i] = carried(moment, cells.at[i].c);
