@@ -73,7 +73,7 @@ def freeze(module: Module, weights: str | None = None) -> Any:
         if obstacle := _obstacle(module):
             raise TypeError(f"module: expected one that can be frozen: {obstacle}")
         alone = _freeze_one(module, weights)
-        _copy_hooks(module, alone, {id(module): alone})
+        _copy_hooks(module, alone, None)
         return alone
     memo: dict[int, Any] = {}
     found = False
@@ -173,12 +173,14 @@ def _make_weights(module: Module) -> None:
         module.train(training)
 
 
-def _copy_hooks(module: Module, frozen: Frozen, memo: dict[int, Any]) -> None:
-    """All but those that made its weights; what they are bound to is the copy of it."""
+def _copy_hooks(module: Any, frozen: Frozen, memo: dict[int, Any] | None) -> None:
+    """All but those that made its weights. With a memo they are copied as the model is, else they are the same."""
     makers = {key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _MAKERS)}
+    if lazy := getattr(module, "_initialize_hook", None):
+        makers.add(lazy.id)
     for name in (*_HOOKS, *_PRE_HOOKS):
         kept = {key: hook for key, hook in getattr(module, name).items() if name in _HOOKS or key not in makers}
-        getattr(frozen, name).update(copy.deepcopy(kept, memo))
+        getattr(frozen, name).update(kept if memo is None else copy.deepcopy(kept, memo))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -145,7 +145,9 @@ def _seed(cell: Cell, seed: Any, x: Array) -> Array:
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
-    elif seed is not None and not ("int" in str(getattr(seed, "dtype", "")) and prod(seed.shape) == 1):
+    elif seed is not None and not (
+        str(getattr(seed, "dtype", "")).removeprefix("torch.") in ("int64", "int32") and prod(seed.shape) == 1
+    ):
         raise TypeError(f"seed: expected an integer, or int64 [1], got {kind(seed)} {seed!r}")
     if is_tensor(x):
         from .route import draw_seed, seed_from

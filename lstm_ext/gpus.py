@@ -4,7 +4,8 @@ Sources. Multiprocessors and boost clocks: NVIDIA's data sheets of each product 
 (Turing, Ampere GA100 and GA102, Ada AD102, Hopper GH100, Blackwell GB202); for B200, what its driver reports. Shared
 memory of a block: "Technical specifications per compute capability" in the CUDA C++ Programming Guide. How many
 multiprocessors each GPC has (a group of them, within one of which a thread-block cluster lies) differs from chip to
-chip; a plan takes them for equally large, and counts on one cluster of 8 or 16 blocks less, as was measured on an H100.
+chip; a plan takes them for equally large, and counts on one cluster less of those of 4 blocks and more, as was measured
+on an H100.
 The cost model asks for no memory bandwidth, and counts on the L2 cache of an H100.
 """
 

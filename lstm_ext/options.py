@@ -113,11 +113,11 @@ def read_options(given: dict[str, Any], who: str, bias: bool, projected: bool) -
     if unknown := [name for name in given if name not in _DEFAULTS]:
         known = ", ".join(_DEFAULTS)
         raise TypeError(f"{who}: expected the arguments of torch.nn.{who} or of {known}, got {', '.join(unknown)}")
+    of_numpy = (np.ndarray, np.generic)
+    given = {name: value.tolist() if isinstance(value, of_numpy) else value for name, value in given.items()}
     for name in ("peephole", "layer_norm", "coupled", "unit_forget_bias"):
         if not isinstance(given.get(name, False), bool):
             raise ValueError(f"{name}: expected a bool, got {given[name]!r}")
-    of_numpy = (np.ndarray, np.generic)
-    given = {name: value.tolist() if isinstance(value, of_numpy) else value for name, value in given.items()}
     chosen = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
     options = dict(chosen)
     unit_forget_bias = options.pop("unit_forget_bias", False)

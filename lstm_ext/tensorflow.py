@@ -108,6 +108,8 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
     def initialize_parameters(self, input: Tensor, state: Any = None) -> None:
         """Takes the input width from the first input."""
         if self.has_uninitialized_params():
+            if is_proxy(input):
+                raise TypeError("input_size: expected the width of x for torch.fx, which has no tensors, got None")
             if input.dim() != 2:
                 raise ValueError(f"input: expected shape [B, I], got {list(input.shape)}")
             with torch.no_grad():
@@ -130,7 +132,7 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
 
     def zero_state(self, batch_size: int, dtype: torch.dtype | None = None) -> LSTMStateTuple | Tensor:
         """A state of zeros for `batch_size` rows, where the parameters are; the dtype is theirs if None."""
-        like = self._weights()[1]  # the kernel may have no shape yet
+        like = next(p for name, p in self.named_parameters() if "kernel" not in name)  # that may have no shape yet
         c, h = like.new_zeros(2, batch_size, self.num_units, dtype=dtype)
         return LSTMStateTuple(c, h) if self.state_is_tuple else torch.cat([c, h], 1)
 
@@ -628,15 +630,18 @@ def _was_changed(cell: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     """Whether a call of the cell may do something else than its class: by hooks, or another forward method."""
     makes_kernel = getattr(cell, "_initialize_hook", None)  # before the first call of a lazy module
     hooks = [key for key in cell._forward_pre_hooks if makes_kernel is None or key != makes_kernel.id]
-    return bool(hooks or cell._forward_hooks) or "forward" in vars(cell) or type(cell).forward is not cls.forward
+    others = (cell._forward_hooks, cell._backward_hooks, cell._backward_pre_hooks)
+    return bool(hooks) or any(others) or "forward" in vars(cell) or type(cell).forward is not cls.forward
 
 
 def _loop(cell: Any, inputs: Tensor, lengths: Tensor | None, state: Any, time_major: bool) -> tuple[Tensor, Any]:
     """The same step by step, by calls of the cell."""
     axis, outputs = 0 if time_major else 1, []
     steps = inputs.unbind(axis)
-    if state is None:
-        state = cell.zero_state(len(steps[0]), inputs.dtype)
+    zeros = cell.zero_state(len(steps[0]), inputs.dtype)
+    if isinstance(cell, MultiRNNCell) and state is not None:
+        state = tuple(zero if own is None else own for own, zero in zip(state, zeros, strict=True))
+    state = zeros if state is None else state
     for t, x in enumerate(steps):
         output, after = cell(x, state)
         if lengths is not None:
@@ -652,4 +657,5 @@ def _where(valid: Tensor, state: Any, before: Any) -> Any:
     if isinstance(state, Tensor):
         return torch.where(valid, state, before)
     parts = [_where(valid, *pair) for pair in zip(state, before, strict=True)]
-    return LSTMStateTuple(*parts) if isinstance(state, LSTMStateTuple) else tuple(parts)
+    make: Any = getattr(type(state), "_make", tuple)  # of a NamedTuple
+    return make(parts)

@@ -506,8 +506,9 @@ def test_wrong_options_are_named(name: str) -> None:
 
 
 def test_options_are_numbers_of_numpy_too() -> None:
-    given: dict[str, Any] = {"cell_clip": np.float32(2), "forget_bias": np.int64(1), "zoneout": np.array([0.25, 0.5])}
-    assert repr(lstm(**given)) == repr(lstm(cell_clip=2.0, forget_bias=1, zoneout=[0.25, 0.5]))
+    given: dict[str, Any] = {"cell_clip": np.float32(2), "forget_bias": np.int64(1), "coupled": np.True_}
+    given["zoneout"] = np.array([0.25, 0.5])
+    assert repr(lstm(**given)) == repr(lstm(cell_clip=2.0, forget_bias=1, coupled=True, zoneout=[0.25, 0.5]))
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
@@ -520,7 +521,7 @@ def test_a_seed_is_an_integer(backend: str) -> None:
 
     for same in (np.int32(7), np.array(7), own(np.array([7]))):
         np.testing.assert_array_equal(run(same), run(7))
-    for wrong in (1.5, "7", True, (1, 2), own(np.array([1, 2])), own(np.array([1.0]))):
+    for wrong in (1.5, "7", True, (1, 2), own(np.array([1, 2])), own(np.array([1.0])), np.array(2**63)):
         with pytest.raises(TypeError, match=r"seed: expected an integer, or int64 \[1\], got "):
             run(wrong)
     with pytest.raises(ValueError, match="seed: expected an integer of 64 bits, got 9223372036854775808"):

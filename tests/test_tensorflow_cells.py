@@ -325,6 +325,9 @@ def hooked(kind: str) -> Any:
         cell = Doubled(U)
     elif kind == "stack":
         return Residual([lstm_ext.BasicLSTMCell(U), lstm_ext.BasicLSTMCell(3)])
+    elif kind == "normalised":
+        cell = lstm_ext.LayerNormBasicLSTMCell(U)
+        cell.register_forward_hook(lambda _, __, out: (out[0] + 1, out[1]))
     elif kind == "weight norm":
         cell = lstm_ext.BasicLSTMCell(U, input_size=3)
         torch.nn.utils.weight_norm(cell, "kernel")
@@ -332,7 +335,7 @@ def hooked(kind: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("kind", ["plain", "hook", "pre-hook", "subclass", "stack", "weight norm"])
+@pytest.mark.parametrize("kind", ["plain", "hook", "pre-hook", "subclass", "stack", "normalised", "weight norm"])
 def test_a_cell_that_does_more_is_called_at_each_step(kind: str) -> None:
     cell, x = hooked(kind), sequence().float()
     outputs, last = lstm_ext.dynamic_rnn(cell, x, [x.shape[1], 2, 0, 1])
@@ -351,3 +354,30 @@ def test_a_cell_that_does_more_is_called_at_each_step(kind: str) -> None:
     final, kept = (last[0], state[0]) if kind == "stack" else (last, state)
     torch.testing.assert_close(final.h[0], kept.h[0])
     assert not final.h[2].any()
+
+
+def test_hooks_of_the_backward_pass_are_called_at_each_step() -> None:
+    cell, seen = lstm_ext.BasicLSTMCell(U, input_size=I), []
+    cell.register_full_backward_hook(lambda *_: seen.append(1))
+    lstm_ext.dynamic_rnn(cell, sequence().float())[0].sum().backward()
+    assert len(seen) == T
+
+
+def test_a_changed_stack_starts_with_zeros_where_it_has_no_state() -> None:
+    stack, x = hooked("stack"), sequence().float()
+    state = torch.ones(B, 3), torch.ones(B, 3)
+    expected = lstm_ext.dynamic_rnn(stack, x, None, (stack.cells[0].zero_state(B), state))
+    for lengths in (None, [T] * B):
+        outputs, last = lstm_ext.dynamic_rnn(stack, x, lengths, (None, state))
+        torch.testing.assert_close((outputs, last[1].c), (expected[0], expected[1][1].c))
+
+
+def test_a_cell_whose_kernel_a_sequence_made_is_frozen() -> None:
+    cell, x = lstm_ext.BasicLSTMCell(U), sequence().float()
+    lstm_ext.dynamic_rnn(cell, x)
+    torch.testing.assert_close(lstm_ext.freeze(cell)(x[:, 0])[0], cell(x[:, 0])[0])
+
+
+def test_fx_has_no_width_for_a_lazy_cell() -> None:
+    with pytest.raises(TypeError, match=r"input_size: expected the width of x for torch\.fx"):
+        torch.fx.symbolic_trace(torch.nn.Sequential(lstm_ext.BasicLSTMCell(U)))

@@ -33,7 +33,9 @@ py::dict gpu_plan(int64_t T, int64_t B, int64_t H, int64_t P, bool projected, co
   // clusters from 4 blocks on an H100 runs one less than if its gpcs were equally large: 31 of 4, 15 of 8, 7 of 16.
   const auto resident = [=](const cuda::Problem& of, cuda::Strategy strategy, int tiles, int cluster, int64_t bytes) {
     const cuda::TileSizes& sizes = cuda::tile_sizes(of.arithmetic);
-    const bool two = strategy == cuda::Strategy::kStep && !of.cell && 2 * bytes <= shared_bytes &&
+    constexpr int64_t kOfDriver = 1024;  // bytes of shared memory of each block
+    const bool sums = of.normalises() && !of.shape.projected;
+    const bool two = strategy == cuda::Strategy::kStep && (!of.cell || sums) && 2 * bytes + kOfDriver <= shared_bytes &&
                      cuda::step_blocks(sizes.row_tiles, tiles, sizes.number_bytes, compute_capability) == 2;
     const int clusters = cluster == 1 ? sms : std::max(0, gpcs * (sms / gpcs / cluster) - (cluster >= 4));
     return (two ? 2 : 1) * clusters;
