@@ -270,6 +270,7 @@ def run_tests() -> None:
         tests.check(tests.Case(20, 3, 4, 5, lengths="ragged", resets=True), "float32", strategy)  # moments found anew
     for seed in range(2):  # blocks of a cluster that divide k
         tests.check(tests.Case(2, 3, 3, 128), "float32", "step", seed=seed)
+    tests.check(tests.Case(2, 3, 3, 128), "float32", "step", device=2)  # without clusters: more stages than at a time
     for case in tests.CELLS:
         tests.check_cell(case, "float32")
         tests.test_one_step_of_options_matches_the_oracle(case)
