@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
 from math import inf
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,6 +175,13 @@ def read_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not -inf < value < inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
+
+
+def read_integer(name: str, value: Any) -> int:
+    """`value` as an int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    return index(value)
 
 
 def read_probability(name: str, value: Any) -> float:

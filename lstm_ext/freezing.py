@@ -161,25 +161,29 @@ _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always
 _PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
+def _makers(module: Module) -> dict[int, Any]:
+    """Those of a module."""
+    return {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _MAKERS)}
+
+
 def _make_weights(module: Module) -> None:
     """As a call would, in eval."""
-    training = module.training
-    module.eval()
+    makers, training = _makers(module), module.training
+    module.training = False  # of itself alone: they ask nothing else
     try:
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _MAKERS):
-                hook(module, ())
+        for hook in makers.values():
+            hook(module, ())
     finally:
-        module.train(training)
+        module.training = training
 
 
 def _copy_hooks(module: Any, frozen: Frozen, memo: dict[int, Any] | None) -> None:
     """All but those that made its weights. With a memo they are copied as the model is, else they are the same."""
-    makers = {key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _MAKERS)}
+    left_out = set(_makers(module))
     if lazy := getattr(module, "_initialize_hook", None):
-        makers.add(lazy.id)
+        left_out.add(lazy.id)
     for name in (*_HOOKS, *_PRE_HOOKS):
-        kept = {key: hook for key, hook in getattr(module, name).items() if name in _HOOKS or key not in makers}
+        kept = {key: hook for key, hook in getattr(module, name).items() if name in _HOOKS or key not in left_out}
         getattr(frozen, name).update(kept if memo is None else copy.deepcopy(kept, memo))
 
 

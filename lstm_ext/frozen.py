@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _native
 from ._torch_private import _is_any_autocast_enabled
 from .call import FORWARD, LayerCall, check_kind, is_tensor, kind
+from .cell import read_integer
 from .engines import forced, onnx
 from .frozen_stack import Spec, Stack, dequantized, frozen_forward, remember, run_layers, tensor_of
 from .route import as_leaf, is_proxy
@@ -421,9 +421,7 @@ class Stream:
         spec = frozen._spec
         if spec.bidirectional:
             raise ValueError("stream: expected one direction; a reverse one begins where the stream ends")
-        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__"):
-            raise TypeError(f"batch_size: expected an integer, got {batch_size!r}")
-        if (batch_size := index(batch_size)) < 1:
+        if (batch_size := read_integer("batch_size", batch_size)) < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.frozen, self.batch_size = frozen, batch_size
         self._is_cell, self._batch_first = isinstance(frozen, FrozenLSTMCell), spec.batch_first

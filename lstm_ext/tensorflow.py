@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.types import Device
 
 from ._torch_private import _get_tracing_state
 from .call import FORWARD
-from .cell import ACTIVATIONS, Cell, Norm, read_activation, read_number, read_probability
+from .cell import ACTIVATIONS, Cell, Norm, read_activation, read_integer, read_number, read_probability
 from .engines import composed
 from .route import COMPILED, as_leaf, draw_seed, has_kernel, is_proxy, run
 
@@ -77,9 +76,7 @@ class TensorFlowCell(LazyModuleMixin, torch.nn.Module):
         factory: dict[str, Any],
         name: str | None,
     ) -> None:
-        if isinstance(num_units, bool) or not hasattr(num_units, "__index__"):
-            raise TypeError(f"num_units: expected an integer, got {num_units!r}")
-        if (num_units := index(num_units)) <= 0:
+        if (num_units := read_integer("num_units", num_units)) <= 0:
             raise ValueError(f"num_units: expected a positive number, got {num_units}")
         read_number("forget_bias", forget_bias)
         if input_size is None:
