@@ -32,8 +32,9 @@ inline constexpr int kMailInFlight = 4;
 inline constexpr int kRowsBytes = 24;
 // Of so many steps the moments are found at a time, with those of the steps before and after them.
 inline constexpr int kMomentSteps = 16, kMoments = kMomentSteps + 2;
-// Rows of the weights of which one warp has the sums, in the kernels that take a launch for each step.
-inline constexpr int kStepRows = 32;
+// In the kernels that take a launch for each step: rows of the weights of which one warp has the sums, and the most
+// sequences of a block.
+inline constexpr int kStepRows = 32, kMostStepSequences = 128;
 
 // Threads of a block that has one row of a cell that normalises, and how many sums over a row it adds up at a time, in
 // shared memory.

@@ -33,7 +33,7 @@ constexpr double kSumItemClocks = 250;
 // Of a row that is normalised, in clocks: whatever its width, and for each of its units.
 constexpr double kRowClocks = 3300, kRowUnitClocks = 18, kRowClocksBackward = 4300, kRowUnitClocksBackward = 23;
 
-constexpr int kMostClusterBlocksLog2 = 3, kMostStepSequences = 128;
+constexpr int kMostClusterBlocksLog2 = 3;
 
 // Places in a launch are ints: the most units, inputs or blocks that a launch of a step counts.
 constexpr int64_t kMostUnits = 1 << 28, kMostInputs = 1 << 30, kMostBlocks = INT32_MAX;

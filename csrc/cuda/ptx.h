@@ -22,6 +22,14 @@ __device__ __forceinline__ char* dynamic_shared() {
   return reinterpret_cast<char*>(lstm_ext_dynamic_shared);
 }
 
+// ---- Registers --------------------------------------------------------------------------------------------------
+
+// The compiler has the value, of 32 bits, at hand from here on, where it might find it anew for each use.
+template <class T>
+__device__ __forceinline__ void keep(T& value) {
+  asm volatile("" : "+r"(value));
+}
+
 // ---- Numbers between blocks, through the L2 cache -------------------------------------------------------------
 
 // Of 64 bits, and of 16 bytes that are numbers of kBytes bytes (4 or 8). A number is written and read whole (no half of

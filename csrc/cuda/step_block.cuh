@@ -45,6 +45,8 @@ class StepBlock {
   static constexpr int kStageNumbers = kStageBytes / sizeof(Number);  // along k
   static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
   static constexpr int kTiles = kStageNumbers / Tile::kK;  // k tiles of a stage
+  static constexpr int kMostRows = kStepRows * kWarps;
+  static constexpr int kMostSequences = std::min(kMostStepSequences, kWarps * kBatchTiles * kBatchColumns);
   static constexpr int kMoments = Rows::kMoments, kRowsSize = std::is_empty_v<Rows> ? 0 : sizeof(Rows);
   static constexpr int kKnown = kMoments * int{sizeof(Moment)} + kRowsSize;
   static_assert(kKnown == (kMoments == 2 && kRowsSize ? kStepBackwardKnown : kStepForwardKnown));
@@ -59,7 +61,7 @@ class StepBlock {
         row_block_((static_cast<int>(blockIdx.x) >> part.k_blocks_log2) % part.row_blocks),
         first_(int64_t{sequences_} * ((static_cast<int>(blockIdx.x) >> part.k_blocks_log2) / part.row_blocks)),
         count_(static_cast<int>(min(int64_t{sequences_}, shape.B - first_))),
-        operands_(pair() * kStepRows, warp_n() * kBatchTiles * kBatchColumns, pitch()) {
+        operands_(pair() * kStepRows, part.block_rows() + warp_n() * kBatchTiles * kBatchColumns, pitch()) {
     sums_.clear();
     const int n = threadIdx.x;
     if (n < count_) {
@@ -163,14 +165,14 @@ class StepBlock {
     if constexpr (!kTransposed) {
       for (int row = threadIdx.x; row < rows; row += kThreads) {
         const int64_t unit = row_block_ * width + (row & (width - 1));
-        const int64_t index = (row >> part_.width_log2) * part_.rows.group_stride + unit;
-        row_starts()[row] =
-            unit < part_.rows.limit ? reinterpret_cast<const char*>(data + index * weights.row_stride) : nullptr;
+        const int64_t there = min(unit, int64_t{part_.rows.limit - 1});  // whose sums nobody reads where there is none
+        const int64_t index = (row >> part_.width_log2) * part_.rows.group_stride + there;
+        row_starts()[row] = reinterpret_cast<const char*>(data + index * weights.row_stride);
       }
     }
     if (n < sequences_) {
       const Number* row = n < count_ ? row_of(n) : nullptr;
-      row_starts()[rows + n] = reinterpret_cast<const char*>(row);
+      operand_starts()[n] = reinterpret_cast<const char*>(row);
       aligned = aligned && is_aligned(row);
     }
     return !__syncthreads_or(!aligned);  // the rows are there
@@ -182,90 +184,71 @@ class StepBlock {
     const int stages = static_cast<int>((columns + kStageNumbers - 1) / kStageNumbers);
     const int first = stages * k_block_ >> part_.k_blocks_log2;
     const int end = stages * (k_block_ + 1) >> part_.k_blocks_log2;
-    const auto copy_weights = [&](int n, int slot) {
-      if constexpr (kTransposed) {
-        copy_transposed<kAligned>(weights, stage(slot), n, columns);
-      } else {
-        copy_stage_rows<kAligned>(stage(slot), 0, part_.block_rows(), n, columns);
-      }
-    };
-    const auto copy_operand = [&](int n, int slot) {
-      copy_stage_rows<kAligned>(stage(slot), part_.block_rows(), part_.block_rows() + sequences_, n, columns);
-    };
+    auto weight_chunks = chunks_of_weights<kAligned>(weights, columns, first);
+    RowChunks<Number, kAligned, kMostSequences / kRowsTogether, true> operand_chunks(
+        operand_starts(), sequences_, columns, part_.block_rows() * kStageBytes, first);
+    int stage_bytes = (part_.block_rows() + sequences_) * kStageBytes;
+    keep(stage_bytes);
+    char* at = work();
 #pragma unroll 1
-    for (int n = first; n < min(first + kStages - 1, end); ++n)
-      copy_weights(n, n - first);  // no launch has written them
+    for (int n = first; n < min(first + kStages - 1, end); ++n, at += stage_bytes)
+      weight_chunks.copy(at);  // no launch has written them
     follow_previous_launch();
+    at = work();
 #pragma unroll 1
-    for (int slot = 0; slot < kStages - 1; ++slot) {
-      if (first + slot < end) copy_operand(first + slot, slot);
+    for (int n = first; n < first + kStages - 1; ++n, at += stage_bytes) {
+      if (n < end) operand_chunks.copy(at);
       cp_async_commit();
     }
+    char* free = at;  // the stage that is to be copied next: that before the one which is multiplied
+    at = work();
     int slot = 0;
 #pragma unroll 1
     for (int n = first; n < end; ++n) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // stage n is there, and stage n - 1 is read
       if (n + kStages - 1 < end) {
-        const int free_slot = slot == 0 ? kStages - 1 : slot - 1;  // of stage n - 1
-        if constexpr (kTransposed) {
-          copy_weights(n + kStages - 1, free_slot);
-          copy_operand(n + kStages - 1, free_slot);
-        } else {
-          copy_stage_rows<kAligned>(stage(free_slot), 0, part_.block_rows() + sequences_, n + kStages - 1, columns);
-        }
+        weight_chunks.copy(free);
+        operand_chunks.copy(free);
       }
       cp_async_commit();
-      multiply(stage(slot));
+      multiply(at);
+      free = at;
+      at += slot == kStages - 1 ? -(kStages - 1) * stage_bytes : stage_bytes;
       slot = slot == kStages - 1 ? 0 : slot + 1;
     }
     __syncthreads();  // the last stage is read
   }
 
-  // Rows of which row_starts tells where they start: those of the weights (unless transposed), then those of the
-  // operand.
+  // From stage `first` on.
   template <bool kAligned>
-  __device__ __forceinline__ void copy_stage_rows(char* stage, int begin, int end, int n, int64_t columns) const {
-    const int chunk = n * kStageChunks + static_cast<int>(threadIdx.x) % kStageChunks;
-    const int numbers = min(kChunkNumbers, static_cast<int>(columns) - chunk * kChunkNumbers);
-    copy_rows<Number, kAligned>(stage, row_starts(), begin, end, chunk, max(0, numbers) * int{sizeof(Number)});
-  }
-
-  // [k, rows]: the rows of the stage are rows of memory, of which the block takes its columns.
-  template <bool kAligned>
-  __device__ __forceinline__ void copy_transposed(const Matrix& weights, char* stage, int n, int64_t columns) const {
-    constexpr int kChunkNumbersLog2 = kChunkNumbers == 8 ? 3 : kChunkNumbers == 4 ? 2 : 1;
-    const int gate_chunks_log2 = part_.width_log2 - kChunkNumbersLog2;
-    const int chunks_log2 = gate_chunks_log2 + (kGates ? 2 : 0), step = kThreads >> chunks_log2;
-    const int first = static_cast<int>(threadIdx.x) >> chunks_log2;
-    const int chunk = static_cast<int>(threadIdx.x) & ((1 << chunks_log2) - 1);
-    const int of_gate = kGates ? chunk & ((1 << gate_chunks_log2) - 1) : chunk;
-    const int unit = row_block_ * part_.rows.width + of_gate * kChunkNumbers;
-    const int64_t column = kGates ? (chunk >> gate_chunks_log2) * part_.rows.group_stride + unit : unit;
-    const int bytes = max(0, min(kChunkNumbers, part_.rows.limit - unit)) * int{sizeof(Number)};
-    const int64_t k_start = int64_t{n} * kStageNumbers;
-    const int numbers = static_cast<int>(min(int64_t{kStageNumbers}, columns - k_start));
-    const Number* from = static_cast<const Number*>(weights.data) + (k_start + first) * weights.row_stride + column;
-    const int64_t apart = step * weights.row_stride;
-#pragma unroll 1
-    for (int k = first; k < kStageNumbers; k += kCopyUnroll * step, from += kCopyUnroll * apart) {
-#pragma unroll
-      for (int i = 0; i < kCopyUnroll; ++i) {
-        const int row = k + i * step;
-        char* to = stage + row * pitch() + (chunk ^ (row & Operands::kSwizzle) * Operands::kSwizzleStep) * kChunkBytes;
-        const auto* there = reinterpret_cast<const char*>(from + i * apart);
-        if (row < kStageNumbers) copy_chunk<Number, kAligned>(to, there, row < numbers ? bytes : 0);
-      }
+  __device__ __forceinline__ auto chunks_of_weights(const Matrix& weights, int64_t columns, int first) {
+    constexpr int kMost = kMostRows / kRowsTogether;
+    if constexpr (kTransposed) {
+      constexpr int kChunkNumbersLog2 = kChunkNumbers == 8 ? 3 : kChunkNumbers == 4 ? 2 : 1;
+      const int gate_chunks_log2 = part_.width_log2 - kChunkNumbersLog2;
+      const int chunks_log2 = gate_chunks_log2 + (kGates ? 2 : 0);
+      const int row = static_cast<int>(threadIdx.x) >> chunks_log2;
+      const int chunk = static_cast<int>(threadIdx.x) & ((1 << chunks_log2) - 1);
+      const int of_gate = kGates ? chunk & ((1 << gate_chunks_log2) - 1) : chunk;
+      const int unit = row_block_ * part_.rows.width + of_gate * kChunkNumbers;
+      const int64_t column = kGates ? (chunk >> gate_chunks_log2) * part_.rows.group_stride + unit : unit;
+      const int bytes = max(0, min(kChunkNumbers, part_.rows.limit - unit)) * int{sizeof(Number)};
+      const int swizzled = chunk ^ (row & Operands::kSwizzle) * Operands::kSwizzleStep;  // the same in all its rows
+      return ColumnChunks<Number, kAligned, kMost>(
+          weights, columns, int64_t{first} * kStageNumbers + row, kThreads >> chunks_log2, column, bytes,
+          part_.block_rows() / kRowsTogether, row * pitch() + swizzled * kChunkBytes);
+    } else {
+      return RowChunks<Number, kAligned, kMost, false>(row_starts(), part_.block_rows(), columns, 0, first);
     }
   }
 
   __device__ __forceinline__ void multiply(const char* stage) {
-    const char* operand = stage + part_.block_rows() * kStageBytes;
     if (part_.splits() == 1) {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) operands_.multiply(sums_, stage, operand, tile);
+      for (int tile = 0; tile < kTiles; ++tile) operands_.multiply(sums_, stage, tile);
     } else {
-      for (int tile = split(); tile < kTiles; tile += part_.splits()) operands_.multiply(sums_, stage, operand, tile);
+      for (int tile = split(); tile < kTiles; tile += part_.splits()) operands_.multiply(sums_, stage, tile);
     }
   }
 
@@ -293,8 +276,8 @@ class StepBlock {
   __device__ const char** row_starts() const {
     return reinterpret_cast<const char**>(dynamic_shared() + sequences_ * kKnown);
   }
+  __device__ const char** operand_starts() const { return row_starts() + part_.block_rows(); }
   __device__ char* work() const { return dynamic_shared() + step_work_offset(sequences_, kKnown, part_.block_rows()); }
-  __device__ char* stage(int n) const { return work() + n * (part_.block_rows() + sequences_) * kStageBytes; }
   __device__ Sum* partial() const { return reinterpret_cast<Sum*>(work()); }
 
   const StepPart& part_;

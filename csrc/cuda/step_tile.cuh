@@ -55,14 +55,6 @@ struct Sums {
 
 inline constexpr int kChunkBytes = 16, kStageChunks = kStageBytes / kChunkBytes;
 
-// How many chunks a thread copies in one turn of a loop, whose addresses it knows before the first. Without cp.async
-// they pass through registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr int kCopyUnroll = 1;
-#else
-inline constexpr int kCopyUnroll = 6;
-#endif
-
 // A chunk of which `bytes` are there, and the rest is zero, from an address that need not be a multiple of 16. What is
 // there ends at that of a row: nothing behind it is read.
 template <class Number>
@@ -84,6 +76,10 @@ __device__ __noinline__ void copy_unaligned_chunk(char* to, const char* from, in
   }
 }
 
+inline __device__ bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % kChunkBytes == 0;
+}
+
 // kAligned: the address is a multiple of 16, and the chunk is there whole or not at all.
 template <class Number, bool kAligned>
 __device__ __forceinline__ void copy_chunk(char* to, const char* from, int bytes) {
@@ -94,32 +90,101 @@ __device__ __forceinline__ void copy_chunk(char* to, const char* from, int bytes
   }
 }
 
-inline __device__ bool is_aligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % kChunkBytes == 0;
-}
+// A thread's chunks of a stage: number n of them goes so many bytes behind the first. Of so many rows all threads of a
+// block have one together.
+inline constexpr int kChunksApart = kThreads * kChunkBytes, kRowsTogether = kThreads / kStageChunks;
 
-// Rows `begin` .. `end` of a stage, of which each has its place in memory: 128 bytes, zeros for null. A thread copies
-// chunk threadIdx.x % kStageChunks of them, which is number `chunk` of the whole row; `bytes` of it are there.
-template <class Number, bool kAligned>
-__device__ __forceinline__ void copy_rows(char* stage, const char* const* rows, int begin, int end, int chunk,
-                                          int bytes) {
-  constexpr int kApart = kThreads / kStageChunks;  // rows that one thread copies
-  const int64_t at = int64_t{chunk} * kChunkBytes;
-  begin += static_cast<int>(threadIdx.x) / kStageChunks;  // of a multiple of kStageChunks
-  char* to = stage + begin * kStageBytes + ((threadIdx.x ^ threadIdx.x / kStageChunks) % kStageChunks) * kChunkBytes;
-#pragma unroll 1
-  for (int row = begin; row < end; row += kCopyUnroll * kApart) {
-    const char* from[kCopyUnroll];
+// Calls copy(n) for the first `count` of kMost: a power of two, or none. Few branches: each costs as much as a copy.
+template <int kMost, class Copy>
+__device__ __forceinline__ void for_chunks(int count, const Copy& copy) {
 #pragma unroll
-    for (int n = 0; n < kCopyUnroll; ++n) from[n] = rows[min(row + n * kApart, end - 1)];
-#pragma unroll
-    for (int n = 0; n < kCopyUnroll; ++n, to += kThreads * kChunkBytes)
-      if (row + n * kApart < end) copy_chunk<Number, kAligned>(to, from[n] + at, from[n] ? bytes : 0);
+  for (int n = 0; n < kMost; ++n) {
+    if (n >= 2 && (n & (n - 1)) == 0 && n >= count) break;
+    if (n >= 2 || n < count) copy(n);
   }
 }
 
+// What a thread copies of rows that lie one below the other in a stage, 128 bytes of each: the same chunk of every
+// kRowsTogether-th, of up to kMost of them. It goes along these rows from stage to stage.
+// kSomeZero: whether rows may be zeros.
+template <class Number, bool kAligned, int kMost, bool kSomeZero>
+class RowChunks {
+ public:
+  static constexpr int kChunkNumbers = kChunkBytes / sizeof(Number);
+  static_assert(kRowsTogether % kStageChunks == 0);  // so the chunks of all these rows stand in the same order
+
+  // Each of `rows` has `columns` numbers, and starts where `starts` says, or is zeros for null. They go to byte
+  // `offset` of a stage, and `first` is the first one.
+  __device__ __forceinline__ RowChunks(const char* const* starts, int rows, int64_t columns, int offset, int first) {
+    const int row = static_cast<int>(threadIdx.x) / kStageChunks, chunk = static_cast<int>(threadIdx.x) % kStageChunks;
+    const int64_t skipped = first * kStageChunks + chunk;
+    at_ = skipped * kChunkBytes;
+    left_ = static_cast<int>(columns - skipped * kChunkNumbers);
+    place_ = offset + row * kStageBytes + (chunk ^ row % kStageChunks) * kChunkBytes;
+    count_ = row < rows ? max(1, rows / kRowsTogether) : 0;
+#pragma unroll
+    for (int n = 0; n < kMost; ++n) {
+      from_[n] = n < count_ ? reinterpret_cast<uintptr_t>(starts[row + n * kRowsTogether]) : 0;
+      if (from_[n]) there_ |= 1u << n;
+    }
+    keep(there_);
+  }
+
+  __device__ __forceinline__ void copy(char* stage) {
+    char* const to = stage + place_;
+    const int bytes = max(0, min(left_, kChunkNumbers)) * int{sizeof(Number)};
+    for_chunks<kMost>(count_, [&](int n) {
+      const bool there = !kSomeZero || (there_ >> n & 1);
+      copy_chunk<Number, kAligned>(to + n * kChunksApart, reinterpret_cast<const char*>(from_[n] + at_),
+                                   there ? bytes : 0);
+    });
+    at_ += kStageBytes;
+    left_ -= kStageBytes / int{sizeof(Number)};
+  }
+
+ private:
+  uintptr_t from_[kMost];  // where the rows start
+  uint32_t there_ = 0;     // bit n: row n is
+  uint64_t at_;            // where in a row
+  int left_;               // numbers from there on
+  int count_, place_;      // of a thread's chunks in a stage, and where the first of them goes
+};
+
+// The same of transposed weights [k, rows]: the rows of a stage are rows of memory, of which a block takes its columns.
+// A thread has a chunk of columns, and goes down every so many rows.
+template <class Number, bool kAligned, int kMost>
+class ColumnChunks {
+ public:
+  // Every `apart`-th row of the matrix, of `rows`, from `first` on; `bytes` of the chunk at `column` are there. Of a
+  // stage there are `count`, the first of which goes to `place`.
+  __device__ __forceinline__ ColumnChunks(const Matrix& weights, int64_t rows, int64_t first, int apart, int64_t column,
+                                          int bytes, int count, int place)
+      : from_(reinterpret_cast<const char*>(static_cast<const Number*>(weights.data) + first * weights.row_stride +
+                                            column)),
+        apart_(apart * weights.row_stride * int64_t{sizeof(Number)}),
+        left_(bytes > 0 ? static_cast<int>((rows - first + apart - 1) / apart) : 0),
+        bytes_(bytes),
+        count_(count),
+        place_(place) {}
+
+  __device__ __forceinline__ void copy(char* stage) {
+    char* const to = stage + place_;
+    for_chunks<kMost>(count_, [&](int n) {
+      copy_chunk<Number, kAligned>(to + n * kChunksApart, from_, n < left_ ? bytes_ : 0);
+      from_ += apart_;
+    });
+    left_ -= count_;
+  }
+
+ private:
+  const char* from_;
+  int64_t apart_;
+  int left_, bytes_, count_, place_;  // left_: chunks of all stages that are still to come
+};
+
 // What a lane reads of the stages, and multiplies: for the kinds of arithmetic, each with the weights as they are or
-// transposed. `row` and `sequence` are the warp's first in the tile, `pitch` the bytes of a row of transposed weights.
+// transposed. `row` is the warp's first in the tile, `operand_row` that of its sequences in a stage, `pitch` the bytes
+// of a row of transposed weights.
 template <class Tile, bool kTransposed>
 struct LaneOperands;
 
@@ -131,9 +196,10 @@ struct MmaOperands {
 
   int operand_at;  // of the k tile 0
 
-  __device__ explicit MmaOperands(int sequence) {
+  __device__ explicit MmaOperands(int operand_row) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
-    operand_at = (sequence + matrix / 2 * 8 + r) * kStageBytes + (matrix % 2 ^ r) * kChunkBytes;
+    operand_at = (operand_row + matrix / 2 * 8 + r) * kStageBytes + (matrix % 2 ^ r) * kChunkBytes;
+    keep(operand_at);
   }
 
   // A k tile has two chunks: the bits of its number are none of those of a row's place.
@@ -159,9 +225,10 @@ struct MmaOperands {
 struct MmaRowOperands : MmaOperands {
   int weights_at;
 
-  __device__ MmaRowOperands(int row, int sequence) : MmaOperands(sequence) {
+  __device__ MmaRowOperands(int row, int operand_row) : MmaOperands(operand_row) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
     weights_at = (row + matrix % 2 * 8 + r) * kStageBytes + (matrix / 2 ^ r) * kChunkBytes;
+    keep(weights_at);
   }
 
   __device__ __forceinline__ void weights(uint4 (&a)[2], const char* stage, int k_tile) const {
@@ -180,15 +247,14 @@ __device__ __forceinline__ void multiply_tile(float (&d)[4], const uint4& a, con
 
 template <class T>
 struct LaneOperands<HalfTile<T>, false> : MmaRowOperands {
-  __device__ LaneOperands(int row, int sequence, int) : MmaRowOperands(row, sequence) {}
+  __device__ LaneOperands(int row, int operand_row, int) : MmaRowOperands(row, operand_row) {}
 
   template <int kBatchTiles>
-  __device__ __forceinline__ void multiply(Sums<HalfTile<T>, kBatchTiles>& sums, const char* weights_stage,
-                                           const char* operand_stage, int k_tile) const {
+  __device__ __forceinline__ void multiply(Sums<HalfTile<T>, kBatchTiles>& sums, const char* stage, int k_tile) const {
     uint4 a[2];
     uint2 b[kBatchTiles];
-    weights(a, weights_stage, k_tile);
-    operand(b, operand_stage, k_tile);
+    weights(a, stage, k_tile);
+    operand(b, stage, k_tile);
 #pragma unroll
     for (int t = 0; t < kBatchTiles; ++t)
 #pragma unroll
@@ -203,20 +269,20 @@ struct LaneOperands<HalfTile<T>, true> : MmaOperands {
 
   int weights_at, k_tile_bytes;
 
-  __device__ LaneOperands(int row, int sequence, int pitch) : MmaOperands(sequence), k_tile_bytes(16 * pitch) {
+  __device__ LaneOperands(int row, int operand_row, int pitch) : MmaOperands(operand_row), k_tile_bytes(16 * pitch) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
     weights_at = (matrix / 2 * 8 + r) * pitch + ((row / 8 + matrix % 2) ^ r) * kChunkBytes;
+    keep(weights_at);
   }
 
   template <int kBatchTiles>
-  __device__ __forceinline__ void multiply(Sums<HalfTile<T>, kBatchTiles>& sums, const char* weights_stage,
-                                           const char* operand_stage, int k_tile) const {
+  __device__ __forceinline__ void multiply(Sums<HalfTile<T>, kBatchTiles>& sums, const char* stage, int k_tile) const {
     uint4 a[2];
     uint2 b[kBatchTiles];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-      a[m] = ldmatrix_x4_transposed(weights_stage + (weights_at ^ m * (2 * kChunkBytes)) + k_tile * k_tile_bytes);
-    operand(b, operand_stage, k_tile);
+      a[m] = ldmatrix_x4_transposed(stage + (weights_at ^ m * (2 * kChunkBytes)) + k_tile * k_tile_bytes);
+    operand(b, stage, k_tile);
 #pragma unroll
     for (int t = 0; t < kBatchTiles; ++t)
 #pragma unroll
@@ -242,15 +308,14 @@ __device__ __forceinline__ void multiply_tf32(Sums<Tf32Tile, kBatchTiles>& sums,
 
 template <>
 struct LaneOperands<Tf32Tile, false> : MmaRowOperands {
-  __device__ LaneOperands(int row, int sequence, int) : MmaRowOperands(row, sequence) {}
+  __device__ LaneOperands(int row, int operand_row, int) : MmaRowOperands(row, operand_row) {}
 
   template <int kBatchTiles>
-  __device__ __forceinline__ void multiply(Sums<Tf32Tile, kBatchTiles>& sums, const char* weights_stage,
-                                           const char* operand_stage, int k_tile) const {
+  __device__ __forceinline__ void multiply(Sums<Tf32Tile, kBatchTiles>& sums, const char* stage, int k_tile) const {
     uint4 a[2];
     uint2 b[kBatchTiles];
-    weights(a, weights_stage, k_tile);
-    operand(b, operand_stage, k_tile);
+    weights(a, stage, k_tile);
+    operand(b, stage, k_tile);
     multiply_tf32(sums, a, b);
   }
 };
@@ -262,23 +327,23 @@ struct LaneOperands<Tf32Tile, true> : MmaOperands {
 
   int weights_at, pitch;
 
-  __device__ LaneOperands(int row, int sequence, int pitch) : MmaOperands(sequence), pitch(pitch) {
+  __device__ LaneOperands(int row, int operand_row, int pitch) : MmaOperands(operand_row), pitch(pitch) {
     const int g = threadIdx.x % 32 / 4, k = threadIdx.x % 4;
     weights_at = k * pitch + ((row / 4 + g / 4) ^ k * kSwizzleStep) * kChunkBytes + g % 4 * 4;
+    keep(weights_at);
   }
 
   template <int kBatchTiles>
-  __device__ __forceinline__ void multiply(Sums<Tf32Tile, kBatchTiles>& sums, const char* weights_stage,
-                                           const char* operand_stage, int k_tile) const {
+  __device__ __forceinline__ void multiply(Sums<Tf32Tile, kBatchTiles>& sums, const char* stage, int k_tile) const {
     uint4 a[2];
     uint2 b[kBatchTiles];
-    const char* stage = weights_stage + k_tile * 8 * pitch;
+    const char* rows = stage + k_tile * 8 * pitch;
     const auto word = [&](int m, int half, int k) {  // rows 0 and 8 of a row tile are 2 chunks apart
-      return *reinterpret_cast<const uint32_t*>(stage + (weights_at ^ (4 * m + 2 * half) * kChunkBytes) + k * pitch);
+      return *reinterpret_cast<const uint32_t*>(rows + (weights_at ^ (4 * m + 2 * half) * kChunkBytes) + k * pitch);
     };
 #pragma unroll
     for (int m = 0; m < 2; ++m) a[m] = {word(m, 0, 0), word(m, 1, 0), word(m, 0, 4), word(m, 1, 4)};
-    operand(b, operand_stage, k_tile);
+    operand(b, stage, k_tile);
     multiply_tf32(sums, a, b);
   }
 };
@@ -293,10 +358,10 @@ struct LaneOperands<PlainTile<T, TMath>, kTransposed> {
     T at[Tile::kK];
   };
 
-  int row, sequence, pitch;
+  int row, operand_row, pitch;
 
-  __device__ LaneOperands(int first_row, int sequence, int pitch)
-      : row(first_row + static_cast<int>(threadIdx.x) % 32), sequence(sequence), pitch(pitch) {}
+  __device__ LaneOperands(int first_row, int operand_row, int pitch)
+      : row(first_row + static_cast<int>(threadIdx.x) % 32), operand_row(operand_row), pitch(pitch) {}
 
   __device__ __forceinline__ Numbers weights(const char* stage, int k_tile) const {
     if constexpr (kTransposed) {
@@ -316,13 +381,12 @@ struct LaneOperands<PlainTile<T, TMath>, kTransposed> {
   }
 
   template <int kBatchTiles>
-  __device__ __forceinline__ void multiply(Sums<Tile, kBatchTiles>& sums, const char* weights_stage,
-                                           const char* operand_stage, int k_tile) const {
-    const Numbers a = weights(weights_stage, k_tile);
-    const char* stage = operand_stage + sequence * kStageBytes;
+  __device__ __forceinline__ void multiply(Sums<Tile, kBatchTiles>& sums, const char* stage, int k_tile) const {
+    const Numbers a = weights(stage, k_tile);
+    const char* operand = stage + operand_row * kStageBytes;
 #pragma unroll
     for (int n = 0; n < kBatchTiles * kBatchColumns; ++n) {
-      const Numbers b = chunk(stage + n * kStageBytes, k_tile ^ n % kStageChunks);
+      const Numbers b = chunk(operand + n * kStageBytes, k_tile ^ n % kStageChunks);
 #pragma unroll
       for (int k = 0; k < Tile::kK; ++k) sums.at[n / kBatchColumns][0][n % kBatchColumns] += a.at[k] * b.at[k];
     }

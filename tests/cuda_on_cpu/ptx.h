@@ -11,6 +11,9 @@ using cuda_on_cpu::Location;
 
 inline char* dynamic_shared() { return cuda_on_cpu::current->block->shared; }
 
+template <class T>
+void keep(T&) {}
+
 // ---- Numbers between blocks
 
 template <class Number>
