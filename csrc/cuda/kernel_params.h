@@ -127,6 +127,7 @@ struct StepSums {
 struct KernelNorm {
   Norm kind;
   double epsilon;
+  bool in_shared;  // whether there is room in shared memory for what the units of a longer row remember
   struct {
     Matrix gamma;  // as in LayerCell
     const void *beta, *gamma_h, *beta_h;
@@ -134,7 +135,7 @@ struct KernelNorm {
 };
 
 // With Norm::kRows xw is scaled and normalised already. `rows` are the sums of h, float or double [D, B, 4H], which the
-// block of a row overwrites with what it has to remember.
+// block of a row may overwrite.
 struct NormForward : WithCell<StepForward> {
   KernelNorm norm;
   void* rows;

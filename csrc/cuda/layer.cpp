@@ -341,7 +341,7 @@ void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const 
     const auto at = [&](int64_t offset) { return static_cast<char*>(workspace) + offset; };
     void* const hidden = layer.shape.projected ? at(plan.hidden_offset) : nullptr;
     const StepForward step{layer, {xw[0], xw[1]}, 0, {}, workspace, hidden};
-    return norm_layer_forward({{step, cell}, kernel_norm(*layer.cell), at(plan.rows_offset)}, plan, stream);
+    return norm_layer_forward({{step, cell}, kernel_norm(*layer.cell, plan), at(plan.rows_offset)}, plan, stream);
   }
   forward_by(*plan.cell_kernels, layer, xw, plan, workspace, stream,
              [&](const auto& params) { return WithCell<std::decay_t<decltype(params)>>{params, cell}; });
@@ -359,8 +359,8 @@ void layer_backward(const BackwardPass& pass, const BackwardCellArrays& arrays, 
     const StepBackward step{pass, 0, {}, workspace};
     void* const rows = static_cast<char*>(workspace) + plan.rows_offset;
     const auto& [first, second] = arrays.normed;
-    return norm_layer_backward({{step, cell}, kernel_norm(*layer_cell), rows, arrays.scales_map, {first, second}}, plan,
-                               stream);
+    return norm_layer_backward({{step, cell}, kernel_norm(*layer_cell, plan), rows, arrays.scales_map, {first, second}},
+                               plan, stream);
   }
   backward_by(*plan.cell_kernels, pass, plan, workspace, stream,
               [&](const auto& params) { return WithCell<std::decay_t<decltype(params)>>{params, cell}; });

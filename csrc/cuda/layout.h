@@ -37,12 +37,15 @@ inline constexpr int kMomentSteps = 16, kMoments = kMomentSteps + 2;
 inline constexpr int kStepRows = 32, kMostStepSequences = 128;
 
 // Threads of a block that has one row of a cell that normalises, and how many sums over a row it adds up at a time, in
-// shared memory.
+// shared memory. What units remember follows there, where a thread has several.
 inline constexpr int kMostRowThreads = 512, kMostRowWarps = kMostRowThreads / 32, kMostRowSums = 8;
 constexpr int row_threads(int64_t units) {
   return units >= kMostRowThreads ? kMostRowThreads : static_cast<int>((units + 31) / 32 * 32);
 }
-constexpr int row_shared_bytes(int sum_bytes) { return 2 * kMostRowWarps * kMostRowSums * sum_bytes; }
+constexpr int row_sums_bytes(int sum_bytes) { return 2 * kMostRowWarps * kMostRowSums * sum_bytes; }
+constexpr int64_t row_memory_bytes(int64_t units, int sum_bytes) {
+  return units > kMostRowThreads ? 4 * units * sum_bytes : 0;
+}
 
 // Division by a number that the planner knows, as a multiplication: of n, where n times the number is at most 2^32.
 struct Divisor {

@@ -1,8 +1,11 @@
 // A cell that normalises, between the products of its steps. A block has one sequence: its threads take the units by
-// turns, and meet where a mean is taken. What a unit has to remember from one mean to the next its thread leaves in
-// the row of sums, which nobody else reads.
+// turns, and meet where a mean is taken.
 //
 //   step_sums    h W_hh' of all rows        ->  | norm_forward: moments | gates, c | moments of c | c', h |  ->  ..
+//
+// What a unit has to remember from one mean to the next are four numbers. A thread with one unit has them in registers,
+// with all that it has read of it; in longer rows they are in shared memory, or where that is too small in the row of
+// sums, which nobody else reads.
 //
 // A mean is of the threads' sums, each over its units in their order, and those are added in an order that only H
 // decides: the same bits in every run, whatever else is in the batch. A variance is the mean of squares of what has
@@ -10,6 +13,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "step.cuh"
 
@@ -23,8 +27,8 @@ struct Moments {
   __device__ __forceinline__ Sum normalised(Sum value) const { return (value - mean) * scale; }
 };
 
-// The row of a sequence in one direction: what both passes know of it.
-template <class Tile>
+// The row of a sequence in one direction: what both passes know of it. kOne: no thread has more than one unit.
+template <class Tile, bool kOne>
 class NormRow {
  public:
   using Number = typename Tile::Number;
@@ -38,23 +42,46 @@ class NormRow {
         b_(b),
         H_(shape.H),
         row_(static_cast<Sum*>(rows) + (d * shape.B + b) * 4 * shape.H),
-        tensorflow_(tensorflow) {}
+        tensorflow_(tensorflow),
+        memory_(norm.in_shared ? reinterpret_cast<Sum*>(dynamic_shared() + row_sums_bytes(sizeof(Sum))) : row_) {}
 
  protected:
   __device__ __forceinline__ bool by_rows() const { return norm_.kind == Norm::kRows; }
 
   template <class Body>
   __device__ __forceinline__ void for_units(const Body& body) const {
+    if constexpr (kOne) {
+      if (threadIdx.x < H_) body(int64_t{threadIdx.x});
+    } else {
 #pragma unroll 1
-    for (int64_t u = threadIdx.x; u < H_; u += blockDim.x) body(u);
+      for (int64_t u = threadIdx.x; u < H_; u += blockDim.x) body(u);
+    }
   }
 
-  // Of N numbers that value(u) tells of each unit: their sums.
+  // What units remember becomes make(u); body(u, it) reads it, or changes it.
+  template <class Make>
+  __device__ __forceinline__ void make_units(const Make& make) {
+    for_units([&](int64_t u) { remember(u, make(u)); });
+  }
+  template <class Body>
+  __device__ __forceinline__ void read_units(const Body& body) const {
+    for_units([&](int64_t u) { body(u, remembered(u)); });
+  }
+  template <class Body>
+  __device__ __forceinline__ void change_units(const Body& body) {
+    for_units([&](int64_t u) {
+      Four unit = remembered(u);
+      body(u, unit);
+      remember(u, unit);
+    });
+  }
+
+  // Of N numbers that value(u, what it remembers) tells of each unit: their sums. What that changes is remembered.
   template <int N, class Value>
   __device__ __forceinline__ Units<Sum, N> total(const Value& value) {
     Units<Sum, N> sums{};
-    for_units([&](int64_t u) {
-      const Units<Sum, N> values = value(u);
+    change_units([&](int64_t u, Four& unit) {
+      const Units<Sum, N> values = value(u, unit);
 #pragma unroll
       for (int n = 0; n < N; ++n) sums.at[n] += values.at[n];
     });
@@ -68,17 +95,16 @@ class NormRow {
     return by_rows() ? Four{all, all, all, all} : Four{i / H, f / H, g / H, o / H};
   }
 
-  // value(u): the four gates' sums.
+  // Of the four numbers that units remember, as the gates' sums.
   struct GateMoments {
     Moments<Sum> at[4];
   };
-  template <class Value>
-  __device__ __forceinline__ GateMoments moments_of_gates(const Value& value) {
-    const Four mean = means(total<4>(value));
-    const Four variance = means(total<4>([&](int64_t u) {
-      Four squares = value(u);
+  __device__ __forceinline__ GateMoments moments_of_gates() {
+    const Four mean = means(total<4>([](int64_t, const Four& sums) { return sums; }));
+    const Four variance = means(total<4>([&](int64_t, const Four& sums) {
+      Four squares;
 #pragma unroll
-      for (int n = 0; n < 4; ++n) squares.at[n] = (squares.at[n] - mean.at[n]) * (squares.at[n] - mean.at[n]);
+      for (int n = 0; n < 4; ++n) squares.at[n] = (sums.at[n] - mean.at[n]) * (sums.at[n] - mean.at[n]);
       return squares;
     }));
     GateMoments moments;
@@ -87,12 +113,13 @@ class NormRow {
     return moments;
   }
 
-  // Of one number of each unit.
-  __device__ __forceinline__ Moments<Sum> moments_of(const Sum* values) {
+  // Of one of these numbers.
+  template <int n>
+  __device__ __forceinline__ Moments<Sum> moments_of() {
     const Sum H = static_cast<Sum>(H_);
-    const Sum mean = total<1>([&](int64_t u) { return Units<Sum, 1>{{values[u]}}; }).at[0] / H;
-    const Sum variance = total<1>([&](int64_t u) {
-                           const Sum centred = values[u] - mean;
+    const Sum mean = total<1>([&](int64_t, const Four& unit) { return Units<Sum, 1>{{unit.at[n]}}; }).at[0] / H;
+    const Sum variance = total<1>([&](int64_t, const Four& unit) {
+                           const Sum centred = unit.at[n] - mean;
                            return Units<Sum, 1>{{centred * centred}};
                          }).at[0] /
                          H;
@@ -107,16 +134,24 @@ class NormRow {
     return {row[place(0, u)], row[place(1, u)], row[place(2, u)], row[place(3, u)]};
   }
 
-  // Of the sums of h, or of whole ones.
-  __device__ __forceinline__ Sum gamma(int n, int64_t u) const {
-    const Matrix& from = norm_.direction[d_].gamma;
-    return weight(from.data, (by_rows() ? from.row_stride : 0) + n * H_ + u);
+  // What scales and shifts a unit: gamma of the sums of h, or of whole ones, and c as the output sees it.
+  struct Scales {
+    Four gamma;
+    Sum gamma_h, beta_h;
+
+    __device__ __forceinline__ Sum seen(Sum normed_c) const { return gamma_h * normed_c + beta_h; }
+  };
+  __device__ __forceinline__ Scales scales(int64_t u) const {
+    const auto& from = norm_.direction[d_];
+    const int64_t gamma = (by_rows() ? from.gamma.row_stride : 0) + u;
+    const void* data = from.gamma.data;
+    return {{weight(data, gamma), weight(data, gamma + H_), weight(data, gamma + 2 * H_), weight(data, gamma + 3 * H_)},
+            weight(from.gamma_h, u),
+            weight(from.beta_h, u)};
   }
-  __device__ __forceinline__ Sum beta(int n, int64_t u) const { return weight(norm_.direction[d_].beta, n * H_ + u); }
-  __device__ __forceinline__ Sum gamma_h(int64_t u) const { return weight(norm_.direction[d_].gamma_h, u); }
-  // c as the output sees it.
-  __device__ __forceinline__ Sum seen(Sum normed_c, int64_t u) const {
-    return gamma_h(u) * normed_c + weight(norm_.direction[d_].beta_h, u);
+  __device__ __forceinline__ Four beta(int64_t u) const {
+    const void* data = norm_.direction[d_].beta;
+    return {weight(data, u), weight(data, u + H_), weight(data, u + 2 * H_), weight(data, u + 3 * H_)};
   }
 
   const KernelNorm& norm_;
@@ -133,32 +168,92 @@ class NormRow {
     return 1 / std::sqrt(variance + static_cast<Sum>(norm_.epsilon));
   }
 
+  __device__ __forceinline__ Four remembered(int64_t u) const {
+    if constexpr (kOne) {
+      return unit_;
+    } else {
+      return gates_at(memory_, u);
+    }
+  }
+  __device__ __forceinline__ void remember(int64_t u, const Four& unit) {
+    if constexpr (kOne) {
+      unit_ = unit;
+    } else {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) memory_[place(n, u)] = unit.at[n];
+    }
+  }
+
+  static __device__ __forceinline__ Sum* sums_of_warps() { return reinterpret_cast<Sum*>(dynamic_shared()); }
+
+  // Of N numbers of each lane: one sum over those 32 / N lanes apart. The numbers are divided among the lanes, half of
+  // them at a time, which takes fewer shuffles than each number by itself.
+  template <int N>
+  static __device__ __forceinline__ Sum total_of_warp(Units<Sum, N> sums) {
+    const int lane = threadIdx.x % 32;
+    int apart = 16;
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2, apart /= 2) {
+      const bool upper = lane & apart;
+#pragma unroll
+      for (int n = 0; n < half; ++n) {
+        const Sum other = upper ? sums.at[n] : sums.at[half + n], own = upper ? sums.at[half + n] : sums.at[n];
+        sums.at[n] = own + __shfl_xor_sync(~0u, other, apart);
+      }
+    }
+    return total_of_lanes<32 / N>(sums.at[0]);
+  }
+  // Over groups of so many adjacent lanes.
+  template <int kLanes>
+  static __device__ __forceinline__ Sum total_of_lanes(Sum sum) {
+#pragma unroll
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+    return sum;
+  }
+
   // The same for all threads, in the same order. Two buffers take turns: who is still reading one is not in the way.
   template <int N>
-  __device__ __forceinline__ Units<Sum, N> total_of_threads(Units<Sum, N> sums) {
+  __device__ __forceinline__ Units<Sum, N> total_of_threads(const Units<Sum, N>& sums) {
     static_assert(N <= kMostRowSums);
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2)
-#pragma unroll
-      for (int n = 0; n < N; ++n) sums.at[n] += __shfl_xor_sync(~0u, sums.at[n], lanes);
-    Sum* const of_warps = reinterpret_cast<Sum*>(dynamic_shared()) + turn_ * kMostRowWarps * kMostRowSums;
+    constexpr int kLanes = 32 / N;  // of each number
+    Sum* const of_warps = sums_of_warps() + turn_ * kMostRowWarps * kMostRowSums;
     turn_ ^= 1;
     const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
-    if (threadIdx.x % 32 == 0) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) of_warps[warp * N + n] = sums.at[n];
-    }
+    const int number = static_cast<int>(threadIdx.x) % 32 / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+    const Sum of_warp = total_of_warp(sums);
+    if (lane == 0) of_warps[warp * N + number] = of_warp;
     __syncthreads();  // the sums of all warps are there
-    Units<Sum, N> total{};
-#pragma unroll 1
-    for (int w = 0; w < warps; ++w)
+    Sum sum = 0;
 #pragma unroll
-      for (int n = 0; n < N; ++n) total.at[n] += of_warps[w * N + n];
+    for (int w = 0; w < kMostRowWarps; w += kLanes)
+      if (w + lane < warps) sum += of_warps[(w + lane) * N + number];
+    sum = total_of_lanes<kLanes>(sum);
+    Units<Sum, N> total;
+#pragma unroll
+    for (int n = 0; n < N; ++n) total.at[n] = N == 1 ? sum : __shfl_sync(~0u, sum, n * kLanes);
     return total;
   }
 
   const bool tensorflow_;
+  Sum* const memory_;  // of what units remember
+  Four unit_;          // kOne: that of the thread's
   int turn_ = 0;
 };
+
+// By a block that is the whole row's.
+template <template <class, bool> class Row, class Tile, class Params>
+__device__ __forceinline__ void take_row(const Params& params, int64_t H) {
+  const auto take = [&](auto one) {
+    Row<Tile, one> row(params, blockIdx.y, blockIdx.x);
+    wait_for_previous_launch();
+    let_next_launch_start();
+    row.take();
+  };
+  if (H <= blockDim.x) {
+    take(std::true_type());
+  } else {
+    take(std::false_type());
+  }
+}
 
 }  // namespace lstm_ext::cuda

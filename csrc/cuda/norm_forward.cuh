@@ -5,13 +5,14 @@
 
 namespace lstm_ext::cuda {
 
-template <class Tile>
-class NormForwardRow : NormRow<Tile> {
-  using Base = NormRow<Tile>;
+template <class Tile, bool kOne>
+class NormForwardRow : NormRow<Tile, kOne> {
+  using Base = NormRow<Tile, kOne>;
   using Base::b_, Base::by_rows, Base::d_, Base::H_, Base::row_;
-  using typename Base::Number, typename Base::Sum, typename Base::Four;
+  using typename Base::Number, typename Base::Sum, typename Base::Four, typename Base::Scales;
 
  public:
+  // Reads nothing that a launch has written.
   __device__ __forceinline__ NormForwardRow(const NormForward& params, int d, int64_t b)
       : Base(params.norm, params.cell.tensorflow, params.layer.shape, params.rows, d, b),
         params_(params),
@@ -19,63 +20,97 @@ class NormForwardRow : NormRow<Tile> {
         to_(params.layer.direction[d]),
         step_(params.cell, d),
         moment_(moment_at(layer_.masks, layer_.gates_map.packed_offset, layer_.shape.T, to_.reverse, params.s, b)),
-        rows_(forward_rows<Tile>(layer_, to_, moment_, b)) {}
+        rows_(forward_rows<Tile>(layer_, to_, moment_, b)) {
+    if constexpr (kOne) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
+  }
 
   __device__ __forceinline__ void take() {
     Moments<Sum> of_c{};
+    if constexpr (kOne) this->for_units([&](int64_t u) { read_ = load(u); });
+    this->make_units([&](int64_t u) { return moment_.active() ? gate_sums(u) : Four{}; });
     if (moment_.active()) {
-      if (!by_rows()) this->for_units([&](int64_t u) { add_inputs(u); });
-      const auto moments = this->moments_of_gates([&](int64_t u) { return this->gates_at(row_, u); });
-      this->for_units([&](int64_t u) { open_gates(u, moments); });
-      of_c = this->moments_of(row_);
+      const auto moments = this->moments_of_gates();
+      this->change_units([&](int64_t u, Four& unit) { open_gates(u, moments, unit); });
+      of_c = this->template moments_of<0>();
     }
-    this->for_units([&](int64_t u) { finish(u, of_c); });
+    this->read_units([&](int64_t u, const Four& unit) { finish(u, of_c, unit.at[0], unit.at[1]); });
   }
 
  private:
-  // What x brings to the sums, and the biases.
-  __device__ __forceinline__ GateValues<Sum> inputs(int64_t u) const {
-    return plus(read_gates<Sum>(params_.xw[d_], layer_.gates_map, moment_.start, b_, H_, u),
-                cell_bias_of<Tile>(to_.weights, H_, u));
+  // Of a unit: what is the same at all steps, and what is read at this one. With kOne a thread reads both only once,
+  // and before it waits for others.
+  struct Weights {
+    Scales scales;
+    Four beta;
+    GateValues<Sum> bias, peephole;
+  };
+  __device__ __forceinline__ Weights load_weights(int64_t u) const {
+    return {this->scales(u), by_rows() ? Four{} : this->beta(u), cell_bias_of<Tile>(to_.weights, H_, u),
+            step_.peephole(u)};
   }
-  __device__ __forceinline__ void add_inputs(int64_t u) const {
-    const auto [i, f, g, o] = inputs(u);
-    row_[u] += i;
-    row_[H_ + u] += f;
-    row_[2 * H_ + u] += g;
-    row_[3 * H_ + u] += o;
+  struct Read {
+    GateValues<Sum> inputs;  // what x brings to the sums, without the biases
+    Sum c;                   // the state that the step starts from
+  };
+  __device__ __forceinline__ Read load(int64_t u) const {
+    if (!moment_.active()) return {};
+    return {read_gates<Sum>(params_.xw[d_], layer_.gates_map, moment_.start, b_, H_, u), c_before(u)};
+  }
+  __device__ __forceinline__ Weights weights(int64_t u) const {
+    if constexpr (kOne) {
+      return weights_;
+    } else {
+      return load_weights(u);
+    }
+  }
+  __device__ __forceinline__ Read read(int64_t u) const {
+    if constexpr (kOne) {
+      return read_;
+    } else {
+      return load(u);
+    }
+  }
+  __device__ __forceinline__ GateValues<Sum> inputs(int64_t u) const {
+    return step_.in_cells_order(plus(read(u).inputs, weights(u).bias));
   }
 
-  // The gates, and what they make of c: that and o stay in the row.
-  __device__ __forceinline__ void open_gates(int64_t u, const typename Base::GateMoments& moments) const {
+  // What is normalised.
+  __device__ __forceinline__ Four gate_sums(int64_t u) const {
     const Four sums = this->gates_at(row_, u);
+    if (by_rows()) return sums;
+    const auto [i, f, g, o] = inputs(u);
+    return {sums.at[0] + i, sums.at[1] + f, sums.at[2] + g, sums.at[3] + o};
+  }
+
+  // The gates, from their sums, and what they make of c: that and o the unit remembers.
+  __device__ __forceinline__ void open_gates(int64_t u, const typename Base::GateMoments& moments, Four& unit) const {
+    const Weights weights = this->weights(u);
     Four pre;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) pre.at[n] = this->gamma(n, u) * moments.at[n].normalised(sums.at[n]);
+    for (int n = 0; n < 4; ++n) pre.at[n] = weights.scales.gamma.at[n] * moments.at[n].normalised(unit.at[n]);
     if (by_rows()) {
-      const auto [i, f, g, o] = step_.in_cells_order(inputs(u));
+      const auto [i, f, g, o] = inputs(u);
       pre = {pre.at[0] + i, pre.at[1] + f, pre.at[2] + g, pre.at[3] + o};
     } else {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) pre.at[n] += this->beta(n, u);
+      for (int n = 0; n < 4; ++n) pre.at[n] += weights.beta.at[n];
     }
     const Place at = place_of<Tile>(params_, moment_, d_, b_, u);
     const CellState<Sum> made =
-        step_.made_by_gates(at, step_.peephole(u), {pre.at[0], pre.at[1], pre.at[2], pre.at[3]}, c_before(u));
+        step_.made_by_gates(at, weights.peephole, {pre.at[0], pre.at[1], pre.at[2], pre.at[3]}, read(u).c);
     store_gates(u, made.gates);
-    row_[u] = made.c;
-    row_[H_ + u] = made.gates.o;
+    unit = {made.c, made.gates.o, 0, 0};
   }
 
-  __device__ __forceinline__ void finish(int64_t u, const Moments<Sum>& of_c) const {
+  __device__ __forceinline__ void finish(int64_t u, const Moments<Sum>& of_c, Sum made, Sum o) const {
     if (params_.s == 0 && length_of(layer_.masks, layer_.shape.T, b_) == 0) keep_initial_state(u);
     Sum c = 0;
     Units<Sum, 1> out{};
     if (moment_.active()) {
       const Place at = place_of<Tile>(params_, moment_, d_, b_, u);
-      const Sum made = row_[u], seen = this->seen(of_c.normalised(made), u);
-      c = step_.c_left(at, c_before(u), by_rows() ? made : seen);
-      out.at[0] = row_[H_ + u] * step_.activated(seen);
+      const Sum seen = weights(u).scales.seen(of_c.normalised(made));
+      c = step_.c_left(at, read(u).c, by_rows() ? made : seen);
+      out.at[0] = o * step_.activated(seen);
       if (!layer_.shape.projected) out.at[0] = step_h<Tile>(params_, moment_, at, d_, out.at[0]);
     } else {
       store_gates(u, {});
@@ -114,13 +149,13 @@ class NormForwardRow : NormRow<Tile> {
   const CellStep<Tile, false> step_;
   const Moment moment_;
   const ForwardRows<Tile> rows_;
+  Weights weights_;  // kOne: of the thread's unit
+  Read read_;
 };
 
 template <class Tile>
 __global__ void __launch_bounds__(kMostRowThreads) norm_forward(const __grid_constant__ NormForward params) {
-  wait_for_previous_launch();
-  let_next_launch_start();
-  NormForwardRow<Tile>(params, blockIdx.y, blockIdx.x).take();
+  take_row<NormForwardRow, Tile>(params, params.layer.shape.H);
 }
 
 // h as steps found it and multiplied it, a row of a step at a time.

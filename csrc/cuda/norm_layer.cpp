@@ -80,8 +80,9 @@ WithCell<StepsBefore> before_first(const NormForward& of, const Plan& plan) {
 
 }  // namespace
 
-KernelNorm kernel_norm(const LayerCell& cell) {
-  KernelNorm norm{cell.options.norm, cell.options.norm_epsilon, {}};
+KernelNorm kernel_norm(const LayerCell& cell, const Plan& plan) {
+  const bool in_shared = plan.rows.shared_bytes > row_sums_bytes(tile_sizes(plan.arithmetic).sum_bytes);
+  KernelNorm norm{cell.options.norm, cell.options.norm_epsilon, in_shared, {}};
   for (int d = 0; d < 2; ++d) {
     const auto& from = cell.direction[d];
     norm.direction[d] = {from.gamma, from.beta, from.gamma_h, from.beta_h};

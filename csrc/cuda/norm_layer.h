@@ -6,7 +6,7 @@
 
 namespace lstm_ext::cuda {
 
-KernelNorm kernel_norm(const LayerCell& cell);
+KernelNorm kernel_norm(const LayerCell& cell, const Plan& plan);
 
 // All steps, of params in which `s` and `part` are filled in here.
 void norm_layer_forward(NormForward params, const Plan& plan, void* stream);

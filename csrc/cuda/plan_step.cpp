@@ -128,7 +128,10 @@ LaunchConfig rows_config(const Problem& problem) {
   config.grid_x = static_cast<int>(std::max<int64_t>(1, problem.shape.B));
   config.grid_y = problem.directions;
   config.threads = row_threads(problem.shape.H);
-  config.shared_bytes = row_shared_bytes(tile_sizes(problem.arithmetic).sum_bytes);
+  const int sum_bytes = tile_sizes(problem.arithmetic).sum_bytes;
+  config.shared_bytes = row_sums_bytes(sum_bytes);
+  const int64_t memory = row_memory_bytes(problem.shape.H, sum_bytes);
+  if (config.shared_bytes + memory <= problem.device.shared_per_block) config.shared_bytes += memory;
   config.overlaps = problem.device.compute_capability >= 90;
   return config;
 }
