@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lstm_ext.call import BOTH, FORWARD, REVERSE, Grads, LayerCall, Needs, OutputGrads, Outputs, Save, Saved
+from lstm_ext.cell import Cell
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, make_inputs, run_layer, run_oracle, to_float64
 
 from .contract import MASKED, OUTPUTS, PACKED, PROJECTED, Contract, Way, gradient_magnitude, over
@@ -465,6 +466,12 @@ class TestNormContract(Contract):
 def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, seed: int) -> None:
     check(case, dtype, "step", seed=seed, data_seed=1)
     check(case, dtype, "step", seed=seed, device=2 if dtype != "tf32" else 1)  # sm_75, whose launches do not overlap
+
+
+@pytest.mark.parametrize("cell", NORMED_SMOOTH, ids=str)
+def test_rows_too_long_for_shared_memory_match_the_oracle(cell: Cell) -> None:
+    for case in with_cell(Case(2, 2, 3, 900), cell):
+        check(case, "float64", "step", device=4)
 
 
 @pytest.mark.parametrize("name", NORMED)

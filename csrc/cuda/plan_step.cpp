@@ -19,8 +19,8 @@ constexpr double kMultiplySlowdown = 1.2, kBytesSlowdown = 0.7;
 struct StepCosts {
   double start, stage, item, item_beside, sums, cluster, doubling, others_bytes;
 };
-constexpr StepCosts kForwardCosts{2000, 850, 1500, 1070, 150, 660, 160, 8.75},
-    kBackwardCosts{540, 1080, 1260, 690, 140, 600, 375, 15.5};
+constexpr StepCosts kForwardCosts{2000, 700, 1500, 1070, 150, 660, 160, 8.75},
+    kBackwardCosts{540, 750, 1260, 690, 140, 600, 375, 15.5};
 
 // Units of an item; cells with options have one.
 int item_units(const Problem& problem) {
@@ -31,7 +31,7 @@ int item_units(const Problem& problem) {
 constexpr double kSumItemClocks = 250;
 
 // Of a row that is normalised, in clocks: whatever its width, and for each of its units.
-constexpr double kRowClocks = 3300, kRowUnitClocks = 18, kRowClocksBackward = 4300, kRowUnitClocksBackward = 23;
+constexpr double kRowClocks = 2400, kRowUnitClocks = 7, kRowClocksBackward = 3000, kRowUnitClocksBackward = 9;
 
 constexpr int kMostClusterBlocksLog2 = 3;
 

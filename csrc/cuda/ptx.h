@@ -131,7 +131,6 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
 }
 __device__ __forceinline__ void cp_async_16_if(bool there, void* shared, const void* global) {
   *static_cast<uint4*>(shared) = there ? *static_cast<const uint4*>(global) : uint4{};
-  asm volatile("" ::: "memory");  // one after the other: each has four registers
 }
 __device__ __forceinline__ void cp_async_commit() {}
 template <int kGroupsLeft>
