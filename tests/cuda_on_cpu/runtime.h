@@ -19,7 +19,8 @@ struct Device {
 };
 
 // A small Hopper, a smaller one, a Turing, the first as a virtual GPU that does not tell its clock, and one with little
-// shared memory. All others are the first again: for tests that leave something behind, as what is found out about a kernel is kept for its device.
+// shared memory. All others are the first again: for tests that leave something behind, as what is found out about a
+// kernel is kept for its device.
 inline constexpr std::array<Device, 256> devices = [] {
   std::array<Device, 256> all;
   all.fill({90, 8, 227 * 1024, 1'700'000});
