@@ -327,7 +327,8 @@ class LSTM(torch_rnn.RNNBase):
                 if h0 is None or c0 is None:
                     raise TypeError("hx: expected a pair of tensors, got None in it")
             if lengths is not None or resets is not None:
-                lengths, resets = _as_tensor(lengths, input), _as_tensor(resets, input)
+                lengths = _as_tensor(lengths, input, torch.int64)
+                resets = _as_tensor(resets, input, torch.bool)
             if (
                 num_layers == 1
                 and COMPILED
@@ -567,7 +568,7 @@ def _pair(hx: Any) -> State:
 
 def _as_batch(name: str, given: Any, x: Tensor, batch: int) -> Tensor:
     """The mask of one sequence with an axis for the batch; a length may have it already."""
-    mask: Any = _as_tensor(given, x)
+    mask: Any = _as_tensor(given, x, torch.int64 if name == "lengths" else torch.bool)
     check_kind(name, mask, x)
     if name == "lengths" and mask.shape == (1,):
         return mask
@@ -576,9 +577,12 @@ def _as_batch(name: str, given: Any, x: Tensor, batch: int) -> Tensor:
     return mask.unsqueeze(batch)
 
 
-def _as_tensor(mask: Any, x: Tensor) -> Any:
-    """Lengths or resets given as a list, a tuple or an array, beside x."""
-    return torch.as_tensor(mask, device=x.device) if isinstance(mask, (list, tuple, np.ndarray)) else mask
+def _as_tensor(mask: Any, x: Tensor, dtype: torch.dtype) -> Any:
+    """Lengths or resets given as a list, a tuple or an array, beside x; `dtype` is that of a list without numbers."""
+    if not isinstance(mask, (list, tuple, np.ndarray)):
+        return mask
+    tensor = torch.as_tensor(mask, device=x.device)
+    return tensor.to(dtype) if tensor.numel() == 0 and not isinstance(mask, np.ndarray) else tensor
 
 
 def _join_directions(cells: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
@@ -702,7 +706,7 @@ class LSTMCell(torch_rnn.LSTMCell):
                 if h is None or c is None:
                     raise TypeError("hx: expected a pair of tensors, got None in it")
             if resets is not None:
-                resets = _as_tensor(resets, input)
+                resets = _as_tensor(resets, input, torch.bool)
             p: dict[str, Any] = self._parameters
             try:
                 weights: list[Any] = [p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]]

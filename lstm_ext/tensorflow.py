@@ -609,7 +609,8 @@ def _lengths(lengths: Any, inputs: Tensor, time_major: bool) -> Tensor | None:
         return None
     T, B = inputs.shape[:2] if time_major else (inputs.shape[1], inputs.shape[0])
     try:
-        lengths = torch.as_tensor(lengths, device=inputs.device)
+        dtype = torch.int64 if isinstance(lengths, (list, tuple)) and not lengths else None  # which has none of its own
+        lengths = torch.as_tensor(lengths, dtype=dtype, device=inputs.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"sequence_length: expected integers [B] = [{B}], got {lengths!r}") from error
     if lengths.dtype == torch.bool or lengths.is_floating_point() or tuple(lengths.shape) != (B,):

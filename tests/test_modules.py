@@ -71,6 +71,13 @@ def test_packed_equals_stock(options: dict[str, Any], enforce_sorted: bool, back
     assert_same(run(ours, packed, state), run(stock, packed, state))
 
 
+def test_no_rows_have_no_lengths() -> None:
+    """Nor resets; and a list without numbers has no dtype."""
+    module, x = lstm_ext.LSTM(I, H), torch.randn(T, 0, I)
+    assert module(x, lengths=[], resets=[[]] * T)[0].shape == (T, 0, H)
+    assert lstm_ext.dynamic_rnn(lstm_ext.BasicLSTMCell(H), x, [], time_major=True)[0].shape == (T, 0, H)
+
+
 @OPTIONS
 def test_lengths_resets_and_cells(options: dict[str, Any], backend: str) -> None:
     """`lengths` is what packing does; a reset is a fresh start; the cells' last row is c_n."""
