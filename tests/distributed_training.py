@@ -1,6 +1,6 @@
 """Run by `torchrun` in tests/test_distributed.py: trains `Model` in every process and saves what came out of it.
 
-torchrun … distributed_training.py STRATEGY FOLDER
+torchrun … distributed_training.py FOLDER STRATEGY …
 """
 
 from __future__ import annotations
@@ -57,25 +57,24 @@ def distribute(model: Model, strategy: str) -> Any:
     return model
 
 
-def train(strategy: str) -> dict[str, Any]:
+def train(strategy: str) -> list[Any]:
+    """The parameters that come out."""
     model, x = make()
     model, x = distribute(model, strategy), x.chunk(dist.get_world_size())[dist.get_rank()]
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = loss_of(model, x)
-        loss.backward()
+        loss_of(model, x).backward()
         optimizer.step()
-        losses.append(loss.item())
     parameters = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
-    return {"losses": losses, "parameters": [p.detach().clone() for p in parameters]}
+    return [p.detach().clone() for p in parameters]
 
 
 def main() -> None:
-    strategy, folder = sys.argv[1:]
+    folder, *strategies = sys.argv[1:]
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    torch.save(train(strategy), Path(folder, f"rank-{dist.get_rank()}.pt"))
+    trained = {strategy: train(strategy) for strategy in strategies}
+    torch.save(trained, Path(folder, f"rank-{dist.get_rank()}.pt"))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads have been seen to abort a process that had done its work

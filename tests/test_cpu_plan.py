@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +14,7 @@ from lstm_ext.call import BOTH, REVERSE, Save
 from lstm_ext.engines.cpu import use_plan
 from lstm_ext.testing import CASES, Case, Inputs, assert_all_close, assert_identical, make_inputs, run_layer
 
+# Tests with simd_level in their names are run by test_every_simd_level of test_kernels.py on each level.
 C: Any = _native.C
 pytestmark = pytest.mark.skipif(C is None, reason=f"no compiled kernels: {_native.reason}")
 
@@ -267,18 +264,6 @@ def test_simd_level_ways_match_the_oracle(case: Case) -> None:
     inputs, expected = problem(case, "float32")
     for way in WAYS:
         assert_right(run(inputs, **way), expected, case)
-
-
-@pytest.mark.skipif("LSTM_EXT_SIMD" in os.environ, reason="this is the run of one level")
-@pytest.mark.parametrize("level", C.build_info()["simd_available"] if C else [])
-def test_every_simd_level(level: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "simd_level", __file__]
-    environment = os.environ | {"LSTM_EXT_SIMD": level}
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 + 2 * len(ALONE) + len(PLAN_CASES)} passed" in done.stdout, done.stdout
 
 
 # What cannot be -------------------------------------------------------------------------------------------------------

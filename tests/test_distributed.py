@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     reason="this torch was built without torch.distributed or gloo",
 )
 
+STRATEGIES = ["ddp", "ddp-views", "fsdp", "fsdp-bfloat16"]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 
 
@@ -48,9 +50,13 @@ def torchrun(script: str, *arguments: str, processes: int = 2, timeout: float = 
     return output
 
 
-def train_in_two_processes(strategy: str, folder: Path) -> list[dict[str, Any]]:
-    torchrun(distributed_training.__file__, strategy, str(folder))
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """The parameters that each of two processes has after as many steps, by strategy; to start them takes longest."""
+    folder = tmp_path_factory.mktemp("trained")
+    torchrun(distributed_training.__file__, str(folder), *STRATEGIES)
+    first, second = (torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1))
+    return {strategy: [first[strategy], second[strategy]] for strategy in STRATEGIES}
 
 
 def train_in_one_process(parts: int) -> list[Any]:
@@ -65,13 +71,13 @@ def train_in_one_process(parts: int) -> list[Any]:
     return [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp-views", "fsdp"])
-def test_two_processes_train_as_one(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES[:3])
+def test_two_processes_train_as_one(strategy: str, trained: dict[str, list[Any]]) -> None:
     """Bit for bit as one process that adds up the gradients of the same two halves.
 
     The whole batch in one call adds the same products in another order, and is as near as rounding allows.
     """
-    first, second = (each["parameters"] for each in train_in_two_processes(strategy, tmp_path))
+    first, second = trained[strategy]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, train_in_one_process(2), strict=True))
     for a, b in zip(first, train_in_one_process(1), strict=True):
@@ -79,9 +85,9 @@ def test_two_processes_train_as_one(strategy: str, tmp_path: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, make()[0].parameters(), strict=True))
 
 
-def test_fsdp_in_mixed_precision(tmp_path: Path) -> None:
+def test_fsdp_in_mixed_precision(trained: dict[str, list[Any]]) -> None:
     """bfloat16 in the modules; the parameters, kept in float32, are the same in both processes and near to exact."""
-    first, second = (each["parameters"] for each in train_in_two_processes("fsdp-bfloat16", tmp_path))
+    first, second = trained["fsdp-bfloat16"]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     exact = train_in_one_process(1)
     for a, b in zip(first, exact, strict=True):
@@ -110,25 +116,31 @@ def losses_of_example(folder: Path, strategy: str, steps: int, processes: int = 
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    losses = losses_of_example(tmp_path_factory.mktemp("uninterrupted"), "ddp", 6)
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, str], Path]:
+    """The losses of six steps, and the folder of their checkpoints."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    losses = losses_of_example(folder, "ddp", 6)
     assert list(losses) == [1, 2, 3, 4, 5, 6]
     assert len(set(losses.values())) == 6
-    return losses
+    assert {path.name for path in folder.iterdir()} == {"step-000003", "step-000006"}
+    return losses, folder
 
 
-def test_the_example_goes_on_from_its_checkpoint(uninterrupted: dict[int, str], tmp_path: Path) -> None:
-    before = losses_of_example(tmp_path, "ddp", 3)
+def test_the_example_goes_on_from_its_checkpoint(uninterrupted: tuple[dict[int, str], Path], tmp_path: Path) -> None:
+    """From that of step 3, as if the six steps had ended before the next one."""
+    losses, folder = uninterrupted
+    shutil.copytree(folder / "step-000003", tmp_path / "step-000003")
     after = losses_of_example(tmp_path, "ddp", 6)
-    assert list(after) == [4, 5, 6]
-    assert before | after == uninterrupted
+    assert after == {step: losses[step] for step in (4, 5, 6)}
     assert {path.name for path in tmp_path.iterdir()} == {"step-000003", "step-000006"}
 
 
-def test_shards_of_two_processes_are_read_by_one(uninterrupted: dict[int, str], tmp_path: Path) -> None:
+def test_shards_of_two_processes_are_read_by_one(uninterrupted: tuple[dict[int, str], Path], tmp_path: Path) -> None:
     """Another number of processes adds in another order."""
+    losses, _ = uninterrupted
     before = losses_of_example(tmp_path, "fsdp", 3)
+    assert list(before) == [1, 2, 3]
     after = losses_of_example(tmp_path, "ddp", 6, processes=1)
     assert list(after) == [4, 5, 6]
     for step, loss in (before | after).items():
-        assert float(loss) == pytest.approx(float(uninterrupted[step]), abs=2e-6)
+        assert float(loss) == pytest.approx(float(losses[step]), abs=2e-6)

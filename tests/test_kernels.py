@@ -36,6 +36,7 @@ from lstm_ext.testing import (
 
 from .conftest import needs_native
 from .contract import COMPACT, MASKED, PACKED, PROJECTED, SEVERAL_ROWS, WIDE, Contract, Way
+from .test_cpu_plan import ALONE, PLAN_CASES
 
 try:
     import torch
@@ -375,12 +376,17 @@ def test_simd_level_multiplies_by_a_kernel(way: dict[str, Any]) -> None:
 @pytest.mark.skipif(FORCED_LEVEL is not None, reason="this is the run of one level")
 @pytest.mark.parametrize("level", C.build_info()["simd_available"] if C else [])
 def test_every_simd_level(level: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "simd_level", __file__]
+    """Here and in test_cpu_plan.py; of the level that this process is on anyway, no more than that it can be forced."""
+    name = "forced_simd_level" if level == C.build_info()["simd"] else "simd_level"
+    files = [__file__, str(Path(__file__).with_name("test_cpu_plan.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", name, *files]
     environment = os.environ | {"LSTM_EXT_SIMD": level}
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    expected = 1 + 3 * len(COMPACT_CASES) + 8 + len(CELLS) + len(NORMED) + 3
+    expected = 1
+    if name == "simd_level":
+        expected += 3 * len(COMPACT_CASES) + 8 + len(CELLS) + len(NORMED) + 3 + 2 + 2 * len(ALONE) + len(PLAN_CASES)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{expected} passed" in done.stdout, done.stdout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -318,26 +317,36 @@ TRACED: dict[str, tuple[Callable[[], Any], tuple[Any, ...], list[str]]] = {
 }
 
 
+RUN_TRACES = """
+import sys, torch
+for folder in sys.argv[1:]:
+    args = torch.load(folder + "/args.pt")
+    torch.save(torch.jit.load(folder + "/trace.pt")(*args), folder + "/result.pt")
+assert "lstm_ext" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any, Any]]:
+    """Of each of TRACED the module, its trace, and what another process, without lstm_ext, has from the trace."""
+    folders, modules, traces = {name: tmp_path_factory.mktemp("trace") for name in TRACED}, {}, {}
+    for name, (make, args, _) in TRACED.items():
+        modules[name] = make()
+        traces[name] = torch.jit.trace(modules[name], args)
+        traces[name].save(folders[name] / "trace.pt")
+        torch.save(args, folders[name] / "args.pt")
+    subprocess.run([sys.executable, "-c", RUN_TRACES, *map(str, folders.values())], check=True, timeout=300)
+    return {name: (modules[name], traces[name], torch.load(folders[name] / "result.pt")) for name in TRACED}
+
+
 @pytest.mark.parametrize("name", TRACED)
-def test_a_trace_records_torchs_own_operator(name: str, tmp_path: Any) -> None:
+def test_a_trace_records_torchs_own_operator(name: str, traced: dict[str, tuple[Any, Any, Any]]) -> None:
     """So that a process, or a runtime, without lstm_ext can read it."""
-    make, args, operators = TRACED[name]
-    module = make()
-    trace = torch.jit.trace(module, args)
+    (_, args, operators), (module, trace, result) = TRACED[name], traced[name]
     kinds = [node.kind() for node in trace.inlined_graph.nodes()]
     assert [kind for kind in kinds if "lstm" in kind] == operators  # torch's cell is recorded in its parts
     assert {kind.partition("::")[0] for kind in kinds} == {"aten", "prim"}
-    path = tmp_path / "trace.pt"
-    trace.save(path)
-    torch.save(args, tmp_path / "args.pt")
-    code = f"""
-        import sys, torch
-        args = torch.load({str(tmp_path / "args.pt")!r})
-        torch.save(torch.jit.load({str(path)!r})(*args), {str(tmp_path / "result.pt")!r})
-        assert "lstm_ext" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
-    assert_same(tensors(torch.load(tmp_path / "result.pt")), tensors(module(*args)))
+    assert_same(tensors(result), tensors(module(*args)))
 
 
 def test_a_trace_of_functions_too() -> None:
