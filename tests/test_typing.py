@@ -153,8 +153,9 @@ def mypy(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     package = Path(lstm_ext.__file__).parents[1]
     elsewhere = {} if package.name == "site-packages" else {"MYPYPATH": str(package)}  # mypy refuses the former there
     (folder / "user.py").write_text(code, encoding="utf-8")
-    cache = str(folder.parent / "mypy")  # one for all tests
-    options = ["--strict", "--python-version=3.10", "--config-file=", "--cache-dir", cache]
+    cache = os.environ.get("MYPY_CACHE_DIR", str(folder.parent / "mypy"))  # one for all tests
+    # As pyproject.toml has it, or what is in the cache of torch would be of no use to a run by that, nor of that here.
+    options = ["--strict", "--warn-unreachable", "--python-version=3.10", "--config-file=", "--cache-dir", cache]
     return subprocess.run(
         [sys.executable, "-m", "mypy", *options, "user.py"],
         capture_output=True,
