@@ -468,6 +468,14 @@ def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, seed: i
     check(case, dtype, "step", seed=seed, device=2 if dtype != "tf32" else 1)  # sm_75, whose launches do not overlap
 
 
+@pytest.mark.parametrize(
+    "case", [replace(NORM_MASKED, T=2, B=2, H=530), replace(NORM_KERNEL, T=2, B=2, H=530)], ids=str
+)
+def test_long_rows_match_the_oracle(case: Case) -> None:
+    """With masks, and in TensorFlow's layout: their threads have several units."""
+    check(case, "float32", "step")
+
+
 @pytest.mark.parametrize("cell", NORMED_SMOOTH, ids=str)
 def test_rows_too_long_for_shared_memory_match_the_oracle(cell: Cell) -> None:
     for case in with_cell(Case(2, 2, 3, 900), cell):

@@ -127,7 +127,7 @@ struct StepSums {
 struct KernelNorm {
   Norm kind;
   double epsilon;
-  bool in_shared;  // whether there is room in shared memory for what the units of a longer row remember
+  bool in_shared;  // of rows of more than kMostRowThreads units: what these remember is in shared memory
   struct {
     Matrix gamma;  // as in LayerCell
     const void *beta, *gamma_h, *beta_h;

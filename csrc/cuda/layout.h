@@ -37,7 +37,7 @@ inline constexpr int kMomentSteps = 16, kMoments = kMomentSteps + 2;
 inline constexpr int kStepRows = 32, kMostStepSequences = 128;
 
 // Threads of a block that has one row of a cell that normalises, and how many sums over a row it adds up at a time, in
-// shared memory. What units remember follows there, where a thread has several.
+// shared memory. What units remember follows there, where a thread has several and there is room.
 inline constexpr int kMostRowThreads = 512, kMostRowWarps = kMostRowThreads / 32, kMostRowSums = 8;
 constexpr int row_threads(int64_t units) {
   return units >= kMostRowThreads ? kMostRowThreads : static_cast<int>((units + 31) / 32 * 32);

@@ -3,9 +3,9 @@
 //
 //   step_sums    h W_hh' of all rows        ->  | norm_forward: moments | gates, c | moments of c | c', h |  ->  ..
 //
-// What a unit has to remember from one mean to the next are four numbers. A thread with one unit has them in registers,
-// with all that it has read of it; in longer rows they are in shared memory, or where that is too small in the row of
-// sums, which nobody else reads.
+// What a unit has to remember from one mean to the next are four numbers. Where no thread has more than one unit, in
+// rows up to 512, it has them in registers, with all that it has read of the unit; in longer rows they are in shared
+// memory, or where that is too small in the row of sums, which nobody else reads.
 //
 // A mean is of the threads' sums, each over its units in their order, and those are added in an order that only H
 // decides: the same bits in every run, whatever else is in the batch. A variance is the mean of squares of what has
@@ -76,15 +76,20 @@ class NormRow {
     });
   }
 
-  // Of N numbers that value(u, what it remembers) tells of each unit: their sums. What that changes is remembered.
+  // Of N numbers that value(u, what it remembers) tells of each unit: their sums. `value` may change what it remembers.
   template <int N, class Value>
   __device__ __forceinline__ Units<Sum, N> total(const Value& value) {
     Units<Sum, N> sums{};
-    change_units([&](int64_t u, Four& unit) {
+    const auto add = [&](int64_t u, auto& unit) {
       const Units<Sum, N> values = value(u, unit);
 #pragma unroll
       for (int n = 0; n < N; ++n) sums.at[n] += values.at[n];
-    });
+    };
+    if constexpr (std::is_invocable_v<Value, int64_t, const Four&>) {
+      read_units(add);
+    } else {
+      change_units(add);
+    }
     return total_of_threads(sums);
   }
 
@@ -186,8 +191,8 @@ class NormRow {
 
   static __device__ __forceinline__ Sum* sums_of_warps() { return reinterpret_cast<Sum*>(dynamic_shared()); }
 
-  // Of N numbers of each lane: one sum over those 32 / N lanes apart. The numbers are divided among the lanes, half of
-  // them at a time, which takes fewer shuffles than each number by itself.
+  // Of N numbers of each lane, where N is a power of two: lane l gets the warp's sum of number l / (32 / N). The
+  // numbers are divided among the lanes, half of them at a time, which takes fewer shuffles than each number by itself.
   template <int N>
   static __device__ __forceinline__ Sum total_of_warp(Units<Sum, N> sums) {
     const int lane = threadIdx.x % 32;
@@ -240,7 +245,7 @@ class NormRow {
   int turn_ = 0;
 };
 
-// By a block that is the whole row's.
+// A block takes its row. What the constructor reads no launch of the layer writes: it stands before the wait.
 template <template <class, bool> class Row, class Tile, class Params>
 __device__ __forceinline__ void take_row(const Params& params, int64_t H) {
   const auto take = [&](auto one) {

@@ -20,7 +20,7 @@ class NormBackwardRow : NormRow<Tile, kOne> {
   using Step = CellStep<Tile, false>;
 
  public:
-  // Reads nothing that a launch has written.
+  // Reads nothing that a launch of this layer writes.
   __device__ __forceinline__ NormBackwardRow(const NormBackward& params, int d, int64_t b)
       : Base(params.norm, params.cell.tensorflow, params.pass.layer.shape, params.rows, d, b),
         params_(params),
@@ -56,8 +56,8 @@ class NormBackwardRow : NormRow<Tile, kOne> {
   // is multiplied by.
   enum Known : int { kDH, kC, kDNormedC, kOut };
 
-  // Of a unit: what is the same at all steps, and what is read at this one. With kOne a thread reads both only once,
-  // and before it waits for others.
+  // Of a unit: what is the same at all steps, and what is read at this one. With kOne a thread reads both only once:
+  // the former before the launch before has ended, the latter before the block's first barrier.
   struct Weights {
     Scales scales;
     GateValues<Sum> peephole;
@@ -215,7 +215,7 @@ class NormBackwardRow : NormRow<Tile, kOne> {
   const BackwardRows<Tile> rows_;
   const NormOutputs& to_;
   const int64_t of_4H_, of_H_, of_scale_;  // where the row starts in arrays of so many numbers
-  Weights weights_;                        // kOne: of the thread's unit
+  Weights weights_;                        // kOne: these three are of the thread's unit
   Read read_;
   Four d_pre_;
 };

@@ -12,7 +12,7 @@ class NormForwardRow : NormRow<Tile, kOne> {
   using typename Base::Number, typename Base::Sum, typename Base::Four, typename Base::Scales;
 
  public:
-  // Reads nothing that a launch has written.
+  // Reads nothing that a launch of this layer writes.
   __device__ __forceinline__ NormForwardRow(const NormForward& params, int d, int64_t b)
       : Base(params.norm, params.cell.tensorflow, params.layer.shape, params.rows, d, b),
         params_(params),
@@ -37,8 +37,8 @@ class NormForwardRow : NormRow<Tile, kOne> {
   }
 
  private:
-  // Of a unit: what is the same at all steps, and what is read at this one. With kOne a thread reads both only once,
-  // and before it waits for others.
+  // Of a unit: what is the same at all steps, and what is read at this one. With kOne a thread reads both only once:
+  // the former before the launch before has ended, the latter before the block's first barrier.
   struct Weights {
     Scales scales;
     Four beta;
@@ -149,7 +149,7 @@ class NormForwardRow : NormRow<Tile, kOne> {
   const CellStep<Tile, false> step_;
   const Moment moment_;
   const ForwardRows<Tile> rows_;
-  Weights weights_;  // kOne: of the thread's unit
+  Weights weights_;  // kOne: both are of the thread's unit
   Read read_;
 };
 

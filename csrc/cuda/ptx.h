@@ -24,7 +24,7 @@ __device__ __forceinline__ char* dynamic_shared() {
 
 // ---- Registers --------------------------------------------------------------------------------------------------
 
-// The compiler has the value, of 32 bits, at hand from here on, where it might find it anew for each use.
+// The value, of 32 bits, is in a register from here on: the compiler may not compute it again where it is used.
 template <class T>
 __device__ __forceinline__ void keep(T& value) {
   asm volatile("" : "+r"(value));

@@ -1,6 +1,8 @@
 // A block of a launch for each step: its tile of the product, and which units of it each thread then finishes.
 #pragma once
 
+#include <algorithm>
+
 #include "pointwise.cuh"
 #include "step_tile.cuh"
 
@@ -165,7 +167,7 @@ class StepBlock {
     if constexpr (!kTransposed) {
       for (int row = threadIdx.x; row < rows; row += kThreads) {
         const int64_t unit = row_block_ * width + (row & (width - 1));
-        const int64_t there = min(unit, int64_t{part_.rows.limit - 1});  // whose sums nobody reads where there is none
+        const int64_t there = min(unit, int64_t{part_.rows.limit - 1});  // behind the last one it is that again, unused
         const int64_t index = (row >> part_.width_log2) * part_.rows.group_stride + there;
         row_starts()[row] = reinterpret_cast<const char*>(data + index * weights.row_stride);
       }
@@ -200,7 +202,7 @@ class StepBlock {
       if (n < end) operand_chunks.copy(at);
       cp_async_commit();
     }
-    char* free = at;  // the stage that is to be copied next: that before the one which is multiplied
+    char* next = at;  // where the next stage is copied: in the place of the one that was multiplied before
     at = work();
     int slot = 0;
 #pragma unroll 1
@@ -208,36 +210,37 @@ class StepBlock {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // stage n is there, and stage n - 1 is read
       if (n + kStages - 1 < end) {
-        weight_chunks.copy(free);
-        operand_chunks.copy(free);
+        weight_chunks.copy(next);
+        operand_chunks.copy(next);
       }
       cp_async_commit();
       multiply(at);
-      free = at;
+      next = at;
       at += slot == kStages - 1 ? -(kStages - 1) * stage_bytes : stage_bytes;
       slot = slot == kStages - 1 ? 0 : slot + 1;
     }
     __syncthreads();  // the last stage is read
   }
 
-  // From stage `first` on.
+  // What a thread copies of the weights, from stage `first` on.
   template <bool kAligned>
   __device__ __forceinline__ auto chunks_of_weights(const Matrix& weights, int64_t columns, int first) {
     constexpr int kMost = kMostRows / kRowsTogether;
     if constexpr (kTransposed) {
       constexpr int kChunkNumbersLog2 = kChunkNumbers == 8 ? 3 : kChunkNumbers == 4 ? 2 : 1;
       const int gate_chunks_log2 = part_.width_log2 - kChunkNumbersLog2;
-      const int chunks_log2 = gate_chunks_log2 + (kGates ? 2 : 0);
+      const int chunks_log2 = gate_chunks_log2 + (kGates ? 2 : 0), apart_log2 = kWarpsLog2 + 5 - chunks_log2;
       const int row = static_cast<int>(threadIdx.x) >> chunks_log2;
       const int chunk = static_cast<int>(threadIdx.x) & ((1 << chunks_log2) - 1);
       const int of_gate = kGates ? chunk & ((1 << gate_chunks_log2) - 1) : chunk;
       const int unit = row_block_ * part_.rows.width + of_gate * kChunkNumbers;
       const int64_t column = kGates ? (chunk >> gate_chunks_log2) * part_.rows.group_stride + unit : unit;
       const int bytes = max(0, min(kChunkNumbers, part_.rows.limit - unit)) * int{sizeof(Number)};
-      const int swizzled = chunk ^ (row & Operands::kSwizzle) * Operands::kSwizzleStep;  // the same in all its rows
-      return ColumnChunks<Number, kAligned, kMost>(
-          weights, columns, int64_t{first} * kStageNumbers + row, kThreads >> chunks_log2, column, bytes,
-          part_.block_rows() / kRowsTogether, row * pitch() + swizzled * kChunkBytes);
+      static_assert(kThreads * kChunkNumbers / kMostRows % (Operands::kSwizzle + 1) == 0);  // so the same in its rows:
+      const int swizzled = chunk ^ (row & Operands::kSwizzle) * Operands::kSwizzleStep;
+      return ColumnChunks<Number, kAligned, kMost>(weights, columns, int64_t{first} * kStageNumbers + row, apart_log2,
+                                                   column, bytes, part_.block_rows() / kRowsTogether,
+                                                   row * pitch() + swizzled * kChunkBytes);
     } else {
       return RowChunks<Number, kAligned, kMost, false>(row_starts(), part_.block_rows(), columns, 0, first);
     }

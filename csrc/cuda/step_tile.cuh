@@ -11,11 +11,12 @@
 // shared memory: one is multiplied while the next two are on their way. With several blocks along k (a cluster) each
 // takes its part of the stages, and reads the others' sums at the end.
 //
-//   stage    operand [sequences, 128 bytes of k]
-//            weights [rows, 128 bytes of k]; transposed [k, rows], as they lie in memory
+//   stage    weights [rows, 128 bytes of k]; transposed [k, rows], as they lie in memory
+//            operand [sequences, 128 bytes of k]
 //
-// 16 bytes are a chunk, and a row's chunks stand in an order of its own (kSwizzle): the 8 rows that a quarter of a warp
-// reads at a time lie in different banks.
+// 16 bytes are a chunk, and a row's chunks stand in an order of its own: the 8 rows that a quarter of a warp reads at a
+// time lie in different banks. A thread copies the same chunk of every 32nd row, and keeps the rows' addresses from
+// stage to stage.
 #pragma once
 
 #include "layout.h"
@@ -90,11 +91,11 @@ __device__ __forceinline__ void copy_chunk(char* to, const char* from, int bytes
   }
 }
 
-// A thread's chunks of a stage: number n of them goes so many bytes behind the first. Of so many rows all threads of a
-// block have one together.
+// All threads together copy one chunk each of kRowsTogether rows; a thread's next chunk goes kChunksApart bytes behind.
 inline constexpr int kChunksApart = kThreads * kChunkBytes, kRowsTogether = kThreads / kStageChunks;
 
-// Calls copy(n) for the first `count` of kMost: a power of two, or none. Few branches: each costs as much as a copy.
+// Calls copy(n) for the first `count` of kMost, which is a power of two or 0: a branch costs as much as a copy, and
+// there is one at such numbers alone.
 template <int kMost, class Copy>
 __device__ __forceinline__ void for_chunks(int count, const Copy& copy) {
 #pragma unroll
@@ -106,7 +107,7 @@ __device__ __forceinline__ void for_chunks(int count, const Copy& copy) {
 
 // What a thread copies of rows that lie one below the other in a stage, 128 bytes of each: the same chunk of every
 // kRowsTogether-th, of up to kMost of them. It goes along these rows from stage to stage.
-// kSomeZero: whether rows may be zeros.
+// kSomeZero: whether some rows may be zeros.
 template <class Number, bool kAligned, int kMost, bool kSomeZero>
 class RowChunks {
  public:
@@ -114,7 +115,7 @@ class RowChunks {
   static_assert(kRowsTogether % kStageChunks == 0);  // so the chunks of all these rows stand in the same order
 
   // Each of `rows` has `columns` numbers, and starts where `starts` says, or is zeros for null. They go to byte
-  // `offset` of a stage, and `first` is the first one.
+  // `offset` of a stage, and stage `first` is copied first.
   __device__ __forceinline__ RowChunks(const char* const* starts, int rows, int64_t columns, int offset, int first) {
     const int row = static_cast<int>(threadIdx.x) / kStageChunks, chunk = static_cast<int>(threadIdx.x) % kStageChunks;
     const int64_t skipped = first * kStageChunks + chunk;
@@ -125,9 +126,9 @@ class RowChunks {
 #pragma unroll
     for (int n = 0; n < kMost; ++n) {
       from_[n] = n < count_ ? reinterpret_cast<uintptr_t>(starts[row + n * kRowsTogether]) : 0;
-      if (from_[n]) there_ |= 1u << n;
+      if constexpr (kSomeZero) there_ |= static_cast<uint32_t>(from_[n] != 0) << n;
     }
-    keep(there_);
+    if constexpr (kSomeZero) keep(there_);
   }
 
   __device__ __forceinline__ void copy(char* stage) {
@@ -144,7 +145,7 @@ class RowChunks {
 
  private:
   uintptr_t from_[kMost];  // where the rows start
-  uint32_t there_ = 0;     // bit n: row n is
+  uint32_t there_ = 0;     // bit n: from_[n] is a row, and not zeros
   uint64_t at_;            // where in a row
   int left_;               // numbers from there on
   int count_, place_;      // of a thread's chunks in a stage, and where the first of them goes
@@ -155,14 +156,14 @@ class RowChunks {
 template <class Number, bool kAligned, int kMost>
 class ColumnChunks {
  public:
-  // Every `apart`-th row of the matrix, of `rows`, from `first` on; `bytes` of the chunk at `column` are there. Of a
-  // stage there are `count`, the first of which goes to `place`.
-  __device__ __forceinline__ ColumnChunks(const Matrix& weights, int64_t rows, int64_t first, int apart, int64_t column,
-                                          int bytes, int count, int place)
+  // Of a matrix of `rows`, every 2^apart_log2-th from `first` on; `bytes` of the chunk at `column` are there. A stage
+  // has `count` of them, the first of which goes to `place`.
+  __device__ __forceinline__ ColumnChunks(const Matrix& weights, int64_t rows, int64_t first, int apart_log2,
+                                          int64_t column, int bytes, int count, int place)
       : from_(reinterpret_cast<const char*>(static_cast<const Number*>(weights.data) + first * weights.row_stride +
                                             column)),
-        apart_(apart * weights.row_stride * int64_t{sizeof(Number)}),
-        left_(bytes > 0 ? static_cast<int>((rows - first + apart - 1) / apart) : 0),
+        apart_((weights.row_stride << apart_log2) * int64_t{sizeof(Number)}),
+        left_(bytes > 0 ? static_cast<int>((rows - first + (1 << apart_log2) - 1) >> apart_log2) : 0),
         bytes_(bytes),
         count_(count),
         place_(place) {}
