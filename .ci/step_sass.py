@@ -5,7 +5,8 @@
 OBJECT is a .cubin, or a library with kernels in it (lstm_ext/_C*.so of a CUDA build). A kernel that walks over time has
 a row for each step loop: the innermost loops that hold both a product and a barrier. In one that is launched for each
 step these loops go over the columns of the weights; it has a row for the launch, too, and one for each loop over the
-items of its pointwise part. A row says what one warp does on the fast path:
+items of its pointwise part. One of normalised rows has the row for the launch alone. A row says what one warp does on
+the fast path:
 
     mma        tensor core instructions; where a kernel has none, FFMA and DFMA
     lds, sts   loads from shared memory, by bits, and stores to it

@@ -50,6 +50,8 @@ CELLS: dict[str, Cell | None] = {"": None} | {
     for layout in ("torch", "TensorFlow")
 }
 
+FEW_THREADS = "/32"  # behind a kernel of normalised rows: of more units than threads
+
 _lock = RLock()  # of the files; one check at a time
 
 
@@ -72,7 +74,7 @@ class Way(NamedTuple):
     @property
     def case(self) -> Case:
         """One sequence more than the tiles of a block hold; both directions, with lengths and resets."""
-        rows = 8 * int(self.forced.partition("/")[2]) + 1
+        rows = 8 * int(self.forced.split("/")[1]) + 1
         cell = CELLS[self.cell]
         # With a projection a cell that normalises launches all of its kernels.
         projected = self.projected or (cell is not None and bool(cell.norm) and not cell.tensorflow)
@@ -165,8 +167,15 @@ def _finding(actual: Named, expected: Named, terms: int, dtype: str) -> Finding:
 @torch.inference_mode(False)
 @torch.no_grad()
 def run(way: Way, device: int) -> Finding:
-    """Runs the case on the current stream of the device, and waits for it."""
+    """Runs the case on the current stream of the device, and waits for it.
+
+    A kernel of normalised rows has code of its own for rows whose threads have several units: it runs both.
+    """
     case, on = way.case, _device(device)
+    if case.cell and case.cell.norm and not way.forced.endswith(FEW_THREADS):
+        several = run(way._replace(forced=way.forced + FEW_THREADS), device)
+        if several.wrong:
+            return several
     inputs = make_inputs(case, way.judged)
     outputs, gradients = run_oracle(inputs)
     with _waiting_allowed(on):

@@ -468,12 +468,14 @@ def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, seed: i
     check(case, dtype, "step", seed=seed, device=2 if dtype != "tf32" else 1)  # sm_75, whose launches do not overlap
 
 
-@pytest.mark.parametrize(
-    "case", [replace(NORM_MASKED, T=2, B=2, H=530), replace(NORM_KERNEL, T=2, B=2, H=530)], ids=str
-)
-def test_long_rows_match_the_oracle(case: Case) -> None:
-    """With masks, and in TensorFlow's layout: their threads have several units."""
-    check(case, "float32", "step")
+def check_few_threads(case: Case, dtype: str, **kwargs: Any) -> None:
+    """With rows whose threads have several units."""
+    check(replace(case, H=37), dtype, f"step/{1 if dtype == 'float64' else 2}/32", **kwargs)
+
+
+@pytest.mark.parametrize(("case", "dtype"), QUICK_NORMED, ids=str)
+def test_rows_of_few_threads_match_the_oracle(case: Case, dtype: str) -> None:
+    check_few_threads(case, dtype, data_seed=1)
 
 
 @pytest.mark.parametrize("cell", NORMED_SMOOTH, ids=str)

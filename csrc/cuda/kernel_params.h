@@ -127,7 +127,7 @@ struct StepSums {
 struct KernelNorm {
   Norm kind;
   double epsilon;
-  bool in_shared;  // of rows of more than kMostRowThreads units: what these remember is in shared memory
+  bool in_shared;  // where threads have several units: what these remember is in shared memory
   struct {
     Matrix gamma;  // as in LayerCell
     const void *beta, *gamma_h, *beta_h;

@@ -43,8 +43,8 @@ constexpr int row_threads(int64_t units) {
   return units >= kMostRowThreads ? kMostRowThreads : static_cast<int>((units + 31) / 32 * 32);
 }
 constexpr int row_sums_bytes(int sum_bytes) { return 2 * kMostRowWarps * kMostRowSums * sum_bytes; }
-constexpr int64_t row_memory_bytes(int64_t units, int sum_bytes) {
-  return units > kMostRowThreads ? 4 * units * sum_bytes : 0;
+constexpr int64_t row_memory_bytes(int64_t units, int threads, int sum_bytes) {
+  return units > threads ? 4 * units * sum_bytes : 0;
 }
 
 // Division by a number that the planner knows, as a multiplication: of n, where n times the number is at most 2^32.

@@ -126,7 +126,11 @@ Forced forced_by(const std::string& text) {
   const auto* known = std::find(std::begin(kStrategyNames), std::end(kStrategyNames), name);
   if (known != std::end(kStrategyNames)) forced.strategy = static_cast<Strategy>(known - std::begin(kStrategyNames));
   if (name.size() < text.size()) {
-    const std::string tiles = text.substr(name.size() + 1);
+    std::string tiles = text.substr(name.size() + 1);
+    if (name == "step" && tiles.ends_with("/32")) {
+      forced.row_threads = 32;
+      tiles.resize(tiles.size() - 3);
+    }
     forced.batch_tiles = tiles == "1" ? 1 : tiles == "2" ? 2 : tiles == "4" ? 4 : tiles == "8" ? 8 : 0;
     if (!forced.batch_tiles) forced.strategy = {};
   }

@@ -56,12 +56,14 @@ constexpr const char* name_of(Strategy strategy) { return kStrategyNames[static_
 // about it: so it is checked.
 struct Forced {
   std::optional<Strategy> strategy;
-  int batch_tiles = 0;  // 0: any
+  int batch_tiles = 0;                // 0: any
+  int row_threads = kMostRowThreads;  // at most so many for a row of a cell that normalises
 
   auto operator<=>(const Forced&) const = default;
 };
 
-// Nothing for "", a strategy for its name, and a kernel for "grid/2". Throws std::invalid_argument for anything else.
+// Nothing for "", a strategy for its name, and a kernel for "grid/2"; for "step/2/32" its rows are shared by 32 threads
+// at most. Throws std::invalid_argument for anything else.
 Forced forced_by(const std::string& text);
 
 // Multiprocessors that launches for all T leave to others, such as NCCL, in this process: LSTM_EXT_SM_MARGIN, until it

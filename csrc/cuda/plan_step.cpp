@@ -123,14 +123,14 @@ double step_launch_time(const Problem& problem, const StepPart& part, const Step
 }
 
 // The launch of the rows of a cell that normalises.
-LaunchConfig rows_config(const Problem& problem) {
+LaunchConfig rows_config(const Problem& problem, const Forced& forced) {
   LaunchConfig config;
   config.grid_x = static_cast<int>(std::max<int64_t>(1, problem.shape.B));
   config.grid_y = problem.directions;
-  config.threads = row_threads(problem.shape.H);
+  config.threads = std::min(row_threads(problem.shape.H), forced.row_threads);
   const int sum_bytes = tile_sizes(problem.arithmetic).sum_bytes;
   config.shared_bytes = row_sums_bytes(sum_bytes);
-  const int64_t memory = row_memory_bytes(problem.shape.H, sum_bytes);
+  const int64_t memory = row_memory_bytes(problem.shape.H, config.threads, sum_bytes);
   if (config.shared_bytes + memory <= problem.device.shared_per_block) config.shared_bytes += memory;
   config.overlaps = problem.device.compute_capability >= 90;
   return config;
@@ -213,7 +213,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
         best[n].config.overlaps = problem.device.compute_capability >= 90;
       }
     });
-    double time = problem.normalises() ? rows_time(problem, rows_config(problem)) : 0;
+    double time = problem.normalises() ? rows_time(problem, rows_config(problem, forced)) : 0;
     for (int n = 0; n < plan.num_parts; ++n) time += best[n].time;
     if (time >= plan.microseconds) continue;
     plan.microseconds = time;
@@ -225,7 +225,7 @@ Found find_step_plan(const Problem& problem, const Forced& forced) {
   }
   if (problem.normalises()) {
     if (shape.B > kMostBlocks) throw std::runtime_error("x: expected a smaller batch for a launch");
-    plan.rows = rows_config(problem);
+    plan.rows = rows_config(problem, forced);
   }
   if (!plan.batch_tiles && found.why.empty()) throw std::runtime_error("x: expected a smaller batch for a launch");
   found.was_refused = !plan.batch_tiles;

@@ -22,7 +22,7 @@ py::object layer_backward(const LayerCall& call, const Saved& saved, const Outpu
 // rounding x W_ih' before h W_hh' is added would lose more than the kernel does. With Save::kAll the activated gates
 // take its place where their dtype is the same. `weights` lacks the w_ih of each direction; batch_sizes [T] says where
 // the packed rows of each time start, and lengths [B] how long each row is, both int64. All is on the GPU. `strategy`:
-// "" to choose, the name of one, or one kernel as in "grid/2". -> as layer_forward
+// "" to choose, the name of one, or one kernel as in "grid/2" or "step/2/32". -> as layer_forward
 py::object cuda_layer_forward(const LayerCall& steps, Save save, bool tf32, const std::string& strategy);
 
 // `steps` as above, but x is `saved.gates`.

@@ -47,8 +47,9 @@ if hasattr(C, "cuda_take_hooks"):
 def use_strategy(name: str) -> Iterator[None]:
     """Runs the layers inside the `with` block by one strategy: "block", "cluster", "grid" or "step"; "" chooses.
 
-    "grid/2" is one kernel, of so many tiles of the batch, which then runs whatever its self-check has found. For tests
-    and benchmarks. It counts for the whole process: autograd runs backward passes on threads of its own.
+    "grid/2" is one kernel, of so many tiles of the batch, which then runs whatever its self-check has found; with
+    "step/2/32" 32 threads share a row that is normalised. For tests and benchmarks. It counts for the whole process:
+    autograd runs backward passes on threads of its own.
     """
     global _strategy
     former, _strategy = _strategy, name

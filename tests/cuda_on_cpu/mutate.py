@@ -259,6 +259,7 @@ def run_tests() -> None:
     for case, dtype in tests.QUICK_NORMED:
         for seed in range(2):
             tests.check(case, dtype, "step", seed=seed, data_seed=1)
+        tests.check_few_threads(case, dtype, data_seed=1)
     for strategy in tests.STRATEGIES:
         suite, way = tests.TestContract(), tests.OnFibers("float32", strategy)
         suite.test_missing_gradients_are_zeros(tests.MASKED_CASE, suite.missing_sets[-1], way)
