@@ -80,7 +80,7 @@ class NormRow {
   template <int N, class Value>
   __device__ __forceinline__ Units<Sum, N> total(const Value& value) {
     Units<Sum, N> sums{};
-    const auto add = [&](int64_t u, auto& unit) {
+    const auto add = [&](int64_t u, auto&& unit) {
       const Units<Sum, N> values = value(u, unit);
 #pragma unroll
       for (int n = 0; n < N; ++n) sums.at[n] += values.at[n];

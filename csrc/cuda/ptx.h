@@ -24,10 +24,14 @@ __device__ __forceinline__ char* dynamic_shared() {
 
 // ---- Registers --------------------------------------------------------------------------------------------------
 
-// The value, of 32 bits, is in a register from here on: the compiler may not compute it again where it is used.
+// The value, of 32 or 64 bits, is in registers from here on: the compiler may not compute it again where it is used.
 template <class T>
 __device__ __forceinline__ void keep(T& value) {
-  asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
 }
 
 // ---- Numbers between blocks, through the L2 cache -------------------------------------------------------------

@@ -188,18 +188,18 @@ class StepBlock {
     const int end = stages * (k_block_ + 1) >> part_.k_blocks_log2;
     auto weight_chunks = chunks_of_weights<kAligned>(weights, columns, first);
     RowChunks<Number, kAligned, kMostSequences / kRowsTogether, true> operand_chunks(
-        operand_starts(), sequences_, columns, part_.block_rows() * kStageBytes, first);
+        operand_starts(), sequences_, columns, part_.block_rows() * kStageBytes);
     int stage_bytes = (part_.block_rows() + sequences_) * kStageBytes;
     keep(stage_bytes);
     char* at = work();
 #pragma unroll 1
     for (int n = first; n < min(first + kStages - 1, end); ++n, at += stage_bytes)
-      weight_chunks.copy(at);  // no launch has written them
+      weight_chunks.copy(at, n);  // no launch has written them
     follow_previous_launch();
     at = work();
 #pragma unroll 1
     for (int n = first; n < first + kStages - 1; ++n, at += stage_bytes) {
-      if (n < end) operand_chunks.copy(at);
+      if (n < end) operand_chunks.copy(at, n);
       cp_async_commit();
     }
     char* next = at;  // where the next stage is copied: in the place of the one that was multiplied before
@@ -210,8 +210,8 @@ class StepBlock {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // stage n is there, and stage n - 1 is read
       if (n + kStages - 1 < end) {
-        weight_chunks.copy(next);
-        operand_chunks.copy(next);
+        weight_chunks.copy(next, n + kStages - 1);
+        operand_chunks.copy(next, n + kStages - 1);
       }
       cp_async_commit();
       multiply(at);
@@ -242,7 +242,7 @@ class StepBlock {
                                                    column, bytes, part_.block_rows() / kRowsTogether,
                                                    row * pitch() + swizzled * kChunkBytes);
     } else {
-      return RowChunks<Number, kAligned, kMost, false>(row_starts(), part_.block_rows(), columns, 0, first);
+      return RowChunks<Number, kAligned, kMost, false>(row_starts(), part_.block_rows(), columns, 0);
     }
   }
 

@@ -106,7 +106,7 @@ __device__ __forceinline__ void for_chunks(int count, const Copy& copy) {
 }
 
 // What a thread copies of rows that lie one below the other in a stage, 128 bytes of each: the same chunk of every
-// kRowsTogether-th, of up to kMost of them. It goes along these rows from stage to stage.
+// kRowsTogether-th, of up to kMost of them.
 // kSomeZero: whether some rows may be zeros.
 template <class Number, bool kAligned, int kMost, bool kSomeZero>
 class RowChunks {
@@ -115,13 +115,11 @@ class RowChunks {
   static_assert(kRowsTogether % kStageChunks == 0);  // so the chunks of all these rows stand in the same order
 
   // Each of `rows` has `columns` numbers, and starts where `starts` says, or is zeros for null. They go to byte
-  // `offset` of a stage, and stage `first` is copied first.
-  __device__ __forceinline__ RowChunks(const char* const* starts, int rows, int64_t columns, int offset, int first) {
-    const int row = static_cast<int>(threadIdx.x) / kStageChunks, chunk = static_cast<int>(threadIdx.x) % kStageChunks;
-    const int64_t skipped = first * kStageChunks + chunk;
-    at_ = skipped * kChunkBytes;
-    left_ = static_cast<int>(columns - skipped * kChunkNumbers);
-    place_ = offset + row * kStageBytes + (chunk ^ row % kStageChunks) * kChunkBytes;
+  // `offset` of a stage.
+  __device__ __forceinline__ RowChunks(const char* const* starts, int rows, int64_t columns, int offset)
+      : columns_(static_cast<int>(columns)) {
+    const int row = static_cast<int>(threadIdx.x) / kStageChunks;
+    place_ = offset + row * kStageBytes + (chunk_in_stage() ^ row % kStageChunks) * kChunkBytes;
     count_ = row < rows ? max(1, rows / kRowsTogether) : 0;
 #pragma unroll
     for (int n = 0; n < kMost; ++n) {
@@ -131,24 +129,25 @@ class RowChunks {
     if constexpr (kSomeZero) keep(there_);
   }
 
-  __device__ __forceinline__ void copy(char* stage) {
+  // Stage number `number` of the product.
+  __device__ __forceinline__ void copy(char* stage, int number) {
     char* const to = stage + place_;
-    const int bytes = max(0, min(left_, kChunkNumbers)) * int{sizeof(Number)};
+    const int chunk = number * kStageChunks + chunk_in_stage();
+    const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(chunk)) * kChunkBytes;
+    const int bytes = max(0, min(columns_ - chunk * kChunkNumbers, kChunkNumbers)) * int{sizeof(Number)};
     for_chunks<kMost>(count_, [&](int n) {
       const bool there = !kSomeZero || (there_ >> n & 1);
-      copy_chunk<Number, kAligned>(to + n * kChunksApart, reinterpret_cast<const char*>(from_[n] + at_),
+      copy_chunk<Number, kAligned>(to + n * kChunksApart, reinterpret_cast<const char*>(from_[n] + at),
                                    there ? bytes : 0);
     });
-    at_ += kStageBytes;
-    left_ -= kStageBytes / int{sizeof(Number)};
   }
 
  private:
-  uintptr_t from_[kMost];  // where the rows start
-  uint32_t there_ = 0;     // bit n: from_[n] is a row, and not zeros
-  uint64_t at_;            // where in a row
-  int left_;               // numbers from there on
-  int count_, place_;      // of a thread's chunks in a stage, and where the first of them goes
+  static __device__ int chunk_in_stage() { return static_cast<int>(threadIdx.x) % kStageChunks; }
+
+  uintptr_t from_[kMost];        // where the rows start
+  uint32_t there_ = 0;           // bit n: from_[n] is a row, and not zeros
+  int columns_, count_, place_;  // the latter of a thread's chunks in a stage, and where the first of them goes
 };
 
 // The same of transposed weights [k, rows]: the rows of a stage are rows of memory, of which a block takes its columns.
@@ -166,12 +165,19 @@ class ColumnChunks {
         left_(bytes > 0 ? static_cast<int>((rows - first + (1 << apart_log2) - 1) >> apart_log2) : 0),
         bytes_(bytes),
         count_(count),
-        place_(place) {}
+        place_(place) {
+    keep(apart_);
+    keep(bytes_);
+    keep(count_);
+    keep(place_);
+  }
 
-  __device__ __forceinline__ void copy(char* stage) {
+  // Stage after stage, whatever its number.
+  __device__ __forceinline__ void copy(char* stage, int) {
     char* const to = stage + place_;
+    const int bytes = kAligned ? kChunkBytes : bytes_;
     for_chunks<kMost>(count_, [&](int n) {
-      copy_chunk<Number, kAligned>(to + n * kChunksApart, from_, n < left_ ? bytes_ : 0);
+      copy_chunk<Number, kAligned>(to + n * kChunksApart, from_, n < left_ ? bytes : 0);
       from_ += apart_;
     });
     left_ -= count_;
@@ -331,7 +337,6 @@ struct LaneOperands<Tf32Tile, true> : MmaOperands {
   __device__ LaneOperands(int row, int operand_row, int pitch) : MmaOperands(operand_row), pitch(pitch) {
     const int g = threadIdx.x % 32 / 4, k = threadIdx.x % 4;
     weights_at = k * pitch + ((row / 4 + g / 4) ^ k * kSwizzleStep) * kChunkBytes + g % 4 * 4;
-    keep(weights_at);
   }
 
   template <int kBatchTiles>
