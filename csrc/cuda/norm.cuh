@@ -46,6 +46,8 @@ class NormRow {
         memory_(norm.in_shared ? reinterpret_cast<Sum*>(dynamic_shared() + row_sums_bytes(sizeof(Sum))) : row_) {}
 
  protected:
+  static constexpr bool kKeepsWeights = kOne && sizeof(Sum) == 4;  // of doubles they take more registers than there are
+
   __device__ __forceinline__ bool by_rows() const { return norm_.kind == Norm::kRows; }
 
   template <class Body>

@@ -34,7 +34,7 @@ class NormBackwardRow : NormRow<Tile, kOne> {
         of_4H_(params.pass.d_gates_map.from_start(moment_.start, b)),
         of_H_(params.pass.hidden_map.from_start(moment_.start, b)),
         of_scale_(params.scales_map.from_start(moment_.start, b)) {
-    if constexpr (kOne) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
+    if constexpr (Base::kKeepsWeights) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
   }
 
   __device__ __forceinline__ void take() {
@@ -84,7 +84,7 @@ class NormBackwardRow : NormRow<Tile, kOne> {
             this->gates_at(static_cast<const Sum*>(to_.normed) + of_4H_, u)};
   }
   __device__ __forceinline__ Weights weights(int64_t u) const {
-    if constexpr (kOne) {
+    if constexpr (Base::kKeepsWeights) {
       return weights_;
     } else {
       return load_weights(u);

@@ -21,7 +21,7 @@ class NormForwardRow : NormRow<Tile, kOne> {
         step_(params.cell, d),
         moment_(moment_at(layer_.masks, layer_.gates_map.packed_offset, layer_.shape.T, to_.reverse, params.s, b)),
         rows_(forward_rows<Tile>(layer_, to_, moment_, b)) {
-    if constexpr (kOne) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
+    if constexpr (Base::kKeepsWeights) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
   }
 
   __device__ __forceinline__ void take() {
@@ -57,7 +57,7 @@ class NormForwardRow : NormRow<Tile, kOne> {
     return {read_gates<Sum>(params_.xw[d_], layer_.gates_map, moment_.start, b_, H_, u), c_before(u)};
   }
   __device__ __forceinline__ Weights weights(int64_t u) const {
-    if constexpr (kOne) {
+    if constexpr (Base::kKeepsWeights) {
       return weights_;
     } else {
       return load_weights(u);

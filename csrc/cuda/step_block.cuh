@@ -189,8 +189,7 @@ class StepBlock {
     auto weight_chunks = chunks_of_weights<kAligned>(weights, columns, first);
     RowChunks<Number, kAligned, kMostSequences / kRowsTogether, true> operand_chunks(
         operand_starts(), sequences_, columns, part_.block_rows() * kStageBytes);
-    int stage_bytes = (part_.block_rows() + sequences_) * kStageBytes;
-    keep(stage_bytes);
+    const int stage_bytes = (part_.block_rows() + sequences_) * kStageBytes;
     char* at = work();
 #pragma unroll 1
     for (int n = first; n < min(first + kStages - 1, end); ++n, at += stage_bytes)
