@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,14 +91,19 @@ def tool(name: str) -> str:
     sys.exit(f"{name} is not there: pip install nvidia-cuda-{name}")
 
 
-def disassemble(path: Path) -> Iterator[Kernel]:
-    """The kernels of an object: of each cubin in it, if it is a library."""
+NAME = re.compile(rb"\.text\.(_Z\w+)")  # of the section that has a function
+
+
+def disassemble(path: Path, wanted: Callable[[str], object] = bool) -> Iterator[Kernel]:
+    """The kernels of an object: of each cubin in it that has a wanted one, by its mangled name, if it is a library."""
     with tempfile.TemporaryDirectory() as folder:
         cubins = [path.resolve()]
         if path.suffix != ".cubin":
             subprocess.run([tool("cuobjdump"), "-xelf", "all", path.resolve()], cwd=folder, check=True, stdout=-3)
             cubins = sorted(Path(folder).glob("*.cubin"))
         for cubin in cubins:
+            if not any(wanted(name.decode()) for name in NAME.findall(cubin.read_bytes())):
+                continue  # disassembling takes seconds
             command = [tool("nvdisasm"), "-hex", "-c", str(cubin)]
             yield from parse(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

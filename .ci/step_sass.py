@@ -171,8 +171,12 @@ def main() -> None:
     file.add_argument("--check", type=Path, metavar="FILE")
     parser.add_argument("objects", nargs="+", type=Path, metavar="OBJECT")
     arguments = parser.parse_args()
-    kernels = (kernel for path in arguments.objects for kernel in disassemble(path))
-    found = [row for k in kernels if arguments.only.search(kernel_name(k.name)) for row in rows(k, arguments)]
+
+    def wanted(name: str) -> object:
+        return arguments.only.search(kernel_name(name))
+
+    kernels = (kernel for path in arguments.objects for kernel in disassemble(path, wanted))
+    found = [row for kernel in kernels if wanted(kernel.name) for row in rows(kernel, arguments)]
     if not found:
         sys.exit("no step loop and no step kernel in " + ", ".join(map(str, arguments.objects)))
     text = table(found)

@@ -214,7 +214,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setattr(step_sass, "kernel_name", str)
 
     def run_script(code: str, *arguments: object, name: str = "sequence") -> str:
-        monkeypatch.setattr(step_sass, "disassemble", lambda path: machine_code.parse(printed(code, name)))
+        monkeypatch.setattr(step_sass, "disassemble", lambda path, _: machine_code.parse(printed(code, name)))
         monkeypatch.setattr(sys, "argv", ["step_sass.py", *map(str, arguments), "kernels.cubin"])
         step_sass.main()
         return capsys.readouterr().out
