@@ -165,7 +165,9 @@ def condition_start(text: str, end: int) -> int:
     for place in range(end - 1, -1, -1):
         depth += {")": 1, "]": 1, "(": -1, "[": -1}.get(text[place], 0)
         before = text[:place]
-        ends_before = text[place] in "{};," or (text[place] == " " and re.search(r"(?:return| [-+]?=|\W:|\w:)$", before))
+        ends_before = text[place] in "{};," or (
+            text[place] == " " and re.search(r"(?:return| [-+]?=|\W:|\w:)$", before)
+        )
         if depth < 0 or (depth == 0 and ends_before):
             return place + 1
     raise ValueError("a question mark at the start of a file")
