@@ -118,7 +118,7 @@ def rows(kernel: Kernel, arguments: argparse.Namespace) -> Iterator[list[str]]:
     """The table's rows of a kernel."""
     graph, name = Graph(kernel), kernel_name(kernel.name)
     parts = [(f"{name} loop {number}", loop) for number, loop in enumerate(graph.step_loops(), 1)]
-    if name.startswith(("step_", "norm_")):
+    if name.startswith(("step_", "norm_")) and not name.startswith("norm_sequence"):
         parts.append((f"{name} launch", Loop(END, set(graph.order))))
         parts += [(f"{name} items {number}", loop) for number, loop in enumerate(graph.item_loops(), 1)]
     for where, step in parts:

@@ -172,7 +172,8 @@ def run(way: Way, device: int) -> Finding:
     A kernel of normalised rows has code of its own for rows whose threads have several units: it runs both.
     """
     case, on = way.case, _device(device)
-    if case.cell and case.cell.norm and not way.forced.endswith(FEW_THREADS):
+    of_step = way.forced.startswith("step/") and not way.forced.endswith(FEW_THREADS)
+    if case.cell and case.cell.norm and of_step:
         several = run(way._replace(forced=way.forced + FEW_THREADS), device)
         if several.wrong:
             return several

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -428,9 +429,18 @@ def test_options_match_the_oracle(name: str) -> None:
         check(case, "float64" if n == 1 else "float32", strategy, data_seed=2)
 
 
-# The rows of a step by themselves, of cells that normalise: H beyond the threads of a block, and no rows at all.
+# Cells that normalise: H beyond the threads of a block that has a row of a step, items beyond the lanes of a warp that
+# has one in all steps, ranks without units, and no rows at all.
 NORMED_SMOOTH = [cell for name, cell in NORMED.items() if "masks" not in name]
-NORM_SHAPES = (MASKED_CASE, PROJECTED_CASE, PACKED_CASE, Case(1, 9, 33, 40), Case(2, 2, 3, 530), Case(3, 0, 5, 7))
+NORM_SHAPES = (
+    MASKED_CASE,
+    PROJECTED_CASE,
+    PACKED_CASE,
+    Case(1, 9, 33, 40),
+    Case(3, 3, 4, 75),
+    Case(2, 2, 3, 530),
+    Case(3, 0, 5, 7),
+)
 NORM_MASKED = replace(MASKED_CASE, cell=NORMED["normed rows, masks"])
 NORM_KERNEL = replace(MASKED_CASE, cell=NORMED["normed gates"]._replace(tensorflow=True))
 NORM_PROJECTED = replace(PROJECTED_CASE, cell=NORMED["normed rows, masks"]._replace(proj_clip=0.1))
@@ -439,10 +449,10 @@ QUICK_NORMED = [(NORM_MASKED, "float32"), (NORM_KERNEL, "tf32"), (NORM_PROJECTED
 
 
 class TestNormContract(Contract):
-    """Of cells that normalise, which one strategy runs."""
+    """Of cells that normalise."""
 
-    ways = tuple(OnFibers(dtype, "step") for dtype in DTYPES)
-    bit_ways = run_ways = layout_ways = (OnFibers("float32", "step"),)
+    ways = TestContract.ways
+    bit_ways = run_ways = layout_ways = TestContract.bit_ways
     cases = tuple(case for n, shape in enumerate(NORM_SHAPES) for case in with_cell(shape, NORMED_SMOOTH[n % 2]))
     run_cases = save_cases = (NORM_PROJECTED, NORM_KERNEL)
     row_cases = needs_cases = missing_cases = (NORM_MASKED, NORM_KERNEL, NORM_PROJECTED)
@@ -454,18 +464,28 @@ class TestNormContract(Contract):
 
     @over(way="ways", case="cases")
     def test_matches_the_oracle(self, case: Case, way: Way) -> None:
-        check(case, way.dtype, "step", seed=case.H)
+        check(case, way.dtype, way.strategy, seed=case.H + STRATEGIES.index(way.strategy))
 
     def test_rows_move_with_their_results(self, *_: Any) -> None:
-        for cell in NORMED_SMOOTH:
-            super().test_rows_move_with_their_results(replace(MASKED_CASE, cell=cell), OnFibers("float32", "step"))
+        for cell, way in product(NORMED_SMOOTH, self.bit_ways):
+            super().test_rows_move_with_their_results(replace(MASKED_CASE, cell=cell), way)
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("case", "dtype"), QUICK_NORMED, ids=str)
-def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, seed: int) -> None:
-    check(case, dtype, "step", seed=seed, data_seed=1)
-    check(case, dtype, "step", seed=seed, device=2 if dtype != "tf32" else 1)  # sm_75, whose launches do not overlap
+def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, strategy: str, seed: int) -> None:
+    check(case, dtype, strategy, seed=seed, data_seed=1)
+    if dtype != "tf32" and strategy in ("grid", "step"):  # on sm_75, whose launches do not overlap
+        check(case, dtype, strategy, seed=seed, device=2)
+
+
+# A block of the first of these has more items of a row than a warp has lanes, and a grid of the second more ranks.
+@pytest.mark.parametrize("cell", NORMED_SMOOTH, ids=str)
+def test_long_rows_match_the_oracle(cell: Cell) -> None:
+    for shape, strategy in ((Case(3, 3, 2, 75), "block"), (Case(3, 2, 2, 200), "grid")):
+        for case in with_cell(shape, cell):
+            check(case, "float32", strategy, seed=3)
 
 
 def check_few_threads(case: Case, dtype: str, **kwargs: Any) -> None:
@@ -487,14 +507,8 @@ def test_rows_too_long_for_shared_memory_match_the_oracle(cell: Cell) -> None:
 @pytest.mark.parametrize("name", NORMED)
 def test_norms_match_the_oracle(name: str) -> None:
     cases = [case for shape in (MASKED_CASE, PROJECTED_CASE) for case in with_cell(shape, NORMED[name])]
-    for n, case in enumerate(cases):
-        check(case, ("float32", "float64")[n % 2], "step", seed=n, data_seed=2)
-
-
-@pytest.mark.parametrize("strategy", ["block", "cluster", "grid"])
-def test_other_strategies_say_that_they_do_not_normalise(strategy: str) -> None:
-    with pytest.raises(RuntimeError, match=f"'{strategy}' cannot run this: only step has kernels that normalise"):
-        OnGpu(Core(), strategy).forward(OnFibers("float32").own(make_inputs(NORM_KERNEL)).call, Save.NOTHING)
+    for (n, case), strategy in product(enumerate(cases), STRATEGIES):
+        check(case, ("float32", "float64")[n % 2], strategy, seed=n, data_seed=2)
 
 
 def test_what_was_normalised_is_asked_for() -> None:

@@ -102,14 +102,17 @@ def test_right_kernels_pass_and_wrong_ones_do_not(
 @pytest.mark.parametrize(
     ("projected", "cell"), [(True, "torch, rows"), (False, "torch, gates"), (False, "TensorFlow, gates")]
 )
+@pytest.mark.parametrize("strategy", self_check.STRATEGIES)
 @pytest.mark.parametrize("arithmetic", self_check.ARITHMETICS, ids=lambda a: "tf32" if a[1] else a[0])
 def test_the_same_of_kernels_that_normalise(
-    arithmetic: tuple[str, bool], projected: bool, cell: str, backward: bool, core: WholeCore
+    arithmetic: tuple[str, bool], strategy: str, projected: bool, cell: str, backward: bool, core: WholeCore
 ) -> None:
     core.tf32, core.device = arithmetic[1], 0
-    way = self_check.Way(*arithmetic, f"step/{1 if arithmetic[0] == 'float64' else 2}", projected, backward, cell)
+    tiles = 2 if strategy == "step" and arithmetic[0] != "float64" else 1
+    way = self_check.Way(*arithmetic, f"{strategy}/{tiles}", projected, backward, cell)
     assert 0 < self_check.run(way, 0).share < 1
-    harness.spoil_kernels("norm_backward" if backward else "norm_forward")
+    kernel = "backward" if backward else "forward"
+    harness.spoil_kernels(f"norm_{kernel}" if strategy == "step" else f"norm_sequence_{kernel}")
     assert self_check.run(way, 0).share > 1
 
 
@@ -287,8 +290,8 @@ def test_all_kernels_are_listed(core: WholeCore) -> None:
     plain = {kernel for way, kernel in ways.items() if not way.cell}
     assert len(plain) == 2 * sum((3 * 3 + 4, 3 * 3 + 4, 3 * 3 + 4, 3 * 2 + 2, 3 * 1 + 1))
     options = {kernel for way, kernel in ways.items() if way.cell}
-    of_step = 2 * (1 + 2)  # in two layouts, without a norm and with each of two
-    assert len(options) == 2 * len(self_check.ARITHMETICS) * (3 + of_step)
+    of_norms = 2 * 2 * 4  # in two layouts, of each of two norms; without one only that of a step knows its layout
+    assert len(options) == 2 * len(self_check.ARITHMETICS) * (3 + 2 + of_norms)
     assert not plain & options
     assert {way.forced.partition("/")[0] for way in ways} == set(self_check.STRATEGIES)
     assert not any(way.tf32 or "cluster" in way.forced for way, _ in self_check.ways(2))  # sm_75

@@ -137,16 +137,16 @@ class TestCellContract(Contract):
             super().test_rows_move_with_their_results(case, OnGpu("float32"))
 
 
-NORM_STRATEGIES = ["chosen", "step"]
 NORM_PROJECTED = replace(PROJECTED, cell=NORMED["normed rows, masks"]._replace(proj_clip=0.1))
 NORM_KERNEL = replace(MASKED, cell=NORMED["normed gates"]._replace(tensorflow=True))
 
 
 class TestNormContract(TestCellContract):
-    """Of cells that normalise, which one strategy runs."""
+    """Of cells that normalise."""
 
-    ways = tuple(OnGpu(dtype, strategy) for strategy in NORM_STRATEGIES for dtype in DTYPES)
-    run_ways = bit_ways = layout_ways = tuple(OnGpu(dtype, "step") for dtype in ("float32", "bfloat16"))
+    run_ways = bit_ways = layout_ways = tuple(
+        OnGpu(d, strategy) for strategy in STRATEGIES for d in ("float32", "bfloat16")
+    )
     cases = tuple(
         case
         for name in ("normed rows", "normed gates")
@@ -162,11 +162,11 @@ class TestNormContract(TestCellContract):
     def test_rows_move_with_their_results(self, *_: Any) -> None:
         for name in ("normed rows", "normed gates"):
             case = replace(PROJECTED, cell=NORMED[name])
-            Contract.test_rows_move_with_their_results(self, case, OnGpu("float32", "step"))
+            for strategy in ("grid", "step"):
+                Contract.test_rows_move_with_their_results(self, case, OnGpu("float32", strategy))
 
 
-ALL_OPTIONS = [(name, strategy) for name in CELLS for strategy in STRATEGIES]
-ALL_OPTIONS += [(name, strategy) for name in NORMED for strategy in NORM_STRATEGIES]
+ALL_OPTIONS = [(name, strategy) for name in (*CELLS, *NORMED) for strategy in STRATEGIES]
 
 
 @pytest.mark.parametrize(("name", "strategy"), ALL_OPTIONS)

@@ -106,12 +106,15 @@ class CellStep {
     return cells;
   }
 
-  // The gates of a unit, from their sums i f g o, and what they make of c.
-  __device__ __forceinline__ CellState<Sum> made_by_gates(const Place& at, const GateValues<Sum>& peephole,
-                                                          const Pre<Tile>& pre, Sum c) const {
-    CellState<Sum> made;
+  // The gates of N adjacent units, from their sums i f g o, and what they make of c.
+  template <int N>
+  __device__ __forceinline__ Units<CellState<Sum>, N> made_by_gates(const Place& at,
+                                                                    const Units<GateValues<Sum>, N>& peephole,
+                                                                    const Units<Pre<Tile>, N>& pre,
+                                                                    const Units<Sum, N>& c) const {
+    Units<CellState<Sum>, N> made;
     with_activations([&](const auto& of_gate, const auto& of_unit) {
-      made = made_by_gates<1>(of_gate, of_unit, at, {{peephole}}, {{pre}}, {{c}}).at[0];
+      made = made_by_gates<N>(of_gate, of_unit, at, peephole, pre, c);
     });
     return made;
   }

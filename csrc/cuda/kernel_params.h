@@ -104,7 +104,7 @@ struct StepBackward {
   void* state;  // the gradient of c between the steps, float or double [D, B, H]
 };
 
-// ---- A cell that normalises: each step is a product, and then its rows, of a block each ------------------------
+// ---- A cell that normalises: in a launch for all T, or each step is a product, and then its rows, of a block each --
 
 // What a product leaves, as it is: the sums of each row of the batch.
 struct StepSums {
@@ -134,7 +134,12 @@ struct KernelNorm {
   } direction[2];
 };
 
-// With Norm::kRows xw is scaled and normalised already. `rows` are the sums of h, float or double [D, B, 4H], which the
+// With Norm::kRows xw is scaled and normalised already.
+struct NormSequenceForward : WithCell<SequenceForward> {
+  KernelNorm norm;
+};
+
+// The same for a step. `rows` are the sums of h, float or double [D, B, 4H], which the
 // block of a row may overwrite.
 struct NormForward : WithCell<StepForward> {
   KernelNorm norm;
@@ -155,6 +160,12 @@ struct NormOutputs {
 struct NormBackward : WithCell<StepBackward> {
   KernelNorm norm;
   void* rows;
+  RowMap scales_map;
+  NormOutputs normed[2];
+};
+
+struct NormSequenceBackward : WithCell<SequenceBackward> {
+  KernelNorm norm;
   RowMap scales_map;
   NormOutputs normed[2];
 };

@@ -36,9 +36,11 @@ const CellKernelSet& tf32_cell_kernels(bool tensorflow);
 const CellKernelSet& fp32_cell_kernels(bool tensorflow);
 const CellKernelSet& fp64_cell_kernels(bool tensorflow);
 
-// Of cells that normalise. The product is of weights that lie as [rows, columns] or transposed; projections, and the
-// gradient of h0, are left to the kernels for a step of a CellKernelSet.
+// Of cells that normalise: those for all T, and those for a step. There the product is of weights that lie as [rows,
+// columns] or transposed; projections, and the gradient of h0, are left to the kernels for a step of a CellKernelSet.
 struct NormKernelSet {
+  Kernel<NormSequenceForward> sequence_forward[3];  // by Exchange, as those of a CellKernelSet
+  Kernel<NormSequenceBackward> sequence_backward[3];
   Kernel<StepSums> sums[2];
   Kernel<NormForward> forward;
   Kernel<NormBackward> backward;

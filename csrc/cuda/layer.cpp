@@ -73,24 +73,26 @@ auto with_kernel_of(const Set& set, Strategy strategy, bool backward, const Body
   return backward ? body(set.sequence_backward[exchange]) : body(set.sequence_forward[exchange]);
 }
 
-// Of cells that normalise it is the one for the rows, which stands for those that go with it.
+// Of cells that normalise. For a step it is the one for the rows, which stands for those that go with it.
 template <class Body>
-auto with_kernel_of(const NormKernelSet& set, bool backward, const Body& body) {
-  return backward ? body(set.backward) : body(set.forward);
+auto with_kernel_of(const NormKernelSet& set, Strategy strategy, bool backward, const Body& body) {
+  if (strategy == Strategy::kStep) return backward ? body(set.backward) : body(set.forward);
+  const int exchange = static_cast<int>(exchange_of(strategy));
+  return backward ? body(set.sequence_backward[exchange]) : body(set.sequence_forward[exchange]);
 }
 
 template <class Body>
 auto with_kernel(const Problem& problem, Strategy strategy, int batch_tiles, const Body& body) {
   const bool backward = problem.backward;
   if (problem.normalises())
-    return with_kernel_of(norm_kernels(problem.arithmetic, problem.cell->norm, problem.cell->tensorflow), backward,
-                          body);
+    return with_kernel_of(norm_kernels(problem.arithmetic, problem.cell->norm, problem.cell->tensorflow), strategy,
+                          backward, body);
   if (!problem.cell) return with_kernel_of(kernels(problem.arithmetic, batch_tiles), strategy, backward, body);
   return with_kernel_of(cell_kernels(problem.arithmetic, problem.cell->tensorflow), strategy, backward, body);
 }
 template <class Body>
 auto with_kernel(const Plan& plan, const Body& body) {
-  if (plan.norm_kernels) return with_kernel_of(*plan.norm_kernels, plan.backward, body);
+  if (plan.norm_kernels) return with_kernel_of(*plan.norm_kernels, plan.strategy, plan.backward, body);
   if (plan.kernels) return with_kernel_of(*plan.kernels, plan.strategy, plan.backward, body);
   return with_kernel_of(*plan.cell_kernels, plan.strategy, plan.backward, body);
 }
@@ -120,7 +122,7 @@ int resident_blocks(const Problem& of, Strategy strategy, int tiles, int device,
   const auto count = [&](const auto& kernel) {
     return (cluster > 1 ? 1 : of.device.sms) * resident(kernel, device, shared_bytes, cluster);
   };
-  if (!of.normalises()) return with_kernel(of, strategy, tiles, count);
+  if (!of.normalises() || strategy != Strategy::kStep) return with_kernel(of, strategy, tiles, count);
   const CellTraits& cell = *of.cell;
   const NormKernelSet& kernels = norm_kernels(of.arithmetic, cell.norm, cell.tensorflow);
   const int of_sums = count(kernels.sums[of.backward != cell.tensorflow]);
@@ -131,7 +133,7 @@ int resident_blocks(const Problem& of, Strategy strategy, int tiles, int device,
 // What the device must know of each kernel of a plan before its first launch.
 void prepare_kernels(const Plan& plan) {
   with_kernel(plan, [](const auto& kernel) { prepare(kernel); });
-  if (!plan.norm_kernels) return;
+  if (!plan.norm_kernels || plan.strategy != Strategy::kStep) return;
   for (const auto& kernel : plan.norm_kernels->sums) prepare(kernel);
   with_kernel_of(*plan.cell_kernels, plan.strategy, plan.backward, [](const auto& kernel) { prepare(kernel); });
 }
@@ -152,7 +154,7 @@ Plan plan_on(const SequenceShape& shape, int directions, bool backward, const La
       return check.verdict == Verdict::kWrong ? kernel.name + (": " + check.why) : std::string();
     };
     const std::string own = with_kernel(problem, strategy, batch_tiles, wrong);
-    if (!own.empty() || !problem.normalises()) return own;
+    if (!own.empty() || !problem.normalises() || strategy != Strategy::kStep) return own;
     // Its steps have kernels of other cells besides.
     return with_kernel_of(cell_kernels(arithmetic, problem.cell->tensorflow), strategy, backward, wrong);
   };
@@ -246,18 +248,20 @@ KernelCell kernel_cell(const LayerCell& layer, void* h_state) {
 
 // ---- Launches
 
-// `with` makes the params of a kernel from those of the plain LSTM.
+// All T in one launch. `with` makes the params of a kernel from those of the plain LSTM.
+template <class Set, class With>
+void forward_in_one(const Set& kernels, const LayerForward& layer, const void* const (&xw)[2], const Plan& plan,
+                    void* workspace, void* stream, const With& with) {
+  const auto& kernel = kernels.sequence_forward[static_cast<int>(plan.layout.exchange)];
+  const bool tensorflow = layer.cell && layer.cell->options.tensorflow;
+  const Layout layout = layout_of(plan, layer.direction[0].weights, tensorflow, kernel.name, workspace, stream);
+  launch(kernel, plan.config[0], with(SequenceForward{layer, {xw[0], xw[1]}, layout}), stream);
+}
+
 template <class Set, class With>
 void forward_by(const Set& kernels, const LayerForward& layer, const void* const (&xw)[2], const Plan& plan,
                 void* workspace, void* stream, const With& with) {
-  const LayerWeights& weights = layer.direction[0].weights;
-  const bool tensorflow = layer.cell && layer.cell->options.tensorflow;
-  if (plan.strategy != Strategy::kStep) {
-    const auto& kernel = kernels.sequence_forward[static_cast<int>(plan.layout.exchange)];
-    const Layout layout = layout_of(plan, weights, tensorflow, kernel.name, workspace, stream);
-    launch(kernel, plan.config[0], with(SequenceForward{layer, {xw[0], xw[1]}, layout}), stream);
-    return;
-  }
+  if (plan.strategy != Strategy::kStep) return forward_in_one(kernels, layer, xw, plan, workspace, stream, with);
   // The parts of a step follow each other in stream order, and wait for each other.
   void* hidden = layer.shape.projected ? static_cast<char*>(workspace) + plan.hidden_offset : nullptr;
   StepLaunches launches(stream);
@@ -271,17 +275,19 @@ void forward_by(const Set& kernels, const LayerForward& layer, const void* const
 }
 
 template <class Set, class With>
+void backward_in_one(const Set& kernels, const BackwardPass& pass, const Plan& plan, void* workspace, void* stream,
+                     const With& with) {
+  const auto& kernel = kernels.sequence_backward[static_cast<int>(plan.layout.exchange)];
+  const bool tensorflow = pass.layer.cell && pass.layer.cell->options.tensorflow;
+  const Layout layout = layout_of(plan, pass.layer.direction[0].weights, tensorflow, kernel.name, workspace, stream);
+  launch(kernel, plan.config[0], with(SequenceBackward{pass, layout}), stream);
+}
+
+template <class Set, class With>
 void backward_by(const Set& kernels, const BackwardPass& pass, const Plan& plan, void* workspace, void* stream,
                  const With& with) {
+  if (plan.strategy != Strategy::kStep) return backward_in_one(kernels, pass, plan, workspace, stream, with);
   const LayerBackward& layer = pass.layer;
-  const LayerWeights& weights = layer.direction[0].weights;
-  const bool tensorflow = layer.cell && layer.cell->options.tensorflow;
-  if (plan.strategy != Strategy::kStep) {
-    const auto& kernel = kernels.sequence_backward[static_cast<int>(plan.layout.exchange)];
-    const Layout layout = layout_of(plan, weights, tensorflow, kernel.name, workspace, stream);
-    launch(kernel, plan.config[0], with(SequenceBackward{pass, layout}), stream);
-    return;
-  }
   StepLaunches launches(stream);
   const auto take_part = [&](int64_t s, int n) {
     launches.launch(kernels.step_backward, plan.config[n], with(StepBackward{pass, s, plan.part[n], workspace}));
@@ -338,10 +344,14 @@ void layer_forward(const LayerForward& layer, const void* const (&xw)[2], const 
   if (!layer.cell) return forward_by(*plan.kernels, layer, xw, plan, workspace, stream, as_they_are);
   const KernelCell cell = kernel_cell(*layer.cell, h_state_of(plan, workspace));
   if (plan.norm_kernels) {
+    const KernelNorm norm = kernel_norm(*layer.cell, plan);
+    if (plan.strategy != Strategy::kStep)
+      return forward_in_one(*plan.norm_kernels, layer, xw, plan, workspace, stream,
+                            [&](const SequenceForward& params) { return NormSequenceForward{{params, cell}, norm}; });
     const auto at = [&](int64_t offset) { return static_cast<char*>(workspace) + offset; };
     void* const hidden = layer.shape.projected ? at(plan.hidden_offset) : nullptr;
     const StepForward step{layer, {xw[0], xw[1]}, 0, {}, workspace, hidden};
-    return norm_layer_forward({{step, cell}, kernel_norm(*layer.cell, plan), at(plan.rows_offset)}, plan, stream);
+    return norm_layer_forward({{step, cell}, norm, at(plan.rows_offset)}, plan, stream);
   }
   forward_by(*plan.cell_kernels, layer, xw, plan, workspace, stream,
              [&](const auto& params) { return WithCell<std::decay_t<decltype(params)>>{params, cell}; });
@@ -356,11 +366,15 @@ void layer_backward(const BackwardPass& pass, const BackwardCellArrays& arrays, 
   KernelCell cell = kernel_cell(*layer_cell, h_state_of(plan, workspace));
   for (int n = 0; n < 2; ++n) cell.direction[n].outputs = arrays.cells[n];
   if (plan.norm_kernels) {
+    const KernelNorm norm = kernel_norm(*layer_cell, plan);
+    const auto& [first, second] = arrays.normed;
+    if (plan.strategy != Strategy::kStep)
+      return backward_in_one(*plan.norm_kernels, pass, plan, workspace, stream, [&](const SequenceBackward& params) {
+        return NormSequenceBackward{{params, cell}, norm, arrays.scales_map, {first, second}};
+      });
     const StepBackward step{pass, 0, {}, workspace};
     void* const rows = static_cast<char*>(workspace) + plan.rows_offset;
-    const auto& [first, second] = arrays.normed;
-    return norm_layer_backward({{step, cell}, kernel_norm(*layer_cell, plan), rows, arrays.scales_map, {first, second}},
-                               plan, stream);
+    return norm_layer_backward({{step, cell}, norm, rows, arrays.scales_map, {first, second}}, plan, stream);
   }
   backward_by(*plan.cell_kernels, pass, plan, workspace, stream,
               [&](const auto& params) { return WithCell<std::decay_t<decltype(params)>>{params, cell}; });

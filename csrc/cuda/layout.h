@@ -47,6 +47,14 @@ constexpr int64_t row_memory_bytes(int64_t units, int threads, int sum_bytes) {
   return units > threads ? 4 * units * sum_bytes : 0;
 }
 
+// Rows of float or double that a backward pass copies for a step of a sequence: c, d_cells, and of such a cell in a
+// launch for all T what was normalised of the four gates.
+inline constexpr int kCellRows = 2, kNormCellRows = 6;
+
+// Of such cells in a launch for all T: what ranks tell each other of a row at a time; the weights of a unit, and what
+// is known of one backward.
+inline constexpr int kRowNumbers = 8, kNormUnitNumbers = 12, kNormKnownNumbers = 8;
+
 // Division by a number that the planner knows, as a multiplication: of n, where n times the number is at most 2^32.
 struct Divisor {
   int value = 1;
@@ -176,26 +184,31 @@ struct Layout {
   int team_batch;    // sequences at a time, up to kBatchTiles * kBatchColumns of the kernel
   int num_products;  // 2 with a projection
   ProductLayout product[2];
-  Divisor units;                    // a rank's hidden units in those that one thread takes together
-  int partial_offset;               // sums of the warps of one product: [split, sequences, its partial_stride]
-  int bias_offset;                  // forward: [units], 4 gates each
-  int inputs_offset, inputs_bytes;  // of one buffer: for each sequence the rows of 4 gates, backward of c, d_cells, dy
-  int gate_row, cell_row, h_row;    // bytes of these rows
+  Divisor units;                      // a rank's hidden units in those that one thread takes together
+  int partial_offset;                 // sums of the warps of one product: [split, sequences, its partial_stride]
+  int bias_offset;                    // forward: [units], 4 gates each
+  int inputs_offset, inputs_bytes;    // of one buffer: for each sequence the rows of 4 gates, backward of c, d_cells,
+                                      // where they are normalised 4 of their sums, and dy
+  int gate_row, cell_row, h_row;      // bytes of these rows
   Divisor input_pieces, gate_pieces;  // 16 bytes each, of all rows of a sequence, and of one of a gate
   int state_offset;                   // c, or its gradient: [sequences, units]
-  int cells_offset;                   // backward: c of this step [sequences, units]
+  int cells_offset;                   // backward, or of a cell that normalises: c of this step [sequences, units]
   int moments_offset;                 // [kMoments, team_batch]
   int rows_offset;                    // where each of these steps stores [kMoments, team_batch]
-  int barriers_offset;                // kCluster: [products, 2]
+  int barriers_offset;                // kCluster: [products and one more, 2]
   int shared_bytes;
   int log_rows;  // kGrid forward: rows of a k tile in the exchange memory
   char* mail;    // kGrid: zero at the launch; [direction, team, exchange_bytes]; filled in at the launch
   int64_t exchange_bytes;
-  Timeout* timeout;      // filled in at the launch
-  const char* kernel;    // its name, of the host
-  int peephole_offset;   // of cells with options: [units], 4 numbers each
-  int h_state_offset;    // and what is kept of h, or of its gradient, from step to step: [sequences, units of h]
-  int draw_keys_offset;  // and of random numbers [kMomentSteps, team_batch], where it draws some
+  Timeout* timeout;         // filled in at the launch
+  const char* kernel;       // its name, of the host
+  int peephole_offset;      // of cells with options: [units], 4 numbers each
+  int h_state_offset;       // and what is kept of h, or of its gradient, from step to step: [sequences, units of h]
+  int draw_keys_offset;     // and of random numbers [kMomentSteps, team_batch], where it draws some
+  int norm_offset;          // of cells that normalise: [units], kNormUnitNumbers each
+  int norm_known_offset;    // backward [sequences, units], kNormKnownNumbers each
+  int row_inbox_offset;     // kCluster: what ranks have sent of rows [2, ranks, team_batch, kRowNumbers]
+  int64_t row_mail_offset;  // kGrid: the same, in a team's exchange memory
 
   constexpr const ProductLayout& operator[](Product which) const { return product[number_of(which)]; }
 };

@@ -12,35 +12,25 @@
 // been centred.
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
+#include "normed.cuh"
 #include "step.cuh"
 
 namespace lstm_ext::cuda {
 
-// What is normalised is (value - mean) * scale.
-template <class Sum>
-struct Moments {
-  Sum mean, scale;
-
-  __device__ __forceinline__ Sum normalised(Sum value) const { return (value - mean) * scale; }
-};
-
 // The row of a sequence in one direction: what both passes know of it. kOne: no thread has more than one unit.
 template <class Tile, bool kOne>
-class NormRow {
+class NormRow : public Normed<Tile> {
+  using Base = Normed<Tile>;
+
  public:
-  using Number = typename Tile::Number;
-  using Sum = typename Tile::Sum;
-  using Four = Units<Sum, 4>;  // of the gates i f g o
+  using typename Base::Number, typename Base::Sum, typename Base::Four;
 
   __device__ __forceinline__ NormRow(const KernelNorm& norm, bool tensorflow, const SequenceShape& shape, void* rows,
                                      int d, int64_t b)
-      : norm_(norm),
-        d_(d),
+      : Base(norm, d, shape.H),
         b_(b),
-        H_(shape.H),
         row_(static_cast<Sum*>(rows) + (d * shape.B + b) * 4 * shape.H),
         tensorflow_(tensorflow),
         memory_(norm.in_shared ? reinterpret_cast<Sum*>(dynamic_shared() + row_sums_bytes(sizeof(Sum))) : row_) {}
@@ -48,7 +38,7 @@ class NormRow {
  protected:
   static constexpr bool kKeepsWeights = kOne && sizeof(Sum) == 4;  // of doubles they take more registers than there are
 
-  __device__ __forceinline__ bool by_rows() const { return norm_.kind == Norm::kRows; }
+  using Base::H_;
 
   template <class Body>
   __device__ __forceinline__ void for_units(const Body& body) const {
@@ -95,29 +85,19 @@ class NormRow {
     return total_of_threads(sums);
   }
 
-  // Over what is normalised together, all four gates or each by itself.
-  __device__ __forceinline__ Four means(const Four& totals) const {
-    const auto [i, f, g, o] = totals.at;
-    const Sum H = static_cast<Sum>(H_), all = (i + f + g + o) / (4 * H);
-    return by_rows() ? Four{all, all, all, all} : Four{i / H, f / H, g / H, o / H};
-  }
-
   // Of the four numbers that units remember, as the gates' sums.
-  struct GateMoments {
-    Moments<Sum> at[4];
-  };
-  __device__ __forceinline__ GateMoments moments_of_gates() {
-    const Four mean = means(total<4>([](int64_t, const Four& sums) { return sums; }));
-    const Four variance = means(total<4>([&](int64_t, const Four& sums) {
-      Four squares;
+  __device__ __forceinline__ Units<Moments<Sum>, 4> moments_of_gates() {
+    const Sum part = 1 / static_cast<Sum>(H_);
+    const Four mean = this->means(total<4>([](int64_t, const Four& sums) { return sums; }), part);
+    const Four variance = this->means(total<4>([&](int64_t, const Four& sums) {
+                                        Four squares;
 #pragma unroll
-      for (int n = 0; n < 4; ++n) squares.at[n] = (sums.at[n] - mean.at[n]) * (sums.at[n] - mean.at[n]);
-      return squares;
-    }));
-    GateMoments moments;
-#pragma unroll
-    for (int n = 0; n < 4; ++n) moments.at[n] = {mean.at[n], scale_of(variance.at[n])};
-    return moments;
+                                        for (int n = 0; n < 4; ++n)
+                                          squares.at[n] = (sums.at[n] - mean.at[n]) * (sums.at[n] - mean.at[n]);
+                                        return squares;
+                                      }),
+                                      part);
+    return this->moments(mean, variance);
   }
 
   // Of one of these numbers.
@@ -130,7 +110,7 @@ class NormRow {
                            return Units<Sum, 1>{{centred * centred}};
                          }).at[0] /
                          H;
-    return {mean, scale_of(variance)};
+    return this->moments(mean, variance);
   }
 
   // Where gate n of a unit stands in the order of the weights.
@@ -141,40 +121,10 @@ class NormRow {
     return {row[place(0, u)], row[place(1, u)], row[place(2, u)], row[place(3, u)]};
   }
 
-  // What scales and shifts a unit: gamma of the sums of h, or of whole ones, and c as the output sees it.
-  struct Scales {
-    Four gamma;
-    Sum gamma_h, beta_h;
-
-    __device__ __forceinline__ Sum seen(Sum normed_c) const { return gamma_h * normed_c + beta_h; }
-  };
-  __device__ __forceinline__ Scales scales(int64_t u) const {
-    const auto& from = norm_.direction[d_];
-    const int64_t gamma = (by_rows() ? from.gamma.row_stride : 0) + u;
-    const void* data = from.gamma.data;
-    return {{weight(data, gamma), weight(data, gamma + H_), weight(data, gamma + 2 * H_), weight(data, gamma + 3 * H_)},
-            weight(from.gamma_h, u),
-            weight(from.beta_h, u)};
-  }
-  __device__ __forceinline__ Four beta(int64_t u) const {
-    const void* data = norm_.direction[d_].beta;
-    return {weight(data, u), weight(data, u + H_), weight(data, u + 2 * H_), weight(data, u + 3 * H_)};
-  }
-
-  const KernelNorm& norm_;
-  const int d_;
-  const int64_t b_, H_;
+  const int64_t b_;
   Sum* const row_;  // [4H]
 
  private:
-  static __device__ __forceinline__ Sum weight(const void* from, int64_t at) {
-    return widen(static_cast<const Number*>(from)[at]);
-  }
-
-  __device__ __forceinline__ Sum scale_of(Sum variance) const {
-    return 1 / std::sqrt(variance + static_cast<Sum>(norm_.epsilon));
-  }
-
   __device__ __forceinline__ Four remembered(int64_t u) const {
     if constexpr (kOne) {
       return unit_;
@@ -210,14 +160,6 @@ class NormRow {
     }
     return total_of_lanes<32 / N>(sums.at[0]);
   }
-  // Over groups of so many adjacent lanes.
-  template <int kLanes>
-  static __device__ __forceinline__ Sum total_of_lanes(Sum sum) {
-#pragma unroll
-    for (int apart = kLanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
-    return sum;
-  }
-
   // The same for all threads, in the same order. Two buffers take turns: who is still reading one is not in the way.
   template <int N>
   __device__ __forceinline__ Units<Sum, N> total_of_threads(const Units<Sum, N>& sums) {

@@ -46,8 +46,9 @@ class NormBackwardRow : NormRow<Tile, kOne> {
     const Units<Sum, 2> of_seen = this->template total<2>([&](int64_t u, Four& unit) { return see(u, of_c, unit); });
     const auto of_gates =
         this->template total<8>([&](int64_t u, const Four& unit) { return differentiate(u, of_c, of_seen, unit); });
-    const Four d = this->means({of_gates.at[0], of_gates.at[1], of_gates.at[2], of_gates.at[3]});
-    const Four along = this->means({of_gates.at[4], of_gates.at[5], of_gates.at[6], of_gates.at[7]});
+    const Sum part = 1 / static_cast<Sum>(H_);
+    const Four d = this->means({of_gates.at[0], of_gates.at[1], of_gates.at[2], of_gates.at[3]}, part);
+    const Four along = this->means({of_gates.at[4], of_gates.at[5], of_gates.at[6], of_gates.at[7]}, part);
     this->for_units([&](int64_t u) { finish(u, d, along); });
   }
 

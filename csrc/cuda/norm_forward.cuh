@@ -45,8 +45,7 @@ class NormForwardRow : NormRow<Tile, kOne> {
     GateValues<Sum> bias, peephole;
   };
   __device__ __forceinline__ Weights load_weights(int64_t u) const {
-    return {this->scales(u), by_rows() ? Four{} : this->beta(u), cell_bias_of<Tile>(to_.weights, H_, u),
-            step_.peephole(u)};
+    return {this->scales(u), this->beta(u), cell_bias_of<Tile>(to_.weights, H_, u), step_.peephole(u)};
   }
   struct Read {
     GateValues<Sum> inputs;  // what x brings to the sums, without the biases
@@ -83,7 +82,7 @@ class NormForwardRow : NormRow<Tile, kOne> {
   }
 
   // The gates, from their sums, and what they make of c: that and o the unit remembers.
-  __device__ __forceinline__ void open_gates(int64_t u, const typename Base::GateMoments& moments, Four& unit) const {
+  __device__ __forceinline__ void open_gates(int64_t u, const Units<Moments<Sum>, 4>& moments, Four& unit) const {
     const Weights weights = this->weights(u);
     Four pre;
 #pragma unroll
@@ -97,7 +96,10 @@ class NormForwardRow : NormRow<Tile, kOne> {
     }
     const Place at = place_of<Tile>(params_, moment_, d_, b_, u);
     const CellState<Sum> made =
-        step_.made_by_gates(at, weights.peephole, {pre.at[0], pre.at[1], pre.at[2], pre.at[3]}, read(u).c);
+        step_
+            .template made_by_gates<1>(at, {{weights.peephole}}, {{{pre.at[0], pre.at[1], pre.at[2], pre.at[3]}}},
+                                       {{read(u).c}})
+            .at[0];
     store_gates(u, made.gates);
     unit = {made.c, made.gates.o, 0, 0};
   }

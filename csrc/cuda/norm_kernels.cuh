@@ -15,11 +15,22 @@ NormKernelSet norm_kernel_set(const char* arithmetic_name, Norm norm, bool tenso
   const auto name = [&](const char* kernel, const char* of = "") {
     return kernel_name(kernel, arithmetic_name, kTiles * kBatchColumns, *of ? of : rest.c_str());
   };
-  return {{{name("step_sums", ", rows"), step_sums<Tile, kTiles, false>},
-           {name("step_sums", ", columns"), step_sums<Tile, kTiles, true>}},
-          {name("norm_forward"), norm_forward<Tile>},
-          {name("norm_backward"), norm_backward<Tile>},
-          {name("norm_h_before"), norm_h_before<Tile>}};
+  NormKernelSet set{{},
+                    {},
+                    {{name("step_sums", ", rows"), step_sums<Tile, kTiles, false>},
+                     {name("step_sums", ", columns"), step_sums<Tile, kTiles, true>}},
+                    {name("norm_forward"), norm_forward<Tile>},
+                    {name("norm_backward"), norm_backward<Tile>},
+                    {name("norm_h_before"), norm_h_before<Tile>}};
+  constexpr const char* kExchanges[] = {", block", ", cluster", ", grid"};
+  for (int n = 0; n < 3; ++n) {
+    const auto of_all = [&](const char* kernel) {
+      return kernel_name(kernel, arithmetic_name, kBatchColumns, (rest + kExchanges[n]).c_str());
+    };
+    set.sequence_forward[n] = {of_all("norm_sequence_forward"), norm_sequence_forward<Tile, 1>};
+    set.sequence_backward[n] = {of_all("norm_sequence_backward"), norm_sequence_backward<Tile, 1>};
+  }
+  return set;
 }
 
 template <Arithmetic arithmetic, class Tile>

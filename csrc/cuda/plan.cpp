@@ -161,10 +161,6 @@ Plan make_plan(const Problem& asked, const Forced& forced) {
   bool by_refusal = false;
   for (const Strategy one : {Strategy::kBlock, Strategy::kCluster, Strategy::kGrid, Strategy::kStep}) {
     if (!wanted(one)) continue;
-    if (problem.normalises() && one != Strategy::kStep) {
-      refused.emplace_back(one, "only step has kernels that normalise layers");
-      continue;
-    }
     Found found = one == Strategy::kStep ? find_step_plan(problem, forced) : find_sequence_plan(problem, forced, one);
     if (found.plan) {
       possible.emplace_back(std::move(*found.plan), found.time);

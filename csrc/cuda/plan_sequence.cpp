@@ -14,6 +14,11 @@ constexpr double kClusterClocks = 890, kClusterBytesPerClock = 32, kGridClocks =
 constexpr double kMailBytesPerClock = 3500, kMailBytesPerClockBackward = 630;  // of all blocks together
 constexpr double kLoadClocksPerNumber = 0.6;
 
+// Of a cell that normalises, in each of so many exchanges of a step: sums over the part of a row that a block has, and
+// over what all have, of which a lane has every 32nd rank; and again the items. Counted by hand.
+constexpr int kRowExchanges = 2, kRowExchangesBackward = 3;
+constexpr double kRowClocks = 450, kJoinClocks = 350, kMoreRanksClocks = 100;
+
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
 
 constexpr int kMostClusterBlocks = 16;  // where the device allows more than the portable 8
@@ -80,7 +85,7 @@ class Planner {
 
   // Microseconds of one step of one team_batch.
   double step_time(const Layout& layout) const {
-    double clocks = cell_step_clocks(problem_);
+    double clocks = cell_step_clocks(problem_) + (problem_.normalises() ? rows_clocks(layout) : 0);
     for (int n = 0; n < layout.num_products; ++n) clocks += product_clocks(layout, layout.product[n]);
     return microseconds(clocks);
   }
@@ -166,16 +171,17 @@ class Planner {
     layout.cell_row = as_int(backward ? round_up(units * sum_bytes, 16) : 0);
     layout.h_row = as_int(
         backward ? round_up(int64_t{layout.product[0].rows.items.value} * item_units() * number_bytes + 4, 16) : 0);
-    const int sequence = 4 * layout.gate_row + 2 * layout.cell_row + layout.h_row;
+    const int cell_rows = problem_.normalises() ? kNormCellRows : kCellRows;
+    const int sequence = 4 * layout.gate_row + cell_rows * layout.cell_row + layout.h_row;
     layout.inputs_bytes = as_int(batch * sequence);
     layout.gate_pieces = Divisor(layout.gate_row / 16);
     layout.input_pieces = Divisor(sequence / 16);
     layout.inputs_offset = memory.take(int64_t{3} * layout.inputs_bytes);  // as sequence.cuh takes turns
     layout.state_offset = memory.take(batch * units * sum_bytes);
-    layout.cells_offset = memory.take(backward ? batch * units * sum_bytes : 0);
+    layout.cells_offset = memory.take(backward || problem_.normalises() ? batch * units * sum_bytes : 0);
     layout.moments_offset = memory.take(kMoments * batch * static_cast<int64_t>(sizeof(Moment)));
     layout.rows_offset = memory.take(int64_t{kMoments} * batch * kRowsBytes);
-    layout.barriers_offset = memory.take(4 * sizeof(uint64_t));
+    layout.barriers_offset = memory.take(6 * sizeof(uint64_t));
     if (problem_.cell) {
       const Share& h = backward ? layout.product[0].rows : layout.product[0].columns;
       layout.draw_keys_offset =
@@ -183,6 +189,14 @@ class Planner {
       layout.peephole_offset = memory.take(units * 4 * sum_bytes);
       layout.h_state_offset =
           memory.take(problem_.cell->keeps_h ? batch * h.items.value * item_units() * sum_bytes : 0);
+    }
+    if (problem_.normalises()) {
+      layout.norm_offset = memory.take(units * kNormUnitNumbers * sum_bytes);
+      layout.norm_known_offset = memory.take(backward ? batch * units * kNormKnownNumbers * sum_bytes : 0);
+      const int64_t rows = 2 * layout.ranks * batch * kRowNumbers * sum_bytes;
+      layout.row_inbox_offset = memory.take(cluster ? rows : 0);
+      layout.row_mail_offset = layout.exchange_bytes;
+      if (candidate.exchange == Exchange::kGrid) layout.exchange_bytes += rows;
     }
     layout.shared_bytes = as_int(memory.used);
   }
@@ -195,6 +209,19 @@ class Planner {
       return 2 * (int64_t{product.k_tiles} << layout.log_rows) * row_bytes;
     }
     return int64_t{layout.ranks} * layout.ranks * layout.team_batch * product.rows.width * sizes_.sum_bytes;
+  }
+
+  // Of a cell that normalises: what ranks tell each other of their rows.
+  double rows_clocks(const Layout& layout) const {
+    const double items = std::ceil(layout.units.value / 32.0);  // a warp has a row
+    double clocks = kRowClocks + items * (kItemClocks + kCellClocks);
+    if (layout.exchange != Exchange::kBlock) {
+      const double bytes = double(layout.team_batch) * layout.ranks * kRowNumbers * sizes_.sum_bytes;
+      clocks += layout.exchange == Exchange::kGrid ? kGridClocks + bytes / kL2BytesPerClockOfSm
+                                                   : kClusterClocks + bytes / kClusterBytesPerClock;
+      clocks += kJoinClocks + (layout.ranks - 1) / 32 * kMoreRanksClocks;
+    }
+    return clocks * (problem_.backward ? kRowExchangesBackward : kRowExchanges);
   }
 
   // Of one product of a step with what comes before and after it: an exchange, and the pointwise part.

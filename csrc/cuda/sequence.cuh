@@ -64,6 +64,7 @@ class SequenceBlock {
 
  public:
   using Sum = typename Tile::Sum;
+  using TeamOf = Team;
   static constexpr int kItem = Team::kItem;
   // Registers hold the recurrent weights; what a projection has comes from shared memory in each step.
   using RecurrentWeights = OnChipWeights<Tile, kBatchTiles, Tile::kRegisterSteps>;
@@ -127,6 +128,16 @@ class SequenceBlock {
                    [&](int, int n, int j, int64_t unit, int valid) { body(n, j, unit, valid); });
   }
 
+  // For those items of sequence n that this lane has where a warp has all of them.
+  template <class Body>
+  __device__ __forceinline__ void for_items_of(int n, const Share& share, const Body& body) const {
+#pragma unroll 1
+    for (int at = static_cast<int>(threadIdx.x) % 32; at < share.items.value; at += 32) {
+      const int j = at * kItem, unit = team_.rank() * share.width + j;
+      body(n * share.items.value + at, j, int64_t{unit}, share.limit - unit);
+    }
+  }
+
   // Of this batch: how many sequences, and which of the layer's is its number n.
   __device__ int count() const { return count_; }
   __device__ int64_t sequence(int n) const { return first_ + n; }
@@ -171,10 +182,10 @@ class SequenceBlock {
     __syncthreads();  // they are there
   }
 
-  // The rows that a step reads of a sequence: four of gates, and after them c, d_cells and dy. owner.row(n, row) is the
-  // first piece of one, without bytes where there is none; owner.row_stride(row) are the bytes from one start to the
-  // next, and owner.of_step_before(row) tells whether it is that of the step before. To be called before the first
-  // copies of a batch.
+  // The rows that a step reads of a sequence: four of gates, and after them Owner::kSumRows of sums and dy.
+  // owner.row(n, row) is the first piece of one, without bytes where there is none; owner.row_stride(row) are the bytes
+  // from one start to the next, and owner.of_step_before(row) tells whether it is that of the step before. To be called
+  // before the first copies of a batch.
   template <class Owner>
   __device__ __forceinline__ void find_copies(const Owner& owner) {
     first_piece_ = piece_of(owner, first_copied());
@@ -200,7 +211,8 @@ class SequenceBlock {
     return copies_of(s) + n * layout_.input_pieces.value * 16 + place;
   }
 
-  // c between the steps, or its gradient, from unit j on of sequence n; and backward c of the step itself.
+  // c between the steps, or its gradient, from unit j on of sequence n; and backward c of the step itself, forward of
+  // cells that normalise as its gates have made it.
   __device__ Units<Sum, kItem>& state(int n, int j) const { return units_at(layout_.state_offset, n, j); }
   __device__ Units<Sum, kItem>& cells(int n, int j) const { return units_at(layout_.cells_offset, n, j); }
 
@@ -217,6 +229,19 @@ class SequenceBlock {
 #pragma unroll
     for (int i = 0; i < kItem; ++i) of_item.at[i] = peephole(j + i);
     return of_item;
+  }
+
+  // Of cells that normalise: by what unit j is scaled and shifted; and backward, what is known of it in sequence n.
+  template <class Unit>
+  __device__ Unit& norm_unit(int j) const {
+    constexpr int kBytes = kNormUnitNumbers * int{sizeof(Sum)};
+    static_assert(sizeof(Unit) <= kBytes);
+    return *reinterpret_cast<Unit*>(team_.shared() + layout_.norm_offset + j * kBytes);
+  }
+  template <class Known>
+  __device__ Known& norm_known(int n, int j) const {
+    static_assert(sizeof(Known) == kNormKnownNumbers * sizeof(Sum));
+    return reinterpret_cast<Known*>(team_.shared() + layout_.norm_known_offset)[n * layout_.units.value * kItem + j];
   }
 
   __device__ Team& team() { return team_; }
@@ -261,7 +286,7 @@ class SequenceBlock {
     if (kDirection < 0 && row >= 4) {
       const int pieces = layout_.cell_row / 16;
       piece = at - 4 * layout_.gate_pieces.value, row = 4;
-      while (row < 6 && piece >= pieces) piece -= pieces, ++row;
+      while (row < 4 + Owner::kSumRows && piece >= pieces) piece -= pieces, ++row;
     }
     RowPiece found = owner.row(n, row);
     if (found.bytes <= 0) return {};

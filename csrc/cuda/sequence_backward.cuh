@@ -4,16 +4,22 @@
 //   dh      = dy + W_hh' d_gates of the step after          (with a projection W_hr' of that is the hidden units')
 //   d_gates = dh, through the pointwise part (gate_math.h)  which needs the gates and c of the forward pass
 //
+// Of a cell that normalises, between dh and the product:
+//
+//   c | its moments, of all ranks | dc, and dh through o | two sums of the row | d_gates | two sums for each gate |
+//   those of the sums
+//
 // The walk goes from the last step to the first. A rank multiplies the d_gates of its own units, and sends each rank
 // its part of dh: one number for each unit, where to gather the d_gates would take four.
 #pragma once
 
 #include "cell.cuh"
+#include "normed.cuh"
 #include "sequence.cuh"
 
 namespace lstm_ext::cuda {
 
-// `Params` is SequenceBackward, or WithCell of it.
+// `Params` is SequenceBackward, WithCell of it, or NormSequenceBackward.
 template <class Tile, int kBatchTiles, Exchange kExchange, class Params>
 class BackwardWalk {
   using Number = typename Tile::Number;
@@ -24,6 +30,7 @@ class BackwardWalk {
   using Sums = Units<Sum, kItem>;
   using Cells = Units<BackwardCell<Sum>, kItem>;
   static constexpr bool kOptions = !std::is_same_v<Params, SequenceBackward>;
+  static constexpr bool kNorm = std::is_same_v<Params, NormSequenceBackward>;
 
  public:
   __device__ explicit BackwardWalk(const Params& params)
@@ -37,6 +44,7 @@ class BackwardWalk {
       for (int j = threadIdx.x; j < hidden().width; j += kThreads) {
         const int64_t unit = first(hidden()) + j;
         block_.peephole(j) = unit < hidden().limit ? cell().peephole(unit) : GateValues<Sum>{};
+        if constexpr (kNorm) norm_unit(j) = unit < hidden().limit ? normed().unit(unit) : NormUnit{};
       }
     }
   }
@@ -68,9 +76,12 @@ class BackwardWalk {
       }
       const Given given = given_to_first(s);  // while what others send is on its way, as are these copies
       block_.copy_inputs(*this, s - 1);
+      if constexpr (kNorm) find_c(s);
       if (s < last) block_.team().receive(Product::kRecurrent, block_.count());
       if (block_.projected()) {
         take_projected_step(s, made);
+      } else if constexpr (kNorm) {
+        take_normed_step(s, made);
       } else if (block_.has_turn(s)) {
         take_step(s, given, made);
       } else {
@@ -109,7 +120,8 @@ class BackwardWalk {
 
   // ---- What a step reads --------------------------------------------------------------------------------------------
 
-  static constexpr int kCells = 4, kCellGrads = 5, kOutputGrads = 6;
+  static constexpr int kCells = 4, kCellGrads = 5, kNormedGates = 6, kSumRows = kNorm ? kNormCellRows : kCellRows,
+                       kOutputGrads = 4 + kSumRows;
 
   friend Block;
   __device__ __forceinline__ Rows rows_of(const Moment& moment, int64_t b) const {
@@ -126,12 +138,17 @@ class BackwardWalk {
     if (row == kCells) return from(cell_row(from_.cells, layer.cells_map, n), there(hidden()));
     if (row == kCellGrads && from_.d_cells) return from(cell_row(from_.d_cells, layer.d_cells_map, n), there(hidden()));
     if (row == kOutputGrads && from_.dy) return from(dy_row(0, n), there(h()));
+    if constexpr (kNorm) {
+      if (row != kOutputGrads && row >= kNormedGates)
+        return from(normed_row(0, n, row - kNormedGates), there(hidden()));
+    }
     return {};
   }
   __device__ __forceinline__ int64_t row_stride(int row) const {
     const LayerBackward& layer = pass_.layer;
     if (row < kCells) return layer.gates_map.start_stride() * int64_t{sizeof(Number)};
     if (row == kOutputGrads) return layer.dy_map.start_stride() * int64_t{sizeof(Number)};
+    if (kNorm && row >= kNormedGates) return pass_.d_gates_map.start_stride() * int64_t{sizeof(Sum)};
     return (row == kCells ? layer.cells_map : layer.d_cells_map).start_stride() * int64_t{sizeof(Sum)};
   }
   static __device__ __forceinline__ bool of_step_before(int row) { return row == kCells; }
@@ -148,6 +165,8 @@ class BackwardWalk {
 
   using Inputs = Units<BackwardInputs<Sum>, kItem>;
 
+  // kLast: not to be asked for again, so that c of the step before takes the place of c.
+  template <bool kLast = true>
   __device__ __forceinline__ Inputs inputs(int64_t s, const Moment& moment, int n, int j, int64_t unit,
                                            int valid) const {
     Sums gates[4], before{}, d_cells{};
@@ -158,7 +177,7 @@ class BackwardWalk {
     if (from_.d_cells) d_cells = read_sums(block_.copy_of(s, n, kCellGrads), j);
     Sums& kept = block_.cells(n, j);
     const Sums c = kept;
-    kept = before;
+    if constexpr (kLast) kept = before;
     Inputs result;
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
@@ -190,7 +209,7 @@ class BackwardWalk {
   __device__ __forceinline__ Given given_to_first(int64_t s) {
     Given found{};
     const int item = block_.first_item(s);
-    if (!block_.projected() && item < block_.count() * hidden().items.value)
+    if (!kNorm && !block_.projected() && item < block_.count() * hidden().items.value)
       block_.with_item(hidden(), item,
                        [&](int n, int j, int64_t unit, int valid) { found = given(s, n, j, unit, valid); });
     return found;
@@ -231,6 +250,10 @@ class BackwardWalk {
     block_.team().send(Product::kProjection, block_.count());
     block_.team().receive(Product::kProjection, block_.count());
     made.item = -1;
+    if constexpr (kNorm)
+      return take_normed_items(
+          s, [&](const Moment&, int n, int j, int64_t, int) { return block_.team().sum(Product::kProjection, n, j); },
+          made);
     block_.for_items_from(block_.first_item(s), hidden(), [&](int item, int n, int j, int64_t unit, int valid) {
       store(s, made);
       const Moment moment = block_.moment(s, n);
@@ -248,6 +271,7 @@ class BackwardWalk {
       const Moment moment = block_.moment(s, n);
       store_cell_grads<Tile, kOptions>(pass_, blockIdx.y, block_.rows(s, n), moment, s, block_.sequence(n), unit,
                                        made.cells, valid);
+      if constexpr (kNorm) store_normed(s, moment, n, made.item, unit, valid);
       if (!block_.projected()) store_output(s, moment, n, unit, made.d_h, valid);
     });
   }
@@ -354,6 +378,252 @@ class BackwardWalk {
     if (cell().keeps_h()) block_.h_state(h(), n, j) = kept;
   }
 
+  // ---- Of cells that normalise --------------------------------------------------------------------------------------
+
+  // A warp has a sequence, and its lanes the items of it: from c to the gradients of the sums, an item is the same
+  // thread's.
+  static_assert(!kNorm || kBatchTiles * kBatchColumns == kWarps);
+
+  using Four = typename Normed<Tile>::Four;
+  using NormUnit = typename Normed<Tile>::Unit;
+  using Row = TeamRow<Sum, typename Block::TeamOf>;
+
+  // Of a unit in a step. Once its gates have their gradients, `d_h` and `c` are what is stored: h before a projection,
+  // and the gradient of gamma_h.
+  struct alignas(16) Known {
+    Sum d_h, c;       // c as the gates have made it
+    Sum d_seen, out;  // the gradient of c as the output sees it; and that once it is activated
+    Four d_pre;       // of the gates before their activation
+  };
+
+  __device__ __forceinline__ Normed<Tile> normed() const {
+    return {params_.norm, static_cast<int>(blockIdx.y), shape_.H};
+  }
+  __device__ __forceinline__ NormUnit& norm_unit(int j) const { return block_.template norm_unit<NormUnit>(j); }
+  __device__ __forceinline__ Known& known(int n, int j) const { return block_.template norm_known<Known>(n, j); }
+
+  __device__ __forceinline__ Sum* normed_row(int64_t start, int n, int gate) const {
+    return element<Sum>(params_.normed[blockIdx.y].normed, pass_.d_gates_map, start, block_.sequence(n),
+                        gate * shape_.H + first(hidden()));
+  }
+  // Of the units of an item, what was normalised of each gate.
+  __device__ __forceinline__ Units<Four, kItem> normed_gates(int64_t s, int n, int j) const {
+    Sums rows[4];
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) rows[gate] = read_sums(block_.copy_of(s, n, kNormedGates + gate), j);
+    Units<Four, kItem> units;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) {
+      const auto [in, forget, g, out] =
+          cell().in_cells_order({rows[0].at[i], rows[1].at[i], rows[2].at[i], rows[3].at[i]});
+      units.at[i] = {in, forget, g, out};
+    }
+    return units;
+  }
+
+  // c as the gates of step s have made it, which its moments are of: known before what others send of dh.
+  __device__ __forceinline__ void find_c(int64_t s) {
+    const int n = static_cast<int>(threadIdx.x) / 32;
+    if (n >= block_.count()) return;
+    const Moment moment = block_.moment(s, n);
+    Units<Sum, 1> sum{};
+    block_.for_items_of(n, hidden(), [&](int, int j, int64_t unit, int valid) {
+      const Inputs given = inputs<false>(s, moment, n, j, unit, valid);
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        const Sum c = cell().c_clipped(raw_c(given.at[i], cell().g_mask(place(s, n, unit + i))));
+        known(n, j + i).c = c;
+        sum.at[0] += i < valid ? c : 0;
+      }
+    });
+    own_c_ = row(n).own_part(sum, MeanOfUnits(), [&](const Units<Sum, 1>& mean) {
+      Units<Sum, 1> squares{};
+      block_.for_items_of(n, hidden(), [&](int, int j, int64_t, int valid) {
+#pragma unroll
+        for (int i = 0; i < kItem; ++i) {
+          const Sum centred = known(n, j + i).c - mean.at[0];
+          squares.at[0] += i < valid ? centred * centred : 0;
+        }
+      });
+      return squares;
+    });
+  }
+
+  __device__ __forceinline__ Row row(int n) { return {block_.team(), hidden(), n, block_.count()}; }
+  __device__ __forceinline__ Sum raw_c(const BackwardInputs<Sum>& given, Sum mask) const {
+    return cell().c_before_clip(given, mask, !normed().by_rows());
+  }
+
+  __device__ __forceinline__ void take_normed_step(int64_t s, Made& made) {
+    made.item = -1;
+    take_normed_items(
+        s,
+        [&](const Moment& moment, int n, int j, int64_t unit, int valid) {
+          return output(s, moment, n, j, unit, valid, output_grads(s, moment, n, j));
+        },
+        made);
+  }
+
+  // From d_h_of(moment, n, j, unit, valid), the gradients of an item's hidden units.
+  template <class DHOf>
+  __device__ __forceinline__ void take_normed_items(int64_t s, const DHOf& d_h_of, Made& made) {
+    const int n = static_cast<int>(threadIdx.x) / 32;
+    if (n >= block_.count()) return;
+    const Normed<Tile> norm = normed();
+    const Moment moment = block_.moment(s, n);
+    const Four scales = moment.active() ? gate_scales(moment, n) : Four{};
+    Row row = this->row(n);
+    const auto for_items = [&](const auto& of_item) { block_.for_items_of(n, hidden(), of_item); };
+    const auto found = row.statistics(own_c_, MeanOfUnits());
+    const Moments<Sum> of_c = norm.moments(found.mean.at[0], found.variance.at[0]);
+
+    // The gradient of c as the output sees it, and what goes into that of the normalised c.
+    Units<Sum, 2> sums_of_c{};
+    for_items([&](int, int j, int64_t unit, int valid) {
+      const Sums d_h = d_h_of(moment, n, j, unit, valid);
+      const Inputs given = inputs<false>(s, moment, n, j, unit, valid);
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        Known of_unit = known(n, j + i);
+        const auto weights = norm_unit(j + i).scales;
+        const Sum normed_c = of_c.normalised(of_unit.c);
+        of_unit.d_h = d_h.at[i];
+        of_unit.out = cell().activated(weights.seen(normed_c));
+        Sum d_seen = d_h.at[i] * given.at[i].gates.o * cell().d_activated(of_unit.out);
+        if (!norm.by_rows()) d_seen += c_grad(s, moment, n, j, unit, i, valid, given.at[i]).made;
+        of_unit.d_seen = moment.active() && i < valid ? d_seen : 0;
+        const Sum d_normed_c = i < valid ? of_unit.d_seen * weights.gamma_h : 0;
+        sums_of_c.at[0] += d_normed_c;
+        sums_of_c.at[1] += i < valid ? d_normed_c * normed_c : 0;
+        known(n, j + i) = of_unit;
+      }
+    });
+    const Units<Sum, 2> of_seen = row.sums(sums_of_c);
+    const Sum part = 1 / static_cast<Sum>(shape_.H), mean_of_seen = of_seen.at[0] * part,
+              along_seen = of_seen.at[1] * part;
+
+    // The gradients of the gates before their activation, and of c before the step; what goes into those of the sums.
+    Units<Sum, 8> sums_of_gates{};
+    for_items([&](int, int j, int64_t unit, int valid) {
+      const Units<Four, kItem> normed = normed_gates(s, n, j);
+      const Inputs given = inputs(s, moment, n, j, unit, valid);
+      Sums d_c_prev{}, c_prev{}, c_new{};
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        Known of_unit = known(n, j + i);
+        const auto weights = norm_unit(j + i).scales;
+        const Sum mask = cell().g_mask(place(s, n, unit + i)), normed_c = of_c.normalised(of_unit.c);
+        const Sum d_c = of_c.scale * (of_unit.d_seen * weights.gamma_h - mean_of_seen - normed_c * along_seen);
+        typename Step::CGrad grad = c_grad(s, moment, n, j, unit, i, valid, given.at[i]);
+        grad.made = norm.by_rows() ? grad.made + d_c : d_c;
+        BackwardCell<Sum> made_back = cell().template gates_backward<false>(
+            block_.peephole(j + i), given.at[i], {mask, raw_c(given.at[i], mask), of_unit.out}, of_unit.d_h, grad);
+        if (!moment.active() || i >= valid) made_back = {};
+        d_c_prev.at[i] = moment.forgets() ? 0 : made_back.grad.d_c_prev;
+        c_prev.at[i] = given.at[i].c_prev;
+        c_new.at[i] = of_unit.c;
+        const auto [in, forget, g, out] = made_back.grad.d_pre;
+        of_unit = {made_back.hidden, of_unit.d_seen * normed_c, of_unit.d_seen, of_unit.out, {in, forget, g, out}};
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) {
+          const Sum d_normed = of_unit.d_pre.at[gate] * weights.gamma.at[gate];
+          sums_of_gates.at[gate] += i < valid ? d_normed : 0;
+          sums_of_gates.at[4 + gate] += i < valid ? d_normed * normed.at[i].at[gate] : 0;
+        }
+        known(n, j + i) = of_unit;
+      }
+      block_.state(n, j) = d_c_prev;
+      if (!moment.active()) c_prev = c_new = {};
+      cell().template store_cells<kItem>(moment, place(s, n, unit), pass_.hidden_map, c_prev, c_new, valid);
+    });
+    const auto [di, df, dg, d_o, ai, af, ag, ao] = row.sums(sums_of_gates).at;
+    const Four mean = norm.means({di, df, dg, d_o}, part), along = norm.means({ai, af, ag, ao}, part);
+
+    // Those of the sums.
+    for_items([&](int item, int j, int64_t, int valid) {
+      store(s, made);
+      const Units<Four, kItem> normed = normed_gates(s, n, j);
+      Cells cells{};
+      Units<Sum, 4 * kItem> sent;
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        const Known of_unit = known(n, j + i);
+        const Four gamma = norm_unit(j + i).scales.gamma;
+        const auto d_sum = [&](int gate) {
+          return scales.at[gate] *
+                 (of_unit.d_pre.at[gate] * gamma.at[gate] - mean.at[gate] - normed.at[i].at[gate] * along.at[gate]);
+        };
+        if (moment.active() && i < valid)
+          cells.at[i] = {{cell().in_cells_order({d_sum(0), d_sum(1), d_sum(2), d_sum(3)}), 0}, of_unit.d_h};
+        const GateValues<Sum> back = carried_back(moment, cells.at[i]);
+        sent.at[4 * i] = back.i;
+        sent.at[4 * i + 1] = back.f;
+        sent.at[4 * i + 2] = back.g;
+        sent.at[4 * i + 3] = back.o;
+      }
+      block_.team().put(Product::kRecurrent, n, 4 * j, sent);
+      made = {item, stored_grads<Tile>(cells), {}};
+    });
+  }
+
+  // Of the gradient of c as step s left it, of number i of the units of an item.
+  __device__ __forceinline__ typename Step::CGrad c_grad(int64_t s, const Moment& moment, int n, int j, int64_t unit,
+                                                         int i, int valid, const BackwardInputs<Sum>& given) const {
+    Sum d_c = block_.state(n, j).at[i];
+    if (moment.active() && moment.last())
+      d_c = i < valid ? state_at<Number>(from_.dc_n, block_.sequence(n), unit + i) : 0;
+    return cell().c_backward(place(s, n, unit + i), d_c + given.d_cells);
+  }
+
+  // 1 / deviation of what the gates i f g o were normalised by.
+  __device__ __forceinline__ Four gate_scales(const Moment& moment, int n) const {
+    const Sum* const at = element<Sum>(const_cast<void*>(params_.normed[blockIdx.y].scales), params_.scales_map,
+                                       moment.start, block_.sequence(n), 0);
+    if (normed().by_rows()) return {at[0], at[0], at[0], at[0]};
+    const auto [i, f, g, o] = cell().in_cells_order({at[0], at[1], at[2], at[3]});
+    return {i, f, g, o};
+  }
+
+  // What is known of an item, for the gradients of the weights that it is scaled and shifted by.
+  __device__ __forceinline__ void store_normed(int64_t s, const Moment& moment, int n, int item, int64_t unit,
+                                               int valid) const {
+    if (!has_row(pass_.d_gates_map, moment)) return;
+    const NormOutputs& to = params_.normed[blockIdx.y];
+    const int j = (item - n * hidden().items.value) * kItem;
+    const Units<Four, kItem> normed = normed_gates(s, n, j);
+    Sums d_pre[4], products[4], d_seen, d_gamma_h;
+#pragma unroll
+    for (int i = 0; i < kItem; ++i) {
+      const bool counts = moment.active() && i < valid;
+      const Known of_unit = known(n, j + i);
+      const auto in_weights_order = [&](const Four& gates, Sums(&rows)[4]) {
+        const auto [first, second, third, fourth] =
+            cell().in_cells_order({gates.at[0], gates.at[1], gates.at[2], gates.at[3]});
+        rows[0].at[i] = counts ? first : 0;
+        rows[1].at[i] = counts ? second : 0;
+        rows[2].at[i] = counts ? third : 0;
+        rows[3].at[i] = counts ? fourth : 0;
+      };
+      Four product;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) product.at[gate] = of_unit.d_pre.at[gate] * normed.at[i].at[gate];
+      in_weights_order(of_unit.d_pre, d_pre);
+      in_weights_order(product, products);
+      d_seen.at[i] = counts ? of_unit.d_seen : 0;
+      d_gamma_h.at[i] = counts ? of_unit.c : 0;
+    }
+    const int64_t b = block_.sequence(n);
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      const int64_t at = gate * shape_.H + unit;
+      store_units(element<Sum>(to.d_pre, pass_.d_gates_map, moment.start, b, at), d_pre[gate], valid);
+      store_units(element<Sum>(to.normed, pass_.d_gates_map, moment.start, b, at), products[gate], valid);
+    }
+    if (!to.d_seen) return;
+    store_units(element<Sum>(to.d_seen, pass_.hidden_map, moment.start, b, unit), d_seen, valid);
+    store_units(element<Sum>(to.d_gamma_h, pass_.hidden_map, moment.start, b, unit), d_gamma_h, valid);
+  }
+
   // The gradients of the initial state. An empty sequence has it as its final state.
   __device__ void finish() {
     if (from_.dh0) {
@@ -394,7 +664,14 @@ class BackwardWalk {
   const Layout& layout_;
   const BackwardDirection& from_;
   Block block_;
+  typename Row::template Part<1> own_c_{};  // of a cell that normalises
 };
+
+template <class Tile, int kBatchTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    norm_sequence_backward(const __grid_constant__ NormSequenceBackward params) {
+  BackwardWalk<Tile, kBatchTiles, Exchange::kAny, NormSequenceBackward>(params).run();
+}
 
 template <class Tile, int kBatchTiles, Exchange kExchange>
 __global__ void __launch_bounds__(kThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward params) {

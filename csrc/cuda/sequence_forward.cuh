@@ -3,16 +3,21 @@
 //   pre = x W_ih' + h W_hh' + b     i, f, o = sigmoid(pre), g = tanh(pre)
 //   c'  = f c + i g                 h' = o tanh(c'), with a projection W_hr times that
 //
+// Of a cell that normalises, between the products and the next h:
+//
+//   sums | moments of the row, of all ranks | gates, c | moments of c, of all ranks | c', h
+//
 // x W_ih' comes in as xw. A step is a product, the pointwise part of the units that this rank owns, and an exchange of
 // what they made; with a projection all three happen twice.
 #pragma once
 
 #include "cell.cuh"
+#include "normed.cuh"
 #include "sequence.cuh"
 
 namespace lstm_ext::cuda {
 
-// `Params` is SequenceForward, or WithCell of it.
+// `Params` is SequenceForward, WithCell of it, or NormSequenceForward.
 template <class Tile, int kBatchTiles, Exchange kExchange, class Params>
 class ForwardWalk {
   using Number = typename Tile::Number;
@@ -22,6 +27,7 @@ class ForwardWalk {
   static constexpr int kItem = Block::kItem;
   using Sums = Units<Sum, kItem>;
   static constexpr bool kOptions = !std::is_same_v<Params, SequenceForward>;
+  static constexpr bool kNorm = std::is_same_v<Params, NormSequenceForward>;
 
  public:
   __device__ explicit ForwardWalk(const Params& params)
@@ -37,6 +43,7 @@ class ForwardWalk {
       if constexpr (kOptions) {
         to = there ? cell_bias_of<Tile>(to_.weights, layer_.shape.H, unit) : Pre<Tile>{};
         block_.peephole(j) = there ? cell().peephole(unit) : GateValues<Sum>{};
+        if constexpr (kNorm) norm_unit(j) = there ? normed().unit(unit) : NormUnit{};
       } else {
         to = there ? bias_of<Tile>(to_.weights, layer_.shape.H, unit) : Pre<Tile>{};
       }
@@ -81,7 +88,9 @@ class ForwardWalk {
         take_projected_step(s, send);
         continue;
       }
-      if (block_.has_turn(s)) {
+      if constexpr (kNorm) {
+        take_normed_step(s, send, made);
+      } else if (block_.has_turn(s)) {
         take_step(s, given, send, made);
       } else {
         store(s - 1, made);
@@ -131,6 +140,7 @@ class ForwardWalk {
 
   // Where a step stores.
   friend Block;
+  static constexpr int kSumRows = 0;
   __device__ __forceinline__ Rows rows_of(const Moment& moment, int64_t b) const {
     return forward_rows<Tile>(layer_, to_, moment, b);
   }
@@ -178,7 +188,7 @@ class ForwardWalk {
   __device__ __forceinline__ Given given_to_first(int64_t s) const {
     Given found{};
     const int item = block_.first_item(s);
-    if (!block_.projected() && item < block_.count() * hidden().items.value)
+    if (!kNorm && !block_.projected() && item < block_.count() * hidden().items.value)
       block_.with_item(hidden(), item, [&](int n, int j, int64_t, int) { found = given(s, n, j); });
     return found;
   }
@@ -218,14 +228,22 @@ class ForwardWalk {
   }
 
   __device__ __forceinline__ void take_projected_step(int64_t s, bool send) {
-    block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
-      const Moment moment = block_.moment(s, n);
-      Sums hidden;
-      const Cells cells = update(s, moment, given(s, n, j), n, j, unit, valid, hidden);
-      if constexpr (!kOptions) hidden = outputs_of(moment, cells);
+    const auto project = [&](const Moment& moment, int n, int j, int64_t unit, int valid, const Cells& cells,
+                             const Sums& hidden) {
       block_.team().put(Product::kProjection, n, j, hidden);
       store_cells(layer_, to_, block_.rows(s, n), moment, block_.sequence(n), unit, stored_cells<Tile>(cells), valid);
-    });
+    };
+    if constexpr (kNorm) {
+      for_normed_items(s, [&](int, const auto&... item) { project(item...); });
+    } else {
+      block_.for_items(hidden(), [&](int n, int j, int64_t unit, int valid) {
+        const Moment moment = block_.moment(s, n);
+        Sums hidden;
+        const Cells cells = update(s, moment, given(s, n, j), n, j, unit, valid, hidden);
+        if constexpr (!kOptions) hidden = outputs_of(moment, cells);
+        project(moment, n, j, unit, valid, cells, hidden);
+      });
+    }
     block_.team().send(Product::kProjection, block_.count());
     block_.team().receive(Product::kProjection, block_.count(), true, false);
     block_.template multiply<Product::kProjection>();
@@ -334,6 +352,144 @@ class ForwardWalk {
     return carried;
   }
 
+  // ---- Of cells that normalise
+  // ----------------------------------------------------------------------------------------
+
+  // A warp has a sequence, and its lanes the items of it: from the sums to the moments, and from these to h, an item is
+  // the same thread's.
+  static_assert(!kNorm || kBatchTiles * kBatchColumns == kWarps);
+
+  using Four = typename Normed<Tile>::Four;
+  using NormUnit = typename Normed<Tile>::Unit;
+  __device__ __forceinline__ Normed<Tile> normed() const {
+    return {params_.norm, static_cast<int>(blockIdx.y), layer_.shape.H};
+  }
+  __device__ __forceinline__ NormUnit& norm_unit(int j) const { return block_.template norm_unit<NormUnit>(j); }
+
+  __device__ __forceinline__ void take_normed_step(int64_t s, bool send, Made& made) {
+    made.item = -1;
+    for_normed_items(s, [&](int item, const Moment& moment, int n, int j, int64_t unit, int valid, const Cells& cells,
+                            const Sums& hidden) {
+      store(s, made);
+      const Sums h = finished_h(s, moment, n, j, unit, valid, hidden);
+      if (send) block_.team().put(Product::kRecurrent, n, j, multiplied_h(s, moment, n, unit, h));
+      made = {item, stored_cells<Tile>(cells), narrow_units<Number>(h)};
+    });
+  }
+
+  // Calls body(item, moment, n, j, unit, valid, cells, hidden) for this lane's items, once the state has their c.
+  template <class Body>
+  __device__ __forceinline__ void for_normed_items(int64_t s, const Body& body) {
+    const int n = static_cast<int>(threadIdx.x) / 32;
+    if (n >= block_.count()) return;
+    const Normed<Tile> norm = normed();
+    const Moment moment = block_.moment(s, n);
+    TeamRow<Sum, typename Block::TeamOf> row(block_.team(), hidden(), n, block_.count());
+    const auto for_items = [&](const auto& of_item) { block_.for_items_of(n, hidden(), of_item); };
+    // What is normalised, and its moments.
+    Four sums{};
+    for_items([&](int, int j, int64_t, int valid) {
+      using Gates = Units<Sum, 4 * kItem>;
+      const Gates h = block_.team().template product<Gates>(Product::kRecurrent, n, 4 * j);
+      const Given x = norm.by_rows() ? Given{} : given(s, n, j);
+      Units<Four, kItem> kept;
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        const auto [in, forget, g, out] =
+            cell().in_cells_order({h.at[4 * i] + x.gates[0].at[i], h.at[4 * i + 1] + x.gates[1].at[i],
+                                   h.at[4 * i + 2] + x.gates[2].at[i], h.at[4 * i + 3] + x.gates[3].at[i]});
+        kept.at[i] = {in, forget, g, out};
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) sums.at[gate] += i < valid ? kept.at[i].at[gate] : 0;
+      }
+      kept_gates(n, j) = kept;
+    });
+    const auto means = [&](const Four& sums, Sum part) { return norm.means(sums, part); };
+    const auto own_gates = row.own_part(sums, means, [&](const Four& mean) {
+      Four squares{};
+      for_items([&](int, int j, int64_t, int valid) {
+        const Units<Four, kItem> kept = kept_gates(n, j);
+#pragma unroll
+        for (int i = 0; i < kItem; ++i)
+#pragma unroll
+          for (int gate = 0; gate < 4; ++gate)
+            squares.at[gate] += i < valid ? square(kept.at[i].at[gate] - mean.at[gate]) : 0;
+      });
+      return squares;
+    });
+    const auto of_gates = row.statistics(own_gates, means);
+    const auto moments = norm.moments(of_gates.mean, of_gates.variance);
+
+    // The gates, what they make of c, and the moments of that.
+    Units<Sum, 1> sum_of_c{};
+    for_items([&](int, int j, int64_t unit, int valid) {
+      Units<Four, kItem> kept = kept_gates(n, j);
+      const Given x = norm.by_rows() ? given(s, n, j) : Given{};
+      Units<Pre<Tile>, kItem> pre;
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        const NormUnit weights = norm_unit(j + i);
+        const auto normed = [&](int gate) {
+          return weights.scales.gamma.at[gate] * moments.at[gate].normalised(kept.at[i].at[gate]) +
+                 weights.beta.at[gate];
+        };
+        const auto more =
+            cell().in_cells_order({x.gates[0].at[i], x.gates[1].at[i], x.gates[2].at[i], x.gates[3].at[i]});
+        pre.at[i] = {normed(0) + more.i, normed(1) + more.f, normed(2) + more.g, normed(3) + more.o};
+      }
+      const Cells made =
+          cell().template made_by_gates<kItem>(place(s, n, unit), block_.peepholes(j), pre, block_.state(n, j));
+      Sums c;
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        const auto [in, forget, g, out] = made.at[i].gates;
+        kept.at[i] = {in, forget, g, out};
+        c.at[i] = made.at[i].c;
+        sum_of_c.at[0] += i < valid ? c.at[i] : 0;
+      }
+      kept_gates(n, j) = kept;
+      block_.cells(n, j) = c;
+    });
+    const auto own_c = row.own_part(sum_of_c, MeanOfUnits(), [&](const Units<Sum, 1>& mean) {
+      Units<Sum, 1> squares{};
+      for_items([&](int, int j, int64_t, int valid) {
+        const Sums c = block_.cells(n, j);
+#pragma unroll
+        for (int i = 0; i < kItem; ++i) squares.at[0] += i < valid ? square(c.at[i] - mean.at[0]) : 0;
+      });
+      return squares;
+    });
+    const auto of_c = row.statistics(own_c, MeanOfUnits());
+    const Moments<Sum> moments_of_c = norm.moments(of_c.mean.at[0], of_c.variance.at[0]);
+
+    // c as it is left, and as the output sees it.
+    for_items([&](int item, int j, int64_t unit, int valid) {
+      const Units<Four, kItem> kept = kept_gates(n, j);
+      const Sums before = block_.state(n, j), made = block_.cells(n, j);
+      Sums hidden{}, after{};
+      Cells cells{};
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) {
+        if (!moment.active() || i >= valid) continue;
+        const auto [in, forget, g, out] = kept.at[i].at;
+        const Sum seen = norm_unit(j + i).scales.seen(moments_of_c.normalised(made.at[i]));
+        const Sum left = norm.by_rows() ? made.at[i] : seen;
+        cells.at[i] = {{in, forget, g, out}, cell().c_left(place(s, n, unit + i), before.at[i], left)};
+        hidden.at[i] = out * cell().activated(seen);
+        after.at[i] = carried(moment, cells.at[i].c);
+      }
+      block_.state(n, j) = after;
+      body(item, moment, n, j, unit, valid, cells, hidden);
+    });
+  }
+
+  static __device__ __forceinline__ Sum square(Sum value) { return value * value; }
+
+  // The gates' sums, and then the gates, of the units of an item in the order i f g o.
+  __device__ __forceinline__ Units<Four, kItem>& kept_gates(int n, int j) const {
+    return block_.team().template kept<Units<Four, kItem>>(Product::kRecurrent, n, 4 * j);
+  }
+
   __device__ __forceinline__ Sum* bias() const {
     return reinterpret_cast<Sum*>(block_.team().shared() + layout_.bias_offset);
   }
@@ -352,6 +508,12 @@ class ForwardWalk {
 template <class Tile, int kBatchTiles, Exchange kExchange>
 __global__ void __launch_bounds__(kThreads, 1) sequence_forward(const __grid_constant__ SequenceForward params) {
   ForwardWalk<Tile, kBatchTiles, kExchange, SequenceForward>(params).run();
+}
+
+template <class Tile, int kBatchTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    norm_sequence_forward(const __grid_constant__ NormSequenceForward params) {
+  ForwardWalk<Tile, kBatchTiles, Exchange::kAny, NormSequenceForward>(params).run();
 }
 
 template <class Tile, int kBatchTiles>

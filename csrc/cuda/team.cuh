@@ -9,6 +9,10 @@
 //             rank 1 makes [p' q' r']    q + q' + q"             the weights; who owns it adds the parts up, in order
 //             rank 2 makes [p" q" r"]    r + r' + r"
 //
+// A cell that normalises needs a few numbers of each rank besides, such as sums over its part of a row: a warp of each
+// rank has the row of a sequence, and sends those numbers to that warp of all ranks, which takes them as `receive_row`
+// says. No thread of a block waits for another one there.
+//
 // Their ways, by what protects a buffer against early reads and late writes; e is the number of the exchange:
 //   kBlock    shared memory of the one block, and __syncthreads.
 //   kCluster  16 bytes at a time go to the other ranks' shared memory by st.async, which counts them at barrier e % 2
@@ -143,6 +147,54 @@ class Team {
     }
   }
 
+  // To all ranks, numbers of the row of sequence n, the same in all lanes of the warp that has it. `rows` have some.
+  using RowNumbers = Units<Sum, kRowNumbers>;
+  __device__ __forceinline__ void send_row(int n, int rows, const RowNumbers& numbers) {
+    const int e = ++exchanges_[kRows], lane = static_cast<int>(threadIdx.x) % 32;
+    const auto pieces = bits_as<RowPieces>(numbers);
+    if (clustered()) {
+      const char* own = row_inbox(e, rank_, n);
+      for (int to = lane; to < layout_.ranks; to += 32) {
+        const uint32_t there = shared_address_of_rank(own, to), at = shared_address_of_rank(barrier(kRows, e % 2), to);
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) st_async(there + piece * 16, pieces.at[piece], at);
+      }
+      if (threadIdx.x == 0) mbarrier_expect(barrier(kRows, e % 2), layout_.ranks * rows * int{sizeof(numbers)});
+    }
+    if (by_mail() && lane == 0) {
+      const RowMark mark(e);
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece)
+        st_relaxed_gpu<RowMark::kWholeBytes>(row_mail(e, rank_, n) + piece, mark.put_on(pieces.at[piece]));
+    }
+  }
+
+  // Calls body(rank, numbers) for what each rank has sent last of the row of sequence n: a lane has every 32nd rank.
+  template <class Body>
+  __device__ __forceinline__ void receive_row(int n, const Body& body) const {
+    const int e = exchanges_[kRows], lane = static_cast<int>(threadIdx.x) % 32;
+    if (clustered()) {
+      wait_for_bytes(kRows);
+#pragma unroll 1
+      for (int rank = lane; rank < layout_.ranks; rank += 32) {
+        const RowPieces pieces = *reinterpret_cast<const RowPieces*>(row_inbox(e, rank, n));  // not by reference
+        body(rank, bits_as<RowNumbers>(pieces));
+      }
+    }
+    if (by_mail()) {
+      const RowMark mark(e);
+#pragma unroll 1
+      for (int rank = lane; rank < layout_.ranks; rank += 32) {
+        RowPieces mail;
+        const uint4* from = row_mail(e, rank, n);
+        read_marked(mail.at, mark, [&](int piece) { return from + piece; }, [](int) { return true; }, kRows);
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) mail.at[piece] = RowMark::without(mail.at[piece]);
+        body(rank, bits_as<RowNumbers>(mail));
+      }
+    }
+  }
+
   // The product's rows from j on for sequence n.
   template <class Numbers = Piece<Sum>>
   __device__ __forceinline__ Numbers product(Product which, int n, int j) const {
@@ -150,13 +202,21 @@ class Team {
     return total<Numbers>(partial() + n * layout.partial_stride + j, kWarps >> layout.log_warps_m,
                           kSequences * layout.partial_stride);
   }
+  // Where the first of those that are added up there stand: once they are, a thread may keep something else there.
+  template <class Numbers>
+  __device__ __forceinline__ Numbers& kept(Product which, int n, int j) const {
+    return *reinterpret_cast<Numbers*>(partial() + n * layout_[which].partial_stride + j);
+  }
 
  protected:
+  // By what exchanges are counted, and have barriers: number_of each product, and those of rows.
+  static constexpr int kRows = 2, kExchanges = 3;
+
   // After everything in shared memory that others send to is cleared.
   __device__ void begin() {
     if constexpr (kMayBe<Exchange::kCluster>) {
       if (clustered()) {
-        if (threadIdx.x < 4) mbarrier_init(barrier(static_cast<Product>(threadIdx.x / 2), threadIdx.x % 2), 1);
+        if (threadIdx.x < 2 * kExchanges) mbarrier_init(barrier(threadIdx.x / 2, threadIdx.x % 2), 1);
         cluster_sync();  // nobody stores into a block that still clears, or counts at a barrier that is not there yet
       }
     }
@@ -167,31 +227,32 @@ class Team {
     for (int n = threadIdx.x; n < bytes / 16; n += kThreads) reinterpret_cast<uint4*>(shared_ + offset)[n] = {};
   }
 
-  __device__ uint64_t* barrier(Product which, int parity) const {
-    return reinterpret_cast<uint64_t*>(shared_ + layout_.barriers_offset) + number_of(which) * 2 + parity;
+  __device__ uint64_t* barrier(int which, int parity) const {
+    return reinterpret_cast<uint64_t*>(shared_ + layout_.barriers_offset) + which * 2 + parity;
   }
 
   // kCluster: until all bytes of the last exchange are there.
-  __device__ __forceinline__ void wait_for_bytes(Product which) const {
-    const int e = exchanges_[number_of(which)];
+  __device__ __forceinline__ void wait_for_bytes(int which) const {
+    const int e = exchanges_[which];
     Patience patience(layout_, rank_, e);
     while (!mbarrier_try_wait(barrier(which, e % 2), (e - 1) / 2 % 2)) patience.poll_failed();
   }
 
-  // The mail of a product for this team: [direction, team, exchange_bytes].
-  __device__ char* mail(Product which) const {
+  // The mail for this team, or that of a product: [direction, team, exchange_bytes].
+  __device__ char* mail() const {
     const int64_t team = static_cast<int64_t>(blockIdx.y) * layout_.teams + team_;
-    return layout_.mail + team * layout_.exchange_bytes + layout_[which].mail_offset;
+    return layout_.mail + team * layout_.exchange_bytes;
   }
+  __device__ char* mail(Product which) const { return mail() + layout_[which].mail_offset; }
 
   // kGrid: reads up to kCount times 16 bytes, each as often as it takes until they have the mark. `at(n)` is the
   // address of number n, and `there(n)` whether it counts.
   template <int kCount, class Mark, class At, class There>
   __device__ __forceinline__ void read_marked(uint4 (&mail)[kCount], const Mark& mark, const At& at, const There& there,
-                                              Product which) const {
+                                              int which) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) mail[n] = there(n) ? ld_relaxed_gpu<Mark::kWholeBytes>(at(n)) : mark.nothing();
-    Patience patience(layout_, rank_, exchanges_[number_of(which)]);
+    Patience patience(layout_, rank_, exchanges_[which]);
     while (true) {
       uint32_t missing = 0;
 #pragma unroll
@@ -208,7 +269,26 @@ class Team {
   const Layout& layout_;
   char* shared_;
   int rank_, team_;
-  int exchanges_[2] = {0, 0};  // so many have been sent, of each product
+  int exchanges_[kExchanges] = {};  // so many have been sent
+  // A warp without a sequence counts none of rows: it will not have one either in later batches, which are no larger.
+
+ private:
+  static constexpr int kPieces = int{sizeof(RowNumbers)} / 16;
+  struct RowPieces {
+    uint4 at[kPieces];
+  };
+  using RowMark = LastBit<Sum>;
+
+  // What a rank has sent of a row at exchange e: [e % 2][rank][sequence].
+  __device__ int row_place(int e, int rank, int n) const {
+    return ((e % 2 * layout_.ranks + rank) * layout_.team_batch + n) * int{sizeof(RowNumbers)};
+  }
+  __device__ char* row_inbox(int e, int rank, int n) const {
+    return shared_ + layout_.row_inbox_offset + row_place(e, rank, n);
+  }
+  __device__ uint4* row_mail(int e, int rank, int n) const {
+    return reinterpret_cast<uint4*>(mail() + layout_.row_mail_offset + row_place(e, rank, n));
+  }
 };
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
@@ -294,7 +374,7 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
   // last warps read the mail, where its rows can be divided evenly among them.
   __device__ __forceinline__ void receive(Product which, int rows, bool sent, bool late) {
     if constexpr (Base::template kMayBe<Exchange::kCluster>) {
-      if (clustered() && sent) return this->wait_for_bytes(which);
+      if (clustered() && sent) return this->wait_for_bytes(number_of(which));
     }
     if constexpr (Base::template kMayBe<Exchange::kGrid>) {
       if (by_mail() && sent) {
@@ -329,13 +409,13 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     for (int to = threadIdx.x / 32; to < layout_.ranks; to += kWarps) {
       if (to == rank_) continue;
       const uint32_t there = shared_address_of_rank(own, to),
-                     at = shared_address_of_rank(this->barrier(which, e % 2), to);
+                     at = shared_address_of_rank(this->barrier(number_of(which), e % 2), to);
       for (int n = threadIdx.x % 32; n < tiles * kSequences * kPieces; n += 32) {
         if (n / kPieces % kSequences >= rows) continue;
         st_async(there + n * 16, reinterpret_cast<const uint4*>(own)[n], at);
       }
     }
-    if (threadIdx.x == 0) mbarrier_expect(this->barrier(which, e % 2), (layout_.ranks - 1) * pieces * 16);
+    if (threadIdx.x == 0) mbarrier_expect(this->barrier(number_of(which), e % 2), (layout_.ranks - 1) * pieces * 16);
   }
 
   // What ranks send at exchange e: [k tile][sequence][word of the row], as in the operand.
@@ -365,7 +445,7 @@ class Gather : public Team<Tile, kBatchTiles, kExchange> {
     for (; tile < tiles; tile += kInFlight * tiles_apart, from += kInFlight * kReaders) {
       uint4 mail[kInFlight];
       const auto there = [&](int n) { return tile + n * tiles_apart < tiles; };
-      this->read_marked(mail, Numbered(e), [&](int n) { return from + n * kReaders; }, there, which);
+      this->read_marked(mail, Numbered(e), [&](int n) { return from + n * kReaders; }, there, number_of(which));
 #pragma unroll
       for (int n = 0; n < kInFlight; ++n)
         if (there(n))
@@ -427,7 +507,7 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
   // Before any `sum` of what was sent last, by all threads.
   __device__ __forceinline__ void receive(Product which, int rows) const {
     if constexpr (Base::template kMayBe<Exchange::kCluster>) {
-      if (clustered()) this->wait_for_bytes(which);
+      if (clustered()) this->wait_for_bytes(number_of(which));
     }
     if constexpr (Base::template kMayBe<Exchange::kGrid>) {
       if (by_mail()) {
@@ -472,14 +552,14 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
     const Sum* own = inbox(which, e) + rank_ * layout_.team_batch * width;
     for (int to = threadIdx.x / 32; to < layout_.ranks; to += kWarps) {
       const uint32_t there = shared_address_of_rank(own, to),
-                     at = shared_address_of_rank(this->barrier(which, e % 2), to);
+                     at = shared_address_of_rank(this->barrier(number_of(which), e % 2), to);
       for (int index = threadIdx.x % 32; index < rows * pieces; index += 32) {
         const int n = product.rows.pieces.quotient(index), piece = index - n * pieces;
         const Piece<Sum> sums = this->product(which, n, to * width + piece * Piece<Sum>::kCount);
         st_async(there + index * 16, bits_as<uint4>(sums), at);
       }
     }
-    if (threadIdx.x == 0) mbarrier_expect(this->barrier(which, e % 2), layout_.ranks * rows * pieces * 16);
+    if (threadIdx.x == 0) mbarrier_expect(this->barrier(number_of(which), e % 2), layout_.ranks * rows * pieces * 16);
   }
 
   // kGrid: [group of ranks][sequence][unit], of what each group has sent.
@@ -523,7 +603,7 @@ class Scatter : public Team<Tile, kBatchTiles, kExchange> {
         uint4 mail[kInFlight];
         const int first = rank * pieces + piece, apart = groups * pieces;
         const auto at = [&](int n) { return mailbox + (first + n * apart); };
-        this->read_marked(mail, mark, at, [&](int n) { return rank + n * groups < layout_.ranks; }, which);
+        this->read_marked(mail, mark, at, [&](int n) { return rank + n * groups < layout_.ranks; }, number_of(which));
 #pragma unroll
         for (int n = 0; n < kInFlight; ++n) {  // those that are not there are zero
           const auto more = bits_as<Piece<Sum>>(Mark::without(mail[n]));

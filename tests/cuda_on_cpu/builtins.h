@@ -70,6 +70,10 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
 inline void __threadfence_system() {}  // what the host reads after a launch it sees
 
 template <class T>
+T rsqrt(T x) {
+  return 1 / std::sqrt(x);
+}
+template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
 }
