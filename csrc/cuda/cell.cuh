@@ -120,6 +120,11 @@ class CellStep {
   }
 
   __device__ __forceinline__ Sum activated(Sum c) const { return activate<Math>(numbers().activation, c); }
+  template <int N>
+  __device__ __forceinline__ Units<Sum, N> activated(Units<Sum, N> c) const {
+    with_activations([&](const auto&, const auto& of_unit) { of_unit.apply(c); });
+    return c;
+  }
 
   // c as a step leaves it, from c before it and what it has made of that.
   __device__ __forceinline__ Sum c_left(const Place& at, Sum before, Sum made) const {

@@ -385,8 +385,8 @@ void layer_h_before(const StepsBefore& steps, const LayerCell& cell, Arithmetic 
   const Cell& options = cell.options;
   if (steps.shape.B == 0) return;
   const WithCell<StepsBefore> params{steps, kernel_cell(cell, nullptr)};
-  launch(norm_kernels(arithmetic, options.norm, options.tensorflow).h_before, config_before(params, directions), params,
-         stream);
+  launch(norm_kernels(arithmetic, options.norm, options.tensorflow).h_before,
+         config_before(params, directions, arithmetic), params, stream);
 }
 
 }  // namespace lstm_ext::cuda

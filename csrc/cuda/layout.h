@@ -39,8 +39,10 @@ inline constexpr int kStepRows = 32, kMostStepSequences = 128;
 // Threads of a block that has one row of a cell that normalises, and how many sums over a row it adds up at a time, in
 // shared memory. What units remember follows there, where a thread has several and there is room.
 inline constexpr int kMostRowThreads = 512, kMostRowWarps = kMostRowThreads / 32, kMostRowSums = 8;
-constexpr int row_threads(int64_t units) {
-  return units >= kMostRowThreads ? kMostRowThreads : static_cast<int>((units + 31) / 32 * 32);
+constexpr int most_row_threads(int sum_bytes) { return sum_bytes == 8 ? kMostRowThreads / 2 : kMostRowThreads; }
+constexpr int row_threads(int64_t units, int sum_bytes) {
+  const int most = most_row_threads(sum_bytes);  // doubles take twice as many registers
+  return units >= most ? most : static_cast<int>((units + 31) / 32 * 32);
 }
 constexpr int row_sums_bytes(int sum_bytes) { return 2 * kMostRowWarps * kMostRowSums * sum_bytes; }
 constexpr int64_t row_memory_bytes(int64_t units, int threads, int sum_bytes) {

@@ -36,8 +36,6 @@ class NormRow : public Normed<Tile> {
         memory_(norm.in_shared ? reinterpret_cast<Sum*>(dynamic_shared() + row_sums_bytes(sizeof(Sum))) : row_) {}
 
  protected:
-  static constexpr bool kKeepsWeights = kOne && sizeof(Sum) == 4;  // of doubles they take more registers than there are
-
   using Base::H_;
 
   template <class Body>
@@ -47,6 +45,16 @@ class NormRow : public Normed<Tile> {
     } else {
 #pragma unroll 1
       for (int64_t u = threadIdx.x; u < H_; u += blockDim.x) body(u);
+    }
+  }
+
+  // What a thread keeps of its one unit, or of any unit what load() reads anew.
+  template <class T, class Load>
+  static __device__ __forceinline__ T kept_or(const T& kept, const Load& load) {
+    if constexpr (kOne) {
+      return kept;
+    } else {
+      return load();
     }
   }
 

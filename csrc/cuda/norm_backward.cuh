@@ -34,7 +34,7 @@ class NormBackwardRow : NormRow<Tile, kOne> {
         of_4H_(params.pass.d_gates_map.from_start(moment_.start, b)),
         of_H_(params.pass.hidden_map.from_start(moment_.start, b)),
         of_scale_(params.scales_map.from_start(moment_.start, b)) {
-    if constexpr (Base::kKeepsWeights) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
+    if constexpr (kOne) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
   }
 
   __device__ __forceinline__ void take() {
@@ -85,18 +85,10 @@ class NormBackwardRow : NormRow<Tile, kOne> {
             this->gates_at(static_cast<const Sum*>(to_.normed) + of_4H_, u)};
   }
   __device__ __forceinline__ Weights weights(int64_t u) const {
-    if constexpr (Base::kKeepsWeights) {
-      return weights_;
-    } else {
-      return load_weights(u);
-    }
+    return this->kept_or(weights_, [&] { return load_weights(u); });
   }
   __device__ __forceinline__ Read read(int64_t u) const {
-    if constexpr (kOne) {
-      return read_;
-    } else {
-      return load(u);
-    }
+    return this->kept_or(read_, [&] { return load(u); });
   }
 
   __device__ __forceinline__ Four first_known(int64_t u) const {
@@ -158,11 +150,7 @@ class NormBackwardRow : NormRow<Tile, kOne> {
     return sums;
   }
   __device__ __forceinline__ Four d_pre(int64_t u) const {
-    if constexpr (kOne) {
-      return d_pre_;
-    } else {
-      return this->gates_at(static_cast<const Sum*>(to_.d_pre) + of_4H_, u);
-    }
+    return this->kept_or(d_pre_, [&] { return this->gates_at(static_cast<const Sum*>(to_.d_pre) + of_4H_, u); });
   }
 
   // Of the sums: by the means of their gradients, and of those times what they were normalised to.
@@ -222,7 +210,8 @@ class NormBackwardRow : NormRow<Tile, kOne> {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(kMostRowThreads) norm_backward(const __grid_constant__ NormBackward params) {
+__global__ void __launch_bounds__(most_row_threads(sizeof(typename Tile::Sum)), 1)
+    norm_backward(const __grid_constant__ NormBackward params) {
   take_row<NormBackwardRow, Tile>(params, params.pass.layer.shape.H);
 }
 

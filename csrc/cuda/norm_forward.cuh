@@ -21,7 +21,7 @@ class NormForwardRow : NormRow<Tile, kOne> {
         step_(params.cell, d),
         moment_(moment_at(layer_.masks, layer_.gates_map.packed_offset, layer_.shape.T, to_.reverse, params.s, b)),
         rows_(forward_rows<Tile>(layer_, to_, moment_, b)) {
-    if constexpr (Base::kKeepsWeights) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
+    if constexpr (kOne) this->for_units([&](int64_t u) { weights_ = load_weights(u); });
   }
 
   __device__ __forceinline__ void take() {
@@ -56,18 +56,10 @@ class NormForwardRow : NormRow<Tile, kOne> {
     return {read_gates<Sum>(params_.xw[d_], layer_.gates_map, moment_.start, b_, H_, u), c_before(u)};
   }
   __device__ __forceinline__ Weights weights(int64_t u) const {
-    if constexpr (Base::kKeepsWeights) {
-      return weights_;
-    } else {
-      return load_weights(u);
-    }
+    return this->kept_or(weights_, [&] { return load_weights(u); });
   }
   __device__ __forceinline__ Read read(int64_t u) const {
-    if constexpr (kOne) {
-      return read_;
-    } else {
-      return load(u);
-    }
+    return this->kept_or(read_, [&] { return load(u); });
   }
   __device__ __forceinline__ GateValues<Sum> inputs(int64_t u) const {
     return step_.in_cells_order(plus(read(u).inputs, weights(u).bias));
@@ -156,13 +148,15 @@ class NormForwardRow : NormRow<Tile, kOne> {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(kMostRowThreads) norm_forward(const __grid_constant__ NormForward params) {
+__global__ void __launch_bounds__(most_row_threads(sizeof(typename Tile::Sum)), 1)
+    norm_forward(const __grid_constant__ NormForward params) {
   take_row<NormForwardRow, Tile>(params, params.layer.shape.H);
 }
 
 // h as steps found it and multiplied it, a row of a step at a time.
 template <class Tile>
-__global__ void __launch_bounds__(kMostRowThreads) norm_h_before(const __grid_constant__ WithCell<StepsBefore> params) {
+__global__ void __launch_bounds__(most_row_threads(sizeof(typename Tile::Sum)), 1)
+    norm_h_before(const __grid_constant__ WithCell<StepsBefore> params) {
   using Number = typename Tile::Number;
   wait_for_previous_launch();
   let_next_launch_start();

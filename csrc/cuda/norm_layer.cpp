@@ -90,11 +90,11 @@ KernelNorm kernel_norm(const LayerCell& cell, const Plan& plan) {
   return norm;
 }
 
-LaunchConfig config_before(const StepsBefore& params, int directions) {
+LaunchConfig config_before(const StepsBefore& params, int directions, Arithmetic arithmetic) {
   LaunchConfig config;
   config.grid_x = static_cast<int>(std::min(params.steps * params.shape.B, kMostBlocksBefore));
   config.grid_y = directions;
-  config.threads = row_threads(params.shape.P);
+  config.threads = row_threads(params.shape.P, tile_sizes(arithmetic).sum_bytes);
   return config;
 }
 
@@ -105,7 +105,7 @@ void norm_layer_forward(NormForward params, const Plan& plan, void* stream) {
   params.part = plan.part[1];
   if (params.cell.h_state && layer.direction[0].state.h0.data) {
     const WithCell<StepsBefore> first = before_first(params, plan);
-    launches.launch(kernels.h_before, config_before(first, layer.num_directions), first);
+    launches.launch(kernels.h_before, config_before(first, layer.num_directions, plan.arithmetic), first);
   }
   for (params.s = 0; params.s < layer.shape.T; ++params.s) {
     launches.launch(kernels.sums[plan.cell->tensorflow], plan.config[0], sums_of_h(params, plan));

@@ -13,6 +13,6 @@ void norm_layer_forward(NormForward params, const Plan& plan, void* stream);
 void norm_layer_backward(NormBackward params, const Plan& plan, void* stream);
 
 // The launch of a kernel that finds h before steps.
-LaunchConfig config_before(const StepsBefore& params, int directions);
+LaunchConfig config_before(const StepsBefore& params, int directions, Arithmetic arithmetic);
 
 }  // namespace lstm_ext::cuda

@@ -127,8 +127,8 @@ LaunchConfig rows_config(const Problem& problem, const Forced& forced) {
   LaunchConfig config;
   config.grid_x = static_cast<int>(std::max<int64_t>(1, problem.shape.B));
   config.grid_y = problem.directions;
-  config.threads = std::min(row_threads(problem.shape.H), forced.row_threads);
   const int sum_bytes = tile_sizes(problem.arithmetic).sum_bytes;
+  config.threads = std::min(row_threads(problem.shape.H, sum_bytes), forced.row_threads);
   config.shared_bytes = row_sums_bytes(sum_bytes);
   const int64_t memory = row_memory_bytes(problem.shape.H, config.threads, sum_bytes);
   if (config.shared_bytes + memory <= problem.device.shared_per_block) config.shared_bytes += memory;
@@ -138,7 +138,8 @@ LaunchConfig rows_config(const Problem& problem, const Forced& forced) {
 
 // Microseconds of it.
 double rows_time(const Problem& problem, const LaunchConfig& config) {
-  const double resident = double(problem.device.sms) * (kMostRowThreads / config.threads);
+  const int together = most_row_threads(tile_sizes(problem.arithmetic).sum_bytes);  // on a multiprocessor
+  const double resident = double(problem.device.sms) * (together / config.threads);
   const double waves = std::ceil(double(config.grid_x) * config.grid_y / resident);
   const double H = double(problem.shape.H), options = kCellClocks + problem.cell->draws * kDrawClocks;
   const double row =

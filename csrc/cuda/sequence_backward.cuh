@@ -482,13 +482,17 @@ class BackwardWalk {
     for_items([&](int, int j, int64_t unit, int valid) {
       const Sums d_h = d_h_of(moment, n, j, unit, valid);
       const Inputs given = inputs<false>(s, moment, n, j, unit, valid);
+      Sums seen;
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) seen.at[i] = norm_unit(j + i).scales.seen(of_c.normalised(known(n, j + i).c));
+      const Sums out = cell().activated(seen);
 #pragma unroll
       for (int i = 0; i < kItem; ++i) {
         Known of_unit = known(n, j + i);
         const auto weights = norm_unit(j + i).scales;
         const Sum normed_c = of_c.normalised(of_unit.c);
         of_unit.d_h = d_h.at[i];
-        of_unit.out = cell().activated(weights.seen(normed_c));
+        of_unit.out = out.at[i];
         Sum d_seen = d_h.at[i] * given.at[i].gates.o * cell().d_activated(of_unit.out);
         if (!norm.by_rows()) d_seen += c_grad(s, moment, n, j, unit, i, valid, given.at[i]).made;
         of_unit.d_seen = moment.active() && i < valid ? d_seen : 0;

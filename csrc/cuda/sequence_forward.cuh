@@ -466,16 +466,18 @@ class ForwardWalk {
     for_items([&](int item, int j, int64_t unit, int valid) {
       const Units<Four, kItem> kept = kept_gates(n, j);
       const Sums before = block_.state(n, j), made = block_.cells(n, j);
-      Sums hidden{}, after{};
+      Sums seen, hidden{}, after{};
       Cells cells{};
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) seen.at[i] = norm_unit(j + i).scales.seen(moments_of_c.normalised(made.at[i]));
+      const Sums activated = cell().activated(seen);
 #pragma unroll
       for (int i = 0; i < kItem; ++i) {
         if (!moment.active() || i >= valid) continue;
         const auto [in, forget, g, out] = kept.at[i].at;
-        const Sum seen = norm_unit(j + i).scales.seen(moments_of_c.normalised(made.at[i]));
-        const Sum left = norm.by_rows() ? made.at[i] : seen;
+        const Sum left = norm.by_rows() ? made.at[i] : seen.at[i];
         cells.at[i] = {{in, forget, g, out}, cell().c_left(place(s, n, unit + i), before.at[i], left)};
-        hidden.at[i] = out * cell().activated(seen);
+        hidden.at[i] = out * activated.at[i];
         after.at[i] = carried(moment, cells.at[i].c);
       }
       block_.state(n, j) = after;
