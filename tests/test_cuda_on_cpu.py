@@ -445,13 +445,18 @@ NORM_MASKED = replace(MASKED_CASE, cell=NORMED["normed rows, masks"])
 NORM_KERNEL = replace(MASKED_CASE, cell=NORMED["normed gates"]._replace(tensorflow=True))
 NORM_PROJECTED = replace(PROJECTED_CASE, cell=NORMED["normed rows, masks"]._replace(proj_clip=0.1))
 NORM_PACKED = replace(PACKED_CASE, state=True, cell=NORMED["normed gates"])
+NORM_LARGE_BATCH = replace(LARGE_BATCH_CASE, cell=NORMED["normed rows"])
 QUICK_NORMED = [(NORM_MASKED, "float32"), (NORM_KERNEL, "tf32"), (NORM_PROJECTED, "float64"), (NORM_PACKED, "float16")]
 
 
 class TestNormContract(Contract):
-    """Of cells that normalise."""
+    """Of cells that normalise: of most dtypes one launch for all T, and those of a step."""
 
-    ways = TestContract.ways
+    ways = tuple(OnFibers("float32", strategy) for strategy in STRATEGIES) + tuple(
+        OnFibers(dtype, strategy)
+        for dtype, of_all in {"float64": "cluster", "float16": "grid", "bfloat16": "block", "tf32": "cluster"}.items()
+        for strategy in (of_all, "step")
+    )
     bit_ways = run_ways = layout_ways = TestContract.bit_ways
     cases = tuple(case for n, shape in enumerate(NORM_SHAPES) for case in with_cell(shape, NORMED_SMOOTH[n % 2]))
     run_cases = save_cases = (NORM_PROJECTED, NORM_KERNEL)
@@ -480,12 +485,16 @@ def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, strateg
         check(case, dtype, strategy, seed=seed, device=2)
 
 
-# A block of the first of these has more items of a row than a warp has lanes, and a grid of the second more ranks.
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_of_a_large_batch_match_the_oracle(strategy: str) -> None:
+    check(NORM_LARGE_BATCH, "float16", strategy, device=0 if strategy == "grid" else 1)
+
+
 @pytest.mark.parametrize("cell", NORMED_SMOOTH, ids=str)
-def test_long_rows_match_the_oracle(cell: Cell) -> None:
-    for shape, strategy in ((Case(3, 3, 2, 75), "block"), (Case(3, 2, 2, 200), "grid")):
-        for case in with_cell(shape, cell):
-            check(case, "float32", strategy, seed=3)
+def test_rows_of_more_ranks_than_a_warp_has_lanes_match_the_oracle(cell: Cell) -> None:
+    """Backward 35 of them, and forward 33."""
+    for case in (*with_cell(Case(2, 1, 3, 140), cell), *with_cell(Case(2, 1, 3, 260), cell)):
+        check(case, "float32", "grid", device=5, seed=case.H)
 
 
 def check_few_threads(case: Case, dtype: str, **kwargs: Any) -> None:
@@ -500,7 +509,7 @@ def test_rows_of_few_threads_match_the_oracle(case: Case, dtype: str) -> None:
 
 @pytest.mark.parametrize("cell", NORMED_SMOOTH, ids=str)
 def test_rows_too_long_for_shared_memory_match_the_oracle(cell: Cell) -> None:
-    for case in with_cell(Case(2, 2, 3, 900), cell):
+    for case in with_cell(Case(1, 2, 3, 900), cell):
         check(case, "float64", "step", device=4)
 
 

@@ -14,10 +14,11 @@ constexpr double kClusterClocks = 890, kClusterBytesPerClock = 32, kGridClocks =
 constexpr double kMailBytesPerClock = 3500, kMailBytesPerClockBackward = 630;  // of all blocks together
 constexpr double kLoadClocksPerNumber = 0.6;
 
-// Of a cell that normalises, in each of so many exchanges of a step: sums over the part of a row that a block has, and
-// over what all have, of which a lane has every 32nd rank; and again the items. Counted by hand.
+// Of a cell that normalises, in each of so many exchanges of a step: of the part of a row that a block has, and the items
+// once more; until numbers of all ranks have come and are added up, of which a lane has every 32nd rank.
 constexpr int kRowExchanges = 2, kRowExchangesBackward = 3;
-constexpr double kRowClocks = 450, kJoinClocks = 350, kMoreRanksClocks = 100;
+constexpr double kRowClocks = 1380, kRowClocksBackward = 1680;
+constexpr double kRowClusterClocks = 550, kRowGridClocks = 1800, kMoreRanksClocks = 250;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
 
@@ -213,13 +214,13 @@ class Planner {
 
   // Of a cell that normalises: what ranks tell each other of their rows.
   double rows_clocks(const Layout& layout) const {
-    const double items = std::ceil(layout.units.value / 32.0);  // a warp has a row
-    double clocks = kRowClocks + items * (kItemClocks + kCellClocks);
+    const int more_items = (layout.units.value - 1) / 32, more_ranks = (layout.ranks - 1) / 32;  // than a warp has lanes
+    double clocks = (problem_.backward ? kRowClocksBackward : kRowClocks) + more_items * (kItemClocks + kCellClocks);
     if (layout.exchange != Exchange::kBlock) {
       const double bytes = double(layout.team_batch) * layout.ranks * kRowNumbers * sizes_.sum_bytes;
-      clocks += layout.exchange == Exchange::kGrid ? kGridClocks + bytes / kL2BytesPerClockOfSm
-                                                   : kClusterClocks + bytes / kClusterBytesPerClock;
-      clocks += kJoinClocks + (layout.ranks - 1) / 32 * kMoreRanksClocks;
+      clocks += layout.exchange == Exchange::kGrid ? kRowGridClocks + bytes / kL2BytesPerClockOfSm
+                                                   : kRowClusterClocks + bytes / kClusterBytesPerClock;
+      clocks += more_ranks * kMoreRanksClocks;
     }
     return clocks * (problem_.backward ? kRowExchangesBackward : kRowExchanges);
   }

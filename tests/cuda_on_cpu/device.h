@@ -20,7 +20,7 @@ namespace cuda_on_cpu {
 
 using Location = std::source_location;  // of the kernel's line that waits, loads or stores
 
-constexpr int kMostResidentBlocks = 32, kWarpSize = 32, kNamedBarriers = 16;
+constexpr int kMostResidentBlocks = 36, kWarpSize = 32, kNamedBarriers = 16;
 
 struct Index {
   unsigned x = 0, y = 0, z = 0;

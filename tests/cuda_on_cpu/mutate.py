@@ -259,8 +259,9 @@ def run_tests() -> None:
             for seed in range(2):
                 tests.check(case, dtype, strategy, seed=seed, data_seed=1)
     for case, dtype in tests.QUICK_NORMED:
-        for seed in range(2):
-            tests.check(case, dtype, "step", seed=seed, data_seed=1)
+        for strategy in tests.STRATEGIES:
+            for seed in range(2):
+                tests.check(case, dtype, strategy, seed=seed, data_seed=1)
         tests.check_few_threads(case, dtype, data_seed=1)
     for strategy in tests.STRATEGIES:
         suite, way = tests.TestContract(), tests.OnFibers("float32", strategy)
@@ -269,7 +270,8 @@ def run_tests() -> None:
             suite.test_save_changes_no_output(tests.MASKED_CASE, save, way)
         for needs in suite.all_needs:
             suite.test_needs_change_no_gradient(tests.MASKED_CASE, needs, way)
-        tests.check(tests.LARGE_BATCH_CASE, "float32", strategy, device=0 if strategy == "grid" else 1)
+        for case in (tests.LARGE_BATCH_CASE, tests.NORM_LARGE_BATCH):
+            tests.check(case, "float32", strategy, device=0 if strategy == "grid" else 1)
         tests.check(tests.Case(20, 3, 4, 5, lengths="ragged", resets=True), "float32", strategy)  # moments found anew
     for seed in range(2):  # blocks of a cluster that divide k
         tests.check(tests.Case(2, 3, 3, 128), "float32", "step", seed=seed)
@@ -282,6 +284,7 @@ def run_tests() -> None:
             tests.check(case, "float32", strategy, data_seed=1)
     for name in tests.OPTIONS:
         tests.test_options_match_the_oracle(name)
+    tests.test_rows_of_more_ranks_than_a_warp_has_lanes_match_the_oracle(tests.NORMED_SMOOTH[0])
     tests.check(tests.Case(3, 24, 5, 33), "bfloat16", "grid/4")  # more rows of mail than late readers share
     tests.check(tests.Case(2, 1, 3, 1), "float32", "cluster")
     tests.check(tests.Case(3, 31, 63, 91), "float32", "block", seed=1)

@@ -18,8 +18,8 @@ struct Device {
   int clock_khz;
 };
 
-// A small Hopper, a smaller one, a Turing, the first as a virtual GPU that does not tell its clock, and one with little
-// shared memory. All others are the first again: for tests that leave something behind, as what is found out about a
+// A small Hopper, a smaller one, a Turing, the first as a virtual GPU that does not tell its clock, one with little
+// shared memory, and one with more multiprocessors than a warp has lanes. All others are the first again: for tests that leave something behind, as what is found out about a
 // kernel is kept for its device.
 inline constexpr std::array<Device, 256> devices = [] {
   std::array<Device, 256> all;
@@ -28,6 +28,7 @@ inline constexpr std::array<Device, 256> devices = [] {
   all[2] = {75, 4, 64 * 1024, 1'500'000};
   all[3] = {90, 8, 227 * 1024, 0};
   all[4] = {75, 4, 28 * 1024, 1'500'000};
+  all[5] = {90, 36, 227 * 1024, 1'700'000};
   return all;
 }();
 
