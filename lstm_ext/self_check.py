@@ -76,15 +76,18 @@ class Way(NamedTuple):
         """One sequence more than the tiles of a block hold; both directions, with lengths and resets."""
         rows = 8 * int(self.forced.split("/")[1]) + 1
         cell = CELLS[self.cell]
-        # With a projection a cell that normalises launches all of its kernels.
-        projected = self.projected or (cell is not None and bool(cell.norm) and not cell.tensorflow)
-        P = 13 if projected else 0
+        P = 13 if self.projected or _launches_more(self.forced, self.cell) else 0
         return Case(4, rows, 3, 37, P=P, directions=BOTH, lengths="with_zero", resets=True, cell=cell)
 
     @property
     def judged(self) -> str:
         """Whose tolerance counts, and whose numbers the inputs are: TF32 keeps as many bits as float16."""
         return "float16" if self.tf32 else self.dtype
+
+
+def _launches_more(forced: str, cell: str) -> bool:
+    """Whether a way has kernels that go with a projection alone, and then always has one: normalised, step by step."""
+    return forced.startswith("step/") and cell.startswith("torch, ")
 
 
 class Finding(NamedTuple):
@@ -283,9 +286,9 @@ def ways(device: int) -> Iterator[tuple[Way, str]]:
     ):
         if (tf32 and capability < 80) or (projected and cell.startswith("TensorFlow")):
             continue
-        if not projected and cell.startswith("torch, "):  # one that normalises has a projection
-            continue
         way = Way(dtype, tf32, f"{strategy}/{tiles}", projected, backward, cell)
+        if not projected and _launches_more(way.forced, cell):
+            continue
         case = way.case
         sizes = case.T, case.B, case.H, case.P, projected
         try:

@@ -446,6 +446,10 @@ NORM_KERNEL = replace(MASKED_CASE, cell=NORMED["normed gates"]._replace(tensorfl
 NORM_PROJECTED = replace(PROJECTED_CASE, cell=NORMED["normed rows, masks"]._replace(proj_clip=0.1))
 NORM_PACKED = replace(PACKED_CASE, state=True, cell=NORMED["normed gates"])
 NORM_LARGE_BATCH = replace(LARGE_BATCH_CASE, cell=NORMED["normed rows"])
+NORM_LONG = [
+    Case(20, 3, 4, 17, lengths="ragged", resets=True, cell=NORMED["normed rows, masks"]),
+    Case(20, 3, 4, 17, P=7, directions=REVERSE, resets=True, cell=NORMED["normed gates"]),
+]
 QUICK_NORMED = [(NORM_MASKED, "float32"), (NORM_KERNEL, "tf32"), (NORM_PROJECTED, "float64"), (NORM_PACKED, "float16")]
 
 
@@ -483,6 +487,13 @@ def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, strateg
     check(case, dtype, strategy, seed=seed, data_seed=1)
     if dtype != "tf32" and strategy in ("grid", "step"):  # on sm_75, whose launches do not overlap
         check(case, dtype, strategy, seed=seed, device=2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", NORM_LONG, ids=str)
+def test_rows_of_long_sequences_match_the_oracle(case: Case, strategy: str) -> None:
+    """Of more steps than moments are found of at a time."""
+    check(case, "float32", strategy)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -26,7 +26,7 @@ from .test_cuda_on_cpu import Core, cuda, input_products, torch  # noqa: E402
 
 CASE = Case(5, 9, 7, 21, lengths="with_zero", resets=True)
 PLAIN = Case(5, 9, 7, 21)
-_unused = iter(range(6, 256))  # devices of which nothing is known yet
+_unused = iter(range(6, 512))  # devices of which nothing is known yet
 
 
 class WholeCore(Core):
@@ -102,7 +102,7 @@ def test_right_kernels_pass_and_wrong_ones_do_not(
 @pytest.mark.parametrize(
     ("projected", "cell"), [(True, "torch, rows"), (False, "torch, gates"), (False, "TensorFlow, gates")]
 )
-@pytest.mark.parametrize("strategy", self_check.STRATEGIES)
+@pytest.mark.parametrize("strategy", ["grid", "step"])  # the others have the code of grid
 @pytest.mark.parametrize("arithmetic", self_check.ARITHMETICS, ids=lambda a: "tf32" if a[1] else a[0])
 def test_the_same_of_kernels_that_normalise(
     arithmetic: tuple[str, bool], strategy: str, projected: bool, cell: str, backward: bool, core: WholeCore

@@ -139,8 +139,7 @@ struct NormSequenceForward : WithCell<SequenceForward> {
   KernelNorm norm;
 };
 
-// The same for a step. `rows` are the sums of h, float or double [D, B, 4H], which the
-// block of a row may overwrite.
+// The same for a step. `rows` are the sums of h, float or double [D, B, 4H], which the block of a row may overwrite.
 struct NormForward : WithCell<StepForward> {
   KernelNorm norm;
   void* rows;

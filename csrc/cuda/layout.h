@@ -178,7 +178,9 @@ struct Timeout {
 // A team, and the shared memory of each of its blocks, from address 0 on:
 //
 //   tiles | operand (forward, kCluster: 2) | inbox (backward, kCluster: 2, kGrid: 1) | the same with a projection
-//   | partial sums | bias | what the next steps read: 3 times | state | cells | moments | barriers
+//   | partial sums | bias | what the next steps read: 3 times | state | cells | moments | where they store | barriers
+//   with options    | keys of random numbers | peepholes | what is kept of h
+//   and normalised  | weights of the units | what is known of each, backward | inbox of rows (kCluster: 2)
 struct Layout {
   Exchange exchange;
   int ranks;         // blocks of a team

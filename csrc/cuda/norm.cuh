@@ -4,8 +4,8 @@
 //   step_sums    h W_hh' of all rows        ->  | norm_forward: moments | gates, c | moments of c | c', h |  ->  ..
 //
 // What a unit has to remember from one mean to the next are four numbers. Where no thread has more than one unit, in
-// rows up to 512, it has them in registers, with all that it has read of the unit; in longer rows they are in shared
-// memory, or where that is too small in the row of sums, which nobody else reads.
+// rows up to 512, of doubles 256, it has them in registers, with all that it has read of the unit; in longer rows they
+// are in shared memory, or where that is too small in the row of sums, which nobody else reads.
 //
 // A mean is of the threads' sums, each over its units in their order, and those are added in an order that only H
 // decides: the same bits in every run, whatever else is in the batch. A variance is the mean of squares of what has

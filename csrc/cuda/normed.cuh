@@ -24,6 +24,16 @@ __device__ __forceinline__ Sum total_of_lanes(Sum sum) {
   return sum;
 }
 
+// The gates of a unit as numbers one after the other, and the way back.
+template <class Sum>
+__device__ __forceinline__ Units<Sum, 4> four_of(const GateValues<Sum>& gates) {
+  return {gates.i, gates.f, gates.g, gates.o};
+}
+template <class Sum>
+__device__ __forceinline__ GateValues<Sum> gates_of(const Units<Sum, 4>& four) {
+  return {four.at[0], four.at[1], four.at[2], four.at[3]};
+}
+
 // What a layer knows of it, in one direction.
 template <class Tile>
 class Normed {

@@ -130,10 +130,10 @@ struct Plan {
   int num_parts;                      // kStep: launches of a step
   StepPart part[2];
   LaunchConfig config[2];  // of the launch for all T, or those of a step
-  LaunchConfig rows;       // of a cell that normalises, after the product
+  LaunchConfig rows;       // kStep of a cell that normalises, after the product
   int64_t workspace_bytes;
   int64_t hidden_offset;   // kStep with a projection: in the workspace, of h before it
-  int64_t rows_offset;     // of a cell that normalises: in the workspace, of its sums
+  int64_t rows_offset;     // kStep of a cell that normalises: in the workspace, of its sums
   int64_t h_state_offset;  // kStep of a cell with options: of KernelCell::h_state, where the workspace goes on there
   std::optional<CellTraits> cell;
   int sm_margin;

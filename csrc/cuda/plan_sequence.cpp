@@ -14,11 +14,11 @@ constexpr double kClusterClocks = 890, kClusterBytesPerClock = 32, kGridClocks =
 constexpr double kMailBytesPerClock = 3500, kMailBytesPerClockBackward = 630;  // of all blocks together
 constexpr double kLoadClocksPerNumber = 0.6;
 
-// Of a cell that normalises, in each of so many exchanges of a step: of the part of a row that a block has, and the items
-// once more; until numbers of all ranks have come and are added up, of which a lane has every 32nd rank.
+// Of a cell that normalises, in each of so many exchanges of a step: of the part of a row that a block has, and the
+// items once more; until numbers of all ranks have come and are added up, of which a lane has every 32nd rank.
 constexpr int kRowExchanges = 2, kRowExchangesBackward = 3;
-constexpr double kRowClocks = 1380, kRowClocksBackward = 1680;
-constexpr double kRowClusterClocks = 550, kRowGridClocks = 1800, kMoreRanksClocks = 250;
+constexpr double kMomentsClocks = 1380, kMomentsClocksBackward = 1680;
+constexpr double kMomentsClusterClocks = 550, kMomentsGridClocks = 1800, kMoreRanksClocks = 250;
 
 constexpr int64_t kTileBytes = 512;  // of a tile of weights: 16 bytes in each of 32 lanes
 
@@ -214,12 +214,13 @@ class Planner {
 
   // Of a cell that normalises: what ranks tell each other of their rows.
   double rows_clocks(const Layout& layout) const {
-    const int more_items = (layout.units.value - 1) / 32, more_ranks = (layout.ranks - 1) / 32;  // than a warp has lanes
-    double clocks = (problem_.backward ? kRowClocksBackward : kRowClocks) + more_items * (kItemClocks + kCellClocks);
+    const int more_items = (layout.units.value - 1) / 32, more_ranks = (layout.ranks - 1) / 32;  // than lanes
+    double clocks =
+        (problem_.backward ? kMomentsClocksBackward : kMomentsClocks) + more_items * (kItemClocks + kCellClocks);
     if (layout.exchange != Exchange::kBlock) {
       const double bytes = double(layout.team_batch) * layout.ranks * kRowNumbers * sizes_.sum_bytes;
-      clocks += layout.exchange == Exchange::kGrid ? kRowGridClocks + bytes / kL2BytesPerClockOfSm
-                                                   : kRowClusterClocks + bytes / kClusterBytesPerClock;
+      clocks += layout.exchange == Exchange::kGrid ? kMomentsGridClocks + bytes / kL2BytesPerClockOfSm
+                                                   : kMomentsClusterClocks + bytes / kClusterBytesPerClock;
       clocks += more_ranks * kMoreRanksClocks;
     }
     return clocks * (problem_.backward ? kRowExchangesBackward : kRowExchanges);

@@ -413,11 +413,8 @@ class BackwardWalk {
     for (int gate = 0; gate < 4; ++gate) rows[gate] = read_sums(block_.copy_of(s, n, kNormedGates + gate), j);
     Units<Four, kItem> units;
 #pragma unroll
-    for (int i = 0; i < kItem; ++i) {
-      const auto [in, forget, g, out] =
-          cell().in_cells_order({rows[0].at[i], rows[1].at[i], rows[2].at[i], rows[3].at[i]});
-      units.at[i] = {in, forget, g, out};
-    }
+    for (int i = 0; i < kItem; ++i)
+      units.at[i] = four_of(cell().in_cells_order({rows[0].at[i], rows[1].at[i], rows[2].at[i], rows[3].at[i]}));
     return units;
   }
 
@@ -526,8 +523,8 @@ class BackwardWalk {
         d_c_prev.at[i] = moment.forgets() ? 0 : made_back.grad.d_c_prev;
         c_prev.at[i] = given.at[i].c_prev;
         c_new.at[i] = of_unit.c;
-        const auto [in, forget, g, out] = made_back.grad.d_pre;
-        of_unit = {made_back.hidden, of_unit.d_seen * normed_c, of_unit.d_seen, of_unit.out, {in, forget, g, out}};
+        of_unit = {made_back.hidden, of_unit.d_seen * normed_c, of_unit.d_seen, of_unit.out,
+                   four_of(made_back.grad.d_pre)};
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
           const Sum d_normed = of_unit.d_pre.at[gate] * weights.gamma.at[gate];
@@ -566,7 +563,7 @@ class BackwardWalk {
         sent.at[4 * i + 3] = back.o;
       }
       block_.team().put(Product::kRecurrent, n, 4 * j, sent);
-      made = {item, stored_grads<Tile>(cells), {}};
+      made = {item, stored_grads<Tile>(cells), {}};  // that of h is stored with a projection alone
     });
   }
 
@@ -581,11 +578,10 @@ class BackwardWalk {
 
   // 1 / deviation of what the gates i f g o were normalised by.
   __device__ __forceinline__ Four gate_scales(const Moment& moment, int n) const {
-    const Sum* const at = element<Sum>(const_cast<void*>(params_.normed[blockIdx.y].scales), params_.scales_map,
-                                       moment.start, block_.sequence(n), 0);
+    const Sum* const at =
+        element<Sum>(params_.normed[blockIdx.y].scales, params_.scales_map, moment.start, block_.sequence(n), 0);
     if (normed().by_rows()) return {at[0], at[0], at[0], at[0]};
-    const auto [i, f, g, o] = cell().in_cells_order({at[0], at[1], at[2], at[3]});
-    return {i, f, g, o};
+    return four_of(cell().in_cells_order({at[0], at[1], at[2], at[3]}));
   }
 
   // What is known of an item, for the gradients of the weights that it is scaled and shifted by.
@@ -601,12 +597,9 @@ class BackwardWalk {
       const bool counts = moment.active() && i < valid;
       const Known of_unit = known(n, j + i);
       const auto in_weights_order = [&](const Four& gates, Sums(&rows)[4]) {
-        const auto [first, second, third, fourth] =
-            cell().in_cells_order({gates.at[0], gates.at[1], gates.at[2], gates.at[3]});
-        rows[0].at[i] = counts ? first : 0;
-        rows[1].at[i] = counts ? second : 0;
-        rows[2].at[i] = counts ? third : 0;
-        rows[3].at[i] = counts ? fourth : 0;
+        const Four in_order = four_of(cell().in_cells_order(gates_of(gates)));
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) rows[gate].at[i] = counts ? in_order.at[gate] : 0;
       };
       Four product;
 #pragma unroll

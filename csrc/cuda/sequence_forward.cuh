@@ -352,8 +352,7 @@ class ForwardWalk {
     return carried;
   }
 
-  // ---- Of cells that normalise
-  // ----------------------------------------------------------------------------------------
+  // ---- Of cells that normalise --------------------------------------------------------------------------------------
 
   // A warp has a sequence, and its lanes the items of it: from the sums to the moments, and from these to h, an item is
   // the same thread's.
@@ -395,10 +394,9 @@ class ForwardWalk {
       Units<Four, kItem> kept;
 #pragma unroll
       for (int i = 0; i < kItem; ++i) {
-        const auto [in, forget, g, out] =
-            cell().in_cells_order({h.at[4 * i] + x.gates[0].at[i], h.at[4 * i + 1] + x.gates[1].at[i],
-                                   h.at[4 * i + 2] + x.gates[2].at[i], h.at[4 * i + 3] + x.gates[3].at[i]});
-        kept.at[i] = {in, forget, g, out};
+        kept.at[i] =
+            four_of(cell().in_cells_order({h.at[4 * i] + x.gates[0].at[i], h.at[4 * i + 1] + x.gates[1].at[i],
+                                           h.at[4 * i + 2] + x.gates[2].at[i], h.at[4 * i + 3] + x.gates[3].at[i]}));
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) sums.at[gate] += i < valid ? kept.at[i].at[gate] : 0;
       }
@@ -442,8 +440,7 @@ class ForwardWalk {
       Sums c;
 #pragma unroll
       for (int i = 0; i < kItem; ++i) {
-        const auto [in, forget, g, out] = made.at[i].gates;
-        kept.at[i] = {in, forget, g, out};
+        kept.at[i] = four_of(made.at[i].gates);
         c.at[i] = made.at[i].c;
         sum_of_c.at[0] += i < valid ? c.at[i] : 0;
       }
@@ -474,10 +471,10 @@ class ForwardWalk {
 #pragma unroll
       for (int i = 0; i < kItem; ++i) {
         if (!moment.active() || i >= valid) continue;
-        const auto [in, forget, g, out] = kept.at[i].at;
+        const GateValues<Sum> gates = gates_of(kept.at[i]);
         const Sum left = norm.by_rows() ? made.at[i] : seen.at[i];
-        cells.at[i] = {{in, forget, g, out}, cell().c_left(place(s, n, unit + i), before.at[i], left)};
-        hidden.at[i] = out * activated.at[i];
+        cells.at[i] = {gates, cell().c_left(place(s, n, unit + i), before.at[i], left)};
+        hidden.at[i] = gates.o * activated.at[i];
         after.at[i] = carried(moment, cells.at[i].c);
       }
       block_.state(n, j) = after;

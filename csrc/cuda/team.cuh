@@ -11,18 +11,18 @@
 //
 // A cell that normalises needs a few numbers of each rank besides, such as sums over its part of a row: a warp of each
 // rank has the row of a sequence, and sends those numbers to that warp of all ranks, which takes them as `receive_row`
-// says. No thread of a block waits for another one there.
+// says. The warps of a block need not meet for that.
 //
 // Their ways, by what protects a buffer against early reads and late writes; e is the number of the exchange:
 //   kBlock    shared memory of the one block, and __syncthreads.
-//   kCluster  16 bytes at a time go to the other ranks' shared memory by st.async, which counts them at barrier e % 2
-//   of
+//   kCluster  16 bytes at a time go to other ranks' shared memory by st.async, which counts them at barrier e % 2 of
 //             the rank that gets them; that one has announced how many come. Two buffers, by e % 2. Who sends exchange
 //             e has all of e - 1, whose senders had read e - 2: nobody reads the buffer any more, and no byte of e is
 //             counted in the phase of e - 2.
 //   kGrid     mail through L2, two buffers by e % 2. Each number has the mark of e, and is read until it has: it is its
 //             own flag. It is overwritten by e only after its writer has read all of e - 1, whose numbers depend on all
-//             of e - 2: the order is that of data, and needs no fence.
+//             of e - 2: the order is that of data, and needs no fence. Of rows it is that of a warp: a lane has its
+//             numbers of e - 2, and has added them to those of the others, before the warp sends e - 1.
 // Every rank takes part in every exchange, also with units that are none, which are zero: or the order would not hold.
 #pragma once
 

@@ -272,7 +272,8 @@ def run_tests() -> None:
             suite.test_needs_change_no_gradient(tests.MASKED_CASE, needs, way)
         for case in (tests.LARGE_BATCH_CASE, tests.NORM_LARGE_BATCH):
             tests.check(case, "float32", strategy, device=0 if strategy == "grid" else 1)
-        tests.check(tests.Case(20, 3, 4, 5, lengths="ragged", resets=True), "float32", strategy)  # moments found anew
+        for case in (tests.Case(20, 3, 4, 5, lengths="ragged", resets=True), *tests.NORM_LONG):  # moments found anew
+            tests.check(case, "float32", strategy)
     for seed in range(2):  # blocks of a cluster that divide k
         tests.check(tests.Case(2, 3, 3, 128), "float32", "step", seed=seed)
     tests.check(tests.Case(2, 3, 3, 128), "float32", "step", device=2)  # without clusters: more stages than at a time

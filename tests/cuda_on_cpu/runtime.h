@@ -19,10 +19,10 @@ struct Device {
 };
 
 // A small Hopper, a smaller one, a Turing, the first as a virtual GPU that does not tell its clock, one with little
-// shared memory, and one with more multiprocessors than a warp has lanes. All others are the first again: for tests that leave something behind, as what is found out about a
-// kernel is kept for its device.
-inline constexpr std::array<Device, 256> devices = [] {
-  std::array<Device, 256> all;
+// shared memory, and one with more multiprocessors than a warp has lanes. All others are the first again: for tests
+// that leave something behind, as what is found out about a kernel is kept for its device.
+inline constexpr std::array<Device, 512> devices = [] {
+  std::array<Device, 512> all;
   all.fill({90, 8, 227 * 1024, 1'700'000});
   all[1] = {90, 3, 227 * 1024, 1'700'000};
   all[2] = {75, 4, 64 * 1024, 1'500'000};
