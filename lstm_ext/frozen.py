@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _native
 from ._torch_private import _is_any_autocast_enabled
-from .call import FORWARD, LayerCall, check_kind, is_tensor, kind
+from .call import FORWARD, LayerCall
 from .cell import read_integer
+from .checks import check_kind, is_tensor, kind
 from .engines import forced, onnx
 from .frozen_stack import Spec, Stack, dequantized, frozen_forward, remember, run_layers, tensor_of
 from .route import as_leaf, is_proxy

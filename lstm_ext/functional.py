@@ -9,21 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 import numpy as np
 
 from . import dlpack
-from .call import (
-    DTYPES,
-    FORWARD,
-    REVERSE,
-    Array,
-    CallTuple,
-    LayerCall,
-    OutputsTuple,
-    Save,
-    check,
-    check_kind,
-    is_tensor,
-    kind,
-)
+from .call import DTYPES, FORWARD, REVERSE, Array, CallTuple, LayerCall, OutputsTuple, Save
 from .cell import Cell, make_cell, show_options
+from .checks import check, check_kind, is_tensor, kind
 from .engines import choose, numpy
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ from ._torch_private import (
     one_dnn_takes_bfloat16,
     peek_interpreter_stack,
 )
-from .call import BOTH, FORWARD, LayerCall, Save, TooLargeError, check, check_kind, check_step_state
+from .call import BOTH, FORWARD, LayerCall, Save
 from .cell import show_options
+from .checks import TooLargeError, check, check_kind, check_step_state
 from .engines import logged, warn, warn_once
 from .options import CellOptions, LayerOptions, Options, read_options
 from .route import COMPILED, as_leaf, draw_seed, is_proxy, run, without_none

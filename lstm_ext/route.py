@@ -20,8 +20,9 @@ from ._torch_private import (
     get_interpreter_stack,
     profiler,
 )
-from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save, check_kinds, check_step_state
+from .call import REVERSE, CallTuple, LayerCall, Outputs, OutputsTuple, Save
 from .cell import Cell
+from .checks import check_kinds, check_step_state
 from .engines import Engine, backends, choose, choose_under, composed, forced, logged, onnx, stock, warn_once
 from .torch_op import PLAIN, TENSORS, LayerFunction, engine_of, is_eager, requires_grad
 
@@ -39,7 +40,7 @@ def run(call: CallTuple, save: Save = NOTHING) -> OutputsTuple:
     """The outputs of a layer, and with `Save.CELLS` its cells.
 
     Raises:
-        TypeError, RuntimeError, ValueError: see `call.check`; what a kernel or its memory fails of is raised as it is.
+        TypeError, RuntimeError, ValueError: see `checks.check`; what else a kernel fails of is raised as it is.
     """
     if is_eager() and not _is_any_autocast_enabled():  # most calls: the last row of the table, without the others
         x = call[0]

@@ -51,11 +51,9 @@ from .call import (
     OutputsTuple,
     Save,
     Saved,
-    check,
-    check_backward,
-    check_values,
 )
 from .cell import Cell, cell_of
+from .checks import check, check_backward, check_values
 from .engines import Engine, choose, composed, cpu, derivatives, in_torch, logged
 
 if not _native.reason:

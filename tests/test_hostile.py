@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import lstm_ext
 from lstm_ext import _native, convert
-from lstm_ext.call import FORWARD, REVERSE, LayerCall, Save, check
+from lstm_ext.call import FORWARD, REVERSE, LayerCall, Save
+from lstm_ext.checks import check
 
 from .conftest import needs_native
 from .test_bad_input import arguments, call, misaligned

@@ -56,7 +56,7 @@ ALLOWED = {
         *("tile.cuh", "product.cuh", "pointwise.cuh", "cell.cuh", "team.cuh", "sequence.cuh", "step.cuh"),
         *("step_tile.cuh", "step_block.cuh"),
         *("sequence_forward.cuh", "sequence_backward.cuh", "kernels.cuh"),
-        *("step_sums.cuh", "norm.cuh", "norm_forward.cuh", "norm_backward.cuh", "norm_kernels.cuh"),
+        *("step_sums.cuh", "normed.cuh", "norm.cuh", "norm_forward.cuh", "norm_backward.cuh", "norm_kernels.cuh"),
         *("cuda_on_cpu/ptx.h", "cuda_on_cpu/kernel.h"),
         *("cuda_runtime.h", "cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h"),
     },

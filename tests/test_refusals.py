@@ -1,4 +1,4 @@
-"""What the compiled core refuses: in the words of `call.check`, or by leaving it to its caller."""
+"""What the compiled core refuses: in the words of `checks.check`, or by leaving it to its caller."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 import lstm_ext.torch_op  # noqa: F401 (makes the native module take tensors)
 from lstm_ext import _native
-from lstm_ext.call import BOTH, FORWARD, LayerCall, Needs, OutputGrads, Save, Saved, check
+from lstm_ext.call import BOTH, FORWARD, LayerCall, Needs, OutputGrads, Save, Saved
+from lstm_ext.checks import check
 from lstm_ext.engines import cpu
 from lstm_ext.engines import numpy as numpy_engine
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import _native
-from ..call import LayerCall, is_tensor
+from ..call import LayerCall
+from ..checks import is_tensor
 
 if not _native.reason:
     forward, backward = _native.C.layer_forward, _native.C.layer_backward

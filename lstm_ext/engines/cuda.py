@@ -18,20 +18,9 @@ from .. import measured, self_check
 from .._native import C
 from .._torch_private import _get_fp32_precision_getter
 from .._warnings import warn_once
-from ..call import (
-    CallTuple,
-    Grads,
-    GradsTuple,
-    LayerCall,
-    Needs,
-    OutputGrads,
-    Outputs,
-    OutputsTuple,
-    Save,
-    Saved,
-    check,
-)
+from ..call import CallTuple, Grads, GradsTuple, LayerCall, Needs, OutputGrads, Outputs, OutputsTuple, Save, Saved
 from ..cell import Norm
+from ..checks import check
 from . import cuda_norm, in_torch
 from .composed import compute_dtype
 from .cuda_norm import gates_of, multiply, norm_of

@@ -8,19 +8,8 @@ from typing import Any
 import numpy as np
 
 from .. import reference
-from ..call import (
-    CallTuple,
-    GradsTuple,
-    LayerCall,
-    Needs,
-    OutputGrads,
-    OutputsTuple,
-    Save,
-    Saved,
-    check,
-    check_backward,
-    is_tensor,
-)
+from ..call import CallTuple, GradsTuple, LayerCall, Needs, OutputGrads, OutputsTuple, Save, Saved
+from ..checks import check, check_backward, is_tensor
 
 
 def _takes(call: CallTuple, *others: Any) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._torch_private import constant_to_compilers
-from ..call import BOTH, FORWARD, REVERSE, CellWeights, LayerCall, Outputs, Save, check
+from ..call import BOTH, FORWARD, REVERSE, CellWeights, LayerCall, Outputs, Save
 from ..cell import PLAIN, Activation, Cell, Norm
+from ..checks import check
 from . import stock
 
 _DIRECTIONS = {FORWARD: "forward", REVERSE: "reverse", BOTH: "bidirectional"}

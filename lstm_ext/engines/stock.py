@@ -7,7 +7,8 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from .._torch_private import _VF
-from ..call import LayerCall, Outputs, Save, check_ranks, check_shapes
+from ..call import LayerCall, Outputs, Save
+from ..checks import check_ranks, check_shapes
 
 
 def _step(call: LayerCall) -> Outputs:
