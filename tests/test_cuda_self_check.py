@@ -56,7 +56,7 @@ def core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WholeCore]
     harness.cuda_take_hooks(measured.hand_over, self_check.check)
     yield core
     harness.cuda_take_hooks(None, None)
-    harness.spoil_kernels("")
+    harness.spoil_kernels()
     engines.choose_under.cache_clear()
 
 
@@ -117,11 +117,10 @@ def test_the_same_of_kernels_that_normalise(
 
 
 def test_without_a_right_kernel_a_cell_that_normalises_is_left_to_torch(core: WholeCore) -> None:
-    harness.spoil_kernels("norm_forward<float32, 16 sequences, rows>")
+    parts = "norm_forward<float32, 16 sequences, rows>", "norm_sequence_forward<float32, 8 sequences, rows"
+    harness.spoil_kernels(*parts)
     call = make_inputs(replace(CASE, cell=self_check.CELLS["torch, rows"]), "float32").to_torch("float32").call
-    with pytest.warns(
-        UserWarning, match=r"leaves out the CUDA kernel norm_forward<float32, 16 sequences, rows>"
-    ) as said:
+    with pytest.warns(UserWarning, match=rf"leaves out the CUDA kernel {parts[0]}") as said:
         assert cuda.forward(call, Save.NOTHING) is NotImplemented
     assert "in torch's operations" in str(said[-1].message)
     gates = make_inputs(replace(CASE, cell=self_check.CELLS["torch, gates"]), "float32").to_torch("float32").call

@@ -3,6 +3,7 @@
 // attribute allows at that moment is refused.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -12,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "runtime.h"
 
@@ -26,7 +29,7 @@ thread_local std::string last_error = "no error";
 std::mutex mutex;
 std::map<std::pair<int, const void*>, int64_t> shared_limits;  // of a function on a device
 std::set<int> with_context;
-std::string spoiled;
+std::vector<std::string> spoiled;
 std::atomic<int> queries{0};
 
 cudaError_t fail_with(const std::string& why) {
@@ -52,7 +55,7 @@ Index index_of(const dim3& dim) { return {dim.x, dim.y, dim.z}; }
 
 }  // namespace
 
-void cuda_on_cpu::spoil_kernels(const std::string& part) { spoiled = part; }
+void cuda_on_cpu::spoil_kernels(std::vector<std::string> parts) { spoiled = std::move(parts); }
 std::set<int> cuda_on_cpu::contexts() {
   const std::lock_guard<std::mutex> lock(mutex);
   return with_context;
@@ -165,8 +168,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   }
   try {
     launch(std::move(grid), cooperative, overlaps, config->stream);
-    if (!spoiled.empty() && kernel.name.find(spoiled) != std::string::npos)
-      enqueue(config->stream, kernel.spoil(arguments[0]));
+    const auto is_named = [&](const std::string& part) { return kernel.name.find(part) != std::string::npos; };
+    if (std::any_of(spoiled.begin(), spoiled.end(), is_named)) enqueue(config->stream, kernel.spoil(arguments[0]));
   } catch (const std::runtime_error& refused) {
     return fail_with(refused.what());
   }

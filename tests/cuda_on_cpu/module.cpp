@@ -113,7 +113,7 @@ PYBIND11_MODULE(lstm_ext_cuda_on_cpu, m) {
   m.def("cuda_device", &lstm_ext::ops::cuda_device);
   m.def("sm_margin", &lstm_ext::cuda::sm_margin);
   m.def("set_sm_margin", &lstm_ext::cuda::set_sm_margin);
-  m.def("spoil_kernels", &spoil_kernels);
+  m.def("spoil_kernels", [](const py::args& parts) { spoil_kernels(parts.cast<std::vector<std::string>>()); });
   m.def("contexts", &contexts);
   m.def("refusal", [] { return lstm_ext::cuda::device_report().reason; });
   m.def("runs_on", &lstm_ext::cuda::runs_on);

@@ -6,6 +6,7 @@
 #include <functional>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "device.h"
 
@@ -56,8 +57,8 @@ void launch(Grid grid, bool cooperative, bool overlaps, void* stream);
 // an error is dropped.
 void synchronize(uint64_t seed);
 
-// From now on what kernels write whose names have this part is wrong. None for "". They write at least 8 bytes.
-void spoil_kernels(const std::string& part);
+// From now on what kernels write whose names have one of these parts is wrong. They write at least 8 bytes.
+void spoil_kernels(std::vector<std::string> parts);
 
 // The devices on which there is a context.
 std::set<int> contexts();
