@@ -47,10 +47,17 @@ NOT_CAUGHT = {
     "never `if (++polls_ % kPollsPerLook != 0)`": "it looks at the clock at each poll",
     "always `if (since_ == 0)`": "no wait ends then: tests/test_cuda_on_cpu.py has a partner that never sends; it "
     "is not among the quick cases",
-    "norm.cuh always `if (threadIdx.x % 32 == 0)`": "all lanes of a warp have its sum",
-    "norm.cuh `by_rows() ?` always true": "a gamma that is one row has a stride of 0",
+    "norm.cuh always `if (lane == 0)`": "all lanes of a number have its sum",
+    "norm.cuh `norm.in_shared ?` always false": "the row of sums serves as well",
+    "norm.cuh `norm.in_shared ?` always true": "the quick cases have room; rows too long for it are tested elsewhere",
+    "normed.cuh `by_rows() ?` always true": "a gamma that is one row has a stride of 0",
+    "normed.cuh never `if (team_.alone())`": "a team of one block sends nothing",
+    "normed.cuh always `if (part.units > 0)`": "what no units are apart counts nothing",
     "norm_forward.cuh without `wait_for_previous_launch()`": "that of h before steps follows no launch of ours",
     "norm_forward.cuh always `if (moment_.active())`": "what it computes of a sequence that is not active is not used",
+    "norm_forward.cuh `moment_.active() ?` always true": "a sequence that is not active is not stored",
+    "norm_forward.cuh never `if (!moment_.active())`": "what it reads of a sequence that is not active is not used",
+    "norm_backward.cuh always `if (moment_.active())`": "what it reads of a sequence that is not active is not used",
     "norm_forward.cuh always `if (!layer_.shape.projected)`": "the launch of the projection stores the same",
     "always `if (of.operand)`": "a row that starts at null stands for zeros",
     "tile.cuh never `if (bytes % 16 == 0)`": "it is asked as the kernels are compiled, when there are no mutants",
@@ -61,13 +68,17 @@ NOT_CAUGHT = {
     "cell.cuh never `if (!moment.active())`": "what it computes of a sequence that is not active is not used",
     "cell.cuh always `if (has_peephole)`": "it adds or multiplies by what changes nothing: peepholes that are not "
     "there are zeros",
-    "cell.cuh `has_peephole ?` always true": "it adds or multiplies by what changes nothing: peepholes that are not "
-    "there are zeros",
     "sequence_backward.cuh `row == kCells ?` always true": "cells and d_cells of the cases have one stride",
     "sequence_backward.cuh `row == kCells ?` always false": "cells and d_cells of the cases have one stride",
     "sequence_backward.cuh always `if (moment.follows())`": "it reads c of a step that is not there, and does not "
     "use it",
     "sequence_backward.cuh always `if (i < valid)`": "units that are none are not stored",
+    "sequence_backward.cuh `moment.active() ?` always true": "a sequence that is not active is not stored",
+    "sequence_backward.cuh `moment.active() && i < valid ?` always true": "what it computes of a unit or a sequence "
+    "that does not count is not used",
+    "sequence_backward.cuh `counts ?` always true": "what does not count is zero already",
+    "sequence_backward.cuh never `if (!to.d_seen)`": "it writes where nothing is wanted: the quick cases of cells that "
+    "normalise want all, TestNormContract does not",
     "sequence_backward.cuh always `if (cell().drops_h())`": "a mask that drops nothing is 1",
     "sequence_forward.cuh always `if (cell().drops_h())`": "a mask that drops nothing is 1",
     "sequence_forward.cuh always `if (p >= 0 && cell().drops_h())`": "a mask that drops nothing is 1",
@@ -116,6 +127,8 @@ NOT_CAUGHT = {
     "step.cuh always `if (from.d_cells)`": "the map of an array that is not there has no strides: null stays null",
     "step.cuh always `if (makes_cells)`": "what it loads is not used",
     "step_block.cuh `valid() > 0 ?` always true": "a prefetch, no result",
+    "step_tile.cuh `n < count_ ?` always true": "rows that are none are not copied",
+    "step_tile.cuh `bytes > 0 ?` always true": "of a chunk without bytes nothing is copied",
     "team.cuh always `if (clustered())`": "a block without a cluster is a cluster of one",
     "team.cuh always `if (by_mail())`": "without a grid there are no groups of mail",
     "team.cuh `alone() ?` always false": "a team of one block has one rank",
