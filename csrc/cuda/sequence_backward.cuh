@@ -468,7 +468,6 @@ class BackwardWalk {
     if (n >= block_.count()) return;
     const Normed<Tile> norm = normed();
     const Moment moment = block_.moment(s, n);
-    const Four scales = moment.active() ? gate_scales(moment, n) : Four{};
     Row row = this->row(n);
     const auto for_items = [&](const auto& of_item) { block_.for_items_of(n, hidden(), of_item); };
     const auto found = row.statistics(own_c_, MeanOfUnits());
@@ -537,6 +536,7 @@ class BackwardWalk {
       if (!moment.active()) c_prev = c_new = {};
       cell().template store_cells<kItem>(moment, place(s, n, unit), pass_.hidden_map, c_prev, c_new, valid);
     });
+    const Four scales = moment.active() ? gate_scales(moment, n) : Four{};  // while what others send is on its way
     const auto [di, df, dg, d_o, ai, af, ag, ao] = row.sums(sums_of_gates).at;
     const Four mean = norm.means({di, df, dg, d_o}, part), along = norm.means({ai, af, ag, ao}, part);
 
