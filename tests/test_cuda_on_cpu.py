@@ -459,10 +459,10 @@ class TestNormContract(Contract):
     ways = tuple(
         OnFibers(dtype, strategy)
         for strategy, dtypes in {
-            "block": ("float32", "bfloat16"),
-            "cluster": ("float32", "float64"),
-            "grid": ("float32", "float16"),
-            "step": ("float32", "tf32"),
+            "block": ["float32", "bfloat16"],
+            "cluster": ["float32", "float64", "tf32"],
+            "grid": ["float32", "float16"],
+            "step": DTYPES,
         }.items()
         for dtype in dtypes
     )
@@ -485,13 +485,15 @@ class TestNormContract(Contract):
             super().test_rows_move_with_their_results(replace(MASKED_CASE, cell=cell), way)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "seed"),
+    [(strategy, seed) for strategy in STRATEGIES for seed in range(4 if strategy == "step" else 2)],
+)
 @pytest.mark.parametrize(("case", "dtype"), QUICK_NORMED, ids=str)
 def test_any_schedule_of_rows_matches_the_oracle(case: Case, dtype: str, strategy: str, seed: int) -> None:
     check(case, dtype, strategy, seed=seed, data_seed=1)
-    if dtype != "tf32" and strategy in ("grid", "step"):  # on sm_75, whose launches do not overlap
-        check(case, dtype, strategy, seed=seed, device=2)
+    if strategy == "step" or (strategy == "grid" and dtype != "tf32"):  # on sm_75, whose launches do not overlap
+        check(case, dtype, strategy, seed=seed, device=2 if dtype != "tf32" else 1)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -525,7 +527,7 @@ def test_rows_of_few_threads_match_the_oracle(case: Case, dtype: str) -> None:
 
 @pytest.mark.parametrize("cell", NORMED_SMOOTH, ids=str)
 def test_rows_too_long_for_shared_memory_match_the_oracle(cell: Cell) -> None:
-    for case in with_cell(Case(1, 2, 3, 900), cell):
+    for case in with_cell(Case(2, 2, 3, 900), cell):
         check(case, "float64", "step", device=4)
 
 
