@@ -64,6 +64,8 @@ class Backward {
     if (layer_.dx && !plan_.in_place[kInput]) w_ih_ = arena.get<Packed>(column_panels(I) * gate_panel);
     const int64_t most_rows = 4 * gate_size_ > P ? 4 * gate_size_ : P;
     matrix_rows_ = arena.get<const S*>(most_rows > I ? most_rows : I);
+    sums_width_ = column_panels(P > H ? P : H) * kWidth;
+    sums_ = arena.get<C>(B * sums_width_);
     if (cell_) prepare_cell(arena);
     if (dir_.grads.wanted) by_kernel_ ? prepare_kernel_grads(arena) : prepare_grads(arena);
   }
@@ -229,23 +231,29 @@ class Backward {
   }
 
   void run_step(const Share& share, int64_t s, int64_t first_row, const GradRows& later) const {
-    const int64_t N = shape_.P, active = walk_.active(s);
-    share.for_panels(column_panels(N), [&](int64_t p) {
+    const int64_t active = walk_.active(s);
+    share.for_panels(column_panels(shape_.P), [&](int64_t p) {
       share.for_tiles(active, [&](int64_t first, int count) {
         alignas(64) C sums[Engine::kRows * kWidth];
         recurrent_grad(s, first, count, p, later, sums);
-        for (int m = 0; m < count; ++m) {
-          for (int g = 0; g < 4; ++g) {
-            const int64_t n = p * kWidth + g * L;
-            if (n < N) add_dy(s, first + m, first_row + first + m, n, load(sums + (m * 4 + g) * L));
-          }
-        }
+        keep_sums(first, count, p, sums);
       });
     });
+    for_my_rows(share, active, shape_.P,
+                [&](int64_t slot, int64_t n0, int64_t n1) { take_h_grad(s, slot, first_row + slot, n0, n1); });
     share.sync_rows();
     if (shape_.projected) {
       share.for_panels(column_panels(shape_.H), [&](int64_t p) {
-        share.for_tiles(active, [&](int64_t first, int count) { unproject(s, first, count, first_row, p); });
+        share.for_tiles(active, [&](int64_t first, int count) {
+          alignas(64) C sums[Engine::kRows * kWidth];
+          multiply(dh_, first_row + first, count, w_hr_, dir_.weights.w_hr, shape_.H, p, sums);
+          keep_sums(first, count, p, sums);
+        });
+      });
+      for_my_rows(share, active, shape_.H, [&](int64_t slot, int64_t u0, int64_t u1) {
+        const C* const dh = sums_ + slot * sums_width_;
+        if (!cell_) return pointwise_backward(s, slot, first_row + slot, u0, u1, dh, nullptr);
+        for (int64_t u = u0; u < u1; u += L) cell_pointwise_backward(s, slot, first_row + slot, u, load(dh + u));
       });
       share.sync_rows();
     }
@@ -319,53 +327,70 @@ class Backward {
     }
   }
 
-  void add_dy(int64_t s, int64_t slot, int64_t row, int64_t n, Vec<C> dh) const {
-    const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse), count = shape_.P - n;
-    if (dir_.dy) dh += load_up_to(static_cast<const S*>(dir_.dy) + layer_.dy_map.at(t, b) + n, count);
-    if (cell_) return pass_to_cell(s, slot, row, n, dh);
-    if (shape_.projected) {
-      dh_.put(row, n, n, dh, count);
-    } else {
-      pointwise_backward(s, slot, row, n, dh);
-    }
-  }
-
-  void unproject(int64_t s, int64_t first, int rows, int64_t first_row, int64_t p) const {
-    alignas(64) C sums[Engine::kRows * kWidth];
-    multiply(dh_, first_row + first, rows, w_hr_, dir_.weights.w_hr, shape_.H, p, sums);
-    for (int m = 0; m < rows; ++m) {
+  // Of a step, what is wanted of h: tile by tile from the products, then row by row into the pointwise part, which
+  // reads and writes much that lies side by side in a row.
+  void keep_sums(int64_t first, int count, int64_t p, const C* sums) const {
+    for (int m = 0; m < count; ++m) {
       for (int g = 0; g < 4; ++g) {
-        const int64_t u = p * kWidth + g * L;
-        if (u >= shape_.H) break;
-        const Vec<C> dh = load(sums + (m * 4 + g) * L);
-        const int64_t slot = first + m, row = first_row + first + m;
-        cell_ ? cell_pointwise_backward(s, slot, row, u, dh) : pointwise_backward(s, slot, row, u, dh);
+        store(sums_ + (first + m) * sums_width_ + p * kWidth + g * L, load(sums + (m * 4 + g) * L));
       }
     }
   }
 
-  // Gate gradients of one row and one vector of units; not inlined, as Forward::pointwise_forward.
-  [[gnu::noinline]] void pointwise_backward(int64_t s, int64_t slot, int64_t row, int64_t u, Vec<C> dh) const {
-    const int64_t H = shape_.H, count = H - u, b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
-    const S* gates = static_cast<const S*>(dir_.gates) + layer_.gates_map.at(t, b) + u;
-    const GateValues<Vec<C>> gate{load_up_to(gates, count), load_up_to(gates + H, count),
-                                  load_up_to(gates + 2 * H, count), load_up_to(gates + 3 * H, count)};
-    const C* cell = static_cast<const C*>(dir_.cells) + layer_.cells_map.at(t, b) + u;
-    const Vec<C> tanh_c = VecMath<C>::tanh(load_up_to(cell, count));
+  // f(slot, n0, n1) for the slots whose columns n0 .. n1 - 1 of N are mine
+  template <class Body>
+  static void for_my_rows(const Share& share, int64_t active, int64_t N, const Body& f) {
+    const auto [first, last] = share.panels_of_mine(column_panels(N));
+    const int64_t n1 = last * kWidth < N ? last * kWidth : N;
+    share.for_groups([&](const Share::Group& group) {
+      for (int64_t slot = group.first; slot < group.last && slot < active; ++slot) f(slot, first * kWidth, n1);
+    });
+  }
 
-    const int64_t c_width = ceil_div(H, L) * L;
-    C* dc_state = dc_ + slot * c_width + u;
-    Vec<C> dc = load_matrix(dir_.dc_n, b, u, count, s == walk_.length(slot) - 1);
-    if (s < walk_.length(slot) - 1) dc = load(dc_state);
-    if (dir_.d_cells) dc += load_up_to(static_cast<const C*>(dir_.d_cells) + layer_.d_cells_map.at(t, b) + u, count);
+  void take_h_grad(int64_t s, int64_t slot, int64_t row, int64_t n0, int64_t n1) const {
+    const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
+    const C* const sums = sums_ + slot * sums_width_;
+    const S* const dy = dir_.dy ? static_cast<const S*>(dir_.dy) + layer_.dy_map.at(t, b) : nullptr;
+    if (!cell_ && !shape_.projected) return pointwise_backward(s, slot, row, n0, n1, sums, dy);
+    for (int64_t n = n0; n < n1; n += L) {
+      Vec<C> dh = load(sums + n);
+      if (dy) dh += load_up_to(dy + n, shape_.P - n);
+      if (cell_) {
+        pass_to_cell(s, slot, row, n, dh);
+      } else {
+        dh_.put(row, n, n, dh, shape_.P - n);
+      }
+    }
+  }
 
-    const auto grad = cell_backward(gate, c_before(s, slot, u, count), tanh_c, dh, dc);
-    dgates_.put(row, u, u, grad.d_pre.i, count);
-    dgates_.put(row, H + u, gate_size_ + u, grad.d_pre.f, count);
-    dgates_.put(row, 2 * H + u, 2 * gate_size_ + u, grad.d_pre.g, count);
-    dgates_.put(row, 3 * H + u, 3 * gate_size_ + u, grad.d_pre.o, count);
-    store(dc_state, walk_.resets_before(s, slot, dir_.reverse) ? Vec<C>{} : grad.d_c_prev);
-    if (hidden_) store_up_to(hidden_ + row * H + u, gate.o * tanh_c, count);
+  // Gate gradients of units u0 .. u1 - 1 of a row, from what later steps (`dh`) and a caller (`dy`) want of h. Not
+  // inlined, as Forward::pointwise_forward.
+  [[gnu::noinline]] void pointwise_backward(int64_t s, int64_t slot, int64_t row, int64_t u0, int64_t u1, const C* dh,
+                                            const S* dy) const {
+    const int64_t H = shape_.H, b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
+    const S* const gates = static_cast<const S*>(dir_.gates) + layer_.gates_map.at(t, b);
+    const C* const cell = static_cast<const C*>(dir_.cells) + layer_.cells_map.at(t, b);
+    const C* const d_cell = dir_.d_cells ? static_cast<const C*>(dir_.d_cells) + layer_.d_cells_map.at(t, b) : nullptr;
+    const bool ends = s == walk_.length(slot) - 1, forgets = walk_.resets_before(s, slot, dir_.reverse);
+    C* const dc_state = dc_ + slot * (ceil_div(H, L) * L);
+    const auto take = [&](int64_t u, int64_t count) {
+      const auto gate = [&](int g) { return load_up_to(gates + g * H + u, count); };
+      const GateValues<Vec<C>> values{gate(0), gate(1), gate(2), gate(3)};
+      const Vec<C> tanh_c = VecMath<C>::tanh(load_up_to(cell + u, count));
+      Vec<C> d_h = load(dh + u), d_c = ends ? load_matrix(dir_.dc_n, b, u, count, true) : load(dc_state + u);
+      if (dy) d_h += load_up_to(dy + u, count);
+      if (d_cell) d_c += load_up_to(d_cell + u, count);
+      const auto grad = cell_backward(values, c_before(s, slot, u, count), tanh_c, d_h, d_c);
+      dgates_.put(row, u, u, grad.d_pre.i, count);
+      dgates_.put(row, H + u, gate_size_ + u, grad.d_pre.f, count);
+      dgates_.put(row, 2 * H + u, 2 * gate_size_ + u, grad.d_pre.g, count);
+      dgates_.put(row, 3 * H + u, 3 * gate_size_ + u, grad.d_pre.o, count);
+      store(dc_state + u, forgets ? Vec<C>{} : grad.d_c_prev);
+      if (hidden_) store_up_to(hidden_ + row * H + u, values.o * tanh_c, count);
+    };
+    int64_t u = u0;
+    for (; u + L <= u1; u += L) take(u, L);  // as a number that the compiler knows
+    if (u < u1) take(u, H - u);
   }
 
   // The gradient of what a step of a cell with options returns as h becomes that of what it computes.
@@ -479,6 +504,11 @@ class Backward {
   void add_products(const Share& share, const GradRows& a, int64_t rows, std::initializer_list<const WeightGrad*> grads,
                     bool start) const;
 
+  // Columns that are brought together to be multiplied by all panels, and how many tiles of K rows they are
+  static constexpr int64_t kMostGathered = kGatheredBytes / sizeof(C);
+  static int64_t tiles_gathered(int64_t K) { return kMostGathered / (K > 1 ? K * Engine::kRows : Engine::kRows); }
+  void gather_columns(const GradRows& a, int64_t k0, int64_t K, int64_t first, int64_t last, C* to) const;
+
   static int tile_count(int64_t M, int64_t m) {
     return static_cast<int>(M - m < Engine::kRows ? M - m : Engine::kRows);
   }
@@ -579,12 +609,15 @@ class Backward {
   GradRows later_dgates_;          // [B, 4H], the first step of the chunk that was run before
   int64_t *row_slot_, *row_step_;  // [chunk_rows]
   C* dc_;                          // [B, H rounded up to vectors]
+  int64_t sums_width_;             // P or H, filled up to panels
+  C* sums_;                        // [B, sums_width_], of a step
   Packed *w_hh_ = nullptr, *w_hr_ = nullptr, *w_ih_ = nullptr;  // packed as columns
   GradRows dh_;                                                 // [chunk_rows, P], with a projection
   S *hidden_ = nullptr, *h_ = nullptr;  // [-B .. chunk_rows, H or P], the same without a projection
   const S** matrix_rows_;               // of a weight matrix that is being packed
   WeightGrad dw_ih_, dw_hh_, dw_hr_;
   C* db_ = nullptr;
+  C* columns_ = nullptr;  // [threads][kMostGathered], of what is transposed for the weights' gradients
   // To project hidden again:
   S* w_hr_columns_ = nullptr;     // [H, P], w_hr transposed
   Packed* w_hr_again_ = nullptr;  // the same packed

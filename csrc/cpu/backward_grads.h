@@ -16,6 +16,7 @@ void Backward<S, Engine>::prepare_grads(Arena& arena) {
   dw_hh_ = product_for(dir_.grads.w_hh, 4 * H, P, arena);
   if (dir_.grads.b_ih) db_ = sums_for(dir_.grads.b_ih, 4 * H, arena);
   if (projected) dw_hr_ = product_for(dir_.grads.w_hr, P, H, arena);
+  if constexpr (Engine::kGathersColumns) columns_ = arena.get<C>(plan_.threads * kMostGathered);
 }
 
 template <class S, class Engine>
@@ -77,7 +78,9 @@ template <class S, class Engine>
 void Backward<S, Engine>::add_products(const Share& share, const GradRows& a, int64_t rows,
                                        std::initializer_list<const WeightGrad*> grads, bool start) const {
   const int64_t M = a.width, tiles = ceil_div(M, Engine::kRows);
-  int64_t k0 = 0;
+  int64_t N = 0, k0 = 0;
+  for (const WeightGrad* grad : grads) N += grad->N;
+  const bool gathers = Engine::kGathersColumns && N >= kLeastGatheredFor;
   do {  // at least once: the sum of no rows is zero
     const int64_t K = rows - k0 < plan_.depth[0] ? rows - k0 : plan_.depth[0];
     const auto columns = [&](int64_t tile) {
@@ -96,14 +99,40 @@ void Backward<S, Engine>::add_products(const Share& share, const GradRows& a, in
         }
       });
     } else {
-      for (const WeightGrad* grad : grads) {
-        for (int64_t p = 0; p < column_panels(grad->N); ++p) {
-          share.for_part(tiles, [&](int64_t tile) { add(tile, columns(tile), *grad, p); });
+      const int64_t blocks =
+          gathers ? share.team.size * ceil_div(tiles, share.team.size * tiles_gathered(K)) : share.team.size;
+      C* const gathered = gathers ? columns_ + share.team.rank * kMostGathered : nullptr;
+      share.for_part(blocks, [&](int64_t block) {
+        const int64_t first = block * tiles / blocks, last = (block + 1) * tiles / blocks;
+        if (gathers) gather_columns(a, k0, K, first, last, gathered);
+        for (const WeightGrad* grad : grads) {
+          for (int64_t p = 0; p < column_panels(grad->N); ++p) {
+            for (int64_t tile = first; tile < last; ++tile) {
+              const C* const from = gathered + (tile - first) * K * Engine::kRows;
+              add(tile, gathers ? typename Engine::Transposed(from, Engine::kRows, K, 0) : columns(tile), *grad, p);
+            }
+          }
         }
-      }
+      });
     }
     k0 += K;
   } while (k0 < rows);
+}
+
+// The columns of tiles first .. last - 1: [tile][K][kRows]
+template <class S, class Engine>
+void Backward<S, Engine>::gather_columns(const GradRows& a, int64_t k0, int64_t K, int64_t first, int64_t last,
+                                         C* to) const {
+  constexpr int64_t kRows = Engine::kRows;
+  for (int64_t k = 0; k < K; ++k, to += kRows) {
+    const C* const row = a.row(k0 + k);
+    C* tile = to;
+    int64_t m = first * kRows;
+    for (; m + kRows <= a.width && m < last * kRows; m += kRows, tile += K * kRows) {
+      __builtin_memcpy(tile, row + m, kRows * sizeof(C));
+    }
+    for (int n = 0; m < a.width && m < last * kRows; ++m) tile[n++] = row[m];
+  }
 }
 
 template <class S, class Engine>
@@ -133,12 +162,24 @@ void Backward<S, Engine>::add_tile(const GradRows& a, int64_t m0, const typename
 
 template <class S, class Engine>
 void Backward<S, Engine>::add_bias_grad(const Share& share, int64_t rows, bool start) const {
+  constexpr int kVectors = 8;  // side by side, so that rows are read in order
   const int64_t N = 4 * shape_.H;
-  share.for_part(ceil_div(N, L), [&](int64_t part) {
-    const int64_t n = part * L;
-    Vec<C> sum = start ? Vec<C>{} : load_up_to(db_ + n, N - n);
-    for (int64_t row = 0; row < rows; ++row) sum += load_up_to(dgates_.row(row) + n, N - n);
-    store_up_to(db_ + n, sum, N - n);
+  share.for_part(ceil_div(N, kVectors * L), [&](int64_t part) {
+    Vec<C> sum[kVectors];
+    const int64_t first = part * kVectors * L;
+    const auto for_vectors = [&](const auto& f) {
+      for (int v = 0; v < kVectors && first + v * L < N; ++v) f(first + v * L, sum[v]);
+    };
+    for_vectors([&](int64_t n, Vec<C>& to) { to = start ? Vec<C>{} : load_up_to(db_ + n, N - n); });
+    for (int64_t row = 0; row < rows; ++row) {
+      const C* const from = dgates_.row(row);
+      if (first + kVectors * L <= N) {
+        for (int v = 0; v < kVectors; ++v) sum[v] += load(from + first + v * L);
+      } else {
+        for_vectors([&](int64_t n, Vec<C>& to) { to += load_up_to(from + n, N - n); });
+      }
+    }
+    for_vectors([&](int64_t n, Vec<C>& from) { store_up_to(db_ + n, from, N - n); });
   });
 }
 

@@ -529,7 +529,9 @@ struct VectorEngine {
     multiply_panel(rows, vectors, a, 1, K, panel, tile);
   }
 
-  // Columns as rows: tile[m] += column m of a [K, M] times K rows of a panel, from its row k0 on
+  // Columns as rows: tile[m] += column m of a [K, M] times K rows of a panel, from its row k0 on. A small tile passes
+  // a row of a so often that the columns of each are first brought together.
+  static constexpr bool kGathersColumns = kRegisters < 32;
   struct Transposed {
     const C* a;
     int64_t M;

@@ -24,7 +24,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -142,10 +142,6 @@ LSTM_EXT_INLINE V computed(V value) {
 }
 
 // x, but no less than `low`, or no more than `high`; NaN stays NaN.
-#if defined(__AVX512F__)  // the instruction returns its second operand if either is NaN
-LSTM_EXT_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm512_maskz_max_ps(0xffff, broadcast(low), x); }
-LSTM_EXT_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm512_maskz_min_ps(0xffff, broadcast(high), x); }
-#endif
 template <class C>
 LSTM_EXT_INLINE Vec<C> at_least(Vec<C> x, C low) {
   return x < low ? broadcast(low) : x;
@@ -154,6 +150,19 @@ template <class C>
 LSTM_EXT_INLINE Vec<C> at_most(Vec<C> x, C high) {
   return x > high ? broadcast(high) : x;
 }
+// These instructions return their second operand if either is NaN.
+#if defined(__AVX512F__)
+LSTM_EXT_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm512_maskz_max_ps(0xffff, broadcast(low), x); }
+LSTM_EXT_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm512_maskz_min_ps(0xffff, broadcast(high), x); }
+#elif defined(__AVX__)
+LSTM_EXT_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm256_max_ps(broadcast(low), x); }
+LSTM_EXT_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm256_min_ps(broadcast(high), x); }
+LSTM_EXT_INLINE Vec<double> at_least(Vec<double> x, double low) { return _mm256_max_pd(broadcast(low), x); }
+LSTM_EXT_INLINE Vec<double> at_most(Vec<double> x, double high) { return _mm256_min_pd(broadcast(high), x); }
+#elif defined(__x86_64__)
+LSTM_EXT_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm_max_ps(broadcast(low), x); }
+LSTM_EXT_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm_min_ps(broadcast(high), x); }
+#endif
 
 // ---- 16-bit floats, in registers -------------------------------------------------------------
 

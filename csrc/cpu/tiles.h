@@ -179,7 +179,7 @@ struct TileEngine {
   static constexpr int kRows = kTileHeight, row_planes = planes_of_rows, planes = kPlanes<S>;
   static constexpr bool kBorrowsRows = false;
   static constexpr bool kKeepsInfinity = row_planes == 1, kSplitsFloats = true;
-  static constexpr bool kReadsInPlace = false, kScaled = false;
+  static constexpr bool kReadsInPlace = false, kScaled = false, kGathersColumns = false;
 
   // Plane after plane, each filled up with zeros to a whole number of tiles. An odd number of cache lines, so that
   // those of neighbouring rows fall into different sets.

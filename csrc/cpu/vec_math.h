@@ -11,29 +11,36 @@
 
 namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 
+// Whether an instruction multiplies by a power of two of any exponent.
+#if defined(__AVX512F__)
+inline constexpr bool kScalesAny = true;
+#else
+inline constexpr bool kScalesAny = false;
+#endif
+
 template <class C>
 struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
   using Int = int32_t;
-  static constexpr int kMantissaBits = 23, kExponentBias = 127;
+  static constexpr int kMantissaBits = 23;
   static constexpr int kTerms = 7;            // remainder below 2^-26
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kLowest = -104.f, kHighest = 89.f;  // exp is 0 below, infinite above
-  static constexpr float kTanhLowest = -40.f;                // exp of it is nothing beside 1
-  static constexpr int kArtanhTerms = 8;                     // remainder below 2^-26 at 1/3
+  static constexpr float kLowest = kScalesAny ? -104.f : -87.3f, kHighest = 89.f;  // exp is 0 there, or infinite
+  static constexpr float kTanhLowest = -40.f;                                      // exp of it is nothing beside 1
+  static constexpr int kArtanhTerms = 8;                                           // remainder below 2^-26 at 1/3
 };
 
 template <>
 struct ExpConstants<double> {
   using Int = int64_t;
-  static constexpr int kMantissaBits = 52, kExponentBias = 1023;
+  static constexpr int kMantissaBits = 52;
   static constexpr int kTerms = 13;  // remainder below 2^-56
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kLn2High = 0x1.62e42fefa3800p-1, kLn2Low = 0x1.ef35793c76730p-45;
-  static constexpr double kLowest = -746., kHighest = 710.;
+  static constexpr double kLowest = kScalesAny ? -746. : -708.3, kHighest = 710.;
   static constexpr double kTanhLowest = -80.;
   static constexpr int kArtanhTerms = 17;
 };
@@ -45,28 +52,25 @@ struct VecMath {
   using K = ExpConstants<C>;
   using Int = Vec<typename K::Int>;
 
-  // x = n ln2 + r with |r| <= ln2 / 2; m1 = exp(r) - 1 by its series
+  // x = n ln2 + r with |r| <= ln2 / 2; n + kRound, whose last bits are n; m1 = exp(r) - 1 by its series
   struct Reduced {
-    Value n, m1;
+    Value rounded, m1;
   };
 
   static LSTM_EXT_INLINE Reduced reduce(Value x) {
-    const Value n = (x * C(1.4426950408889634) + K::kRound) - K::kRound;
+    const Value rounded = x * C(1.4426950408889634) + K::kRound, n = rounded - K::kRound;
     const Value r = (x - n * K::kLn2High) - n * K::kLn2Low;
     Value series = broadcast(C(1) / factorial(K::kTerms));
 #pragma GCC unroll 16
     for (int term = K::kTerms - 1; term >= 2; --term) {
       series = series * r + C(1) / factorial(term);
     }
-    return {n, series * (r * r) + r};
+    return {rounded, series * (r * r) + r};
   }
 
   static LSTM_EXT_INLINE Value inverse(Value x) { return 1 / x; }
 
-  static LSTM_EXT_INLINE Value exp(Value x) {
-    const Reduced reduced = reduce(at_most(at_least(x, K::kLowest), K::kHighest));
-    return scale(1 + reduced.m1, reduced.n);
-  }
+  static LSTM_EXT_INLINE Value exp(Value x) { return exp_of(reduce(at_most(at_least(x, K::kLowest), K::kHighest))); }
 
   // No cancellation near 0, no overflow; 0 - m, since tanh(0) is no -0
   static LSTM_EXT_INLINE Value tanh(Value x) {
@@ -79,7 +83,7 @@ struct VecMath {
   // of x <= 0
   static LSTM_EXT_INLINE Value expm1(Value x) {
     const Reduced reduced = reduce(at_least(x, K::kTanhLowest));
-    const Value power = scale(broadcast(C(1)), reduced.n);
+    const Value power = power_of_two(reduced.rounded);
     return power * reduced.m1 + (power - 1);
   }
 
@@ -99,8 +103,11 @@ struct VecMath {
     return product;
   }
 
-  // value times 2^n, n an integer, right also where 2^n alone would leave the exponent range
+  // exp(x), and 2^n for n of -126 .. 0
 #if defined(__AVX512F__)
+  static LSTM_EXT_INLINE Value exp_of(const Reduced& x) { return scale(1 + x.m1, x.rounded - K::kRound); }
+  static LSTM_EXT_INLINE Value power_of_two(Value rounded) { return scale(broadcast(C(1)), rounded - K::kRound); }
+
   static LSTM_EXT_INLINE Vec<float> scale(Vec<float> value, Vec<float> n) {
     return _mm512_maskz_scalef_ps(0xffff, value, n);
   }
@@ -108,14 +115,11 @@ struct VecMath {
     return _mm512_maskz_scalef_pd(0xff, value, n);
   }
 #else
-  static LSTM_EXT_INLINE Value scale(Value value, Value n) {
-    const Int whole = bit_cast<Int>(n + K::kRound) - bit_cast<Int>(broadcast(K::kRound));
-    const Int half = whole >> 1;
-    return value * power_of_two(half) * power_of_two(whole - half);
-  }
+  // 2^(n - 1) is a number, or zero, for every n between the bounds of x; 2^n is none for the largest.
+  static LSTM_EXT_INLINE Value exp_of(const Reduced& x) { return (2 + 2 * x.m1) * (power_of_two(x.rounded, C(0.5))); }
 
-  static LSTM_EXT_INLINE Value power_of_two(Int n) {
-    return bit_cast<Value>((n + K::kExponentBias) << K::kMantissaBits);
+  static LSTM_EXT_INLINE Value power_of_two(Value rounded, C times = 1) {
+    return bit_cast<Value>((bit_cast<Int>(rounded) << K::kMantissaBits) + bit_cast<Int>(broadcast(times)));
   }
 #endif
 };
@@ -127,24 +131,22 @@ struct SoonMath : VecMath<C> {
   using typename Base::Int, typename Base::K, typename Base::Reduced, typename Base::Value;
 
   static LSTM_EXT_INLINE Reduced reduce(Value x) {
-    const Value n = (x * C(1.4426950408889634) + K::kRound) - K::kRound;
+    const Value rounded = x * C(1.4426950408889634) + K::kRound, n = rounded - K::kRound;
     const Value r = (x - n * K::kLn2High) - n * K::kLn2Low, square = r * r;
     static_assert(K::kTerms % 2 == 1);
     Value series = pair(K::kTerms - 1, r);
 #pragma GCC unroll 16
     for (int term = K::kTerms - 3; term >= 2; term -= 2) series = series * square + pair(term, r);
-    return {n, series * square + r};
+    return {rounded, series * square + r};
   }
 
   static LSTM_EXT_INLINE Value exp(Value x) {
-    const Reduced reduced = reduce(at_most(at_least(x, K::kLowest), K::kHighest));
-    return Base::scale(1 + reduced.m1, reduced.n);
+    return Base::exp_of(reduce(at_most(at_least(x, K::kLowest), K::kHighest)));
   }
 
   // A sigmoid of less than 1e-17 is nothing beside 1.
   static LSTM_EXT_INLINE Value bounded_exp(Value x) {
-    const Reduced reduced = reduce(at_most(at_least(x, K::kLowest), C(40)));
-    return Base::scale(1 + reduced.m1, reduced.n);
+    return Base::exp_of(reduce(at_most(at_least(x, K::kLowest), C(40))));
   }
 
   struct Fraction {
@@ -153,7 +155,7 @@ struct SoonMath : VecMath<C> {
   static LSTM_EXT_INLINE Fraction tanh_fraction(Value x) {
     const Int sign = bit_cast<Int>(x) & bit_cast<Int>(broadcast(C(-0.)));
     const Reduced reduced = reduce(at_least(-2 * bit_cast<Value>(bit_cast<Int>(x) ^ sign), K::kTanhLowest));
-    const Value power = Base::scale(broadcast(C(1)), reduced.n), m = power * reduced.m1 + (power - 1);
+    const Value power = Base::power_of_two(reduced.rounded), m = power * reduced.m1 + (power - 1);
     return {bit_cast<Value>(bit_cast<Int>(0 - m) | sign), 2 + m};
   }
 
