@@ -55,9 +55,11 @@ constexpr int64_t kLeastTransposedFor = 192;
 // vectors of products: a sum over lanes for each row that is multiplied; and, where K is no whole number of vectors, a
 // second load for each vector that crosses a cache line, in each pass over the matrix. If a second-level cache does not
 // hold both copies packing costs twice as much; and a matrix well beyond it waits for memory, not for loads.
-//   in-place (kCostOfSum); EPYC, 2026-11-22
+// Where registers are few, so are the rows that a weight is read for, and packing pays earlier, from near and far.
+//   in-place (kCostOfSum); EPYC, 2026-11-22; (kCostOfSumFewRows) Zen 3, 2026-11-27
 //   in-place-lines, in-place-bytes (the others); Xeon, 2026-11-25
-constexpr int64_t kCostOfSum = 6, kCostOfSumFar = 3, kCostOfCrossing = 14;
+constexpr int64_t kCostOfSum = 6, kCostOfSumFar = 3, kCostOfSumFewRows = 8, kCostOfCrossing = 14;
+constexpr int kFewTileRows = 3;
 constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsualCache / 4;
 
 // Weights in TensorFlow's layout are read in place for so many rows in all; packing transposes none of them.
@@ -202,7 +204,8 @@ int64_t row_tiles(int64_t rows, const EngineShape& engine) {
 // `rows` are multiplied by a matrix of K columns, in so many passes over it; `bytes`: of its packed copy.
 bool in_place_pays(int64_t K, int64_t bytes, int64_t rows, int64_t passes, const EngineShape& engine) {
   const bool crosses_lines = (K & (engine.lanes * engine.per_lane - 1)) != 0;
-  const int64_t sums = rows * (bytes < kNearBytes ? kCostOfSum : kCostOfSumFar);
+  const int64_t enough = bytes < kNearBytes ? kCostOfSum : kCostOfSumFar;
+  const int64_t sums = rows * (engine.tile_rows <= kFewTileRows ? kCostOfSumFewRows : enough);
   const int64_t loads = crosses_lines && bytes < kCrossingBytes ? passes * kCostOfCrossing : 0;
   return sums + loads < K;
 }

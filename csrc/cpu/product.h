@@ -244,9 +244,34 @@ struct InPlaceProduct {
                                                Vec<C> (&sums)[rows][vectors], int to) {
     constexpr int kStreams = L / vectors;
     Vec<C> sum[rows][kStreams] = {};
-    for (const InPlace<S>& factor : factors) add_streams(factor, first, last, sum);
+    for (const InPlace<S>& factor : factors) {
+      if constexpr (kRegisters < 32 && rows * (kStreams + 1) + 1 == kRegisters) {
+        add_streams_apart(factor, first, last, sum);
+      } else {
+        add_streams(factor, first, last, sum);
+      }
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) sums[m][to] = sum_lanes(sum[m]);
+  }
+
+  // In a function of its own, where nothing else wants one of few registers: a sum that waits for memory in each turn of
+  // the loop makes all of it half as fast.
+  template <int rows, int kStreams>
+  [[gnu::noinline]] static void add_streams_apart(const InPlace<S>& factor, int64_t first, int64_t last,
+                                                  Vec<C> (&sum)[rows][kStreams]) {
+    Vec<C> own[rows][kStreams];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kStreams; ++n) own[m][n] = sum[m][n];
+    }
+    add_streams(factor, first, last, own);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kStreams; ++n) sum[m][n] = own[m][n];
+    }
   }
 
   template <int rows, int kStreams>
