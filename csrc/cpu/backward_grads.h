@@ -147,7 +147,7 @@ void Backward<S, Engine>::add_tile(const GradRows& a, int64_t m0, const typename
                 [&](C* sum, C* part, int64_t left) { store(part, start ? Vec<C>{} : load_up_to(sum, left)); });
   };
   for (int m = 0; m < count; ++m) load_sums(m);
-  Engine::multiply(count, vectors, transposed, k0, K, grad.panels + p * Engine::panel_size(rows), product);
+  Engine::multiply(count, vectors, transposed, k0, K, rows, grad.panels + p * Engine::panel_size(rows), product);
   if constexpr (!Engine::kKeepsInfinity) {
     Engine::repair(count, vectors, product, [&](int m, C* row) {
       load_sums(m);

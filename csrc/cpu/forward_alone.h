@@ -11,28 +11,44 @@ namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 // Sums of a gate, so that their registers are a half of those that there are.
 inline constexpr int kSumParts = kRegisters / 8;
 
+// A walk along k over a panel of so many vectors and K lanes.
+template <int vectors, class C>
+struct PanelWalk {
+  static constexpr int L = kLanes<C>, kFirst = vectors < kBeside ? vectors : kBeside, kOthers = vectors - kFirst;
+  const C *panel, *beyond;
+
+  LSTM_EXT_INLINE PanelWalk(const C* begin, int64_t K) : panel(begin), beyond(begin + kFirst * K * L) {}
+  // Vector n, k after the current one
+  LSTM_EXT_INLINE Vec<C> at(int k, int n) const {
+    return load(n < kFirst ? panel + (k * kFirst + n) * L : beyond + (k * kOthers + n - kFirst) * L);
+  }
+  LSTM_EXT_INLINE void pass(int k) {
+    panel += k * kFirst * L;
+    if constexpr (kOthers > 0) beyond += k * kOthers * L;
+  }
+};
+
 // sum[n] += h, K numbers, times vectors first .. first + count - 1 of a panel of so many vectors
 template <int vectors, int first, int count, class C>
 LSTM_EXT_INLINE void multiply_alone(const C* h, int64_t K, const C* panel, Vec<C>* sum) {
-  constexpr int L = kLanes<C>;
   Vec<C> parts[kSumParts][count] = {};
-  panel += first * L;
+  PanelWalk<vectors, C> walk(panel, K);
   sum += first;
 #pragma GCC unroll 4
   for (int n = 0; n < count; ++n) parts[0][n] = sum[n];
   int64_t k = 0;
-  for (; k + kSumParts <= K; k += kSumParts, panel += kSumParts * vectors * L) {
+  for (; k + kSumParts <= K; k += kSumParts, walk.pass(kSumParts)) {
 #pragma GCC unroll 4
     for (int part = 0; part < kSumParts; ++part) {
       const Vec<C> value = broadcast(h[k + part]);
 #pragma GCC unroll 4
-      for (int n = 0; n < count; ++n) parts[part][n] += value * load(panel + (part * vectors + n) * L);
+      for (int n = 0; n < count; ++n) parts[part][n] += value * walk.at(part, first + n);
     }
   }
-  for (; k < K; ++k, panel += vectors * L) {
+  for (; k < K; ++k, walk.pass(1)) {
     const Vec<C> value = broadcast(h[k]);
 #pragma GCC unroll 4
-    for (int n = 0; n < count; ++n) parts[0][n] += value * load(panel + n * L);
+    for (int n = 0; n < count; ++n) parts[0][n] += value * walk.at(0, first + n);
   }
 #pragma GCC unroll 4
   for (int n = 0; n < count; ++n) {
@@ -78,10 +94,10 @@ LSTM_EXT_INLINE void Forward<S, Engine>::start_alone(int64_t row, const S* x, in
 #pragma GCC unroll 4
   for (int n = 0; n < vectors; ++n) sum[n] = load(start + n * L);
   if (!has_few_inputs()) return;
-  const C* panel = w_ih_.panel(p);
-  for (int64_t k = 0; k < shape_.I; ++k, panel += vectors * L) {
+  PanelWalk<vectors, C> walk(w_ih_.panel(p), shape_.I);
+  for (int64_t k = 0; k < shape_.I; ++k, walk.pass(1)) {
 #pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) sum[n] += broadcast(C(x[k])) * load(panel + n * L);
+    for (int n = 0; n < vectors; ++n) sum[n] += broadcast(C(x[k])) * walk.at(0, n);
   }
 }
 

@@ -46,8 +46,8 @@ constexpr unsigned needs() {
   return features;
 }
 
-constexpr LevelShape kShape{kVecBytes, kTileRows, kFactorsPerLane<Factor<BFloat16>> == 2, kNeighbours == 4,
-                            (needs() & kTiles) != 0};
+constexpr LevelShape kShape{
+    kVecBytes, kTileRows, kFullRows, kFactorsPerLane<Factor<BFloat16>> == 2, kNeighbours == 4, (needs() & kTiles) != 0};
 
 // Whether the planner's view of an engine is what the engine is.
 template <class Engine>

@@ -106,10 +106,14 @@ class HalfWeights {
                 C* tile) const {
     const int vectors = rows_.vectors(p);
     start_tile(rows, vectors, start, start_stride, tile);
-    with_count<kTileRows>(rows, [&](auto count) {
-      with_count<2>((vectors + 1) / 2,
-                    [&](auto pairs) { multiply_pairs<count, pairs>(a, k1 - k0, panel(p) + k0 * pairs * 2 * L, tile); });
-    });
+    const int most = rows > kFullRows ? (rows + 1) / 2 : rows;
+    for (int m = 0; m < rows; m += most) {
+      with_count<kFullRows>(rows - m < most ? rows - m : most, [&](auto count) {
+        with_count<2>((vectors + 1) / 2, [&](auto pairs) {
+          multiply_pairs<count, pairs>(a + m, k1 - k0, panel(p) + k0 * pairs * 2 * L, tile + m * kPanelWidth<C>);
+        });
+      });
+    }
   }
 
  private:
@@ -356,10 +360,10 @@ class Int8Weights {
   void multiply(int rows, const F* const* a, int64_t p, int64_t, int64_t, const C* start, int64_t start_stride,
                 C* tile) const {
     const auto by_parts = [&](auto parts) {
-      constexpr int kMost = kTileRows / parts;  // so many rows at a time that their sums are in registers
-      const int half = rows > kMost ? (rows + 1) / 2 : rows;
-      for (int m = 0; m < rows; m += half) {
-        with_count<kMost>(rows - m < half ? rows - m : half, [&](auto count) {
+      constexpr int kMost = kFullRows / parts;  // so many rows at a time that their sums are in registers
+      const int most = rows > kMost ? (rows + 1) / 2 : rows;
+      for (int m = 0; m < rows; m += most) {
+        with_count<kMost>(rows - m < most ? rows - m : most, [&](auto count) {
           with_count<4>(rows_.vectors(p), [&](auto vectors) {
             multiply_integers<parts, count, vectors>(a + m, K_, panel(p), start + m * start_stride, start_stride,
                                                      tile + m * kPanelWidth<C>);

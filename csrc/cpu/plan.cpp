@@ -59,7 +59,6 @@ constexpr int64_t kLeastTransposedFor = 192;
 //   in-place (kCostOfSum); EPYC, 2026-11-22; (kCostOfSumFewRows) Zen 3, 2026-11-27
 //   in-place-lines, in-place-bytes (the others); Xeon, 2026-11-25
 constexpr int64_t kCostOfSum = 6, kCostOfSumFar = 3, kCostOfSumFewRows = 8, kCostOfCrossing = 14;
-constexpr int kFewTileRows = 3;
 constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsualCache / 4;
 
 // Weights in TensorFlow's layout are read in place for so many rows in all; packing transposes none of them.
@@ -186,7 +185,7 @@ EngineKind choose_engine(const Problem& problem, const LevelShape& level, const 
 }
 
 Load load_of(int64_t rows, int64_t panels, int64_t bytes, const EngineShape& engine) {
-  const int least_rows = engine.kind == EngineKind::kTiles ? kLeastTileFilled : engine.tile_rows;
+  const int least_rows = engine.kind == EngineKind::kTiles ? kLeastTileFilled : engine.full_rows;
   return {rows, engine.tile_rows, least_rows, panels, bytes};
 }
 
@@ -205,7 +204,7 @@ int64_t row_tiles(int64_t rows, const EngineShape& engine) {
 bool in_place_pays(int64_t K, int64_t bytes, int64_t rows, int64_t passes, const EngineShape& engine) {
   const bool crosses_lines = (K & (engine.lanes * engine.per_lane - 1)) != 0;
   const int64_t enough = bytes < kNearBytes ? kCostOfSum : kCostOfSumFar;
-  const int64_t sums = rows * (engine.tile_rows <= kFewTileRows ? kCostOfSumFewRows : enough);
+  const int64_t sums = rows * (engine.full_rows < engine.tile_rows ? kCostOfSumFewRows : enough);
   const int64_t loads = crosses_lines && bytes < kCrossingBytes ? passes * kCostOfCrossing : 0;
   return sums + loads < K;
 }

@@ -21,6 +21,7 @@ LSTM_EXT_PLAN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1)
 struct LevelShape {
   int vec_bytes;       // of a vector register
   int tile_rows;       // of the micro-kernel of vectors
+  int full_rows;       // that it multiplies by four vectors at once
   bool bf16_in_pairs;  // an instruction adds the products of neighbouring bfloat16 pairs to float sums
   bool int8_in_fours;  // another those of four neighbouring bytes to int32 sums
   bool has_tiles;      // there are tile registers
@@ -57,6 +58,7 @@ struct EngineShape {
   int factor_bytes;               // of a row
   int per_lane;                   // neighbouring factors in a lane
   int tile_rows;                  // the most that are multiplied together
+  int full_rows;                  // of vectors: by four of them at once
   int row_planes, column_planes;  // bfloat16 numbers that one factor is made of; 1 for vectors
   int lane_bytes;                 // of vectors: of the weights that one lane multiplies
   bool scaled;  // factors and weights are integers; a row has scales before and marks behind, a panel scales and starts
@@ -88,17 +90,18 @@ constexpr EngineShape engine_shape(const LevelShape& level, EngineKind kind, Dty
   const bool is_double = dtype == Dtype::kFloat64, is_bf16 = dtype == Dtype::kBFloat16;
   if (kind == EngineKind::kTiles) {
     const int planes = dtype == Dtype::kFloat32 ? 3 : is_bf16 ? 1 : 2;
-    return {kind, false, kTileHeight, 4, 2, 1, kTileHeight, backward ? 3 : planes, planes, 4, false};
+    return {kind, false, kTileHeight, 4, 2, 1, kTileHeight, kTileHeight, backward ? 3 : planes, planes, 4, false};
   }
   const int sum_bytes = is_double ? 8 : 4, per_lane = !backward && is_bf16 && level.bf16_in_pairs ? 2 : 1;
   const bool as_stored = backward || dtype == Dtype::kFloat32 || is_double || per_lane == 2;
   const int lanes = level.vec_bytes / sum_bytes;
   if (storage == Storage::kInt8) {
     const int neighbours = level.int8_in_fours ? 4 : 2;
-    return {kind, false, lanes, sum_bytes, 2, neighbours, level.tile_rows, 1, 1, neighbours, true};
+    return {kind, false, lanes, sum_bytes, 2, neighbours, level.tile_rows, level.full_rows, 1, 1, neighbours, true};
   }
   const int lane_bytes = storage == Storage::kBFloat16 ? 2 : sum_bytes;
-  return {kind, as_stored, lanes, sum_bytes, sum_bytes / per_lane, per_lane, level.tile_rows, 1, 1, lane_bytes, false};
+  return {kind, as_stored, lanes,      sum_bytes, sum_bytes / per_lane, per_lane, level.tile_rows, level.full_rows,
+          1,    1,         lane_bytes, false};
 }
 
 // Of the packed weights of one direction: its matrices and its bias one after the other, each from a cache line on.

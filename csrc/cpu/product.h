@@ -4,14 +4,16 @@
 // by up to four vectors of n. Its registers:
 //
 //     AVX-512      6 rows x 4 vectors of sums + 4 vectors of B + 1 broadcast of A     29 of 32
-//     AVX2, SSE2   3 rows x 4 vectors of sums + 1 broadcast of A, B from memory       13 of 16
+//     AVX2, SSE2   6 rows x 2 vectors of sums + 2 vectors of B + 1 broadcast of A     15 of 16, twice for four vectors
+//                  3 rows x 4 vectors of sums + 1 broadcast of A, B from memory       13 of 16, of fewer rows
 //
 // The four vectors are the gates i f g o of one vector of units where gates are computed, and neighbouring vectors of
 // columns elsewhere; the last panel has as few of them as hold its units or columns. B comes as *panels*, one for each
 // four vectors, packed in the order in which they are read:
 //
-//     panel p:   k = 0  | vector 0 | vector 1 | vector 2 | vector 3 |
-//                k = 1  | vector 0 | vector 1 | vector 2 | vector 3 |
+//     panel p:   k = 0  | vector 0 | vector 1 | vector 2 | vector 3 |        or, where two stand side by side
+//     (kBeside),
+//                k = 1  | vector 0 | vector 1 | vector 2 | vector 3 |        0 and 1 of all k, then 2 and 3 of all k
 //                ...
 //
 // A lane is one element, or, of bfloat16 where the machine multiplies it in pairs, B[k, n] and B[k + 1, n] side by
@@ -32,9 +34,26 @@ namespace lstm_ext::cpu::LSTM_EXT_SIMD_LEVEL {
 template <class C>
 inline constexpr int kPanelWidth = 4 * kLanes<C>;
 
-// tile[m] += Σ_k a[m][k * k_stride] * panel[k], for K lanes
-template <int rows, int vectors, class F, class C = Compute<F>>
-void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const C* panel, C* tile) {
+// Where vector n of a panel of K lanes begins, and how far one of its k is from the next.
+template <class C>
+struct VectorPlace {
+  int64_t offset;
+  int stride;
+
+  LSTM_EXT_INLINE VectorPlace(int vectors, int n, int64_t K) {
+    const int group = n / kBeside * kBeside, beside = vectors - group < kBeside ? vectors - group : kBeside;
+    offset = (group * K + n % kBeside) * kLanes<C>;
+    stride = beside * kLanes<C>;
+  }
+};
+
+// tile[m] += Σ_k a[m][k * k_stride] * panel[k], for K lanes; of more vectors than stand side by side the others are in
+// `beyond`
+template <int rows, int vectors, class F>
+void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel, const Compute<F>* beyond,
+                   Compute<F>* tile) {
+  using C = Compute<F>;
+  constexpr int kFirst = vectors < kBeside ? vectors : kBeside;
   constexpr int L = kLanes<C>;
   Vec<C> sum[rows][vectors];
   const F* row[rows];
@@ -48,14 +67,17 @@ void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const C* pane
   do {
     Vec<C> w[vectors];
 #pragma GCC unroll 4
-    for (int g = 0; g < vectors; ++g) w[g] = in_register<(rows + 1) * vectors>(load(panel + g * L));
+    for (int g = 0; g < vectors; ++g) {
+      w[g] = in_register<(rows + 1) * vectors>(load(g < kFirst ? panel + g * L : beyond + (g - kFirst) * L));
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
       const Vec<C> value = broadcast_lane(row[m] + at);
 #pragma GCC unroll 4
       for (int g = 0; g < vectors; ++g) sum[m][g] = multiply_add(sum[m][g], value, w[g], F{});
     }
-    panel += vectors * L;
+    panel += kFirst * L;
+    if constexpr (kFirst < vectors) beyond += (vectors - kFirst) * L;
     at += k_stride;
   } while (--K > 0);
 #pragma GCC unroll 8
@@ -74,13 +96,28 @@ LSTM_EXT_INLINE void with_count(int count, const F& f) {
   f(std::integral_constant<int, most>{});
 }
 
-// The same for a panel of 1 to 4 vectors. A tile is [rows][4][lanes], contiguous.
+// The same for a panel of 1 to 4 vectors and `depth` lanes, of which lanes k .. k + K. A tile is [rows][4][lanes],
+// contiguous.
 template <class F>
-void multiply_panel(int rows, int vectors, const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel,
-                    Compute<F>* tile) {
+void multiply_panel(int rows, int vectors, const F* const* a, int64_t k_stride, int64_t k, int64_t K, int64_t depth,
+                    const Compute<F>* panel, Compute<F>* tile) {
+  using C = Compute<F>;
   if (K <= 0) return;
+  const auto from = [&](int n) {
+    const VectorPlace<C> place(vectors, n, depth);
+    return panel + place.offset + k * place.stride;
+  };
   with_count<4>(vectors, [&](auto width) {
-    with_count<kTileRows>(rows, [&](auto count) { multiply_tile<count, width>(a, k_stride, K, panel, tile); });
+    with_count<kTileRows>(rows, [&](auto count) {
+      if constexpr (width <= kBeside) {
+        multiply_tile<count, width>(a, k_stride, K, from(0), nullptr, tile);
+      } else if constexpr (count * width <= kFullRows * 4) {
+        multiply_tile<count, width>(a, k_stride, K, from(0), from(kBeside), tile);
+      } else {
+        multiply_tile<count, kBeside>(a, k_stride, K, from(0), nullptr, tile);
+        multiply_tile<count, width - kBeside>(a, k_stride, K, from(kBeside), nullptr, tile + kBeside * kLanes<C>);
+      }
+    });
   });
 }
 
@@ -150,9 +187,9 @@ void find_lanes(const S* data, int64_t row_stride, const Rows& rows, int64_t p, 
   }
 }
 
-// Transposes a row for each lane into one of the vectors of a panel; absent rows are zero.
+// Transposes a row for each lane into vectors `stride` apart, of a panel; absent rows are zero.
 template <class S, class C = Compute<S>>
-void pack_vector(const S* const (&rows)[kLanes<C>], int64_t K, int vectors, C* to) {
+void pack_vector(const S* const (&rows)[kLanes<C>], int64_t K, int stride, C* to) {
   constexpr int L = kLanes<C>, kPer = kFactorsPerLane<Factor<S>>;
   for (int64_t k = 0; k < K; k += L * kPer) {
     Vec<C> block[L];
@@ -163,7 +200,7 @@ void pack_vector(const S* const (&rows)[kLanes<C>], int64_t K, int vectors, C* t
                                         : load_some_factors(rows[lane] + k, static_cast<int>(K - k));
     }
     transpose<C>(block);
-    for (int j = 0; j < L && k + j * kPer < K; ++j) store(to + (k / kPer + j) * vectors * L, block[j]);
+    for (int j = 0; j < L && k + j * kPer < K; ++j) store(to + (k / kPer + j) * stride, block[j]);
   }
 }
 
@@ -205,23 +242,27 @@ struct InPlaceProduct {
   static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
 
   static void multiply(int rows, Factors factors, const PanelGroups& groups, C* tile) {
-    with_count<kTileRows>(rows, [&](auto count) {
-      for (int g = 0; g < 4; ++g) {
-        const int64_t units = groups.count[g];
-        if (units > 0) multiply_group<count>(factors, groups.first[g], units, tile + g * groups.width);
+    const int most = rows > kFullRows ? (rows + 1) / 2 : rows;
+    for (int g = 0; g < 4; ++g) {
+      if (groups.count[g] <= 0) continue;
+      for (int m = 0; m < rows; m += most) {
+        with_count<kFullRows>(rows - m < most ? rows - m : most, [&](auto count) {
+          multiply_group<count>(factors, m, groups.first[g], groups.count[g],
+                                tile + m * kPanelWidth<C> + g * groups.width);
+        });
       }
-    });
+    }
   }
 
  private:
   template <int rows>
-  static LSTM_EXT_INLINE void multiply_group(Factors factors, int64_t row, int64_t count, C* tile) {
+  static LSTM_EXT_INLINE void multiply_group(Factors factors, int m0, int64_t row, int64_t count, C* tile) {
     constexpr int kStreams = streams(rows);
     Vec<C> sums[rows][L / kStreams] = {};
 #pragma GCC unroll 4
     for (int n = 0; n < L / kStreams; ++n) {
       const int64_t first = n * kStreams;
-      if (first < count) multiply_streams(factors, row + first, count - 1 - first, sums, n);
+      if (first < count) multiply_streams(factors, m0, row + first, count - 1 - first, sums, n);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
@@ -233,32 +274,32 @@ struct InPlaceProduct {
   // How many rows of weights are read side by side: as many as there are registers for their sums, and as the
   // hardware's prefetchers follow.
   static constexpr int streams(int rows) {
-    const int most = rows * 8 <= kTileRows * 4 ? 8 : 4;
+    const int most = rows * 8 <= kFullRows * 4 ? 8 : 4;
     return L < most ? L : most;
   }
 
   // sums[m][to], lane n = a[m] · row first + n of the weights. Past the group's end (`last` rows on) its last row is
   // read again, so that there is no tail; those lanes are not stored.
   template <int rows, int vectors>
-  static LSTM_EXT_INLINE void multiply_streams(Factors factors, int64_t first, int64_t last,
+  static LSTM_EXT_INLINE void multiply_streams(Factors factors, int m0, int64_t first, int64_t last,
                                                Vec<C> (&sums)[rows][vectors], int to) {
     constexpr int kStreams = L / vectors;
     Vec<C> sum[rows][kStreams] = {};
     for (const InPlace<S>& factor : factors) {
       if constexpr (kRegisters < 32 && rows * (kStreams + 1) + 1 == kRegisters) {
-        add_streams_apart(factor, first, last, sum);
+        add_streams_apart(factor, m0, first, last, sum);
       } else {
-        add_streams(factor, first, last, sum);
+        add_streams(factor, m0, first, last, sum);
       }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) sums[m][to] = sum_lanes(sum[m]);
   }
 
-  // In a function of its own, where nothing else wants one of few registers: a sum that waits for memory in each turn of
-  // the loop makes all of it half as fast.
+  // In a function of its own, where nothing else wants one of few registers: a sum that waits for memory in each turn
+  // of the loop makes all of it half as fast.
   template <int rows, int kStreams>
-  [[gnu::noinline]] static void add_streams_apart(const InPlace<S>& factor, int64_t first, int64_t last,
+  [[gnu::noinline]] static void add_streams_apart(const InPlace<S>& factor, int m0, int64_t first, int64_t last,
                                                   Vec<C> (&sum)[rows][kStreams]) {
     Vec<C> own[rows][kStreams];
 #pragma GCC unroll 8
@@ -266,7 +307,7 @@ struct InPlaceProduct {
 #pragma GCC unroll 8
       for (int n = 0; n < kStreams; ++n) own[m][n] = sum[m][n];
     }
-    add_streams(factor, first, last, own);
+    add_streams(factor, m0, first, last, own);
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
 #pragma GCC unroll 8
@@ -275,13 +316,13 @@ struct InPlaceProduct {
   }
 
   template <int rows, int kStreams>
-  static LSTM_EXT_INLINE void add_streams(const InPlace<S>& factor, int64_t first, int64_t last,
+  static LSTM_EXT_INLINE void add_streams(const InPlace<S>& factor, int m0, int64_t first, int64_t last,
                                           Vec<C> (&sum)[rows][kStreams]) {
     const int64_t row_stride = factor.row_stride, K = factor.K;
     const S* unit[kStreams];
     const F* row[rows];
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) row[m] = factor.a[m];
+    for (int m = 0; m < rows; ++m) row[m] = factor.a[m0 + m];
 #pragma GCC unroll 8
     for (int n = 0; n < kStreams; ++n) {
       unit[n] = n == 0 ? factor.weights + first * row_stride : unit[n - 1] + (n <= last ? row_stride : 0);
@@ -322,8 +363,12 @@ struct KernelWeights {
   void pack(int64_t p, C* to) const {
     const int vectors = gates.vectors(p);
     const bool full = gates.count(p, 0) == L;
-    for (int64_t k = 0; k < K; k += kPer) {
-      for (int n = 0; n < vectors; ++n, to += L) store(to, full ? lanes<true>(k, p, n) : lanes<false>(k, p, n));
+    const int64_t depth = ceil_div(K, kPer);
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int n = 0; n < vectors; ++n) {
+        const VectorPlace<C> place(vectors, n, depth);
+        store(to + place.offset + k * place.stride, full ? lanes<true>(k * kPer, p, n) : lanes<false>(k * kPer, p, n));
+      }
     }
   }
 
@@ -438,7 +483,8 @@ class Weights {
     for (int n = 0; n < vectors; ++n) {
       const S* lanes[L];
       find_lanes(data_, row_stride_, rows_, p, n, lanes);
-      pack_vector(lanes, K_, vectors, panel(p) + n * L);
+      const VectorPlace<C> place(vectors, n, ceil_div(K_, kPer));
+      pack_vector(lanes, K_, place.stride, panel(p) + place.offset);
     }
   }
 
@@ -448,8 +494,8 @@ class Weights {
                 C* tile) const {
     start_tile(rows, rows_.vectors(p), start, start_stride, tile);
     if (panels_) {
-      const int vectors = rows_.vectors(p);
-      multiply_panel(rows, vectors, a, kPer, ceil_div(k1 - k0, kPer), panel(p) + k0 / kPer * vectors * L, tile);
+      multiply_panel(rows, rows_.vectors(p), a, kPer, k0 / kPer, ceil_div(k1 - k0, kPer), ceil_div(K_, kPer), panel(p),
+                     tile);
     } else {
       multiply_in_place(rows, {in_place(a, k0, k1)}, p, tile);
     }
@@ -481,9 +527,10 @@ void pack_columns(const S* const* rows, int64_t K, int64_t N, int64_t p, C* pane
   constexpr int L = kLanes<C>;
   const int vectors = panel_vectors<C>(N, p);
   for (int64_t k = 0; k < K; ++k) {
-    for (int g = 0; g < vectors; ++g, panel += L) {
+    for (int g = 0; g < vectors; ++g) {
       const int64_t column = p * kPanelWidth<C> + g * L;
-      store(panel, rows[k] ? load_up_to(rows[k] + column, N - column) : Vec<C>{});
+      const VectorPlace<C> place(vectors, g, K);
+      store(panel + place.offset + k * place.stride, rows[k] ? load_up_to(rows[k] + column, N - column) : Vec<C>{});
     }
   }
 }
@@ -496,6 +543,7 @@ void pack_rows_as_columns(const Matrix& matrix, int64_t K, int64_t N, int64_t p,
   for (int n = 0; n < vectors; ++n) {
     const int64_t first = p * kPanelWidth<C> + n * L;
     const S* rows = static_cast<const S*>(matrix.data) + first * matrix.row_stride;
+    const VectorPlace<C> place(vectors, n, K);
     for (int64_t k = 0; k < K; k += L) {
       Vec<C> block[L];
 #pragma GCC unroll 16
@@ -503,7 +551,7 @@ void pack_rows_as_columns(const Matrix& matrix, int64_t K, int64_t N, int64_t p,
         block[lane] = first + lane < N ? load_up_to(rows + lane * matrix.row_stride + k, K - k) : Vec<C>{};
       }
       transpose<C>(block);
-      for (int j = 0; j < L && k + j < K; ++j) store(panel + ((k + j) * vectors + n) * L, block[j]);
+      for (int j = 0; j < L && k + j < K; ++j) store(panel + place.offset + (k + j) * place.stride, block[j]);
     }
   }
 }
@@ -551,22 +599,22 @@ struct VectorEngine {
 
   // tile[m] += a[m], K factors, times a panel of so many vectors
   static void multiply(int rows, int vectors, const F* const* a, int64_t K, const Packed* panel, C* tile) {
-    multiply_panel(rows, vectors, a, 1, K, panel, tile);
+    multiply_panel(rows, vectors, a, 1, 0, K, K, panel, tile);
   }
 
-  // Columns as rows: tile[m] += column m of a [K, M] times K rows of a panel, from its row k0 on. A small tile passes
-  // a row of a so often that the columns of each are first brought together.
+  // Columns as rows: tile[m] += column m of a [K, M] times K rows of a panel of `depth`, from its row k0 on. A small
+  // tile passes a row of a so often that the columns of each are first brought together.
   static constexpr bool kGathersColumns = kRegisters < 32;
   struct Transposed {
     const C* a;
     int64_t M;
     Transposed(const C* matrix, int64_t width, int64_t, int) : a(matrix), M(width) {}
   };
-  static void multiply(int rows, int vectors, const Transposed& columns, int64_t k0, int64_t K, const Packed* panel,
-                       C* tile) {
+  static void multiply(int rows, int vectors, const Transposed& columns, int64_t k0, int64_t K, int64_t depth,
+                       const Packed* panel, C* tile) {
     const C* column[kRows];
     for (int m = 0; m < rows; ++m) column[m] = columns.a + m;
-    multiply_panel(rows, vectors, column, columns.M, K, panel + k0 * vectors * kLanes<C>, tile);
+    multiply_panel(rows, vectors, column, columns.M, k0, K, depth, panel, tile);
   }
 };
 

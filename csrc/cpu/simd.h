@@ -9,11 +9,11 @@
 //     L      lanes: numbers of type C in a vector, kLanes<C>
 //     kPer   factors in one lane, kFactorsPerLane<F>: 1, or 2 of BFloat16
 //
-//     level                     vector     lanes of float   registers   rows of a micro-kernel
-//     baseline, x86             16 bytes         4             16             3
-//     baseline, aarch64         16 bytes         4             32             6
-//     avx2                      32 bytes         8             16             3
-//     avx512, avx512bf16, amx   64 bytes        16             32             6
+//     level                     vector     lanes of float   registers   micro-kernel, rows x vectors
+//     baseline, x86             16 bytes         4             16             6 x 2
+//     baseline, aarch64         16 bytes         4             32             6 x 4
+//     avx2                      32 bytes         8             16             6 x 2
+//     avx512, avx512bf16, amx   64 bytes        16             32             6 x 4
 //
 // The kernels live in the namespace of their level, so that the linker never takes one level's for another's. Of the
 // inline functions that levels share (walk.h, share.h, plan.h) it keeps the first copy: the build links the levels
@@ -46,17 +46,15 @@ inline constexpr int kRegisters = 16;
 
 #if defined(__AVX512F__)
 inline constexpr int kVecBytes = 64;
-inline constexpr int kTileRows = 6;  // 24 accumulators, 4 weights, 1 broadcast of 32 registers
 #elif defined(__AVX__)
 inline constexpr int kVecBytes = 32;
-inline constexpr int kTileRows = 3;  // 12 accumulators of 16 registers
-#elif defined(__aarch64__)
-inline constexpr int kVecBytes = 16;
-inline constexpr int kTileRows = 6;
 #else
 inline constexpr int kVecBytes = 16;
-inline constexpr int kTileRows = 3;
 #endif
+
+// Of the micro-kernel: rows of a tile; vectors that stand side by side in a panel; and rows whose sums are in registers
+// for four vectors at once, half as many where registers are.
+inline constexpr int kTileRows = 6, kBeside = kRegisters / 8, kFullRows = kTileRows * kBeside / 4;
 
 // Storage-only types: 16 bits of memory, float in registers.
 struct BFloat16 {

@@ -261,8 +261,8 @@ struct TileEngine {
       }
     }
   };
-  static void multiply(int rows, int vectors, const Transposed& columns, int64_t k0, int64_t K, const Packed* panel,
-                       C* tile) {
+  static void multiply(int rows, int vectors, const Transposed& columns, int64_t k0, int64_t K, int64_t,
+                       const Packed* panel, C* tile) {
     const TileRows factors{columns.tiles, kTileDepth, kTileFactors, row_planes * kTileFactors};
     multiply_blocks<row_planes, planes>(rows, vectors, factors, filled_up(K) / kTileDepth,
                                         panel + k0 / kTileDepth * vectors * planes * kTileFactors, tile, kPanelWidth<C>,
