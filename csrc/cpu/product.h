@@ -521,12 +521,15 @@ class Weights {
   bool by_columns_ = false;
 };
 
-// A matrix [K, N] whose columns stay columns, packed into panels. Row k is rows[k], null for zeros.
+// A matrix [K, N] whose columns stay columns, packed into panels. Row k is rows[k], null for zeros. Each row is read a
+// little of, which no prefetcher follows: its lines are asked for some rows ahead.
 template <class S, class C = Compute<S>>
 void pack_columns(const S* const* rows, int64_t K, int64_t N, int64_t p, C* panel) {
-  constexpr int L = kLanes<C>;
+  constexpr int L = kLanes<C>, kAhead = 16;
   const int vectors = panel_vectors<C>(N, p);
   for (int64_t k = 0; k < K; ++k) {
+    const S* const ahead = k + kAhead < K ? rows[k + kAhead] : nullptr;
+    if (ahead) fetch(ahead + p * kPanelWidth<C>, vectors * L);
     for (int g = 0; g < vectors; ++g) {
       const int64_t column = p * kPanelWidth<C> + g * L;
       const VectorPlace<C> place(vectors, g, K);

@@ -298,6 +298,13 @@ LSTM_EXT_INLINE void store_up_to(S* to, Vec<Compute<S>> value, int64_t count) {
   }
 }
 
+// Asks for the cache lines of some elements that are read soon.
+template <class S>
+LSTM_EXT_INLINE void fetch(const S* from, int64_t count) {
+  constexpr int kLine = 64 / sizeof(S);
+  for (int64_t n = 0; n < count; n += kLine) __builtin_prefetch(from + n);
+}
+
 // What a value is after a trip through storage.
 template <class S>
 LSTM_EXT_INLINE Vec<Compute<S>> rounded_to(Vec<Compute<S>> value) {
