@@ -31,6 +31,9 @@ constexpr unsigned needs() {
 #if defined(__FMA__)
   features |= kFma;
 #endif
+#if defined(__F16C__)
+  features |= kF16c;
+#endif
 #if defined(__AVX512F__)
   features |= kAvx512;
 #endif

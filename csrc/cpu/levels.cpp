@@ -1,7 +1,9 @@
 #include "levels.h"
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -43,6 +45,14 @@ constexpr const Kernels* kBuilt[] = {
 #endif
 }
 
+#if defined(__x86_64__)
+// Not all compilers know it by name. Its registers are those of AVX, which a system that has AVX2 saves.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+#endif
+
 // Of the features named, those of this machine. It is asked for tiles only if it has all the others: asking changes
 // what the process may use.
 unsigned features_of(unsigned needs) {
@@ -50,6 +60,7 @@ unsigned features_of(unsigned needs) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2")) found |= kAvx2;
   if (__builtin_cpu_supports("fma")) found |= kFma;
+  if (has_f16c()) found |= kF16c;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     found |= kAvx512;

@@ -14,6 +14,7 @@ enum Feature : unsigned {
   kAvx512Bf16 = 8,
   kTiles = 16,  // AMX, and the permission to use it
   kAvx512Vnni = 32,
+  kF16c = 64,
 };
 
 // One level. `needs` are Features. `pack` fills what `packed` of each direction points to, packed_bytes(…) of it, of a

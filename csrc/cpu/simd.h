@@ -199,6 +199,13 @@ LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, Float16) {
   return bit_cast<U16::Type>(
       _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+#elif defined(__F16C__)
+LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, Float16) {
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(raw)));
+}
+LSTM_EXT_INLINE U16::Type narrow(Vec<float> value, Float16) {
+  return bit_cast<U16::Type>(_mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+}
 #else
 LSTM_EXT_INLINE Vec<float> widen(U16::Type raw, Float16) {
   const U32 bits = to_32_bits(raw);
