@@ -106,9 +106,9 @@ class HalfWeights {
                 C* tile) const {
     const int vectors = rows_.vectors(p);
     start_tile(rows, vectors, start, start_stride, tile);
-    const int most = rows > kFullRows ? (rows + 1) / 2 : rows;
-    for (int m = 0; m < rows; m += most) {
-      with_count<kFullRows>(rows - m < most ? rows - m : most, [&](auto count) {
+    constexpr int kMost = kRegisters < 32 ? 2 : kTileRows;  // beside two vectors of weights for each that is loaded
+    for (int m = 0; m < rows; m += kMost) {
+      with_count<kMost>(rows - m < kMost ? rows - m : kMost, [&](auto count) {
         with_count<2>((vectors + 1) / 2, [&](auto pairs) {
           multiply_pairs<count, pairs>(a + m, k1 - k0, panel(p) + k0 * pairs * 2 * L, tile + m * kPanelWidth<C>);
         });
