@@ -36,16 +36,13 @@ CASES = [
     *grid("scaling", "inference", T=20, B=[64, 256], H=512),
 ]
 NOTHING = Case("scaling", "inference", T=1, B=1, I=8, H=8)
-WIDE, NARROW = (16, 6), (8, 3)  # lanes of a vector, rows of a tile
-SHAPES = {"avx2": NARROW, "baseline": (4, 3)}  # WIDE with AVX-512
+LANES = {"avx2": 8, "baseline": 4}  # of a vector; 16 with AVX-512
 
 
 def largest_share(case: Case, threads: int) -> tuple[int, int, int]:
     """Members of the team, and rows and units that one of them has at most."""
     plan = lstm_ext.plan(case.T, case.B, case.H, input_size=case.I, num_threads=threads, device="cpu")
-    lanes, tile_rows = SHAPES.get(str(lstm_ext.build_info()["simd"]), WIDE)
-    if plan.engine == "tiles":
-        tile_rows = 16
+    lanes, tile_rows = LANES.get(str(lstm_ext.build_info()["simd"]), 16), 16 if plan.engine == "tiles" else 6
     n = plan.threads
     if plan.by_rows:
         tiles = ceil(case.B / (tile_rows * n)) * n

@@ -192,7 +192,7 @@ def tile_speed() -> Iterator[Crossing]:
 def in_place() -> Iterator[Crossing]:
     layer = Layer(1, 1, 256, 256)
     values = (4, 8, 16, 32, 40, 48, 64, 96, 128)
-    yield Crossing("kCostOfSum", "T", values, lambda T: replace(layer, T=T), IN_PLACE, PACKED)
+    yield Crossing("kCostOfSum; kCostOfSumFewRows", "T", values, lambda T: replace(layer, T=T), IN_PLACE, PACKED)
 
 
 def in_place_lines() -> Iterator[Crossing]:
@@ -205,7 +205,9 @@ def in_place_bytes() -> Iterator[Crossing]:
     """Of matrices that fill a second-level cache: w_ih and w_hh have 1 MB each where I and H are 256."""
     layer = Layer(1, 1, 512, 512)
     values = (16, 32, 64, 96, 128, 160, 192, 256)
-    yield Crossing("kCostOfSumFar, kNearBytes", "T", values, lambda T: replace(layer, T=T), IN_PLACE, PACKED)
+    yield Crossing(
+        "kCostOfSumFar, kNearBytes; kCostOfSumFewRows", "T", values, lambda T: replace(layer, T=T), IN_PLACE, PACKED
+    )
     layer_of = lambda n: Layer(18, 1, n, n)  # noqa: E731
     values = (250, 260, 270, 280, 290, 300, 310, 330)
     packed, placed = {"in_place": (True, False, False)}, {"in_place": (True, True, False)}  # w_hh alone

@@ -342,6 +342,7 @@ class Backward {
   static void for_my_rows(const Share& share, int64_t active, int64_t N, const Body& f) {
     const auto [first, last] = share.panels_of_mine(column_panels(N));
     const int64_t n1 = last * kWidth < N ? last * kWidth : N;
+    if (first * kWidth >= n1) return;
     share.for_groups([&](const Share::Group& group) {
       for (int64_t slot = group.first; slot < group.last && slot < active; ++slot) f(slot, first * kWidth, n1);
     });
@@ -364,7 +365,7 @@ class Backward {
   }
 
   // Gate gradients of units u0 .. u1 - 1 of a row, from what later steps (`dh`) and a caller (`dy`) want of h. Not
-  // inlined, as Forward::pointwise_forward.
+  // inlined: its numbers need all registers.
   [[gnu::noinline]] void pointwise_backward(int64_t s, int64_t slot, int64_t row, int64_t u0, int64_t u1, const C* dh,
                                             const S* dy) const {
     const int64_t H = shape_.H, b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
@@ -617,7 +618,7 @@ class Backward {
   const S** matrix_rows_;               // of a weight matrix that is being packed
   WeightGrad dw_ih_, dw_hh_, dw_hr_;
   C* db_ = nullptr;
-  C* columns_ = nullptr;  // [threads][kMostGathered], of what is transposed for the weights' gradients
+  C* columns_ = nullptr;  // [threads][kMostGathered] of what is transposed for the weights' gradients, where that pays
   // To project hidden again:
   S* w_hr_columns_ = nullptr;     // [H, P], w_hr transposed
   Packed* w_hr_again_ = nullptr;  // the same packed

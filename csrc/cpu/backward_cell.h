@@ -46,7 +46,7 @@ void Backward<S, Engine>::prepare_kernel_grads(Arena& arena) {
   dw_ih_ = {nullptr, panels, 4 * H, sums_for(dir_.grads.w_ih, I * 4 * H, arena)};
   dw_hh_ = {nullptr, panels, 4 * H, sums_for(dir_.grads.w_hh, H * 4 * H, arena)};
   if (dir_.grads.b_ih) db_ = sums_for(dir_.grads.b_ih, 4 * H, arena);
-  if constexpr (Engine::kGathersColumns) columns_ = arena.get<C>(plan_.threads * kMostGathered);
+  if (Engine::kGathersColumns && 4 * H >= kLeastGatheredFor) columns_ = arena.get<C>(plan_.threads * kMostGathered);
 }
 
 template <class S, class Engine>

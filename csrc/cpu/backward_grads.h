@@ -16,7 +16,7 @@ void Backward<S, Engine>::prepare_grads(Arena& arena) {
   dw_hh_ = product_for(dir_.grads.w_hh, 4 * H, P, arena);
   if (dir_.grads.b_ih) db_ = sums_for(dir_.grads.b_ih, 4 * H, arena);
   if (projected) dw_hr_ = product_for(dir_.grads.w_hr, P, H, arena);
-  if constexpr (Engine::kGathersColumns) columns_ = arena.get<C>(plan_.threads * kMostGathered);
+  if (Engine::kGathersColumns && I + H >= kLeastGatheredFor) columns_ = arena.get<C>(plan_.threads * kMostGathered);
 }
 
 template <class S, class Engine>
@@ -80,7 +80,7 @@ void Backward<S, Engine>::add_products(const Share& share, const GradRows& a, in
   const int64_t M = a.width, tiles = ceil_div(M, Engine::kRows);
   int64_t N = 0, k0 = 0;
   for (const WeightGrad* grad : grads) N += grad->N;
-  const bool gathers = Engine::kGathersColumns && N >= kLeastGatheredFor;
+  const bool gathers = columns_ && N >= kLeastGatheredFor;
   do {  // at least once: the sum of no rows is zero
     const int64_t K = rows - k0 < plan_.depth[0] ? rows - k0 : plan_.depth[0];
     const auto columns = [&](int64_t tile) {

@@ -61,7 +61,9 @@ constexpr bool is_shape_of(Dtype dtype, bool backward, Storage storage = Storage
   bool same = shape.lanes == kLanes<C> && shape.sum_bytes == sizeof(C) && shape.tile_rows == Engine::kRows &&
               shape.row_planes == Engine::row_planes && shape.column_planes == Engine::planes &&
               shape.borrows_rows == Engine::kBorrowsRows;
-  if (Engine::kKind == EngineKind::kVectors) same = same && shape.factor_bytes == sizeof(F);
+  if (Engine::kKind == EngineKind::kVectors) {
+    same = same && shape.factor_bytes == sizeof(F) && shape.full_rows == kFullRows;
+  }
   for (int64_t K : {0, 1, 15, 16, 31, 32, 33, 64, 127, 1000}) {
     same = same && shape.row_bytes(K) == Engine::row_size(K) * static_cast<int64_t>(sizeof(F));
     same = same &&

@@ -4,7 +4,7 @@
 // run as `python benchmarks/tune.py TUNING`: it forces both ways on either side of the threshold, times them in turn,
 // and prints where they cross on the machine at hand. Then follow the machine and the day on which the number was
 // found: the EPYC is an AMD EPYC (Zen 4, AVX-512 with bfloat16 products, 1 MB of second-level cache a core), the Xeon
-// an Intel Xeon with AMX (2 MB a core), both with two cores.
+// an Intel Xeon with AMX (2 MB a core), the Zen 3 an AMD EPYC with AVX2 (512 KB a core), all with two cores.
 #include "plan.h"
 
 #include <atomic>
@@ -56,7 +56,8 @@ constexpr int64_t kLeastTransposedFor = 192;
 // second load for each vector that crosses a cache line, in each pass over the matrix. If a second-level cache does not
 // hold both copies packing costs twice as much; and a matrix well beyond it waits for memory, not for loads.
 // Where registers are few, so are the rows that a weight is read for, and packing pays earlier, from near and far.
-//   in-place (kCostOfSum); EPYC, 2026-11-22; (kCostOfSumFewRows) Zen 3, 2026-11-27
+//   in-place (kCostOfSum); EPYC, 2026-11-22
+//   in-place, in-place-bytes (kCostOfSumFewRows, of both); Zen 3, 2026-11-27
 //   in-place-lines, in-place-bytes (the others); Xeon, 2026-11-25
 constexpr int64_t kCostOfSum = 6, kCostOfSumFar = 3, kCostOfSumFewRows = 8, kCostOfCrossing = 14;
 constexpr int64_t kNearBytes = kUsualCache, kCrossingBytes = kUsualCache + kUsualCache / 4;
@@ -195,9 +196,9 @@ double flops_of_step(const SequenceShape& shape) {
   return 8. * static_cast<double>(shape.B) * static_cast<double>(shape.H) * static_cast<double>(shape.I + shape.P);
 }
 
-// Tiles of rows: a division is worth avoiding for the smallest layers.
+// Passes over weights in place: a division is worth avoiding for the smallest layers.
 int64_t row_tiles(int64_t rows, const EngineShape& engine) {
-  return rows <= engine.tile_rows ? rows > 0 : ceil_div(rows, engine.tile_rows);
+  return rows <= engine.full_rows ? rows > 0 : ceil_div(rows, engine.full_rows);
 }
 
 // `rows` are multiplied by a matrix of K columns, in so many passes over it; `bytes`: of its packed copy.
@@ -269,9 +270,9 @@ void choose_forward_chunk(Plan& plan, const SequenceShape& shape, const EngineSh
   }
 }
 
-// One tile of rows has no use for several blocks.
+// One pass over the rows has no use for several blocks.
 int64_t block_depth(const Plan& plan, Weight weight, int64_t K, int64_t rows, const EngineShape& engine) {
-  const bool cut = plan.in_place[weight] && rows > engine.tile_rows && kInPlaceDepth < K;
+  const bool cut = plan.in_place[weight] && rows > engine.full_rows && kInPlaceDepth < K;
   return cut ? kInPlaceDepth : K;
 }
 
@@ -286,7 +287,7 @@ void choose_depth(Plan& plan, const Problem& problem, const EngineShape& engine,
   plan.depth[kRecurrent] = block_depth(plan, kRecurrent, P, B, engine);
   const bool short_rows = I <= kInPlaceDepth && P <= kInPlaceDepth;  // not worth several blocks
   const bool both_in_place = plan.in_place[kInput] && plan.in_place[kRecurrent];
-  plan.one_sum = both_in_place && !problem.by_columns && (short_rows || B <= engine.tile_rows);
+  plan.one_sum = both_in_place && !problem.by_columns && (short_rows || B <= engine.full_rows);
   if (!forced) return;
   if (forced->depth && !engine.scaled) {
     check_depth(*forced->depth, engine);

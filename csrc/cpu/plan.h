@@ -45,10 +45,10 @@ LSTM_EXT_PLAN_INLINE int tile_products(int row_planes, int column_planes) {
 // holds of a panel. (benchmarks/tune.py sum-depth; Xeon with AMX, 2026-11-25)
 inline constexpr int64_t kMostSumDepth = 512;
 
-// Columns that are brought together to be multiplied by all panels: a part of a second-level cache, beside a panel.
-inline constexpr int64_t kGatheredBytes = 1 << 17;
-// Columns of panels, in all, from which on that is worth it.
-inline constexpr int64_t kLeastGatheredFor = 64;
+// Columns of gradients that are brought together to be multiplied by all panels: a part of a second-level cache, beside
+// a panel. It is worth it for so many columns of panels in all. (a training step of 16 sequences by widths 16 to 64,
+// with benchmarks/compare.py; Zen 3, 2026-11-27)
+inline constexpr int64_t kGatheredBytes = 1 << 17, kLeastGatheredFor = 64;
 
 // One engine for one dtype: what sums (C), factors (F) and panels measure. kernels.cpp holds it against the templates.
 struct EngineShape {

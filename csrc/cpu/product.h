@@ -11,10 +11,11 @@
 // columns elsewhere; the last panel has as few of them as hold its units or columns. B comes as *panels*, one for each
 // four vectors, packed in the order in which they are read:
 //
-//     panel p:   k = 0  | vector 0 | vector 1 | vector 2 | vector 3 |        or, where two stand side by side
-//     (kBeside),
-//                k = 1  | vector 0 | vector 1 | vector 2 | vector 3 |        0 and 1 of all k, then 2 and 3 of all k
+//     panel p:   k = 0  | vector 0 | vector 1 | vector 2 | vector 3 |
+//                k = 1  | vector 0 | vector 1 | vector 2 | vector 3 |
 //                ...
+//
+// or, where the micro-kernel takes two vectors (kBeside), vectors 0 and 1 of all k, then 2 and 3 of all k.
 //
 // A lane is one element, or, of bfloat16 where the machine multiplies it in pairs, B[k, n] and B[k + 1, n] side by
 // side. For few rows B is not packed but read where it lies: weights are stored as B transposed, [n][k], and vectors

@@ -28,9 +28,10 @@ struct ExpConstants<float> {
   static constexpr int kTerms = 7;            // remainder below 2^-26
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kLowest = kScalesAny ? -104.f : -87.3f, kHighest = 89.f;  // exp is 0 there, or infinite
-  static constexpr float kTanhLowest = -40.f;                                      // exp of it is nothing beside 1
-  static constexpr int kArtanhTerms = 8;                                           // remainder below 2^-26 at 1/3
+  static constexpr float kLowest = kScalesAny ? -104.f : -87.3f,
+                         kHighest = 89.f;      // exp is 0 there and a little above, or infinite
+  static constexpr float kTanhLowest = -40.f;  // exp of it is nothing beside 1
+  static constexpr int kArtanhTerms = 8;       // remainder below 2^-26 at 1/3
 };
 
 template <>
