@@ -165,7 +165,7 @@ void Backward<S, Engine>::add_bias_grad(const Share& share, int64_t rows, bool s
   constexpr int kVectors = 8;  // side by side, so that rows are read in order
   const int64_t N = 4 * shape_.H;
   share.for_part(ceil_div(N, kVectors * L), [&](int64_t part) {
-    Vec<C> sum[kVectors];
+    Vec<C> sum[kVectors] = {};
     const int64_t first = part * kVectors * L;
     const auto for_vectors = [&](const auto& f) {
       for (int v = 0; v < kVectors && first + v * L < N; ++v) f(first + v * L, sum[v]);
