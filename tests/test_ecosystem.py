@@ -160,18 +160,31 @@ def test_autocast_of_another_device_changes_nothing() -> None:
         torch.set_autocast_enabled("cuda", False)
 
 
+def stock_runs_under_autocast() -> bool:
+    """Not where oneDNN's LSTM has no bfloat16: without AVX-512."""
+    with torch.autocast("cpu", BF16):
+        try:
+            nn.LSTM(I, H)(torch.randn(T, B, I))
+        except RuntimeError as error:
+            if "primitive descriptor" not in str(error):
+                raise
+            return False
+    return True
+
+
 def test_training_under_autocast_follows_stock() -> None:
     """From the same weights the losses fall alike, and the weights stay float32."""
     stock, ours = pair(I, H, 2, dropout=0.2)
     x, target = torch.randn(T, B, I), torch.randn(T, B, H).tanh()
     losses: list[list[float]] = []
+    in_float32 = not stock_runs_under_autocast()  # it is followed nevertheless
     for module in (stock, ours):
         torch.manual_seed(1)
         optimizer = torch.optim.Adam(module.parameters(), 0.05)
         losses.append([])
         for _ in range(8):
             optimizer.zero_grad()
-            with torch.autocast("cpu", BF16):
+            with torch.autocast("cpu", BF16, enabled=not (in_float32 and module is stock)):
                 loss = nn.functional.mse_loss(module(x)[0], target)
             loss.backward()
             optimizer.step()

@@ -340,7 +340,7 @@ def threads(count: int) -> Iterator[None]:
     [
         (200, 1, 24, {}),
         (77, 1, 64, {"batch_first": True}),
-        (61, 3, 33, {"proj_size": 20}),
+        (61, 2, 33, {"proj_size": 20}),
         (90, 2, 40, {"peephole": True, "activation": "softsign"}),
     ],
 )
