@@ -28,8 +28,8 @@ struct ExpConstants<float> {
   static constexpr int kTerms = 7;            // remainder below 2^-26
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kLowest = kScalesAny ? -104.f : -87.3f,
-                         kHighest = 89.f;      // exp is 0 there and a little above, or infinite
+  // exp is 0 at the lowest, without that instruction also a third above it, and infinite at the highest.
+  static constexpr float kLowest = kScalesAny ? -104.f : -87.3f, kHighest = 89.f;
   static constexpr float kTanhLowest = -40.f;  // exp of it is nothing beside 1
   static constexpr int kArtanhTerms = 8;       // remainder below 2^-26 at 1/3
 };
@@ -117,7 +117,7 @@ struct VecMath {
   }
 #else
   // 2^(n - 1) is a number, or zero, for every n between the bounds of x; 2^n is none for the largest.
-  static LSTM_EXT_INLINE Value exp_of(const Reduced& x) { return (2 + 2 * x.m1) * (power_of_two(x.rounded, C(0.5))); }
+  static LSTM_EXT_INLINE Value exp_of(const Reduced& x) { return (2 + 2 * x.m1) * power_of_two(x.rounded, C(0.5)); }
 
   static LSTM_EXT_INLINE Value power_of_two(Value rounded, C times = 1) {
     return bit_cast<Value>((bit_cast<Int>(rounded) << K::kMantissaBits) + bit_cast<Int>(broadcast(times)));
