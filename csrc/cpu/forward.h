@@ -70,6 +70,7 @@ class Forward {
     h_width_ = Engine::row_size(P);
     c_width_ = panels_ * L;
     h_ = arena.get<F>(2 * B * h_width_);
+    outlets_ = arena.get<Outlet>(2 * B);
     c_ = arena.get<C>(B * c_width_);
     if (projected) {
       hidden_width_ = Engine::row_size(H);
@@ -145,6 +146,7 @@ class Forward {
       share.for_part(w_hr_.panels(), [&](int64_t p) { w_hr_.pack(p); });
     }
     share.for_part(shape_.B, [&](int64_t slot) { start_row(slot); });
+    if (!plan_.alone) share.for_groups([&](const Share::Group& group) { find_outlets(share, group, 0); });
   }
 
   void pack_gates(int64_t p) const {
@@ -301,6 +303,37 @@ class Forward {
 
   F* h(int64_t s, int64_t slot) const { return h_ + ((s % 2) * shape_.B + slot) * h_width_; }
 
+  // Where what a slot computes at a step goes; null is what nobody wants of it.
+  struct Outlet {
+    int64_t t, b;
+    S *y, *gates;
+    C* cells;
+    S *h_n, *c_n;  // at its last step
+    F* h;          // of the next step,
+    bool forgets;  // which begins from zeros
+
+    Place place(int64_t unit) const { return {t, b, unit}; }
+  };
+  Outlet* outlets(int64_t s) const { return outlets_ + (s % 2) * shape_.B; }
+
+  // Those of a step are found during the one before, by who has the rows or a part of them: once, not for each panel.
+  void find_outlets(const Share& share, const Share::Group& group, int64_t s) const {
+    share.for_slots(group, walk_.active(s), [&](int64_t slot) {
+      const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
+      const bool ends = s == walk_.length(slot) - 1;
+      const auto row = [&](auto* array, const RowMap& map) { return array ? array + map.at(t, b) : nullptr; };
+      outlets(s)[slot] = {t,
+                          b,
+                          row(static_cast<S*>(dir_.y), layer_.y_map),
+                          row(static_cast<S*>(dir_.gates), layer_.gates_map),
+                          row(static_cast<C*>(dir_.cells), layer_.cells_map),
+                          ends && dir_.h_n ? static_cast<S*>(dir_.h_n) + b * shape_.P : nullptr,
+                          ends ? static_cast<S*>(dir_.c_n) + b * shape_.H : nullptr,
+                          h(s + 1, slot),
+                          walk_.resets_before(s + 1, slot, dir_.reverse)};
+    });
+  }
+
   // The panels go by forth and back on alternate steps: what a cache smaller than the weights has kept from the end of
   // one step is what the next one begins with.
   void run_step(const Share& share, int64_t s0, int64_t s, bool projects) const {
@@ -332,6 +365,7 @@ class Forward {
       });
     };
     share.for_panels(panels_, run_panel, (s + first_step_) % 2 != 0);
+    share.for_groups([&](const Share::Group& group) { find_outlets(share, group, s + 1); });
     share.sync_rows();
     if (shape_.projected) project_step(share, s);
   }
@@ -389,16 +423,13 @@ class Forward {
     } else {
       run_cells(sums, units, width, count, c, h);
     }
-    if (dir_.gates || dir_.cells || !walk_.uniform() || s + 1 == shape_.T) {
-      for (int m = 0; m < count; ++m) {
-        save_cell(s, first + m, u, units, sums + m * kPanelWidth<C>, width, c + m * c_width_);
-      }
-    }
+    const Outlet* const out = outlets(s) + first;
     for (int m = 0; m < count; ++m) {
+      save_cell(out[m], u, units, sums + m * kPanelWidth<C>, width, c + m * c_width_);
       if (shape_.projected) {
         Engine::put_rounded(hidden_ + (first + m) * hidden_width_, u, h[m], shape_.H);
       } else {
-        finish_h(s, first + m, u, h[m]);
+        finish_h(out[m], u, h[m]);
       }
     }
   }
@@ -407,12 +438,8 @@ class Forward {
   // the loops lies in `values`: i, f, g, o and what becomes the output, so many vectors of each as there are rows.
   [[gnu::noinline]] void pointwise_cell(int64_t s, int64_t first, int count, int64_t p, int64_t first_row) const;
 
-  Place place_of(int64_t s, int64_t slot, int64_t unit) const {
-    return {walk_.time(s, slot, dir_.reverse), walk_.row(slot), unit};
-  }
-
   // As finish_h
-  [[gnu::noinline]] void finish_cell_h(int64_t s, int64_t slot, int64_t n, Vec<C> value) const;
+  [[gnu::noinline]] void finish_cell_h(const Outlet& out, int64_t slot, int64_t n, Vec<C> value) const;
 
   // The sums become the gates.
   LSTM_EXT_INLINE void run_cells(C* sums, int64_t units, int64_t width, int count, C* c, Vec<C>* h) const {
@@ -433,16 +460,16 @@ class Forward {
   }
 
   // To the outputs, of one row and vector of units; c is then what the next step starts from.
-  LSTM_EXT_INLINE void save_cell(int64_t s, int64_t slot, int64_t u, int64_t units, const C* gates, int64_t width,
+  LSTM_EXT_INLINE void save_cell(const Outlet& out, int64_t u, int64_t units, const C* gates, int64_t width,
                                  C* c) const {
-    const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
-    if (dir_.gates) {
-      S* to = static_cast<S*>(dir_.gates) + layer_.gates_map.at(t, b) + u;
-      for (int g = 0; g < 4; ++g) store_up_to(to + g * shape_.H, load_up_to(gates + g * width, units), units);
+    if (out.gates) {
+      for (int g = 0; g < 4; ++g) {
+        store_up_to(out.gates + g * shape_.H + u, load_up_to(gates + g * width, units), units);
+      }
     }
-    if (dir_.cells) store_up_to(static_cast<C*>(dir_.cells) + layer_.cells_map.at(t, b) + u, load(c), units);
-    if (s == walk_.length(slot) - 1) store_up_to(static_cast<S*>(dir_.c_n) + b * shape_.H + u, load(c), units);
-    if (walk_.resets_before(s + 1, slot, dir_.reverse)) store(c, Vec<C>{});
+    if (out.cells) store_up_to(out.cells + u, load(c), units);
+    if (out.c_n) store_up_to(out.c_n + u, load(c), units);
+    if (out.forgets) store(c, Vec<C>{});
   }
 
   // The sums of a row that has to be repaired
@@ -468,20 +495,18 @@ class Forward {
         const int64_t n = p * kPanelWidth<C> + g * L;
         if (n >= shape_.P) break;
         const Vec<C> value = load(sums + (m * 4 + g) * L);
-        cell_ ? finish_cell_h(s, first + m, n, value) : finish_h(s, first + m, n, value);
+        const Outlet& out = outlets(s)[first + m];
+        cell_ ? finish_cell_h(out, first + m, n, value) : finish_h(out, n, value);
       }
     }
   }
 
   // Elements n .. n + lanes of the new h go to the output and to the next step.
-  LSTM_EXT_INLINE void finish_h(int64_t s, int64_t slot, int64_t n, Vec<C> value) const {
-    const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse), count = shape_.P - n;
-    store_up_to(static_cast<S*>(dir_.y) + layer_.y_map.at(t, b) + n, value, count);
-    if (dir_.h_n && s == walk_.length(slot) - 1) {
-      store_up_to(static_cast<S*>(dir_.h_n) + b * shape_.P + n, value, count);
-    }
-    const bool forget = walk_.resets_before(s + 1, slot, dir_.reverse);
-    Engine::put_rounded(h(s + 1, slot), n, forget ? Vec<C>{} : value, shape_.P);
+  LSTM_EXT_INLINE void finish_h(const Outlet& out, int64_t n, Vec<C> value) const {
+    const int64_t count = shape_.P - n;
+    store_up_to(out.y + n, value, count);
+    if (out.h_n) store_up_to(out.h_n + n, value, count);
+    Engine::put_rounded(out.h, n, out.forgets ? Vec<C>{} : value, shape_.P);
   }
 
   // ---- after the last step ---------------------------------------------------------------------
@@ -518,6 +543,7 @@ class Forward {
   const F** x_rows_;     // [chunk_rows]
   F* x_copy_ = nullptr;  // [chunk_rows, x_width], where x cannot be multiplied as it lies
   F* h_;                 // [2][B, h_width]
+  Outlet* outlets_;      // [2][B]
   C* c_;                 // [B, c_width]
   F* hidden_ = nullptr;  // [B, hidden_width], h before its projection
   // Of a cell with options:

@@ -91,6 +91,7 @@ void Forward<S, Engine>::pointwise_cell(int64_t s, int64_t first, int count, int
   const int64_t apart = count * L;
   C *const i = values, *const f = i + apart, *const g = f + apart, *const o = g + apart, *const output = o + apart;
   const Peephole<S> peephole(steps_.peephole(), shape_.H, u);
+  const Outlet* const out = outlets(s) + first;
 
   for (int m = 0; m < count; ++m) {
     const auto sum = [&](int gate) { return load_up_to(sums + m * kPanelWidth<C> + gate * width, units); };
@@ -105,7 +106,7 @@ void Forward<S, Engine>::pointwise_cell(int64_t s, int64_t first, int count, int
   activate_all<C>(cell.activation, g, count);
   for (int m = 0; m < count; ++m) {
     if (cell.coupled) store(i + m * L, 1 - load(f + m * L));
-    const Place place = place_of(s, first + m, u);
+    const Place place = out[m].place(u);
     const Vec<C> c_prev = load(c + m * c_width_), masked_g = computed(load(g + m * L) * steps_.g_mask(place));
     const Vec<C> new_c =
         steps_.clipped(steps_.unclipped_c(load(i + m * L), load(f + m * L), masked_g, c_prev), cell.cell_clip);
@@ -118,29 +119,23 @@ void Forward<S, Engine>::pointwise_cell(int64_t s, int64_t first, int count, int
   activate_all<C>(cell.activation, output, count);
   for (int m = 0; m < count; ++m) {
     const Vec<C> h = first_lanes<C>(load(o + m * L) * load(output + m * L), units);
-    if (dir_.gates || dir_.cells || !walk_.uniform() || s + 1 == shape_.T) {
-      save_cell(s, first + m, u, units, values + m * L, apart, c + m * c_width_);
-    }
+    save_cell(out[m], u, units, values + m * L, apart, c + m * c_width_);
     if (shape_.projected) {
       Engine::put_rounded(hidden_ + (first + m) * hidden_width_, u, h, shape_.H);
     } else {
-      finish_cell_h(s, first + m, u, h);
+      finish_cell_h(out[m], first + m, u, h);
     }
   }
 }
 
 template <class S, class Engine>
-void Forward<S, Engine>::finish_cell_h(int64_t s, int64_t slot, int64_t n, Vec<C> value) const {
-  const Place place = place_of(s, slot, n);
+void Forward<S, Engine>::finish_cell_h(const Outlet& out, int64_t slot, int64_t n, Vec<C> value) const {
   const int64_t count = shape_.P - n;
   if (shape_.projected) value = steps_.clipped(value, cell_->options.proj_clip);
-  if (h_kept_) value = steps_.next(steps_.zoneout_h, load(h_kept_ + slot * units_width_ + n), value, place);
-  store_up_to(static_cast<S*>(dir_.y) + layer_.y_map.at(place.t, place.b) + n, value, count);
-  if (dir_.h_n && s == walk_.length(slot) - 1) {
-    store_up_to(static_cast<S*>(dir_.h_n) + place.b * shape_.P + n, value, count);
-  }
-  const bool forget = walk_.resets_before(s + 1, slot, dir_.reverse);
-  Engine::put_rounded(h(s + 1, slot), n, keep_h(slot, n, forget ? Vec<C>{} : rounded_to<S>(value)), shape_.P);
+  if (h_kept_) value = steps_.next(steps_.zoneout_h, load(h_kept_ + slot * units_width_ + n), value, out.place(n));
+  store_up_to(out.y + n, value, count);
+  if (out.h_n) store_up_to(out.h_n + n, value, count);
+  Engine::put_rounded(out.h, n, keep_h(slot, n, out.forgets ? Vec<C>{} : rounded_to<S>(value)), shape_.P);
 }
 
 template <class S, class Engine>
@@ -155,6 +150,7 @@ void Forward<S, Engine>::run_norm_step(const Share& share, int64_t s0, int64_t s
   share.for_groups([&](const Share::Group& group) {
     const int64_t row = chunk_row(group, s0, s) - group.first;
     share.for_slots(group, walk_.active(s), [&](int64_t slot) { norm_row(share, s, slot, row + slot); });
+    find_outlets(share, group, s + 1);
   });
   share.sync_rows();
   if (shape_.projected) project_step(share, s);
@@ -197,6 +193,7 @@ template <class S, class Engine>
 void Forward<S, Engine>::norm_row(const Share& share, int64_t s, int64_t slot, int64_t row) const {
   const Cell& cell = cell_->options;
   const auto& arrays = cell_->direction[steps_.direction];
+  const Outlet& out = outlets(s)[slot];
   const int64_t H = shape_.H, vectors = c_width_ / L;
   C* const i = norm_row_ + share.team.rank * kNormVectors * c_width_;
   C *const f = i + c_width_, *const g = f + c_width_, *const o = g + c_width_, *const output = o + c_width_;
@@ -219,7 +216,7 @@ void Forward<S, Engine>::norm_row(const Share& share, int64_t s, int64_t slot, i
   for (int64_t u = 0; u < H; u += L) {
     if (cell.coupled) store(i + u, 1 - load(f + u));
     const Peephole<S> peephole(arrays.peephole, H, u);
-    const Vec<C> masked_g = computed(load(g + u) * steps_.g_mask(place_of(s, slot, u)));
+    const Vec<C> masked_g = computed(load(g + u) * steps_.g_mask(out.place(u)));
     const Vec<C> new_c =
         steps_.clipped(steps_.unclipped_c(load(i + u), load(f + u), masked_g, load(c + u)), cell.cell_clip);
     store(output + u, new_c);
@@ -231,16 +228,16 @@ void Forward<S, Engine>::norm_row(const Share& share, int64_t s, int64_t slot, i
     const Vec<C> new_c = load(output + u), normed = scaled_c<S>(arrays, moments, new_c, H, u);
     const Vec<C> left = cell.norm == Norm::kGates ? normed : new_c;
     store(output + u, normed);
-    store(c + u, steps_.next(steps_.zoneout_c, load(c + u), left, place_of(s, slot, u)));
+    store(c + u, steps_.next(steps_.zoneout_c, load(c + u), left, out.place(u)));
   }
   activate_all<C>(cell.activation, output, count);
   for (int64_t u = 0; u < H; u += L) {
     const Vec<C> h = first_lanes<C>(load(o + u) * load(output + u), H - u);
-    save_cell(s, slot, u, H - u, i + u, c_width_, c + u);
+    save_cell(out, u, H - u, i + u, c_width_, c + u);
     if (shape_.projected) {
       Engine::put_rounded(hidden_ + slot * hidden_width_, u, h, H);
     } else {
-      finish_cell_h(s, slot, u, h);
+      finish_cell_h(out, slot, u, h);
     }
   }
 }

@@ -242,7 +242,8 @@ struct InPlaceProduct {
   using Factors = std::initializer_list<InPlace<S>>;
   static constexpr int L = kLanes<C>, kPer = kFactorsPerLane<F>;
 
-  static void multiply(int rows, Factors factors, const PanelGroups& groups, C* tile) {
+  // In a function of its own, where nothing else wants a register that holds where a stream is.
+  [[gnu::noinline]] static void multiply(int rows, Factors factors, const PanelGroups& groups, C* tile) {
     const int most = rows > kFullRows ? (rows + 1) / 2 : rows;
     for (int g = 0; g < 4; ++g) {
       if (groups.count[g] <= 0) continue;
