@@ -49,13 +49,15 @@ struct VectorPlace {
 };
 
 // tile[m] += Σ_k a[m][k * k_stride] * panel[k], for K lanes; of more vectors than stand side by side the others are in
-// `beyond`
-template <int rows, int vectors, class F>
-void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const Compute<F>* panel, const Compute<F>* beyond,
-                   Compute<F>* tile) {
+// `beyond`. Of several k at a time a core decodes little more than the loads and multiply-adds, above all where the
+// stride is a constant, which counts where another thread wants its share of the core.
+template <int rows, int vectors, class F, class Stride>
+[[gnu::noinline]] void multiply_tile(const F* const* a, Stride k_stride, int64_t K, const Compute<F>* panel,
+                                     const Compute<F>* beyond, Compute<F>* tile) {
   using C = Compute<F>;
   constexpr int kFirst = vectors < kBeside ? vectors : kBeside;
   constexpr int L = kLanes<C>;
+  constexpr bool kStays = vectors > 1 && (rows + 1) * vectors < kRegisters;
   Vec<C> sum[rows][vectors];
   const F* row[rows];
 #pragma GCC unroll 8
@@ -65,7 +67,7 @@ void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const Compute
     for (int g = 0; g < vectors; ++g) sum[m][g] = load(tile + (m * 4 + g) * L);
   }
   int64_t at = 0;
-  do {
+  const auto step = [&] {
     Vec<C> w[vectors];
 #pragma GCC unroll 4
     for (int g = 0; g < vectors; ++g) {
@@ -75,12 +77,20 @@ void multiply_tile(const F* const* a, int64_t k_stride, int64_t K, const Compute
     for (int m = 0; m < rows; ++m) {
       const Vec<C> value = broadcast_lane(row[m] + at);
 #pragma GCC unroll 4
-      for (int g = 0; g < vectors; ++g) sum[m][g] = multiply_add(sum[m][g], value, w[g], F{});
+      for (int g = 0; g < vectors; ++g) sum[m][g] = add_product<kStays>(sum[m][g], value, w[g], F{});
     }
     panel += kFirst * L;
     if constexpr (kFirst < vectors) beyond += (vectors - kFirst) * L;
     at += k_stride;
-  } while (--K > 0);
+  };
+  if constexpr (kFuses) {
+    for (; K >= 4; K -= 4) {
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) step();
+    }
+  }
+#pragma GCC unroll 1
+  for (; K > 0; --K) step();
 #pragma GCC unroll 8
   for (int m = 0; m < rows; ++m) {
 #pragma GCC unroll 4
@@ -99,8 +109,8 @@ LSTM_EXT_INLINE void with_count(int count, const F& f) {
 
 // The same for a panel of 1 to 4 vectors and `depth` lanes, of which lanes k .. k + K. A tile is [rows][4][lanes],
 // contiguous.
-template <class F>
-void multiply_panel(int rows, int vectors, const F* const* a, int64_t k_stride, int64_t k, int64_t K, int64_t depth,
+template <class F, class Stride>
+void multiply_panel(int rows, int vectors, const F* const* a, Stride k_stride, int64_t k, int64_t K, int64_t depth,
                     const Compute<F>* panel, Compute<F>* tile) {
   using C = Compute<F>;
   if (K <= 0) return;
@@ -496,8 +506,8 @@ class Weights {
                 C* tile) const {
     start_tile(rows, rows_.vectors(p), start, start_stride, tile);
     if (panels_) {
-      multiply_panel(rows, rows_.vectors(p), a, kPer, k0 / kPer, ceil_div(k1 - k0, kPer), ceil_div(K_, kPer), panel(p),
-                     tile);
+      multiply_panel(rows, rows_.vectors(p), a, std::integral_constant<int, kPer>{}, k0 / kPer, ceil_div(k1 - k0, kPer),
+                     ceil_div(K_, kPer), panel(p), tile);
     } else {
       multiply_in_place(rows, {in_place(a, k0, k1)}, p, tile);
     }
@@ -604,7 +614,7 @@ struct VectorEngine {
 
   // tile[m] += a[m], K factors, times a panel of so many vectors
   static void multiply(int rows, int vectors, const F* const* a, int64_t K, const Packed* panel, C* tile) {
-    multiply_panel(rows, vectors, a, 1, 0, K, K, panel, tile);
+    multiply_panel(rows, vectors, a, std::integral_constant<int, 1>{}, 0, K, K, panel, tile);
   }
 
   // Columns as rows: tile[m] += column m of a [K, M] times K rows of a panel of `depth`, from its row k0 on. A small

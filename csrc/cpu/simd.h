@@ -56,6 +56,13 @@ inline constexpr int kVecBytes = 16;
 // for four vectors at once, half as many where registers are.
 inline constexpr int kTileRows = 6, kBeside = kRegisters / 8, kFullRows = kTileRows * kBeside / 4;
 
+// Whether a product and a sum are one instruction.
+#if defined(__FMA__) || defined(__aarch64__)
+inline constexpr bool kFuses = true;
+#else
+inline constexpr bool kFuses = false;
+#endif
+
 // Storage-only types: 16 bits of memory, float in registers.
 struct BFloat16 {
   uint16_t bits;
@@ -344,6 +351,23 @@ template <class C>
 LSTM_EXT_INLINE Vec<C> multiply_add(Vec<C> sum, Vec<C> a, Vec<C> b, C) {
   return sum + a * b;
 }
+
+// The same, where `stays` in the register that the sum is in: of many sums compilers would rather put some into those
+// of a factor, and then move or even store them.
+template <bool stays, class F, class V>
+LSTM_EXT_INLINE V add_product(V sum, V a, V b, F) {
+#if defined(__FMA__)
+  if constexpr (stays && std::is_same_v<F, float>) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  } else if constexpr (stays && std::is_same_v<F, double>) {
+    asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+#endif
+  return multiply_add(sum, a, b, F{});
+}
+
 template <class C>
 LSTM_EXT_INLINE Vec<C> broadcast_lane(const C* from) {
   return broadcast(*from);
