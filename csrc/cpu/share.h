@@ -35,7 +35,7 @@ class Share {
   void for_groups(const F& f) const {
     if (!by_rows) return f(Group{0, rows_});
     for (int64_t tile = team.rank; tile < tiles_; tile += team.size) {
-      f(Group{tile * rows_ / tiles_, (tile + 1) * rows_ / tiles_});
+      f(Group{part(rows_, tile, tiles_), part(rows_, tile + 1, tiles_)});
     }
   }
 
@@ -50,11 +50,10 @@ class Share {
   template <class F>
   void for_tiles(const Group& group, int64_t active, const F& f) const {
     const int64_t slots = group.last - group.first, tiles = by_rows ? 1 : tiles_;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t first = group.first + tile * slots / tiles;
-      int64_t last = group.first + (tile + 1) * slots / tiles;
-      if (last > active) last = active;
-      if (first < last) f(first, static_cast<int>(last - first));
+    for (int64_t tile = 0, first = group.first; tile < tiles && first < active; ++tile) {
+      const int64_t last = group.first + part(slots, tile + 1, tiles), end = last < active ? last : active;
+      if (first < end) f(first, static_cast<int>(end - first));
+      first = last;
     }
   }
   template <class F>
@@ -67,7 +66,7 @@ class Share {
   };
   Panels panels_of_mine(int64_t panels) const {
     if (by_rows) return {0, panels};
-    return {panels * team.rank / team.size, panels * (team.rank + 1) / team.size};
+    return {part(panels, team.rank, team.size), part(panels, team.rank + 1, team.size)};
   }
 
   // f(panel) for the panels of mine, the last one first if `backwards`
@@ -80,8 +79,8 @@ class Share {
   // f(n) for an equal part of 0 .. count - 1, whichever way the work is split
   template <class F>
   void for_part(int64_t count, const F& f) const {
-    const int64_t last = count * (team.rank + 1) / team.size;
-    for (int64_t n = count * team.rank / team.size; n < last; ++n) f(n);
+    const int64_t last = part(count, team.rank + 1, team.size);
+    for (int64_t n = part(count, team.rank, team.size); n < last; ++n) f(n);
   }
 
   // Members who share rows wait for each other where one reads what another has written.
@@ -90,6 +89,14 @@ class Share {
   }
 
  private:
+  // Where part n of so many begins: asked for each panel of a step, and many processors divide 32 bits much sooner
+  // than 64.
+  static int64_t part(int64_t count, int64_t n, int64_t parts) {
+    const uint64_t product = static_cast<uint64_t>(count * n);
+    if ((product | static_cast<uint64_t>(parts)) >> 32) return static_cast<int64_t>(product) / parts;
+    return static_cast<uint32_t>(product) / static_cast<uint32_t>(parts);
+  }
+
   static int64_t tile_count(const Load& load) { return ceil_div(load.rows, load.tile_rows); }
 
   int64_t rows_, tiles_;
