@@ -190,19 +190,27 @@ struct PlainRows {  // of a matrix [N, K]: a group for each vector
 // The rows that are the lanes of vector n of panel p, of a matrix with such rows; null where there is none.
 template <class S, class Rows, class C = Compute<S>>
 void find_lanes(const S* data, int64_t row_stride, const Rows& rows, int64_t p, int n, const S* (&lanes)[kLanes<C>]) {
-  const int width = rows.width(p);
-  for (int lane = 0; lane < kLanes<C>; ++lane) {
-    const int g = (n * kLanes<C> + lane) / width, unit = (n * kLanes<C> + lane) % width;
-    const bool present = unit < rows.count(p, g);
-    lanes[lane] = present ? data + (rows.first(p, g) + unit) * row_stride : nullptr;
+  const int width = rows.width(p), groups = kLanes<C> / width;
+  for (int group = 0; group < groups; ++group) {
+    const int g = n * groups + group;
+    const int64_t first = rows.first(p, g), count = rows.count(p, g);
+    for (int unit = 0; unit < width; ++unit) {
+      lanes[group * width + unit] = unit < count ? data + (first + unit) * row_stride : nullptr;
+    }
   }
 }
 
-// Transposes a row for each lane into vectors `stride` apart, of a panel; absent rows are zero.
+// Transposes a row for each lane into vectors `stride` apart, of a panel; absent rows are zero. Rows are too short for
+// a prefetcher to follow: the next ones are asked for meanwhile.
 template <class S, class C = Compute<S>>
-void pack_vector(const S* const (&rows)[kLanes<C>], int64_t K, int stride, C* to) {
-  constexpr int L = kLanes<C>, kPer = kFactorsPerLane<Factor<S>>;
+void pack_vector(const S* const (&rows)[kLanes<C>], const S* const (&next)[kLanes<C>], int64_t K, int stride, C* to) {
+  constexpr int L = kLanes<C>, kPer = kFactorsPerLane<Factor<S>>, kLine = 64 / sizeof(S);
   for (int64_t k = 0; k < K; k += L * kPer) {
+    if (k % kLine == 0) {
+      for (const S* row : next) {
+        if (row) fetch(row + k, 1);
+      }
+    }
     Vec<C> block[L];
 #pragma GCC unroll 16
     for (int lane = 0; lane < L; ++lane) {
@@ -492,11 +500,15 @@ class Weights {
       if (by_columns_) return kernel().pack(p, panel(p));
     }
     const int vectors = rows_.vectors(p);
+    const S* lanes[2][L] = {};
+    find_lanes(data_, row_stride_, rows_, p, 0, lanes[0]);
     for (int n = 0; n < vectors; ++n) {
-      const S* lanes[L];
-      find_lanes(data_, row_stride_, rows_, p, n, lanes);
+      const bool last = n + 1 == vectors;
+      const auto& now = lanes[n % 2];
+      auto& next = lanes[(n + 1) % 2];
+      if (!last || p + 1 < panels()) find_lanes(data_, row_stride_, rows_, last ? p + 1 : p, last ? 0 : n + 1, next);
       const VectorPlace<C> place(vectors, n, ceil_div(K_, kPer));
-      pack_vector(lanes, K_, place.stride, panel(p) + place.offset);
+      pack_vector(now, next, K_, place.stride, panel(p) + place.offset);
     }
   }
 
