@@ -146,7 +146,7 @@ class Forward {
       share.for_part(w_hr_.panels(), [&](int64_t p) { w_hr_.pack(p); });
     }
     share.for_part(shape_.B, [&](int64_t slot) { start_row(slot); });
-    if (!plan_.alone) share.for_groups([&](const Share::Group& group) { find_outlets(share, group, 0); });
+    find_outlets(share, 0);
   }
 
   void pack_gates(int64_t p) const {
@@ -303,22 +303,24 @@ class Forward {
 
   F* h(int64_t s, int64_t slot) const { return h_ + ((s % 2) * shape_.B + slot) * h_width_; }
 
-  // Where what a slot computes at a step goes; null is what nobody wants of it.
+  // Where what a slot computes at a step goes. What nobody wants is null: of gates and cells, and h_n and c_n but for
+  // the slot's last step.
   struct Outlet {
     int64_t t, b;
     S *y, *gates;
     C* cells;
-    S *h_n, *c_n;  // at its last step
-    F* h;          // of the next step,
-    bool forgets;  // which begins from zeros
+    S *h_n, *c_n;
+    F* h;          // of the next step
+    bool forgets;  // whether that begins from zeros
 
     Place place(int64_t unit) const { return {t, b, unit}; }
   };
   Outlet* outlets(int64_t s) const { return outlets_ + (s % 2) * shape_.B; }
 
-  // Those of a step are found during the one before, by who has the rows or a part of them: once, not for each panel.
-  void find_outlets(const Share& share, const Share::Group& group, int64_t s) const {
-    share.for_slots(group, walk_.active(s), [&](int64_t slot) {
+  // Once for all panels, by who has the rows or a part of them: before the first step, and at each of those of the next
+  // one, while others may still read the current ones; the wait at a step's end is theirs as it is that of h.
+  void find_outlets(const Share& share, int64_t s) const {
+    const auto find = [&](int64_t slot) {
       const int64_t b = walk_.row(slot), t = walk_.time(s, slot, dir_.reverse);
       const bool ends = s == walk_.length(slot) - 1;
       const auto row = [&](auto* array, const RowMap& map) { return array ? array + map.at(t, b) : nullptr; };
@@ -331,7 +333,8 @@ class Forward {
                           ends ? static_cast<S*>(dir_.c_n) + b * shape_.H : nullptr,
                           h(s + 1, slot),
                           walk_.resets_before(s + 1, slot, dir_.reverse)};
-    });
+    };
+    share.for_groups([&](const Share::Group& group) { share.for_slots(group, walk_.active(s), find); });
   }
 
   // The panels go by forth and back on alternate steps: what a cache smaller than the weights has kept from the end of
@@ -365,7 +368,7 @@ class Forward {
       });
     };
     share.for_panels(panels_, run_panel, (s + first_step_) % 2 != 0);
-    share.for_groups([&](const Share::Group& group) { find_outlets(share, group, s + 1); });
+    find_outlets(share, s + 1);
     share.sync_rows();
     if (shape_.projected) project_step(share, s);
   }
@@ -491,11 +494,11 @@ class Forward {
       });
     }
     for (int m = 0; m < rows; ++m) {
+      const Outlet& out = outlets(s)[first + m];
       for (int g = 0; g < 4; ++g) {
         const int64_t n = p * kPanelWidth<C> + g * L;
         if (n >= shape_.P) break;
         const Vec<C> value = load(sums + (m * 4 + g) * L);
-        const Outlet& out = outlets(s)[first + m];
         cell_ ? finish_cell_h(out, first + m, n, value) : finish_h(out, n, value);
       }
     }

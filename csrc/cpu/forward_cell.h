@@ -150,8 +150,8 @@ void Forward<S, Engine>::run_norm_step(const Share& share, int64_t s0, int64_t s
   share.for_groups([&](const Share::Group& group) {
     const int64_t row = chunk_row(group, s0, s) - group.first;
     share.for_slots(group, walk_.active(s), [&](int64_t slot) { norm_row(share, s, slot, row + slot); });
-    find_outlets(share, group, s + 1);
   });
+  find_outlets(share, s + 1);
   share.sync_rows();
   if (shape_.projected) project_step(share, s);
 }

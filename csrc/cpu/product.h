@@ -49,15 +49,18 @@ struct VectorPlace {
 };
 
 // tile[m] += Σ_k a[m][k * k_stride] * panel[k], for K lanes; of more vectors than stand side by side the others are in
-// `beyond`. Of several k at a time a core decodes little more than the loads and multiply-adds, above all where the
-// stride is a constant, which counts where another thread wants its share of the core.
+// `beyond`. By four k at a time, with a stride that is a constant, a core decodes little more than the loads and
+// multiply-adds, which counts where another thread shares the core; where a product and a sum are two instructions
+// there are too few registers for it. In a function of its own, where nothing else wants one.
 template <int rows, int vectors, class F, class Stride>
 [[gnu::noinline]] void multiply_tile(const F* const* a, Stride k_stride, int64_t K, const Compute<F>* panel,
                                      const Compute<F>* beyond, Compute<F>* tile) {
   using C = Compute<F>;
   constexpr int kFirst = vectors < kBeside ? vectors : kBeside;
   constexpr int L = kLanes<C>;
-  constexpr bool kStays = vectors > 1 && (rows + 1) * vectors < kRegisters;
+  constexpr int kHeld = (rows + 1) * vectors;  // sums and vectors of B
+  constexpr bool kInPlace = kHeld == 2 || (vectors > 1 && kHeld < kRegisters);
+  if (K <= 0) __builtin_unreachable();
   Vec<C> sum[rows][vectors];
   const F* row[rows];
 #pragma GCC unroll 8
@@ -71,13 +74,13 @@ template <int rows, int vectors, class F, class Stride>
     Vec<C> w[vectors];
 #pragma GCC unroll 4
     for (int g = 0; g < vectors; ++g) {
-      w[g] = in_register<(rows + 1) * vectors>(load(g < kFirst ? panel + g * L : beyond + (g - kFirst) * L));
+      w[g] = in_register<kHeld>(load(g < kFirst ? panel + g * L : beyond + (g - kFirst) * L));
     }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
       const Vec<C> value = broadcast_lane(row[m] + at);
 #pragma GCC unroll 4
-      for (int g = 0; g < vectors; ++g) sum[m][g] = add_product<kStays>(sum[m][g], value, w[g], F{});
+      for (int g = 0; g < vectors; ++g) sum[m][g] = multiply_add_to<kInPlace>(sum[m][g], value, w[g], F{});
     }
     panel += kFirst * L;
     if constexpr (kFirst < vectors) beyond += (vectors - kFirst) * L;
@@ -201,7 +204,7 @@ void find_lanes(const S* data, int64_t row_stride, const Rows& rows, int64_t p, 
 }
 
 // Transposes a row for each lane into vectors `stride` apart, of a panel; absent rows are zero. Rows are too short for
-// a prefetcher to follow: the next ones are asked for meanwhile.
+// a prefetcher to follow: the next ones of a panel are asked for meanwhile.
 template <class S, class C = Compute<S>>
 void pack_vector(const S* const (&rows)[kLanes<C>], const S* const (&next)[kLanes<C>], int64_t K, int stride, C* to) {
   constexpr int L = kLanes<C>, kPer = kFactorsPerLane<Factor<S>>, kLine = 64 / sizeof(S);
@@ -500,15 +503,11 @@ class Weights {
       if (by_columns_) return kernel().pack(p, panel(p));
     }
     const int vectors = rows_.vectors(p);
-    const S* lanes[2][L] = {};
-    find_lanes(data_, row_stride_, rows_, p, 0, lanes[0]);
+    const S* lanes[5][L] = {};
+    for (int n = 0; n < vectors; ++n) find_lanes(data_, row_stride_, rows_, p, n, lanes[n]);
     for (int n = 0; n < vectors; ++n) {
-      const bool last = n + 1 == vectors;
-      const auto& now = lanes[n % 2];
-      auto& next = lanes[(n + 1) % 2];
-      if (!last || p + 1 < panels()) find_lanes(data_, row_stride_, rows_, last ? p + 1 : p, last ? 0 : n + 1, next);
       const VectorPlace<C> place(vectors, n, ceil_div(K_, kPer));
-      pack_vector(now, next, K_, place.stride, panel(p) + place.offset);
+      pack_vector(lanes[n], lanes[n + 1], K_, place.stride, panel(p) + place.offset);
     }
   }
 

@@ -89,11 +89,11 @@ class Share {
   }
 
  private:
-  // Where part n of so many begins: asked for each panel of a step, and many processors divide 32 bits much sooner
-  // than 64.
+  // Where part n of so many begins. Asked for each tile of each panel of a step: many processors divide 32 bits much
+  // sooner than 64.
   static int64_t part(int64_t count, int64_t n, int64_t parts) {
-    const uint64_t product = static_cast<uint64_t>(count * n);
-    if ((product | static_cast<uint64_t>(parts)) >> 32) return static_cast<int64_t>(product) / parts;
+    const int64_t product = count * n;
+    if (static_cast<uint64_t>(product | parts) >> 32) return product / parts;
     return static_cast<uint32_t>(product) / static_cast<uint32_t>(parts);
   }
 

@@ -21,9 +21,6 @@ class Walk {
 
   int64_t T, B;
 
-  // No row is shorter than another or forgets its state.
-  bool uniform() const { return !rows_ && !masks_.resets; }
-
   int64_t row(int64_t slot) const { return rows_ ? rows_[slot] : slot; }
   int64_t length(int64_t slot) const { return rows_ ? lengths_[rows_[slot]] : T; }
   int64_t active(int64_t step) const { return rows_ ? active_[step] : (step < T ? B : 0); }
