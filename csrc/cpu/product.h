@@ -638,7 +638,7 @@ struct VectorEngine {
   };
   static void multiply(int rows, int vectors, const Transposed& columns, int64_t k0, int64_t K, int64_t depth,
                        const Packed* panel, C* tile) {
-    const C* column[kRows];
+    const C* column[kRows] = {};
     for (int m = 0; m < rows; ++m) column[m] = columns.a + m;
     multiply_panel(rows, vectors, column, columns.M, k0, K, depth, panel, tile);
   }
