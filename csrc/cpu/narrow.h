@@ -61,7 +61,7 @@ void multiply_pairs(const float* const* a, int64_t K, const BFloat16* panel, flo
     for (int m = 0; m < rows; ++m) {
       const Vec<float> value = broadcast(a[m][k]);
 #pragma GCC unroll 4
-      for (int n = 0; n < 2 * pairs; ++n) sum[m][n] += value * w[n];
+      for (int n = 0; n < 2 * pairs; ++n) sum[m][n] = multiply_add(sum[m][n], value, w[n], float{});
     }
   }
 #pragma GCC unroll 8

@@ -59,7 +59,7 @@ template <int rows, int vectors, class F, class Stride>
   constexpr int kFirst = vectors < kBeside ? vectors : kBeside;
   constexpr int L = kLanes<C>;
   constexpr int kHeld = (rows + 1) * vectors;  // sums and vectors of B
-  constexpr bool kInPlace = kHeld == 2 || (vectors > 1 && kHeld < kRegisters);
+  constexpr bool kInPlace = vectors > 1 && kHeld < kRegisters;
   if (K <= 0) __builtin_unreachable();
   Vec<C> sum[rows][vectors];
   const F* row[rows];

@@ -347,14 +347,22 @@ LSTM_EXT_INLINE Vec<float> load_some_factors(const BFloat16* from, int count) {
 }
 #endif
 
+// By name where the machine has one instruction for it: whether compilers fuse a product and a sum depends on what they
+// are told to optimise, and for whom, and the bits of all tiles are one another's.
 template <class C>
 LSTM_EXT_INLINE Vec<C> multiply_add(Vec<C> sum, Vec<C> a, Vec<C> b, C) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return _mm512_fmadd_ps(a, b, sum);
+  if constexpr (sizeof(C) == 8) return _mm512_fmadd_pd(a, b, sum);
+#elif defined(__FMA__)
+  if constexpr (sizeof(C) == 4) return _mm256_fmadd_ps(a, b, sum);
+  if constexpr (sizeof(C) == 8) return _mm256_fmadd_pd(a, b, sum);
+#endif
   return sum + a * b;
 }
 
-// The same, one instruction whose result is where the sum was, if `in_place`: where sums fill the registers compilers
-// put some results into those of a factor, and then move or even store them; and a sum that stands alone they may make
-// of a product and a sum. They choose well enough for pairs of bfloat16 and without x86's multiply-add.
+// The same, its result where the sum was if `in_place`: where sums fill the registers compilers put some results into
+// those of a factor, and then move or even store them. Of pairs of bfloat16, and elsewhere, they are left to choose.
 template <bool in_place, class F, class V>
 LSTM_EXT_INLINE V multiply_add_to(V sum, V a, V b, F) {
 #if defined(__FMA__)
